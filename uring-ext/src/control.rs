@@ -1,0 +1,429 @@
+//! The control plane: commands to `/dev/ublk-control`, each with a bounded wait.
+//!
+//! Built on the UAPI bindings and the control ring of `libublk`. Its `UblkCtrl` is not used: it
+//! refuses features that we need, hides error numbers behind retries, and waits without bound.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::fs::{File, OpenOptions};
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+
+use io_uring::{IoUring, opcode, squeue, types};
+use libublk::{sys, ublk_init_ctrl_task_ring, with_ctrl_ring_mut};
+
+use crate::Errno;
+use crate::feature::Features;
+use crate::params::Params;
+
+/// The node of the driver.
+pub const CONTROL_PATH: &str = "/dev/ublk-control";
+
+/// What went wrong with a control command.
+#[non_exhaustive]
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// The node is missing: the driver is not loaded.
+    #[error("{CONTROL_PATH} is missing: the ublk driver is not loaded; run `modprobe ublk_drv`")]
+    NoDriver,
+    /// The node may not be opened.
+    #[error("{CONTROL_PATH} may not be opened: run as root")]
+    NoPermission,
+    /// The node could not be opened, or the control ring not be made.
+    #[error("{what}: {errno}")]
+    Setup {
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        errno: Errno,
+    },
+    /// The driver refused a command.
+    #[error("{command}: {errno}")]
+    Refused {
+        /// The command by its UAPI name.
+        command: &'static str,
+        /// Why it failed.
+        errno: Errno,
+    },
+    /// The driver did not answer in time. The command goes on and may still take effect.
+    #[error("{command}: no answer from the driver within {} s", waited.as_secs())]
+    Timeout {
+        /// The command by its UAPI name.
+        command: &'static str,
+        /// How long was waited.
+        waited: Duration,
+    },
+}
+
+impl ControlError {
+    /// The error number where the driver gave one.
+    #[must_use]
+    pub const fn errno(&self) -> Option<Errno> {
+        match self {
+            Self::Setup { errno, .. } | Self::Refused { errno, .. } => Some(*errno),
+            Self::NoDriver | Self::NoPermission | Self::Timeout { .. } => None,
+        }
+    }
+}
+
+/// Plain data that the kernel reads or fills.
+///
+/// # Safety
+/// The type is `repr(C)`, has no padding, and any bytes are a valid value.
+unsafe trait Plain: Copy + 'static {}
+// SAFETY: bound from the UAPI, integers only; its fields add up to its size.
+unsafe impl Plain for sys::ublksrv_ctrl_dev_info {}
+// SAFETY: integers only, padding explicit.
+unsafe impl Plain for Params {}
+// SAFETY: an integer.
+unsafe impl Plain for u64 {}
+// SAFETY: integers.
+unsafe impl Plain for [u64; CPU_MASK_WORDS] {}
+
+/// Words of a CPU mask: 8,192 CPUs, the greatest number that Linux is built for.
+const CPU_MASK_WORDS: usize = 128;
+
+/// A command under way. Dropping it before its answer abandons the answer, not the command.
+#[derive(Debug)]
+#[must_use]
+pub struct Pending<T: 'static = ()> {
+    command: &'static str,
+    token: u64,
+    started: Instant,
+    /// Kernel-visible memory of the command; leaked if the answer is not awaited.
+    buffer: Option<Box<T>>,
+}
+
+impl<T> Drop for Pending<T> {
+    fn drop(&mut self) {
+        if let Some(buffer) = self.buffer.take() {
+            Box::leak(buffer);
+        }
+    }
+}
+
+/// An open `/dev/ublk-control`. Belongs to the thread that opened it: its ring is the thread's.
+#[derive(Debug)]
+pub struct Control {
+    file: File,
+    next_token: Cell<u64>,
+    /// Answers that came while another command was awaited.
+    answers: RefCell<HashMap<u64, i32>>,
+    /// The longest wait of the plain commands.
+    patience: Duration,
+    _thread: std::marker::PhantomData<*const ()>,
+}
+
+impl Control {
+    /// Opens the node and makes the thread's control ring.
+    ///
+    /// # Errors
+    /// [`ControlError::NoDriver`], [`ControlError::NoPermission`], [`ControlError::Setup`].
+    pub fn open() -> Result<Self, ControlError> {
+        let opened = OpenOptions::new().read(true).write(true).open(CONTROL_PATH);
+        let file = opened.map_err(|error| open_error(Errno::of(&error)))?;
+        ublk_init_ctrl_task_ring(|ring| {
+            if ring.is_none() {
+                *ring = Some(IoUring::<squeue::Entry128>::builder().build(32)?);
+            }
+            Ok(())
+        })
+        .map_err(|error| ControlError::Setup {
+            what: "cannot make the control ring",
+            errno: if let libublk::UblkError::IOError(error) = error {
+                Errno::of(&error)
+            } else {
+                Errno::EIO
+            },
+        })?;
+        Ok(Self {
+            file,
+            next_token: Cell::new(1),
+            answers: RefCell::default(),
+            patience: Duration::from_secs(30),
+            _thread: std::marker::PhantomData,
+        })
+    }
+
+    /// The driver's features (Linux 6.5).
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` on older kernels.
+    pub fn features(&self) -> Result<Features, ControlError> {
+        let command = Command::new("UBLK_U_CMD_GET_FEATURES", sys::UBLK_U_CMD_GET_FEATURES);
+        let bits = self.exchange(command, u32::MAX, 0_u64)?;
+        Ok(Features(bits))
+    }
+
+    /// Adds a device; returns it as the driver corrected it. An id of `u32::MAX` lets the driver
+    /// choose one.
+    ///
+    /// # Errors
+    /// `EEXIST` if the id is taken, `EINVAL` for queues, depth or features beyond the driver's
+    /// limits, `ENOSPC` or `EACCES` at the limit of devices.
+    pub fn add(
+        &self,
+        info: sys::ublksrv_ctrl_dev_info,
+    ) -> Result<sys::ublksrv_ctrl_dev_info, ControlError> {
+        let command = Command::new("UBLK_U_CMD_ADD_DEV", sys::UBLK_U_CMD_ADD_DEV);
+        self.exchange(command, info.dev_id, info)
+    }
+
+    /// The state of a device.
+    ///
+    /// # Errors
+    /// `ENODEV` if there is none with this id.
+    pub fn info(&self, id: u32) -> Result<sys::ublksrv_ctrl_dev_info, ControlError> {
+        let command = Command::new("UBLK_U_CMD_GET_DEV_INFO", sys::UBLK_U_CMD_GET_DEV_INFO);
+        self.exchange(command, id, sys::ublksrv_ctrl_dev_info::default())
+    }
+
+    /// Sets the parameters of a device that is not started.
+    ///
+    /// # Errors
+    /// `EINVAL` if the driver finds them wrong, `EACCES` if the device is live.
+    pub fn set_params(&self, id: u32, params: Params) -> Result<(), ControlError> {
+        let command = Command::new("UBLK_U_CMD_SET_PARAMS", sys::UBLK_U_CMD_SET_PARAMS);
+        self.exchange(command, id, params).map(drop)
+    }
+
+    /// Reads the parameters of a device.
+    ///
+    /// # Errors
+    /// `ENODEV`, `EINVAL`.
+    pub fn params(&self, id: u32) -> Result<Params, ControlError> {
+        let command = Command::new("UBLK_U_CMD_GET_PARAMS", sys::UBLK_U_CMD_GET_PARAMS);
+        self.exchange(command, id, Params::request())
+    }
+
+    /// The CPUs whose requests come to a queue.
+    ///
+    /// # Errors
+    /// `ENODEV`, `EINVAL` for a queue that the device does not have.
+    pub fn queue_affinity(&self, id: u32, qid: u16) -> Result<Vec<usize>, ControlError> {
+        let command =
+            Command::new("UBLK_U_CMD_GET_QUEUE_AFFINITY", sys::UBLK_U_CMD_GET_QUEUE_AFFINITY)
+                .data(u64::from(qid));
+        let mask = self.exchange(command, id, [0_u64; CPU_MASK_WORDS])?;
+        let cpus = 0..CPU_MASK_WORDS * 64;
+        Ok(cpus.filter(|cpu| mask[cpu / 64] & (1 << (cpu % 64)) != 0).collect())
+    }
+
+    /// Starts a device: `/dev/ublkbN` appears. The driver first waits until every tag of every
+    /// queue is fetched, and scans for partitions, so the lanes must be serving.
+    ///
+    /// # Errors
+    /// `EINVAL` without parameters, `EEXIST` if the device is started.
+    pub fn start(&self, id: u32, pid: u32) -> Result<Pending, ControlError> {
+        let command =
+            Command::new("UBLK_U_CMD_START_DEV", sys::UBLK_U_CMD_START_DEV).data(u64::from(pid));
+        self.send(command, id, None::<Box<()>>)
+    }
+
+    /// Stops a device: `/dev/ublkbN` disappears, outstanding I/O is completed or failed, and the
+    /// lanes' fetches end with `ENODEV`.
+    ///
+    /// # Errors
+    /// `ENODEV`.
+    pub fn stop(&self, id: u32) -> Result<Pending, ControlError> {
+        self.send(
+            Command::new("UBLK_U_CMD_STOP_DEV", sys::UBLK_U_CMD_STOP_DEV),
+            id,
+            None::<Box<()>>,
+        )
+    }
+
+    /// Stops a device that nobody has open (`UBLK_F_SAFE_STOP_DEV`, Linux 7.0).
+    ///
+    /// # Errors
+    /// `EBUSY` if it is open, `EOPNOTSUPP` on older kernels, `ENODEV`.
+    pub fn try_stop(&self, id: u32) -> Result<Pending, ControlError> {
+        let command = Command::new("UBLK_U_CMD_TRY_STOP_DEV", sys::UBLK_U_CMD_TRY_STOP_DEV);
+        self.send(command, id, None::<Box<()>>)
+    }
+
+    /// Removes a device, stopping it first, without waiting for its server to let go of it
+    /// (Linux 6.9).
+    ///
+    /// # Errors
+    /// `ENODEV` if there is none with this id.
+    pub fn delete(&self, id: u32) -> Result<Pending, ControlError> {
+        let command = Command::new("UBLK_U_CMD_DEL_DEV_ASYNC", sys::UBLK_U_CMD_DEL_DEV_ASYNC);
+        self.send(command, id, None::<Box<()>>)
+    }
+
+    /// Waits at most `timeout` for an answer; `None` if there is none yet.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn wait<T>(
+        &self,
+        pending: &mut Pending<T>,
+        timeout: Duration,
+    ) -> Option<Result<u32, ControlError>> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            self.reap();
+            if let Some(res) = self.answers.borrow_mut().remove(&pending.token) {
+                let command = pending.command;
+                return Some(
+                    Errno::from_result(res)
+                        .map_err(|errno| ControlError::Refused { command, errno }),
+                );
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return None;
+            }
+            let timespec = types::Timespec::from(left);
+            let args = types::SubmitArgs::new().timespec(&timespec);
+            // A signal or the time-out ends the wait early; the loop decides what that means.
+            let _ = with_ctrl_ring_mut(|ring| ring.submitter().submit_with_args(1, &args));
+        }
+    }
+
+    /// Waits for an answer as long as the plain commands do.
+    ///
+    /// # Errors
+    /// The driver's, or [`ControlError::Timeout`].
+    pub fn finish<T>(&self, mut pending: Pending<T>) -> Result<u32, ControlError> {
+        let answer = self.wait(&mut pending, self.patience);
+        // On a time-out the buffer is leaked by the drop of `pending`.
+        answer.unwrap_or_else(|| {
+            Err(ControlError::Timeout {
+                command: pending.command,
+                waited: pending.started.elapsed(),
+            })
+        })
+    }
+
+    fn exchange<T: Plain>(&self, command: Command, id: u32, value: T) -> Result<T, ControlError> {
+        let mut pending = self.send(command, id, Some(Box::new(value)))?;
+        match self.wait(&mut pending, self.patience) {
+            Some(answer) => {
+                // The driver has answered, so it no longer uses the memory.
+                let buffer = pending.buffer.take();
+                answer.map(|_| buffer.map_or(value, |filled| *filled))
+            }
+            None => Err(ControlError::Timeout {
+                command: pending.command,
+                waited: pending.started.elapsed(),
+            }),
+        }
+    }
+
+    fn send<T: 'static>(
+        &self,
+        command: Command,
+        id: u32,
+        mut buffer: Option<Box<T>>,
+    ) -> Result<Pending<T>, ControlError> {
+        let token = self.next_token.replace(self.next_token.get() + 1);
+        let address = buffer
+            .as_deref_mut()
+            .map_or(0, |value| std::ptr::from_mut(value).expose_provenance() as u64);
+        let length = if buffer.is_some() { size_of::<T>() } else { 0 };
+        let bytes = ctrl_cmd(id, u16::try_from(length).unwrap_or(u16::MAX), address, command.data);
+        let sqe = opcode::UringCmd80::new(types::Fd(self.file.as_raw_fd()), command.op)
+            .cmd(bytes)
+            .build()
+            .user_data(token);
+        let sent = with_ctrl_ring_mut(|ring| {
+            // SAFETY: the buffer is boxed, plain data, and is either kept until the answer came
+            // or leaked; the node stays open while the ring can submit.
+            let pushed = unsafe { ring.submission().push(&sqe) };
+            pushed.map_err(|_full| Errno::EBUSY)?;
+            ring.submit().map_err(|error| Errno::of(&error))
+        });
+        let pending = Pending { command: command.name, token, started: Instant::now(), buffer };
+        match sent {
+            Ok(_) => Ok(pending),
+            Err(errno) => Err(ControlError::Refused { command: command.name, errno }),
+        }
+    }
+
+    fn reap(&self) {
+        let mut answers = self.answers.borrow_mut();
+        with_ctrl_ring_mut(|ring| {
+            for cqe in ring.completion() {
+                answers.insert(cqe.user_data(), cqe.result());
+            }
+        });
+    }
+}
+
+/// What an error of opening the node means.
+fn open_error(errno: Errno) -> ControlError {
+    match errno {
+        // ENXIO and ENODEV: a static node whose driver is not there.
+        Errno::ENOENT | Errno::ENODEV | Errno::ENXIO => ControlError::NoDriver,
+        Errno::EACCES | Errno::EPERM => ControlError::NoPermission,
+        errno => ControlError::Setup { what: "cannot open /dev/ublk-control", errno },
+    }
+}
+
+struct Command {
+    name: &'static str,
+    op: u32,
+    data: u64,
+}
+
+impl Command {
+    const fn new(name: &'static str, op: u32) -> Self {
+        Self { name, op, data: 0 }
+    }
+
+    const fn data(mut self, data: u64) -> Self {
+        self.data = data;
+        self
+    }
+}
+
+/// `struct ublksrv_ctrl_cmd` at the start of the 80 command bytes.
+fn ctrl_cmd(id: u32, len: u16, addr: u64, data: u64) -> [u8; 80] {
+    let mut bytes = [0; 80];
+    bytes[0..4].copy_from_slice(&id.to_ne_bytes());
+    // Not a command to one queue.
+    bytes[4..6].copy_from_slice(&u16::MAX.to_ne_bytes());
+    bytes[6..8].copy_from_slice(&len.to_ne_bytes());
+    bytes[8..16].copy_from_slice(&addr.to_ne_bytes());
+    bytes[16..24].copy_from_slice(&data.to_ne_bytes());
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_have_the_layout_of_the_uapi() {
+        let bytes = ctrl_cmd(7, 64, 0x1122_3344_5566_7788, 9);
+        assert_eq!(size_of::<sys::ublksrv_ctrl_cmd>(), 32);
+        assert_eq!(bytes[0..4], 7_u32.to_ne_bytes());
+        assert_eq!(bytes[4..6], [0xff, 0xff]);
+        assert_eq!(bytes[6..8], 64_u16.to_ne_bytes());
+        assert_eq!(bytes[8..16], 0x1122_3344_5566_7788_u64.to_ne_bytes());
+        assert_eq!(bytes[16..24], 9_u64.to_ne_bytes());
+        assert!(bytes[24..].iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn plain_types_have_no_padding() {
+        assert_eq!(size_of::<sys::ublksrv_ctrl_dev_info>(), 64);
+        assert_eq!(size_of::<Params>(), 136);
+    }
+
+    #[test]
+    fn errors_of_opening_say_what_to_do() {
+        let table = [
+            (2, "modprobe ublk_drv"),
+            (6, "modprobe ublk_drv"),
+            (13, "run as root"),
+            (24, "EMFILE"),
+        ];
+        for (errno, expected) in table {
+            let message = open_error(Errno::new(errno)).to_string();
+            assert!(message.contains(expected), "{errno}: {message}");
+        }
+    }
+}

@@ -1,0 +1,79 @@
+//! Device parameters (`struct ublk_params`).
+//!
+//! `libublk` ends its struct before the DMA alignment and segment limits, without which the
+//! block layer would send buffers that the backing refuses; so the whole struct stands here,
+//! built from the members that `libublk` binds.
+
+use libublk::sys;
+
+/// `struct ublk_params` up to and including the segment limits (Linux 6.15). Older drivers take a
+/// longer struct than theirs and ignore the rest (`ublk_ctrl_set_params` copies the lesser of the
+/// two lengths).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Params {
+    len: u32,
+    types: u32,
+    basic: sys::ublk_param_basic,
+    discard: sys::ublk_param_discard,
+    devt: sys::ublk_param_devt,
+    zoned: sys::ublk_param_zoned,
+    dma: sys::ublk_param_dma_align,
+    pad: u32,
+    seg: sys::ublk_param_segment,
+}
+
+impl Params {
+    /// Parameters with the basic part only.
+    #[must_use]
+    pub fn new(basic: sys::ublk_param_basic) -> Self {
+        Self { len: LEN, types: sys::UBLK_PARAM_TYPE_BASIC, basic, ..Self::default() }
+    }
+
+    /// Adds limits for discard and write zeroes.
+    #[must_use]
+    pub fn with_discard(mut self, discard: sys::ublk_param_discard) -> Self {
+        self.types |= sys::UBLK_PARAM_TYPE_DISCARD;
+        self.discard = discard;
+        self
+    }
+
+    /// Adds the alignment of buffers in memory, in bytes: a power of two up to the page size
+    /// (Linux 6.15).
+    #[must_use]
+    pub fn with_dma_alignment(mut self, bytes: u32) -> Self {
+        self.types |= sys::UBLK_PARAM_TYPE_DMA_ALIGN;
+        self.dma.alignment = bytes;
+        self
+    }
+
+    /// Adds the segment limits (Linux 6.15).
+    #[must_use]
+    pub fn with_segments(mut self, segments: sys::ublk_param_segment) -> Self {
+        self.types |= sys::UBLK_PARAM_TYPE_SEGMENT;
+        self.seg = segments;
+        self
+    }
+
+    /// The basic part.
+    #[must_use]
+    pub const fn basic(&self) -> &sys::ublk_param_basic {
+        &self.basic
+    }
+
+    /// The numbers of the device nodes; zero before the device is started.
+    #[must_use]
+    pub const fn devt(&self) -> &sys::ublk_param_devt {
+        &self.devt
+    }
+
+    /// A struct to be filled by `UBLK_U_CMD_GET_PARAMS`.
+    #[must_use]
+    pub fn request() -> Self {
+        Self { len: LEN, ..Self::default() }
+    }
+}
+
+/// `sizeof(struct ublk_params)` up to here; the padding before the segment limits is explicit.
+const LEN: u32 = 136;
+const _: () = assert!(size_of::<Params>() == LEN as usize);

@@ -1,0 +1,323 @@
+//! A lane's ring: set-up with fallback, the file and buffer tables, and a safe submission side.
+
+use std::os::fd::{AsRawFd, RawFd};
+
+use io_uring::{CompletionQueue, IoUring, SubmissionQueue, Submitter, types};
+
+use crate::Errno;
+use crate::pool::BufferPool;
+use crate::sqe::Sqe;
+
+/// The greatest buffer table of a ring (`IORING_MAX_REG_BUFFERS`, `io_uring/rsrc.h`).
+pub const MAX_BUFFER_SLOTS: u32 = 1 << 14;
+
+/// How a ring was set up, best first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RingMode {
+    /// `SINGLE_ISSUER | DEFER_TASKRUN | NO_SQARRAY` (Linux 6.6).
+    DeferTaskrunNoSqarray,
+    /// `SINGLE_ISSUER | DEFER_TASKRUN` (Linux 6.1).
+    DeferTaskrun,
+    /// `COOP_TASKRUN` (Linux 5.19).
+    CoopTaskrun,
+}
+
+const MODES: [RingMode; 3] =
+    [RingMode::DeferTaskrunNoSqarray, RingMode::DeferTaskrun, RingMode::CoopTaskrun];
+
+/// The ring of one thread. Only the thread that made it may submit (`SINGLE_ISSUER`).
+#[derive(Debug)]
+pub struct Ring {
+    ring: RingInner,
+    mode: RingMode,
+}
+
+struct RingInner(IoUring);
+
+impl std::fmt::Debug for RingInner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "IoUring({})", self.0.as_raw_fd())
+    }
+}
+
+impl Ring {
+    /// Makes a ring with the best set-up that the kernel takes.
+    ///
+    /// # Errors
+    /// `ENOSYS` or `EPERM` where io_uring is absent or forbidden (`kernel.io_uring_disabled`),
+    /// `ENOMEM` where memory or the locked-memory limit does not suffice.
+    pub fn new(sq_entries: u32, cq_entries: u32) -> Result<Self, Errno> {
+        let mut last = Errno::EINVAL;
+        for mode in MODES {
+            match build(mode, sq_entries, cq_entries) {
+                Ok(ring) => return Ok(Self { ring: RingInner(ring), mode }),
+                // Only an unknown flag is worth another try.
+                Err(error) if Errno::of(&error) == Errno::EINVAL => last = Errno::EINVAL,
+                Err(error) => return Err(Errno::of(&error)),
+            }
+        }
+        Err(last)
+    }
+
+    /// How the ring was set up.
+    #[must_use]
+    pub const fn mode(&self) -> RingMode {
+        self.mode
+    }
+
+    /// Registers the table of fixed files.
+    ///
+    /// # Errors
+    /// `EBADF` for a closed file, `EMFILE` beyond the limit of open files.
+    pub fn register_files(&self, files: &[RawFd]) -> Result<(), Errno> {
+        self.ring.0.submitter().register_files(files).map_err(|error| Errno::of(&error))
+    }
+
+    /// Registers a buffer table of empty slots, to be filled by the driver.
+    ///
+    /// # Errors
+    /// `EINVAL` beyond [`MAX_BUFFER_SLOTS`], `ENOMEM`.
+    pub fn register_slots(&self, slots: u32) -> Result<(), Errno> {
+        self.ring.0.submitter().register_buffers_sparse(slots).map_err(|error| Errno::of(&error))
+    }
+
+    /// Registers the buffers of a pool as slots 0 to its count.
+    ///
+    /// # Errors
+    /// `ENOMEM` where the locked-memory limit does not suffice.
+    pub fn register_pool(&self, pool: &BufferPool) -> Result<(), Errno> {
+        let iovecs = pool.iovecs();
+        // SAFETY: pool memory is never unmapped, so it outlives any ring.
+        let registered = unsafe { self.ring.0.submitter().register_buffers(&iovecs) };
+        registered.map_err(|error| Errno::of(&error))
+    }
+
+    /// The two queues and the submitter, for the thread that made the ring. Registers the ring's
+    /// own descriptor (Linux 5.18), which saves a look-up in every system call.
+    pub fn queues(&mut self) -> Queues<'_> {
+        let (mut submitter, sq, cq) = self.ring.0.split();
+        // Older kernels lack it; then the plain descriptor serves.
+        let _ = submitter.register_ring_fd();
+        Queues { submitter, sq, cq }
+    }
+}
+
+fn build(mode: RingMode, sq_entries: u32, cq_entries: u32) -> std::io::Result<IoUring> {
+    let mut builder = IoUring::builder();
+    builder.setup_cqsize(cq_entries).setup_clamp().setup_submit_all();
+    match mode {
+        RingMode::DeferTaskrunNoSqarray => {
+            builder.setup_single_issuer().setup_defer_taskrun().setup_no_sqarray();
+        }
+        RingMode::DeferTaskrun => {
+            builder.setup_single_issuer().setup_defer_taskrun();
+        }
+        RingMode::CoopTaskrun => {
+            builder.setup_coop_taskrun();
+        }
+    }
+    builder.build(sq_entries)
+}
+
+/// A completion, as the kernel gave it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cqe {
+    /// What the entry was pushed with.
+    pub user_data: u64,
+    /// Zero or more, or a negated error number.
+    pub res: i32,
+}
+
+/// Submission and completion side of a [`Ring`].
+pub struct Queues<'ring> {
+    submitter: Submitter<'ring>,
+    sq: SubmissionQueue<'ring>,
+    cq: CompletionQueue<'ring>,
+}
+
+impl Queues<'_> {
+    /// Queues an entry. A full queue is submitted first.
+    ///
+    /// # Errors
+    /// The error of `io_uring_enter(2)` if the queue was full and could not be submitted; the
+    /// entry is given back.
+    pub fn push(&mut self, sqe: Sqe) -> Result<(), (Sqe, Errno)> {
+        if self.sq.is_full() {
+            if let Err(errno) = self.enter(0) {
+                return Err((sqe, errno));
+            }
+        }
+        // SAFETY: an `Sqe` names memory only by slot or in a pool that is never unmapped.
+        match unsafe { self.sq.push(sqe.entry()) } {
+            Ok(()) => Ok(()),
+            Err(_full) => Err((sqe, Errno::EBUSY)),
+        }
+    }
+
+    /// Submits what is queued.
+    ///
+    /// # Errors
+    /// See [`Queues::submit_and_wait`].
+    pub fn submit(&mut self) -> Result<(), Errno> {
+        self.enter(0)
+    }
+
+    /// Submits what is queued and waits for a completion. An interrupted wait, or a kernel that
+    /// asks for completions to be reaped first (`EBUSY`), is not an error.
+    ///
+    /// # Errors
+    /// `EBADF`, `EINVAL`, `ENXIO`: the ring is unusable.
+    pub fn submit_and_wait(&mut self) -> Result<(), Errno> {
+        self.enter(1)
+    }
+
+    fn enter(&mut self, want: usize) -> Result<(), Errno> {
+        self.sq.sync();
+        let entered = self.submitter.submit_and_wait(want);
+        self.sq.sync();
+        match entered {
+            Ok(_) => Ok(()),
+            Err(error) => match Errno::of(&error) {
+                Errno::EINTR | Errno::EBUSY | Errno::EAGAIN => Ok(()),
+                errno => Err(errno),
+            },
+        }
+    }
+
+    /// Takes completions off the queue, as many as fit; returns how many.
+    pub fn reap(&mut self, into: &mut [Cqe]) -> usize {
+        self.cq.sync();
+        let mut count = 0;
+        for (slot, cqe) in into.iter_mut().zip(&mut self.cq) {
+            *slot = Cqe { user_data: cqe.user_data(), res: cqe.result() };
+            count += 1;
+        }
+        count
+    }
+
+    /// Waits at most `timeout` for a completion, after submitting what is queued.
+    ///
+    /// # Errors
+    /// `ETIMEDOUT`, and those of [`Queues::submit_and_wait`].
+    pub fn submit_and_wait_for(&mut self, timeout: std::time::Duration) -> Result<(), Errno> {
+        self.sq.sync();
+        let timespec = types::Timespec::from(timeout);
+        let args = types::SubmitArgs::new().timespec(&timespec);
+        let entered = self.submitter.submit_with_args(1, &args);
+        self.sq.sync();
+        match entered {
+            Ok(_) => Ok(()),
+            Err(error) => match Errno::of(&error) {
+                Errno::EINTR | Errno::EBUSY | Errno::EAGAIN => Ok(()),
+                errno if errno.number() == libc::ETIME => Err(Errno::ETIMEDOUT),
+                errno => Err(errno),
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::Write;
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+    use crate::sqe::{FixedBuffer, FixedFile};
+
+    /// Pushes one entry and returns the result of its completion.
+    fn run(queues: &mut Queues<'_>, sqe: Sqe, user_data: u64) -> i32 {
+        queues.push(sqe.user_data(user_data)).unwrap();
+        let mut cqes = [Cqe::default(); 4];
+        loop {
+            queues.submit_and_wait().unwrap();
+            match queues.reap(&mut cqes) {
+                0 => {}
+                1 => break,
+                more => panic!("{more} completions of one entry"),
+            }
+        }
+        assert_eq!(cqes[0].user_data, user_data);
+        cqes[0].res
+    }
+
+    #[test]
+    fn pool_buffers_move_bytes_through_fixed_files() {
+        let mut file: File = tempfile();
+        file.write_all(&[7_u8; 8192]).unwrap();
+        let mut ring = Ring::new(4, 8).unwrap();
+        let pool = BufferPool::new(2, 4096).unwrap();
+        ring.register_files(&[file.as_raw_fd()]).unwrap();
+        ring.register_pool(&pool).unwrap();
+        let mut queues = ring.queues();
+        let buffer = FixedBuffer::Pool { slot: 1, addr: pool.addr(1, 0) };
+        assert_eq!(run(&mut queues, Sqe::read_fixed(FixedFile(0), buffer, 4096, 0), 1), 4096);
+        let write = Sqe::write_fixed(FixedFile(0), buffer, 4096, 8192, true);
+        assert_eq!(run(&mut queues, write, 2), 4096);
+        assert_eq!(run(&mut queues, Sqe::datasync(FixedFile(0)), 3), 0);
+        let mut tail = [0_u8; 4096];
+        file.read_exact_at(&mut tail, 8192).unwrap();
+        assert!(tail.iter().all(|byte| *byte == 7));
+    }
+
+    #[test]
+    fn an_empty_slot_is_an_error_of_the_operation() {
+        let file = tempfile();
+        let mut ring = Ring::new(4, 8).unwrap();
+        ring.register_files(&[file.as_raw_fd()]).unwrap();
+        ring.register_slots(4).unwrap();
+        let mut queues = ring.queues();
+        let lent = FixedBuffer::Lent { slot: 2, offset: 0 };
+        let res = run(&mut queues, Sqe::read_fixed(FixedFile(0), lent, 4096, 0), 1);
+        assert_eq!(res, -libc::EFAULT);
+    }
+
+    #[test]
+    fn a_full_queue_is_submitted_and_nothing_is_lost() {
+        let file = tempfile();
+        let mut ring = Ring::new(2, 64).unwrap();
+        ring.register_files(&[file.as_raw_fd()]).unwrap();
+        let mut queues = ring.queues();
+        for user_data in 0..20 {
+            queues.push(Sqe::datasync(FixedFile(0)).user_data(user_data)).unwrap();
+        }
+        let mut seen = [false; 20];
+        let mut cqes = [Cqe::default(); 8];
+        while seen.contains(&false) {
+            queues.submit_and_wait().unwrap();
+            let count = queues.reap(&mut cqes);
+            for cqe in &cqes[..count] {
+                assert_eq!(cqe.res, 0);
+                let index = usize::try_from(cqe.user_data).unwrap();
+                assert!(!std::mem::replace(&mut seen[index], true));
+            }
+        }
+    }
+
+    #[test]
+    fn a_bounded_wait_ends() {
+        let mut ring = Ring::new(2, 4).unwrap();
+        let waited = ring.queues().submit_and_wait_for(std::time::Duration::from_millis(1));
+        assert_eq!(waited, Err(Errno::ETIMEDOUT));
+    }
+
+    fn tempfile() -> File {
+        let directory = std::env::temp_dir();
+        std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags_tmpfile()
+            .open(directory)
+            .unwrap()
+    }
+
+    trait TmpFile {
+        fn custom_flags_tmpfile(&mut self) -> &mut Self;
+    }
+
+    impl TmpFile for std::fs::OpenOptions {
+        fn custom_flags_tmpfile(&mut self) -> &mut Self {
+            std::os::unix::fs::OpenOptionsExt::custom_flags(self, libc::O_TMPFILE)
+        }
+    }
+}

@@ -1,0 +1,300 @@
+//! Submission queue entries: ublk I/O commands and the operations that borrow a lent buffer.
+//!
+//! Every constructor takes memory only as a slot of the ring's buffer table, which the kernel
+//! checks, or as a [`PoolAddr`], which is never unmapped; so an [`Sqe`] may be pushed safely.
+
+use io_uring::{opcode, squeue, types};
+use libublk::sys;
+
+use crate::pool::PoolAddr;
+
+/// An index into the ring's table of registered files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FixedFile(pub u32);
+
+/// A submission queue entry built by this module.
+#[derive(Clone, Debug)]
+pub struct Sqe(squeue::Entry);
+
+/// How the driver hands over the data of the next request of a tag.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Delivery {
+    /// Register the request's buffer in this slot before delivery, and return it at commit
+    /// (`UBLK_F_AUTO_BUF_REG`, Linux 6.16). `UBLK_AUTO_BUF_REG_FALLBACK` is always set: without
+    /// it a failed registration ends the request with an error that the server never sees.
+    AutoRegister {
+        /// The slot of this ring's buffer table.
+        slot: u16,
+    },
+    /// Copy to and from this address (Linux 6.0).
+    Copy(PoolAddr),
+}
+
+impl Delivery {
+    /// The value of `sqe->addr`: `struct ublk_auto_buf_reg` packed by
+    /// `ublk_auto_buf_reg_to_sqe_addr`, or unused.
+    fn sqe_addr(self) -> Option<u64> {
+        match self {
+            Self::AutoRegister { slot } => {
+                Some(u64::from(slot) | (u64::from(sys::UBLK_AUTO_BUF_REG_FALLBACK) << 16))
+            }
+            Self::Copy(_) => None,
+        }
+    }
+
+    /// The value of `ublksrv_io_cmd.addr`.
+    fn cmd_addr(self) -> u64 {
+        match self {
+            Self::AutoRegister { .. } => 0,
+            Self::Copy(addr) => addr.get(),
+        }
+    }
+}
+
+/// Where in the ring's buffer table the bytes of an operation are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FixedBuffer {
+    /// A lent request buffer: addresses in it count from 0 (`io_buffer_register_bvec` leaves
+    /// `imu->ubuf` 0).
+    Lent {
+        /// The slot that the buffer is registered in.
+        slot: u16,
+        /// First byte, counted from the start of the request.
+        offset: u32,
+    },
+    /// A buffer of the pool, registered under its index.
+    Pool {
+        /// The index of the buffer, which is also its slot.
+        slot: u16,
+        /// The address of the first byte.
+        addr: PoolAddr,
+    },
+}
+
+impl FixedBuffer {
+    fn slot(self) -> u16 {
+        match self {
+            Self::Lent { slot, .. } | Self::Pool { slot, .. } => slot,
+        }
+    }
+
+    fn pointer(self) -> *mut u8 {
+        let addr = match self {
+            Self::Lent { offset, .. } => u64::from(offset),
+            Self::Pool { addr, .. } => addr.get(),
+        };
+        // The kernel looks it up in the slot's range and never treats it as a bare address.
+        std::ptr::with_exposed_provenance_mut(usize::try_from(addr).unwrap_or(usize::MAX))
+    }
+}
+
+/// `struct ublksrv_io_cmd` as bytes.
+fn io_cmd(qid: u16, tag: u16, result: i32, addr: u64) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    bytes[0..2].copy_from_slice(&qid.to_ne_bytes());
+    bytes[2..4].copy_from_slice(&tag.to_ne_bytes());
+    bytes[4..8].copy_from_slice(&result.to_ne_bytes());
+    bytes[8..16].copy_from_slice(&addr.to_ne_bytes());
+    bytes
+}
+
+fn ublk(cdev: FixedFile, op: u32, cmd: [u8; 16], addr: Option<u64>) -> Sqe {
+    Sqe(opcode::UringCmd16::new(types::Fixed(cdev.0), op).cmd(cmd).addr(addr).build())
+}
+
+impl Sqe {
+    /// `UBLK_U_IO_FETCH_REQ`: hand a tag to the driver for the first time.
+    #[must_use]
+    pub fn fetch(cdev: FixedFile, qid: u16, tag: u16, delivery: Delivery) -> Self {
+        let cmd = io_cmd(qid, tag, 0, delivery.cmd_addr());
+        ublk(cdev, sys::UBLK_U_IO_FETCH_REQ, cmd, delivery.sqe_addr())
+    }
+
+    /// `UBLK_U_IO_COMMIT_AND_FETCH_REQ`: complete a tag's request with `result` (bytes moved, or a
+    /// negated error number) and fetch its next one. Must be pushed to the ring that fetched:
+    /// from another one the buffer is not returned and the request sticks.
+    #[must_use]
+    pub fn commit_and_fetch(
+        cdev: FixedFile,
+        qid: u16,
+        tag: u16,
+        result: i32,
+        delivery: Delivery,
+    ) -> Self {
+        let cmd = io_cmd(qid, tag, result, delivery.cmd_addr());
+        ublk(cdev, sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ, cmd, delivery.sqe_addr())
+    }
+
+    /// `UBLK_U_IO_REGISTER_IO_BUF` (Linux 6.15): put the buffer of a delivered request into a slot.
+    #[must_use]
+    pub fn register_buffer(cdev: FixedFile, qid: u16, tag: u16, slot: u16) -> Self {
+        ublk(cdev, sys::UBLK_U_IO_REGISTER_IO_BUF, io_cmd(qid, tag, 0, u64::from(slot)), None)
+    }
+
+    /// `UBLK_U_IO_UNREGISTER_IO_BUF` (Linux 6.15): take it out again.
+    #[must_use]
+    pub fn unregister_buffer(cdev: FixedFile, qid: u16, tag: u16, slot: u16) -> Self {
+        ublk(cdev, sys::UBLK_U_IO_UNREGISTER_IO_BUF, io_cmd(qid, tag, 0, u64::from(slot)), None)
+    }
+
+    /// Reads `len` bytes at byte `offset` of a file into a fixed buffer.
+    #[must_use]
+    pub fn read_fixed(file: FixedFile, buffer: FixedBuffer, len: u32, offset: u64) -> Self {
+        Self(
+            opcode::ReadFixed::new(types::Fixed(file.0), buffer.pointer(), len, buffer.slot())
+                .offset(offset)
+                .build(),
+        )
+    }
+
+    /// Writes `len` bytes from a fixed buffer at byte `offset` of a file. With `dsync`
+    /// (`RWF_DSYNC`) the data is on stable storage at completion: a FUA write on block devices
+    /// that have it, write and flush elsewhere.
+    #[must_use]
+    pub fn write_fixed(
+        file: FixedFile,
+        buffer: FixedBuffer,
+        len: u32,
+        offset: u64,
+        dsync: bool,
+    ) -> Self {
+        let flags = if dsync { libc::RWF_DSYNC } else { 0 };
+        Self(
+            opcode::WriteFixed::new(
+                types::Fixed(file.0),
+                buffer.pointer().cast_const(),
+                len,
+                buffer.slot(),
+            )
+            .offset(offset)
+            .rw_flags(flags)
+            .build(),
+        )
+    }
+
+    /// `fdatasync` of a file, or a flush of a block device's cache. Runs on an io-wq thread.
+    #[must_use]
+    pub fn datasync(file: FixedFile) -> Self {
+        let flags = types::FsyncFlags::DATASYNC;
+        Self(opcode::Fsync::new(types::Fixed(file.0)).flags(flags).build())
+    }
+
+    /// `fallocate(2)` with `mode` over a range of bytes. Runs on an io-wq thread.
+    #[must_use]
+    pub fn fallocate(file: FixedFile, mode: i32, offset: u64, len: u64) -> Self {
+        Self(opcode::Fallocate::new(types::Fixed(file.0), len).offset(offset).mode(mode).build())
+    }
+
+    /// `BLOCK_URING_CMD_DISCARD` (Linux 6.12, `block/ioctl.c`): discards a range of a block
+    /// device without blocking the submitter.
+    #[must_use]
+    pub fn discard(file: FixedFile, offset: u64, len: u64) -> Self {
+        // `_IO(0x12, 0)`; the start is in `sqe->addr`, the length in `sqe->addr3`, which is where
+        // the command bytes begin.
+        const BLOCK_URING_CMD_DISCARD: u32 = 0x12 << 8;
+        let mut cmd = [0; 16];
+        cmd[0..8].copy_from_slice(&len.to_ne_bytes());
+        Self(
+            opcode::UringCmd16::new(types::Fixed(file.0), BLOCK_URING_CMD_DISCARD)
+                .cmd(cmd)
+                .addr(Some(offset))
+                .build(),
+        )
+    }
+
+    /// Sets what the completion will carry.
+    #[must_use]
+    pub fn user_data(self, user_data: u64) -> Self {
+        Self(self.0.user_data(user_data))
+    }
+
+    pub(crate) fn entry(&self) -> &squeue::Entry {
+        &self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Layout of `struct io_uring_sqe` (`include/uapi/linux/io_uring.h`), byte offsets.
+    fn bytes(sqe: &Sqe) -> [u8; 64] {
+        assert_eq!(size_of::<squeue::Entry>(), 64);
+        // SAFETY: an entry is 64 bytes of plain integers, `repr(C)` and without padding.
+        unsafe { std::mem::transmute_copy(&sqe.0) }
+    }
+
+    fn u16_at(bytes: &[u8], at: usize) -> u16 {
+        u16::from_ne_bytes(bytes[at..at + 2].try_into().unwrap())
+    }
+    fn u32_at(bytes: &[u8], at: usize) -> u32 {
+        u32::from_ne_bytes(bytes[at..at + 4].try_into().unwrap())
+    }
+    fn u64_at(bytes: &[u8], at: usize) -> u64 {
+        u64::from_ne_bytes(bytes[at..at + 8].try_into().unwrap())
+    }
+
+    const URING_CMD: u8 = 46;
+    const FIXED_FILE: u8 = 1;
+
+    #[test]
+    fn a_fetch_asks_for_automatic_registration_with_fallback() {
+        let sqe = Sqe::fetch(FixedFile(0), 3, 17, Delivery::AutoRegister { slot: 0x1234 });
+        let raw = bytes(&sqe.user_data(99));
+        assert_eq!((raw[0], raw[1]), (URING_CMD, FIXED_FILE));
+        assert_eq!(u32_at(&raw, 8), 0xc010_7520, "_IOWR('u', 0x20, 16 bytes)");
+        assert_eq!(u64_at(&raw, 16), 0x0001_1234, "slot, and FALLBACK in bit 16");
+        assert_eq!(u64_at(&raw, 32), 99);
+        assert_eq!((u16_at(&raw, 48), u16_at(&raw, 50)), (3, 17));
+        assert_eq!(u64_at(&raw, 56), 0);
+    }
+
+    #[test]
+    fn a_commit_carries_the_result_and_the_copy_address() {
+        let pool = crate::pool::BufferPool::new(2, 4096).unwrap();
+        let addr = pool.addr(1, 0);
+        let sqe = Sqe::commit_and_fetch(FixedFile(0), 1, 2, -5, Delivery::Copy(addr));
+        let raw = bytes(&sqe);
+        assert_eq!(u32_at(&raw, 8), 0xc010_7521);
+        assert_eq!(u64_at(&raw, 16), 0);
+        assert_eq!(u32_at(&raw, 52), u32::MAX - 4);
+        assert_eq!(u64_at(&raw, 56), addr.get());
+    }
+
+    #[test]
+    fn registration_names_request_and_slot() {
+        let raw = bytes(&Sqe::register_buffer(FixedFile(0), 1, 2, 7));
+        assert_eq!(u32_at(&raw, 8), 0xc010_7523);
+        assert_eq!((u16_at(&raw, 48), u16_at(&raw, 50), u64_at(&raw, 56)), (1, 2, 7));
+        let raw = bytes(&Sqe::unregister_buffer(FixedFile(0), 1, 2, 7));
+        assert_eq!(u32_at(&raw, 8), 0xc010_7524);
+    }
+
+    #[test]
+    fn a_lent_buffer_is_addressed_by_offset() {
+        let lent = FixedBuffer::Lent { slot: 5, offset: 512 };
+        let raw = bytes(&Sqe::write_fixed(FixedFile(1), lent, 4096, 1 << 40, true));
+        assert_eq!((raw[0], raw[1]), (5, FIXED_FILE), "IORING_OP_WRITE_FIXED");
+        assert_eq!((u64_at(&raw, 8), u64_at(&raw, 16), u32_at(&raw, 24)), (1 << 40, 512, 4096));
+        assert_eq!(u32_at(&raw, 28), 2, "RWF_DSYNC");
+        assert_eq!(u16_at(&raw, 40), 5);
+        let raw = bytes(&Sqe::read_fixed(FixedFile(1), lent, 4096, 0));
+        assert_eq!((raw[0], u32_at(&raw, 28)), (4, 0), "IORING_OP_READ_FIXED");
+    }
+
+    #[test]
+    fn a_discard_has_start_and_length() {
+        let raw = bytes(&Sqe::discard(FixedFile(1), 1 << 20, 1 << 16));
+        assert_eq!((raw[0], u32_at(&raw, 8)), (URING_CMD, 0x1200));
+        assert_eq!((u64_at(&raw, 16), u64_at(&raw, 48)), (1 << 20, 1 << 16));
+    }
+
+    #[test]
+    fn flush_and_fallocate() {
+        let raw = bytes(&Sqe::datasync(FixedFile(1)));
+        assert_eq!((raw[0], u32_at(&raw, 28)), (3, 1), "IORING_OP_FSYNC, IORING_FSYNC_DATASYNC");
+        let raw = bytes(&Sqe::fallocate(FixedFile(1), 3, 8192, 4096));
+        assert_eq!(raw[0], 17, "IORING_OP_FALLOCATE");
+        assert_eq!((u64_at(&raw, 8), u64_at(&raw, 16), u32_at(&raw, 24)), (8192, 4096, 3));
+    }
+}
