@@ -1,1 +1,18 @@
-//! x
+//! The library behind `ublk-target`: block devices served from user space without touching the
+//! data.
+//!
+//! ```text
+//!  request ──> Planner::plan ──> Plan (stages of ops) ──> Engine ──> SQEs ──> ring ──> NVMe
+//!     ^            (pure)             (bounded)          (sans-I/O)    ^                  |
+//!     └───────────── commit <──── all borrows given back <── CQEs ─────┴──────────────────┘
+//!                                        |
+//!                                     bufreg (who holds what)
+//! ```
+
+pub mod backing;
+pub mod engine;
+pub mod kernel;
+pub mod plan;
+pub mod request;
+pub mod target;
+pub mod units;

@@ -1,0 +1,206 @@
+//! Limits of a device, inherited from its backings.
+//!
+//! If the device allowed what a backing does not, requests would be split a second time, fail
+//! with `EINVAL`, or be pushed to worker threads; so every limit is the backing's own.
+
+use uring_ext::params::Params;
+use uring_ext::sys;
+
+use crate::units::Bytes;
+
+/// Limits for discards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiscardLimits {
+    /// Bytes that are discarded as one.
+    pub granularity: u32,
+    /// Offset of the first such unit in bytes.
+    pub alignment: u32,
+    /// Most bytes in one request.
+    pub max_bytes: u64,
+}
+
+/// What the block layer must know about a device. Sizes in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Smallest unit of addressing; a power of two from 512 to the page size.
+    pub logical_block: u32,
+    /// Smallest unit that is written without reading; a power of two.
+    pub physical_block: u32,
+    /// Smallest I/O that performs well.
+    pub io_min: u32,
+    /// I/O size that performs best, 0 if unknown.
+    pub io_opt: u32,
+    /// Most bytes in one read or write.
+    pub max_io: u32,
+    /// Requests do not cross multiples of this, 0 for none.
+    pub chunk: u64,
+    /// Alignment of buffers in memory; a power of two.
+    pub dma_alignment: u32,
+    /// Gaps between segments are allowed only at multiples of this plus one, 0 for anywhere.
+    pub virt_boundary_mask: u64,
+    /// Most segments of a request.
+    pub max_segments: u16,
+    /// Most bytes in a segment.
+    pub max_segment_size: u32,
+    /// Limits for discards, `None` if they are not supported.
+    pub discard: Option<DiscardLimits>,
+    /// Most bytes in one write-zeroes request, 0 if it is not supported.
+    pub max_write_zeroes: u64,
+    /// Completed writes may be lost until a flush.
+    pub volatile_cache: bool,
+    /// A write can be made durable without a flush.
+    pub fua: bool,
+    /// Seeks are expensive.
+    pub rotational: bool,
+    /// Writes are refused.
+    pub read_only: bool,
+}
+
+impl Default for Limits {
+    /// Limits that any backing meets.
+    fn default() -> Self {
+        Self {
+            logical_block: 512,
+            physical_block: 4096,
+            io_min: 4096,
+            io_opt: 0,
+            max_io: 1 << 20,
+            chunk: 0,
+            dma_alignment: 4,
+            virt_boundary_mask: 0,
+            max_segments: 128,
+            max_segment_size: 1 << 20,
+            discard: None,
+            max_write_zeroes: 0,
+            volatile_cache: false,
+            fua: false,
+            rotational: false,
+            read_only: false,
+        }
+    }
+}
+
+/// The driver's own limit of one request's data (`UBLK_IO_BUF_BITS`): 32 MiB.
+const DRIVER_MAX_IO: u32 = 1 << sys::UBLK_IO_BUF_BITS;
+
+impl Limits {
+    /// Bytes of a request's buffer: the greatest I/O, at least a page, and at most `cap`.
+    #[must_use]
+    pub fn buffer_bytes(&self, cap: u32, page: u32) -> u32 {
+        let max_io = self.max_io.min(cap).min(DRIVER_MAX_IO);
+        (max_io / page * page).max(page)
+    }
+
+    /// The parameters of a device of `size` with buffers of `buffer_bytes`.
+    #[must_use]
+    pub fn params(&self, size: Bytes, buffer_bytes: u32) -> Params {
+        let max_io = u64::from(self.max_io.min(buffer_bytes));
+        let basic = sys::ublk_param_basic {
+            attrs: self.attrs(),
+            logical_bs_shift: shift(self.logical_block),
+            physical_bs_shift: shift(self.physical_block),
+            io_opt_shift: shift(self.optimal()),
+            io_min_shift: shift(self.io_min.max(self.logical_block)),
+            max_sectors: sectors(max_io),
+            chunk_sectors: sectors(self.chunk),
+            dev_sectors: size.sectors().0,
+            virt_boundary_mask: self.virt_boundary_mask,
+        };
+        let params = Params::new(basic).with_dma_alignment(self.dma_alignment).with_segments(
+            sys::ublk_param_segment {
+                // Not to be had from sysfs; the block layer's default, and NVMe's.
+                seg_boundary_mask: u64::from(u32::MAX),
+                max_segment_size: self.max_segment_size.max(sys::UBLK_MIN_SEGMENT_SIZE),
+                max_segments: self.max_segments,
+                pad: [0; 2],
+            },
+        );
+        if self.discard.is_none() && self.max_write_zeroes == 0 {
+            return params;
+        }
+        let discard = self.discard.unwrap_or(DiscardLimits {
+            granularity: self.logical_block,
+            alignment: 0,
+            max_bytes: 0,
+        });
+        params.with_discard(sys::ublk_param_discard {
+            discard_alignment: discard.alignment,
+            discard_granularity: discard.granularity,
+            max_discard_sectors: sectors(discard.max_bytes),
+            max_write_zeroes_sectors: sectors(self.max_write_zeroes),
+            // The driver takes no other number (`ublk_validate_params`).
+            max_discard_segments: 1,
+            reserved0: 0,
+        })
+    }
+
+    fn attrs(&self) -> u32 {
+        let table = [
+            (self.read_only, sys::UBLK_ATTR_READ_ONLY),
+            (self.rotational, sys::UBLK_ATTR_ROTATIONAL),
+            (self.volatile_cache, sys::UBLK_ATTR_VOLATILE_CACHE),
+            (self.volatile_cache && self.fua, sys::UBLK_ATTR_FUA),
+        ];
+        table.iter().filter(|(set, _)| *set).fold(0, |attrs, (_, bit)| attrs | bit)
+    }
+
+    /// The optimal size as the driver can express it, a power of two: the largest that divides
+    /// the backing's, or the physical block where that is unknown.
+    fn optimal(&self) -> u32 {
+        if self.io_opt == 0 { self.physical_block } else { 1 << self.io_opt.trailing_zeros() }
+    }
+}
+
+/// Base-two logarithm, rounded down.
+fn shift(bytes: u32) -> u8 {
+    u8::try_from(bytes.max(1).ilog2()).unwrap_or(u8::MAX)
+}
+
+/// Whole sectors, as many as 32 bits hold.
+fn sectors(bytes: u64) -> u32 {
+    u32::try_from(Bytes(bytes).sectors().0).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_become_shifts_and_sectors() {
+        let limits = Limits {
+            logical_block: 4096,
+            io_opt: 96 << 10,
+            max_io: 512 << 10,
+            ..Limits::default()
+        };
+        let basic = *limits.params(Bytes(1 << 30), 512 << 10).basic();
+        assert_eq!((basic.logical_bs_shift, basic.physical_bs_shift), (12, 12));
+        assert_eq!(basic.io_opt_shift, 15, "32 KiB is the greatest power of two in 96 KiB");
+        assert_eq!((basic.max_sectors, basic.dev_sectors), (1024, 1 << 21));
+    }
+
+    #[test]
+    fn io_never_exceeds_the_buffer() {
+        let limits = Limits { max_io: u32::MAX, ..Limits::default() };
+        assert_eq!(limits.buffer_bytes(u32::MAX, 4096), 32 << 20);
+        assert_eq!(limits.buffer_bytes(512 << 10, 4096), 512 << 10);
+        assert_eq!(Limits { max_io: 512, ..limits }.buffer_bytes(1 << 20, 4096), 4096);
+        let params = limits.params(Bytes(1 << 30), 512 << 10);
+        assert_eq!(params.basic().max_sectors, 1024);
+    }
+
+    #[test]
+    fn attributes_are_inherited() {
+        let plain = Limits::default();
+        let table = [
+            (plain, 0),
+            (Limits { volatile_cache: true, ..plain }, 4),
+            (Limits { volatile_cache: true, fua: true, ..plain }, 12),
+            (Limits { fua: true, ..plain }, 0),
+            (Limits { read_only: true, rotational: true, ..plain }, 3),
+        ];
+        for (limits, attrs) in table {
+            assert_eq!(limits.params(Bytes(512), 4096).basic().attrs, attrs, "{limits:?}");
+        }
+    }
+}

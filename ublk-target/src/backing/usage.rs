@@ -1,0 +1,134 @@
+//! Who uses a block device or a file: to say it where exclusive use is refused.
+
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::Path;
+
+use super::sysfs::{SysfsDevice, parse_devt};
+
+/// The users of the block device `(major, minor)` and of its partitions, in words: mounts, swap,
+/// devices stacked on it. Empty if none of these is known.
+#[must_use]
+pub fn users_of_device(major: u32, minor: u32) -> Vec<String> {
+    let mut numbers = vec![(major, minor)];
+    let sysfs = SysfsDevice::find(Path::new("/sys"), major, minor);
+    if let Some(device) = &sysfs {
+        numbers.extend(device.partitions());
+    }
+    let mut users = Vec::new();
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    users.extend(mount_points(&mounts, &numbers).into_iter().map(|at| format!("mounted on {at}")));
+    for (major, minor) in &numbers {
+        let holders = SysfsDevice::find(Path::new("/sys"), *major, *minor)
+            .map(|device| device.holders())
+            .unwrap_or_default();
+        users.extend(holders.into_iter().map(|name| format!("held by {name}")));
+    }
+    let swaps = fs::read_to_string("/proc/swaps").unwrap_or_default();
+    for path in swap_paths(&swaps) {
+        let is_ours = fs::metadata(path).is_ok_and(|meta| {
+            meta.file_type().is_block_device() && numbers.contains(&split_devt(meta.rdev()))
+        });
+        if is_ours {
+            users.push("used as swap".to_owned());
+        }
+    }
+    users
+}
+
+/// The users of a regular file, in words: swap, kernel loop devices.
+#[must_use]
+pub fn users_of_file(path: &Path) -> Vec<String> {
+    let mut users = Vec::new();
+    let swaps = fs::read_to_string("/proc/swaps").unwrap_or_default();
+    if swap_paths(&swaps).any(|swap| Path::new(swap) == path) {
+        users.push("used as swap".to_owned());
+    }
+    let Ok(blocks) = fs::read_dir("/sys/block") else { return users };
+    for block in blocks.flatten() {
+        let backing = fs::read_to_string(block.path().join("loop/backing_file"));
+        if backing.is_ok_and(|backing| Path::new(backing.trim_end()) == path) {
+            users.push(format!("attached to /dev/{}", block.file_name().to_string_lossy()));
+        }
+    }
+    users
+}
+
+/// Processes that have a node of the device open, as `name (pid)`, at most `limit`.
+#[must_use]
+pub fn openers_of_device(major: u32, minor: u32, limit: usize) -> Vec<String> {
+    let Ok(processes) = fs::read_dir("/proc") else { return Vec::new() };
+    let pids = processes.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(|pid| has_open(*pid, (major, minor)))
+        .take(limit)
+        .map(|pid| format!("{} ({pid})", process_name(pid)))
+        .collect()
+}
+
+fn has_open(pid: u32, devt: (u32, u32)) -> bool {
+    let Ok(files) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
+    files.flatten().any(|file| {
+        fs::metadata(file.path())
+            .is_ok_and(|meta| meta.file_type().is_block_device() && split_devt(meta.rdev()) == devt)
+    })
+}
+
+/// The name of a process, `?` if it is gone.
+#[must_use]
+pub fn process_name(pid: u32) -> String {
+    fs::read_to_string(format!("/proc/{pid}/comm"))
+        .map_or_else(|_| "?".to_owned(), |name| name.trim().to_owned())
+}
+
+/// Major and minor of a device number.
+#[must_use]
+pub fn split_devt(devt: u64) -> (u32, u32) {
+    (libc::major(devt), libc::minor(devt))
+}
+
+/// Mount points of the devices, from the text of `mountinfo`.
+fn mount_points(mountinfo: &str, numbers: &[(u32, u32)]) -> Vec<String> {
+    let mut points: Vec<_> = mountinfo
+        .lines()
+        .filter_map(|line| {
+            let mut fields = line.split(' ');
+            let devt = parse_devt(fields.nth(2)?)?;
+            let point = fields.nth(1)?;
+            numbers.contains(&devt).then(|| unescape(point))
+        })
+        .collect();
+    points.dedup();
+    points
+}
+
+/// Undoes the octal escapes of blanks and backslashes.
+fn unescape(field: &str) -> String {
+    [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
+        .iter()
+        .fold(field.to_owned(), |text, (escape, character)| text.replace(escape, character))
+}
+
+fn swap_paths(swaps: &str) -> impl Iterator<Item = &str> {
+    swaps.lines().skip(1).filter_map(|line| line.split_whitespace().next())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mounts_of_a_device_are_found() {
+        let mountinfo = "22 1 259:0 / / rw,relatime shared:1 - ext4 /dev/root rw\n\
+                         30 22 259:3 / /mnt/a\\040b rw - xfs /dev/nvme1n1p1 rw\n\
+                         31 22 0:20 / /proc rw - proc proc rw\n";
+        assert_eq!(mount_points(mountinfo, &[(259, 2), (259, 3)]), ["/mnt/a b"]);
+        assert!(mount_points(mountinfo, &[(8, 0)]).is_empty());
+        assert!(mount_points("garbage\n\n", &[(8, 0)]).is_empty());
+    }
+
+    #[test]
+    fn swap_files_are_found() {
+        let swaps = "Filename\tType\tSize\tUsed\tPriority\n/swap.img file 1 0 -2\n/dev/sda2 partition 1 0 -3\n";
+        assert_eq!(swap_paths(swaps).collect::<Vec<_>>(), ["/swap.img", "/dev/sda2"]);
+    }
+}
