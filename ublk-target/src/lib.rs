@@ -10,9 +10,13 @@
 //! ```
 
 pub mod backing;
+pub mod delete;
 pub mod engine;
 pub mod kernel;
+pub mod lend;
 pub mod plan;
 pub mod request;
+pub mod server;
+pub mod state;
 pub mod target;
 pub mod units;

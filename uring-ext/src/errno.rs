@@ -41,6 +41,8 @@ impl Errno {
     pub const ETIMEDOUT: Self = Self(libc::ETIMEDOUT);
     /// Operation cancelled.
     pub const ECANCELED: Self = Self(libc::ECANCELED);
+    /// No space left.
+    pub const ENOSPC: Self = Self(libc::ENOSPC);
     /// Read-only file system.
     pub const EROFS: Self = Self(libc::EROFS);
 

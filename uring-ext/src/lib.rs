@@ -20,6 +20,7 @@ pub mod params;
 pub mod pool;
 pub mod ring;
 pub mod sqe;
+pub mod task;
 
 pub use errno::Errno;
 

@@ -1,0 +1,199 @@
+//! Arguments and dispatch. Every failure is one line: what, why, what to do.
+
+mod add;
+mod daemon;
+mod manage;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use ublk_target::lend::LendRequest;
+use ublk_target::units::Bytes;
+
+/// Serves Linux block devices (/dev/ublkbN) from user space, without copying their data.
+#[derive(Debug, Parser)]
+#[command(name = "ublk-target", version, max_term_width = 100)]
+struct Cli {
+    /// Say more (-v: choices and their reasons, -vv: details)
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Add a device and serve it
+    #[command(subcommand)]
+    Add(Target),
+    /// Delete devices; one that is open or mounted is refused
+    Del(Del),
+    /// Show devices
+    List(List),
+    /// Show what the ublk driver of this kernel can do
+    Features(Features),
+}
+
+#[derive(Debug, Subcommand)]
+enum Target {
+    /// A device that forgets what is written to it and reads as zeros
+    Null {
+        /// Size of the device: bytes, or a number with K, M, G or T
+        #[arg(long, default_value = "250G")]
+        size: Bytes,
+        #[command(flatten)]
+        device: Device,
+    },
+    /// A file or block device, block for block
+    Loop {
+        /// The backing: a block device (opened exclusively) or a regular file (locked)
+        #[arg(short, long, value_name = "PATH")]
+        file: PathBuf,
+        #[command(flatten)]
+        device: Device,
+    },
+}
+
+#[derive(Debug, Args)]
+struct Device {
+    /// Device id: the device is /dev/ublkbID [default: the first free one]
+    #[arg(short = 'n', long, value_name = "ID")]
+    id: Option<u32>,
+    /// Number of queues; the driver takes no more than there are CPUs
+    #[arg(short, long, default_value = "1", value_parser = clap::value_parser!(u16).range(1..=4096))]
+    queues: u16,
+    /// Requests in flight for each queue
+    #[arg(short, long, default_value = "128", value_parser = clap::value_parser!(u16).range(1..=4096))]
+    depth: u16,
+    /// How request buffers get to the backing
+    #[arg(long, value_name = "MODE", default_value = "auto")]
+    lend: LendRequest,
+    /// Stay in the foreground and log to the terminal
+    #[arg(long)]
+    foreground: bool,
+    /// Print the device as JSON
+    #[arg(long)]
+    json: bool,
+    /// Serve in the background of the process that waits on the other end of standard output
+    #[arg(long, hide = true)]
+    daemon: bool,
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+struct Which {
+    /// The device /dev/ublkbID
+    #[arg(short = 'n', long, value_name = "ID")]
+    id: Option<u32>,
+    /// Every device, except those that another program serves
+    #[arg(long)]
+    all: bool,
+}
+
+#[derive(Debug, Args)]
+struct Del {
+    #[command(flatten)]
+    which: Which,
+}
+
+#[derive(Debug, Args)]
+struct List {
+    /// Only the device /dev/ublkbID
+    #[arg(short = 'n', long, value_name = "ID")]
+    id: Option<u32>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+struct Features {
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Parses the arguments and runs the command.
+pub fn run() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) if !error.use_stderr() => {
+            let _ = error.print();
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => {
+            eprintln!("ublk-target: {}", one_line(&error.render().to_string()));
+            return ExitCode::from(2);
+        }
+    };
+    let result = match &cli.command {
+        Command::Add(target) => add::add(target, cli.verbose),
+        Command::Del(del) => {
+            start_log(cli.verbose, "warn");
+            manage::delete(del)
+        }
+        Command::List(list) => {
+            start_log(cli.verbose, "warn");
+            manage::list(list)
+        }
+        Command::Features(features) => {
+            start_log(cli.verbose, "warn");
+            manage::features(features)
+        }
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("ublk-target: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The parser's message without its layout.
+fn one_line(message: &str) -> String {
+    let message = message.strip_prefix("error: ").unwrap_or(message);
+    let lines = message.lines().map(str::trim).filter(|line| !line.is_empty());
+    let said: Vec<_> = lines.take_while(|line| !line.starts_with("Usage:")).collect();
+    let said = said.into_iter().filter(|line| !line.starts_with("For more information"));
+    format!("{}; see `ublk-target --help`", said.collect::<Vec<_>>().join(" "))
+}
+
+fn start_log(verbose: u8, default: &str) {
+    let level = match verbose {
+        0 => default,
+        1 => "info",
+        _ => "debug",
+    };
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(level)).init();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn wrong_arguments_are_one_line() {
+        let table: [(&[&str], &str); 6] = [
+            (&["add", "loop"], "--file"),
+            (&["add", "null", "-q", "0"], "0 is not in 1..=4096"),
+            (&["add", "null", "-d", "4097"], "4097 is not in 1..=4096"),
+            (&["add", "null", "--lend", "magic"], "auto, fused, copy"),
+            (&["add", "null", "--size", "big"], "is not a size"),
+            (&["del"], "--all"),
+        ];
+        for (arguments, expected) in table {
+            let arguments = [&["ublk-target"], arguments].concat();
+            let error = Cli::try_parse_from(&arguments).unwrap_err();
+            let line = one_line(&error.render().to_string());
+            assert!(line.contains(expected) && !line.contains('\n'), "{arguments:?}: {line}");
+        }
+    }
+}

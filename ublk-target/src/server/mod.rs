@@ -1,0 +1,5 @@
+//! Serving a device: lanes on the data path, and the device's life around them.
+
+pub mod device;
+pub mod lane;
+mod signals;

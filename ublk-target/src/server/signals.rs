@@ -1,0 +1,71 @@
+//! Signals as events: blocked in every thread, read from a descriptor by the main thread.
+
+use std::os::fd::AsFd;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use uring_ext::Errno;
+
+/// What woke the main thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wake {
+    /// A signal that asks the server to end.
+    Signal(Signal),
+    /// A lane has ended.
+    LaneEnded,
+    /// Nothing within the time.
+    TimedOut,
+}
+
+/// The descriptors that the main thread waits on.
+#[derive(Debug)]
+pub struct Wakeups {
+    signals: SignalFd,
+    lanes: EventFd,
+}
+
+impl Wakeups {
+    /// Blocks the ending signals in this thread, and so in all threads that it starts from now
+    /// on; a control command is then never interrupted half-way.
+    ///
+    /// # Errors
+    /// `EMFILE` at the limit of open files.
+    pub fn new() -> Result<Self, Errno> {
+        let set: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();
+        let errno = |errno| Errno::new(errno as i32);
+        set.thread_block().map_err(errno)?;
+        let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+        let signals = SignalFd::with_flags(&set, flags).map_err(errno)?;
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let lanes = EventFd::from_value_and_flags(0, flags).map_err(errno)?;
+        Ok(Self { signals, lanes })
+    }
+
+    /// Says that a lane has ended. Callable from any thread.
+    pub fn lane_ended(&self) {
+        // It can only fail at 2^64 - 1 ended lanes.
+        let _ = self.lanes.write(1);
+    }
+
+    /// Waits for a signal or the end of a lane.
+    pub fn wait(&self, timeout: PollTimeout) -> Wake {
+        loop {
+            if let Ok(Some(info)) = self.signals.read_signal() {
+                let number = i32::try_from(info.ssi_signo).unwrap_or(0);
+                return Wake::Signal(Signal::try_from(number).unwrap_or(Signal::SIGTERM));
+            }
+            if self.lanes.read().is_ok() {
+                return Wake::LaneEnded;
+            }
+            let mut fds = [
+                PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.lanes.as_fd(), PollFlags::POLLIN),
+            ];
+            if matches!(poll(&mut fds, timeout), Ok(0)) {
+                return Wake::TimedOut;
+            }
+        }
+    }
+}
