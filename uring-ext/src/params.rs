@@ -39,11 +39,11 @@ impl Params {
     }
 
     /// Adds the alignment of buffers in memory, in bytes: a power of two up to the page size
-    /// (Linux 6.15).
+    /// (Linux 6.15). The driver takes it as a mask (`ublk_validate_params`).
     #[must_use]
     pub fn with_dma_alignment(mut self, bytes: u32) -> Self {
         self.types |= sys::UBLK_PARAM_TYPE_DMA_ALIGN;
-        self.dma.alignment = bytes;
+        self.dma.alignment = bytes.saturating_sub(1);
         self
     }
 
