@@ -108,12 +108,7 @@ fn users_of(id: u32) -> Vec<String> {
     let Some((major, minor)) = devt.ok().as_deref().and_then(parse_devt) else {
         return Vec::new();
     };
-    let mut users = usage::users_of_device(major, minor);
-    if users.is_empty() {
-        let openers = usage::openers_of_device(major, minor, 3);
-        users.extend(openers.into_iter().map(|opener| format!("open by {opener}")));
-    }
-    users
+    usage::holders_of_device(major, minor)
 }
 
 /// The process that serves a device.

@@ -138,7 +138,7 @@ impl Backing {
         let limits = sysfs.limits();
         let mut file = open_direct(&path, !limits.read_only, libc::O_EXCL).map_err(|errno| {
             if errno == Errno::EBUSY {
-                in_use(usage::users_of_device(major, minor), "by another program")
+                in_use(usage::holders_of_device(major, minor), "another program has claimed it")
             } else {
                 BackingProblem::Failed { doing: "cannot be opened", errno }
             }
@@ -166,7 +166,7 @@ impl Backing {
         let mut file =
             Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
                 if errno == nix::errno::Errno::EWOULDBLOCK {
-                    in_use(Vec::new(), "locked by another program, likely another ublk-target")
+                    in_use(Vec::new(), "another program has locked it, likely another ublk-target")
                 } else {
                     BackingProblem::Failed {
                         doing: "cannot be locked",

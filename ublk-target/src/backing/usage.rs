@@ -36,6 +36,17 @@ pub fn users_of_device(major: u32, minor: u32) -> Vec<String> {
     users
 }
 
+/// The users of a block device, or where none is known the processes that have it open.
+#[must_use]
+pub fn holders_of_device(major: u32, minor: u32) -> Vec<String> {
+    let mut users = users_of_device(major, minor);
+    if users.is_empty() {
+        let openers = openers_of_device(major, minor, 3);
+        users.extend(openers.into_iter().map(|opener| format!("open by {opener}")));
+    }
+    users
+}
+
 /// The users of a regular file, in words: swap, kernel loop devices.
 #[must_use]
 pub fn users_of_file(path: &Path) -> Vec<String> {
