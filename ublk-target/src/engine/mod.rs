@@ -216,9 +216,7 @@ impl<P: Planner> Engine<P> {
         if let Progress::Failed(errno) = outcome {
             run.fail(errno);
         }
-        if run.pending == 0 {
-            self.proceed(tag, port);
-        }
+        self.proceed(tag, port);
     }
 
     /// Whether all tags have ended: nothing is in flight and nothing will come.
@@ -252,7 +250,7 @@ impl<P: Planner> Engine<P> {
         self.proceed(tag, port);
     }
 
-    /// Goes on with a request that has nothing in flight: its next stage, its next window, or
+    /// Goes on with a request once it has nothing in flight: its next stage, its next window, or
     /// its end.
     fn proceed(&mut self, tag: Tag, port: &mut impl Port) {
         loop {

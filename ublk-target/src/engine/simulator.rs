@@ -138,6 +138,8 @@ struct World {
     oracle: Vec<Option<u8>>,
     buffers: Vec<Vec<u8>>,
     slots: Vec<Option<Tag>>,
+    /// Tags whose buffer the engine registered by a command of its own.
+    explicit: Vec<bool>,
     open: Vec<Option<Open>>,
     pending: Vec<Pending>,
     /// The tags of keys that are out, and keys that have been used up.
@@ -152,6 +154,7 @@ impl Port for World {
     fn commit(&mut self, tag: Tag, result: i32) {
         let open = self.open[tag.index()].take().expect("committed once, after delivery");
         assert!(self.pending.iter().all(|p| p.tag() != tag), "committed with work in flight");
+        assert!(!self.explicit[tag.index()], "committed with its own registration in place");
         if let Some(slot) = self.slots.iter_mut().find(|slot| **slot == Some(tag)) {
             *slot = None; // What the commit of an automatically registered buffer does.
         }
@@ -184,6 +187,7 @@ impl Port for World {
         let open = self.open[tag.index()].as_mut().unwrap();
         if res == 0 {
             assert_eq!(self.slots[usize::from(slot.0)].replace(tag), None, "slot is taken");
+            self.explicit[tag.index()] = true;
         } else if res == -libc_errno(Errno::EBUSY) {
             open.errors += 1;
         } else {
@@ -194,6 +198,7 @@ impl Port for World {
 
     fn unregister(&mut self, tag: Tag, slot: SlotIndex) {
         assert_eq!(self.slots[usize::from(slot.0)].take(), Some(tag));
+        assert!(std::mem::take(&mut self.explicit[tag.index()]));
         self.pending.push(Pending::Unregistered { tag, res: 0 });
     }
 
@@ -227,6 +232,7 @@ impl World {
             oracle: vec![Some(0); bytes],
             buffers: vec![Vec::new(); usize::from(DEPTH)],
             slots: vec![None; usize::from(DEPTH)],
+            explicit: vec![false; usize::from(DEPTH)],
             open: (0..DEPTH).map(|_| None).collect(),
             pending: Vec::new(),
             keys: HashMap::new(),
