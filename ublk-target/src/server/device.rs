@@ -92,6 +92,9 @@ pub enum DeviceError {
         /// Bytes of available memory.
         available: Bytes,
     },
+    /// The size asked for is less than a block.
+    #[error("a device of {0} bytes is less than one block of 512; give it a greater --size")]
+    TooSmall(u64),
     /// Part of the set-up failed.
     #[error("{doing}: {errno}")]
     Setup {
@@ -171,6 +174,9 @@ struct Layout {
 impl Layout {
     fn open(config: &DeviceConfig, lend: LendMode) -> Result<Self, DeviceError> {
         let (name, target, backing, limits, size) = match &config.target {
+            TargetConfig::Null { size } if size.sectors().0 == 0 => {
+                return Err(DeviceError::TooSmall(size.0));
+            }
             TargetConfig::Null { size } => {
                 let backing = Backing::zero()?;
                 let limits =

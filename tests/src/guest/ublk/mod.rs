@@ -1,0 +1,24 @@
+//! Tests of ublk-target on the kernel's own driver and emulated drives.
+
+mod arguments;
+mod commands;
+mod data;
+mod device;
+mod filesystem;
+mod lifecycle;
+mod old_kernel;
+mod trace;
+mod zero_copy;
+
+use super::TestCase;
+
+/// The tests of all modules here.
+pub const TABLES: [&[TestCase]; 7] = [
+    arguments::TESTS,
+    commands::TESTS,
+    data::TESTS,
+    filesystem::TESTS,
+    lifecycle::TESTS,
+    old_kernel::TESTS,
+    zero_copy::TESTS,
+];

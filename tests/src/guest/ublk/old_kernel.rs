@@ -1,0 +1,73 @@
+//! The release's own kernel, whose driver has no zero copy.
+
+use anyhow::{Result, ensure};
+
+use super::device::{Description, Device, PROGRAM, fresh_drive, load_driver, text};
+use crate::config::STABLE;
+use crate::guest::{Ctx, Outcome, TestCase, fio, process};
+
+pub const TESTS: &[TestCase] = &[
+    TestCase::guest("old_kernel_auto_serves_by_copy_and_says_why", STABLE, auto),
+    TestCase::guest("old_kernel_fused_is_refused", STABLE, fused),
+    TestCase::guest("old_kernel_verify_copy", STABLE, verify).seconds(300),
+    TestCase::guest("old_kernel_killed_server_is_cleaned_up", STABLE, killed),
+];
+
+const WHY: &str = "zero copy needs the ublk feature";
+
+fn auto(_ctx: &Ctx) -> Result<Outcome> {
+    load_driver()?;
+    let drive = fresh_drive("drive0")?;
+    let backing = drive.path();
+    let argv = [PROGRAM, "add", "loop", "-f", text(&backing)?, "--lend", "auto", "--json"];
+    let printed = process::run(&argv)?;
+    let described: Description = serde_json::from_str(&printed.stdout)?;
+    process::run(&[PROGRAM, "del", "-n", &described.id.to_string()])?;
+    ensure!(described.lend == "copy", "{described:?}");
+    ensure!(printed.stderr.contains(WHY) && printed.stderr.contains("6.1"), "{}", printed.stderr);
+    ensure!(printed.stderr.trim_end().lines().count() == 1, "{}", printed.stderr);
+    Ok(Outcome::Pass)
+}
+
+fn fused(_ctx: &Ctx) -> Result<Outcome> {
+    load_driver()?;
+    let said = process::run_for_code(&[PROGRAM, "add", "null", "--lend", "fused"], 1)?.stderr;
+    ensure!(said.contains("lend mode fused needs") && said.contains("--lend copy"), "{said}");
+    ensure!(said.trim_end().lines().count() == 1, "{said}");
+    ensure!(std::fs::read_dir("/sys/class/ublk-char")?.next().is_none(), "the device is left");
+    Ok(Outcome::Pass)
+}
+
+fn verify(ctx: &Ctx) -> Result<Outcome> {
+    let drive = fresh_drive("drive0")?;
+    let device = Device::add_loop(&drive.path(), &["-q", "2"])?;
+    let filename = format!("filename={}", device.path()?);
+    for (block, depth) in
+        [("bs=4k", "iodepth=32"), ("bsrange=512-64k", "iodepth=128"), ("bs=1m", "iodepth=4")]
+    {
+        let options = [
+            &filename,
+            "rw=randrw",
+            block,
+            depth,
+            "size=32m",
+            "ioengine=io_uring",
+            "direct=1",
+            "verify=crc32c",
+        ];
+        fio::run(ctx, &options)?;
+    }
+    process::run(&["blkdiscard", device.path()?])?;
+    process::run(&["mkfs.ext4", "-q", "-F", device.path()?])?;
+    process::run(&["e2fsck", "-f", "-n", device.path()?])?;
+    device.delete()?;
+    Ok(Outcome::Pass)
+}
+
+fn killed(_ctx: &Ctx) -> Result<Outcome> {
+    let device = Device::add(&["null"])?;
+    let pid = i32::try_from(device.pid()?)?;
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL)?;
+    device.delete()?;
+    Ok(Outcome::Pass)
+}

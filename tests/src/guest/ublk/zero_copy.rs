@@ -1,0 +1,193 @@
+//! Proofs with the kernel as witness: fused mode copies nothing, a flush and a FUA write reach
+//! the drive.
+
+use anyhow::{Context, Result, ensure};
+
+use super::device::{Device, fresh_drive, text};
+use super::trace::{CallCounter, NvmeCommands};
+use crate::config::DEFAULT;
+use crate::guest::{Ctx, Outcome, TestCase, fio, process};
+
+pub const TESTS: &[TestCase] = &[
+    TestCase::guest("fused_copies_nothing_by_the_drivers_functions", DEFAULT, functions)
+        .seconds(300),
+    TestCase::guest("fused_gives_the_drive_the_clients_pages", DEFAULT, pages).seconds(300),
+    TestCase::guest("flush_and_fua_reach_the_drive", DEFAULT, flush_and_fua).seconds(300),
+    TestCase::guest("discard_and_write_zeroes_reach_the_drive", DEFAULT, deallocation).seconds(300),
+];
+
+const REQUESTS: u64 = 2048;
+
+/// Reads and writes a fixed number of blocks.
+fn run_load(ctx: &Ctx, device: &str, rw: &str, block: &str) -> Result<()> {
+    let filename = format!("filename={device}");
+    let blocks = format!("number_ios={REQUESTS}");
+    let (rw, block) = (format!("rw={rw}"), format!("bs={block}"));
+    let options = [
+        &filename,
+        rw.as_str(),
+        &block,
+        &blocks,
+        "iodepth=16",
+        "size=1g",
+        "ioengine=io_uring",
+        "direct=1",
+        "norandommap=1",
+    ];
+    let report = fio::run(ctx, &options)?;
+    ensure!(report.read.requests + report.write.requests == REQUESTS, "{report:?}");
+    Ok(())
+}
+
+/// The driver's copy function is not called in fused mode, and is in copy mode, which shows that
+/// the counter works.
+fn functions(ctx: &Ctx) -> Result<Outcome> {
+    const COPY: &str = "ublk_copy_user_pages";
+    const REGISTER: &str = "io_buffer_register_bvec";
+    let drive = fresh_drive("drive0")?;
+    for lend in ["fused", "copy"] {
+        for rw in ["randread", "randwrite"] {
+            for block in ["4k", "128k"] {
+                let device = Device::add_loop(&drive.path(), &["--lend", lend])?;
+                process::run(&["udevadm", "settle"])?;
+                let counter = CallCounter::new(&[COPY, REGISTER])?;
+                run_load(ctx, device.path()?, rw, block)?;
+                let (copies, lends) = (counter.calls(COPY)?, counter.calls(REGISTER)?);
+                println!(
+                    "{lend} {rw} {block}: {REQUESTS} requests, {copies} copies, {lends} registrations"
+                );
+                // Something else (a udev probe) may read as well, so there may be more.
+                match lend {
+                    "fused" => ensure!(copies == 0 && lends >= REQUESTS),
+                    _ => ensure!(copies >= REQUESTS && lends == 0),
+                }
+                drop(counter);
+                device.delete()?;
+            }
+        }
+    }
+    Ok(Outcome::Pass)
+}
+
+/// The first page of each request to the drive is a page that the client's request to the ublk
+/// device had. In copy mode none is.
+fn pages(ctx: &Ctx) -> Result<Outcome> {
+    let drive = fresh_drive("drive0")?;
+    for (lend, is_same) in [("fused", true), ("copy", false)] {
+        for rw in ["randread", "randwrite"] {
+            let device = Device::add_loop(&drive.path(), &["--lend", lend])?;
+            process::run(&["udevadm", "settle"])?;
+            let (same, other) = shared_pages(ctx, &device, &drive.name, rw)?;
+            println!("{lend} {rw}: {same} requests with the client's page, {other} with another");
+            ensure!(same + other >= REQUESTS, "too few requests were seen");
+            ensure!(if is_same { other == 0 } else { same == 0 });
+            device.delete()?;
+        }
+    }
+    Ok(Outcome::Pass)
+}
+
+/// Counts the requests of a drive that have, and have not, a page of a ublk request.
+fn shared_pages(ctx: &Ctx, device: &Device, drive: &str, rw: &str) -> Result<(u64, u64)> {
+    let number = |disk: &str| -> Result<(String, String)> {
+        let devt = std::fs::read_to_string(format!("/sys/block/{disk}/dev"))?;
+        let (major, minor) = devt.trim().split_once(':').context("a device number")?;
+        Ok((major.to_owned(), minor.to_owned()))
+    };
+    let ublk = number(&format!("ublkb{}", device.described.id))?;
+    let nvme = number(drive)?;
+    let script = format!(
+        "rawtracepoint:block_rq_issue {{
+            $rq = (struct request *)arg0; $disk = $rq->q->disk;
+            if ($disk != 0 && $rq->bio != 0 && $rq->__data_len > 0) {{
+                $page = (uint64)$rq->bio->bi_io_vec->bv_page;
+                if ($disk->major == {} && $disk->first_minor == {}) {{ @lent[$page] = 1; }}
+                if ($disk->major == {} && $disk->first_minor == {}) {{
+                    if (@lent[$page] == 1) {{ @same = @same + 1; }} else {{ @other = @other + 1; }}
+                }}
+            }}
+        }}
+        END {{ clear(@lent); printf(\"same=%d other=%d\\n\", @same, @other); }}",
+        ublk.0, ublk.1, nvme.0, nvme.1
+    );
+    let load = ctx.directory().join("load.sh");
+    let fio = format!(
+        "#!/bin/sh\nexec fio --name=load --filename={} --rw={rw} --bs=4k --iodepth=16 --size=1g \
+         --number_ios={REQUESTS} --ioengine=io_uring --direct=1 --norandommap=1 --output=/dev/null\n",
+        device.path()?
+    );
+    std::fs::write(&load, fio)?;
+    let command = format!("sh {}", text(&load)?);
+    let printed = process::run(&["bpftrace", "-e", &script, "-c", &command])?;
+    let line = printed.stdout.lines().find(|line| line.starts_with("same="));
+    let line =
+        line.with_context(|| format!("bpftrace printed\n{}{}", printed.stdout, printed.stderr))?;
+    let (same, other) = line.split_once(' ').context("two counts")?;
+    let count = |text: &str| text.split('=').nth(1).and_then(|count| count.parse().ok());
+    Ok((count(same).context("a count")?, count(other).context("a count")?))
+}
+
+fn flush_and_fua(_ctx: &Ctx) -> Result<Outcome> {
+    let drive = fresh_drive("drive0")?;
+    for lend in ["fused", "copy"] {
+        let device = Device::add_loop(&drive.path(), &["--lend", lend])?;
+        process::run(&["udevadm", "settle"])?;
+        let output = format!("of={}", device.path()?);
+        let dd = |flags: &str| {
+            let argv =
+                ["dd", "if=/dev/zero", output.as_str(), "bs=4k", "count=10", "status=none", flags];
+            process::run(&argv).map(drop)
+        };
+
+        let commands = NvmeCommands::record(&drive.name)?;
+        dd("oflag=direct")?;
+        let flushes = commands.count(&["nvme_cmd_flush"])?;
+        ensure!(flushes == 0, "{flushes} flushes without a request for one");
+        ensure!(commands.count(&["nvme_cmd_write "])? == 10, "{:#?}", commands.lines()?);
+        ensure!(fua_writes(&commands)? == 0, "FUA without a request for it");
+        drop(commands);
+
+        let commands = NvmeCommands::record(&drive.name)?;
+        process::run(&["sync", device.path()?])?;
+        let flushes = commands.count(&["nvme_cmd_flush"])?;
+        ensure!(flushes >= 1, "a sync did not flush the drive: {:#?}", commands.lines()?);
+        drop(commands);
+
+        let commands = NvmeCommands::record(&drive.name)?;
+        dd("oflag=direct,dsync")?;
+        let (fua, flushes) = (fua_writes(&commands)?, commands.count(&["nvme_cmd_flush"])?);
+        println!("{lend}: 10 synchronous writes became {fua} FUA writes and {flushes} flushes");
+        ensure!(fua == 10, "{:#?}", commands.lines()?);
+        drop(commands);
+        device.delete()?;
+    }
+    Ok(Outcome::Pass)
+}
+
+/// Writes with the FUA bit: bit 30 of command dword 12, bit 14 of its control field.
+fn fua_writes(commands: &NvmeCommands) -> Result<usize> {
+    let writes = commands.lines()?.into_iter().filter(|line| line.contains("nvme_cmd_write "));
+    let control = |line: String| {
+        let rest = line.split("ctrl=0x").nth(1)?.to_owned();
+        u32::from_str_radix(rest.split(|c: char| !c.is_ascii_hexdigit()).next()?, 16).ok()
+    };
+    Ok(writes.filter_map(control).filter(|control| control & (1 << 14) != 0).count())
+}
+
+fn deallocation(_ctx: &Ctx) -> Result<Outcome> {
+    let drive = fresh_drive("drive0")?;
+    for lend in ["fused", "copy"] {
+        let device = Device::add_loop(&drive.path(), &["--lend", lend])?;
+        process::run(&["udevadm", "settle"])?;
+        let commands = NvmeCommands::record(&drive.name)?;
+        process::run(&["blkdiscard", "-l", "1M", device.path()?])?;
+        ensure!(commands.count(&["nvme_cmd_dsm"])? >= 1, "{:#?}", commands.lines()?);
+        ensure!(commands.count(&["nvme_cmd_write_zeroes"])? == 0, "a discard wrote zeroes");
+        process::run(&["blkdiscard", "-z", "-l", "256k", device.path()?])?;
+        ensure!(commands.count(&["nvme_cmd_write_zeroes"])? >= 1, "{:#?}", commands.lines()?);
+        ensure!(commands.count(&["nvme_cmd_write "])? == 0, "zeroes were written as data");
+        drop(commands);
+        device.delete()?;
+    }
+    Ok(Outcome::Pass)
+}

@@ -1,0 +1,415 @@
+//! Makes and keeps the guest image.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::Signal;
+use serde::{Deserialize, Serialize};
+
+use crate::cleanup::{self, Group};
+use crate::config::Kernel;
+use crate::recipe::{self, Privilege, ROOT_FS_KIB, ROOT_FS_OFFSET};
+use crate::{paths, ui};
+
+const RECORD: &str = "image.json";
+const ROOT: &str = "root.img";
+const HEADERS: &str = "headers";
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+/// Images kept when a new one has been made.
+const KEEP: usize = 2;
+
+/// A finished image.
+#[derive(Debug, Clone)]
+pub struct Image {
+    directory: PathBuf,
+    record: Record,
+}
+
+/// What is written down beside the image, last of all.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Record {
+    /// Kernel versions, oldest first.
+    kernels: Vec<String>,
+}
+
+impl Image {
+    /// The directory of the image.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The root disk.
+    pub fn root_disk(&self) -> PathBuf {
+        self.directory.join(ROOT)
+    }
+
+    /// The user-space headers (`linux/`, `asm/`, `asm-generic/`) of the newest
+    /// kernel's release line.
+    pub fn headers(&self) -> PathBuf {
+        self.directory.join(HEADERS)
+    }
+
+    /// The release of a kernel, as `uname -r` says it.
+    pub fn kernel_release(&self, kernel: Kernel) -> &str {
+        let found = match kernel {
+            Kernel::Backports => self.record.kernels.last(),
+            Kernel::Stable => self.record.kernels.first(),
+        };
+        found.map_or("", String::as_str)
+    }
+
+    /// The file of a kernel.
+    pub fn kernel(&self, kernel: Kernel) -> PathBuf {
+        self.directory.join(format!("vmlinuz-{}", self.kernel_release(kernel)))
+    }
+
+    fn open(directory: PathBuf) -> Option<Self> {
+        let text = fs::read_to_string(directory.join(RECORD)).ok()?;
+        let record: Record = serde_json::from_str(&text).ok()?;
+        let image = Self { directory, record };
+        let complete = !image.record.kernels.is_empty()
+            && [Kernel::Backports, Kernel::Stable].iter().all(|k| image.kernel(*k).is_file())
+            && image.root_disk().is_file();
+        complete.then_some(image)
+    }
+}
+
+/// The image of the present recipe, made if it is not there yet.
+///
+/// # Errors
+/// When it cannot be made; the message says what to do.
+pub fn ensure_image() -> Result<Image> {
+    let cache = paths::cache()?;
+    let directory = cache.join(recipe::hash());
+    if let Some(image) = Image::open(directory.clone()) {
+        // Used images are kept: the directory's time is that of its last use.
+        let _ = File::open(&directory).and_then(|d| d.set_modified(std::time::SystemTime::now()));
+        return Ok(image);
+    }
+    fs::create_dir_all(&cache).with_context(|| format!("make {}", cache.display()))?;
+    ui::status("waiting for another run that makes the guest image");
+    let _lock = cleanup::lock_file(&cache.join("lock"))?;
+    ui::clear();
+    if let Some(image) = Image::open(directory.clone()) {
+        return Ok(image);
+    }
+    // Whoever holds the lock is the only one to build, so these are dead.
+    for entry in fs::read_dir(&cache)?.flatten() {
+        if entry.file_name().to_string_lossy().starts_with("building-") {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+    ui::note("making the guest image (about a minute, once)");
+    build(&cache, &directory).context("make the guest image")?;
+    prune(&cache, &directory);
+    Image::open(directory).context("the guest image was made but is not complete")
+}
+
+fn build(cache: &Path, directory: &Path) -> Result<()> {
+    let privilege =
+        if nix::unistd::geteuid().is_root() { Privilege::Root } else { Privilege::Unshare };
+    let building = tempfile::Builder::new().prefix("building-").tempdir_in(cache)?;
+    // In a user namespace, root is somebody else who cannot look into homes.
+    let scratch_parent = match privilege {
+        Privilege::Root => building.path().to_owned(),
+        Privilege::Unshare => scratch_parent(),
+    };
+    let scratch = tempfile::Builder::new().prefix("ublk-image-").tempdir_in(&scratch_parent)?;
+    fs::set_permissions(scratch.path(), fs::Permissions::from_mode(0o777))?;
+
+    let mirror = find_mirror(scratch.path())?;
+    debootstrap(privilege, &mirror, scratch.path())?;
+    ui::step("guest image: keeping it");
+    let kernels = collect(scratch.path(), building.path())?;
+    let record = serde_json::to_vec_pretty(&Record { kernels })?;
+    File::create(building.path().join(RECORD))?.write_all(&record)?;
+    drop(scratch);
+    if directory.exists() {
+        fs::remove_dir_all(directory)?; // incomplete, or it would have been opened
+    }
+    fs::set_permissions(building.path(), fs::Permissions::from_mode(0o755))?;
+    let built = building.keep();
+    fs::rename(&built, directory).context("put the image in its place")?;
+    ui::clear();
+    Ok(())
+}
+
+/// Where mmdebstrap may unpack a gigabyte: a disk, rather than `/tmp`, which
+/// often is memory.
+fn scratch_parent() -> PathBuf {
+    std::env::var_os("TMPDIR").map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from)
+}
+
+fn debootstrap(privilege: Privilege, mirror: &str, scratch: &Path) -> Result<()> {
+    let customize = write_script(scratch, "customize.sh", recipe::CUSTOMIZE_SH)?;
+    let init = write_script(scratch, "init.sh", recipe::INIT_SH)?;
+    let root = File::create(scratch.join(ROOT))?;
+    root.set_len(ROOT_FS_OFFSET + ROOT_FS_KIB * 1024)?;
+    root.set_permissions(fs::Permissions::from_mode(0o666))?;
+    std::os::unix::fs::FileExt::write_all_at(&root, &partition_table()?, 0)?;
+
+    let keyring = Path::new(KEYRING);
+    ensure!(keyring.is_file(), "{KEYRING} is missing (package debian-archive-keyring)");
+    // SIGTERM, for it unmounts and removes what it made.
+    let mut command = cleanup::command("mmdebstrap", Signal::SIGTERM);
+    command
+        .args(recipe::mmdebstrap_args(privilege, mirror, KEYRING, &customize.display().to_string()))
+        .env("OUT", scratch)
+        .env("INIT", init)
+        .env("FS_KIB", ROOT_FS_KIB.to_string())
+        .env("TMPDIR", scratch_parent())
+        .env("LC_ALL", "C.UTF-8")
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    let mut group = Group::spawn(&mut command, Signal::SIGTERM)?;
+    let stderr = group.child().stderr.take().context("mmdebstrap's standard error")?;
+    let mut log = Vec::new();
+    for line in BufReader::new(stderr).split(b'\n') {
+        let line = String::from_utf8_lossy(&line?).trim_end().to_owned();
+        if let Some(step) = progress(&line) {
+            ui::step(&format!("guest image: {step}"));
+        }
+        log.push(line);
+    }
+    let status = group.wait()?;
+    ui::clear();
+    if !status.success() {
+        let tail = log[log.len().saturating_sub(30)..].join("\n");
+        bail!("mmdebstrap ended with {status}; its last lines:\n{tail}");
+    }
+    Ok(())
+}
+
+/// The part of mmdebstrap's (or our hook's) output that says what it does now.
+fn progress(line: &str) -> Option<&str> {
+    if let Some(step) = line.strip_prefix("STEP ") {
+        return Some(step);
+    }
+    let step = line.strip_prefix("I: ")?.trim_end_matches('.');
+    let verbs = ["downloading", "extracting", "installing", "running apt-get", "cleaning"];
+    verbs.iter().any(|verb| step.starts_with(verb)).then_some(step)
+}
+
+fn write_script(directory: &Path, name: &str, text: &str) -> Result<PathBuf> {
+    let path = directory.join(name);
+    fs::write(&path, text)?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    Ok(path)
+}
+
+/// One partition that holds the root file system. The kernel knows a partition
+/// by signature and number, whatever the drive is called.
+fn partition_table() -> Result<[u8; 512]> {
+    let sectors = |bytes: u64| u32::try_from(bytes / 512);
+    let mut sector = [0u8; 512];
+    sector[440..444].copy_from_slice(&recipe::DISK_SIGNATURE.to_le_bytes());
+    // Flags 0; CHS addresses that mean "see the block addresses"; type Linux.
+    sector[446..454].copy_from_slice(&[0, 0xfe, 0xff, 0xff, 0x83, 0xfe, 0xff, 0xff]);
+    sector[454..458].copy_from_slice(&sectors(ROOT_FS_OFFSET)?.to_le_bytes());
+    sector[458..462].copy_from_slice(&sectors(ROOT_FS_KIB * 1024)?.to_le_bytes());
+    sector[510..512].copy_from_slice(&[0x55, 0xaa]);
+    Ok(sector)
+}
+
+/// Moves what the build made into the image's directory, as files of the
+/// user's own, and returns the kernels' versions.
+fn collect(scratch: &Path, target: &Path) -> Result<Vec<String>> {
+    let mut kernels = Vec::new();
+    for entry in fs::read_dir(scratch)?.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if let Some(version) = name.strip_prefix("vmlinuz-") {
+            fs::copy(entry.path(), target.join(&name))?;
+            kernels.push(version.to_owned());
+        }
+    }
+    ensure!(kernels.len() == 2, "expected two kernels in the image, found {kernels:?}");
+    kernels.sort_by_key(|version| version_key(version));
+    run(Command::new("cp")
+        .args(["--sparse=always", "--no-preserve=all"])
+        .arg(scratch.join(ROOT))
+        .arg(target.join(ROOT)))?;
+    let headers = target.join(HEADERS);
+    fs::create_dir(&headers)?;
+    run(Command::new("tar")
+        .args(["--no-same-owner", "-xf"])
+        .arg(scratch.join("headers.tar"))
+        .arg("-C")
+        .arg(&headers))?;
+    Ok(kernels)
+}
+
+/// The numbers in a version, for sorting.
+fn version_key(version: &str) -> Vec<u64> {
+    version.split(|c: char| !c.is_ascii_digit()).filter_map(|number| number.parse().ok()).collect()
+}
+
+fn run(command: &mut Command) -> Result<()> {
+    let output = command.stdin(Stdio::null()).output()?;
+    ensure!(
+        output.status.success(),
+        "{} ended with {}: {}",
+        command.get_program().to_string_lossy(),
+        output.status,
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    Ok(())
+}
+
+/// Removes all but the newest images.
+fn prune(cache: &Path, newest: &Path) {
+    let mut images: Vec<_> = fs::read_dir(cache)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path != newest && path.join(RECORD).is_file())
+        .filter_map(|path| Some((path.metadata().and_then(|m| m.modified()).ok()?, path)))
+        .collect();
+    images.sort();
+    images.reverse();
+    for (_, path) in images.into_iter().skip(KEEP - 1) {
+        let _ = fs::remove_dir_all(path);
+    }
+}
+
+/// A mirror of the Debian archive: the user's word, or one that this machine's
+/// apt is set up with.
+fn find_mirror(scratch: &Path) -> Result<String> {
+    if let Some(mirror) = std::env::var("UBLK_VM_MIRROR").ok().filter(|m| !m.is_empty()) {
+        return Ok(mirror);
+    }
+    let output = Command::new("apt-get")
+        .args(["indextargets", "--format", "$(ORIGIN)|$(LABEL)|$(REPO_URI)"])
+        .output();
+    let text = output.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
+    for mirror in mirror_candidates(&text) {
+        if serves_guest_release(&mirror, scratch) {
+            return Ok(mirror);
+        }
+    }
+    bail!(
+        "no mirror of the Debian archive with {} in this machine's apt configuration: \
+         set UBLK_VM_MIRROR to the address of one",
+        recipe::SUITE
+    )
+}
+
+/// Repositories that may be the Debian archive, likely ones first. Origin and
+/// label are empty where apt has no lists yet.
+fn mirror_candidates(indextargets: &str) -> Vec<String> {
+    let mut sure = Vec::new();
+    let mut maybe = Vec::new();
+    for line in indextargets.lines() {
+        let mut fields = line.splitn(3, '|');
+        let (Some(origin), Some(label), Some(uri)) = (fields.next(), fields.next(), fields.next())
+        else {
+            continue;
+        };
+        let list = match (origin, label) {
+            ("Debian", "Debian") => &mut sure,
+            ("", "") if !uri.contains("security") => &mut maybe,
+            _ => continue,
+        };
+        if !list.iter().any(|known| known == uri) {
+            list.push(uri.to_owned());
+        }
+    }
+    sure.append(&mut maybe);
+    sure
+}
+
+/// Asks through apt's own downloader, which knows the machine's proxies.
+fn serves_guest_release(mirror: &str, scratch: &Path) -> bool {
+    let address = format!("{}/dists/{}/InRelease", mirror.trim_end_matches('/'), recipe::SUITE);
+    Command::new("/usr/lib/apt/apt-helper")
+        .args(["download-file", &address])
+        .arg(scratch.join("InRelease"))
+        .output()
+        .is_ok_and(|output| output.status.success())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_sort_by_number() {
+        let mut versions = ["7.2.12+deb13-cloud-amd64", "6.12.9+deb13", "6.12.107+deb13"];
+        versions.sort_by_key(|version| version_key(version));
+        assert_eq!(versions, ["6.12.9+deb13", "6.12.107+deb13", "7.2.12+deb13-cloud-amd64"]);
+    }
+
+    #[test]
+    fn mirrors_that_serve_the_archive_come_first() {
+        let text = "||http://a.example/unknown/\n\
+             Debian|Debian-Security|http://s.example/debian-security/\n\
+             Debian|Debian|http://m.example/debian/\n\
+             ||http://s.example/security/\n\
+             Node|Node|http://n.example/\n\
+             Debian|Debian|http://m.example/debian/\n";
+        assert_eq!(
+            mirror_candidates(text),
+            ["http://m.example/debian/", "http://a.example/unknown/"]
+        );
+        assert!(mirror_candidates("Ubuntu|Ubuntu|http://u.example/ubuntu/\n").is_empty());
+    }
+
+    #[test]
+    fn progress_lines_are_picked() {
+        assert_eq!(
+            progress("I: downloading packages with apt..."),
+            Some("downloading packages with apt")
+        );
+        assert_eq!(progress("STEP making the file system"), Some("making the file system"));
+        assert_eq!(progress("Unpacking fio (3.39-1) ..."), None);
+        assert_eq!(progress("I: success in 41 seconds"), None);
+    }
+
+    #[test]
+    fn partition_covers_the_file_system() {
+        let table = partition_table().unwrap();
+        assert_eq!(&table[440..444], b"klbu");
+        assert_eq!(u32::from_le_bytes(table[454..458].try_into().unwrap()), 2048);
+        assert_eq!(u32::from_le_bytes(table[458..462].try_into().unwrap()), 8 << 20);
+        assert_eq!(&table[510..], [0x55, 0xaa]);
+    }
+
+    #[test]
+    fn an_image_without_its_record_or_kernels_is_none() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().to_owned();
+        fs::write(path.join(ROOT), b"x").unwrap();
+        fs::write(path.join("vmlinuz-6.1"), b"x").unwrap();
+        assert!(Image::open(path.clone()).is_none());
+        fs::write(path.join(RECORD), r#"{"kernels":["6.1","7.2"]}"#).unwrap();
+        assert!(Image::open(path.clone()).is_none());
+        fs::write(path.join("vmlinuz-7.2"), b"x").unwrap();
+        let image = Image::open(path.clone()).unwrap();
+        assert_eq!(image.kernel(Kernel::Stable), path.join("vmlinuz-6.1"));
+        assert_eq!(image.kernel_release(Kernel::Backports), "7.2");
+    }
+
+    #[test]
+    fn old_images_are_pruned() {
+        let cache = tempfile::tempdir().unwrap();
+        for (n, name) in ["new", "second", "third", "fourth"].iter().enumerate() {
+            let directory = cache.path().join(name);
+            fs::create_dir(&directory).unwrap();
+            fs::write(directory.join(RECORD), "{}").unwrap();
+            let age = std::time::Duration::from_secs(1000 * n as u64);
+            let time = std::time::SystemTime::now() - age;
+            File::open(&directory).unwrap().set_modified(time).unwrap();
+        }
+        fs::create_dir(cache.path().join("run")).unwrap();
+        prune(cache.path(), &cache.path().join("new"));
+        let left = |name: &str| cache.path().join(name).exists();
+        assert!(left("new") && left("second") && left("run"));
+        assert!(!left("third") && !left("fourth"));
+    }
+}

@@ -1,0 +1,167 @@
+//! `vm`: makes the guest image, boots it, runs programs and all tests in it.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use vm_harness::config::{Kernel, VmConfig};
+use vm_harness::runner::{self, Selection};
+use vm_harness::{cleanup, demo, image, setup, shell, ui};
+
+/// VM harness of ublk-target.
+///
+/// Everything that needs the ublk driver runs in a QEMU guest made of
+/// distribution packages. The first run makes the guest image (about a minute)
+/// and keeps it under ${XDG_CACHE_HOME:-~/.cache}/ublk-target/vm; missing host
+/// packages are installed with apt.
+///
+/// UBLK_VM_MIRROR: the Debian mirror the image is made from, where apt on this
+/// machine is not set up with one.
+#[derive(Parser)]
+#[command(name = "vm", bin_name = "cargo vm", max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Install the host packages that are missing
+    Setup,
+    /// Make the guest image, if need be, and print its directory
+    Image {
+        /// Print the directory of the kernel's user-space headers instead
+        #[arg(long)]
+        headers: bool,
+    },
+    /// Run all checks and tests: formatting, lints, docs, host tests, guest tests
+    Test(TestArgs),
+    /// Boot a guest and open a shell in it
+    Shell(GuestArgs),
+    /// Boot a guest, run one program in it, and exit with its code
+    Run {
+        #[command(flatten)]
+        guest: GuestArgs,
+        /// Kill the program after so many seconds, and exit with code 124
+        #[arg(long, value_name = "SECONDS")]
+        timeout: Option<u64>,
+        /// The program and its arguments, looked up in the guest
+        #[arg(required = true, last = true)]
+        command: Vec<String>,
+    },
+    /// Show ublk-target at work
+    Demo(demo::DemoArgs),
+}
+
+#[derive(Args)]
+struct GuestArgs {
+    /// Which kernel to boot
+    #[arg(long, value_enum, default_value_t = KernelArg::Backports)]
+    kernel: KernelArg,
+    /// Emulated NVMe drives of 1 GiB each (serial numbers drive0, drive1, …)
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    drives: u32,
+    /// Virtual CPUs
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    cpus: u32,
+    /// Memory of the guest
+    #[arg(long, value_name = "MIB", default_value_t = 2048)]
+    memory: u32,
+    /// NVMe queues to be polled, on each drive
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    poll_queues: u32,
+    /// One instruction is one nanosecond of guest time, on one CPU
+    #[arg(long)]
+    icount: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum KernelArg {
+    /// The newest, with all ublk features
+    Backports,
+    /// The Debian release's own, without zero copy
+    Stable,
+}
+
+impl GuestArgs {
+    fn config(&self) -> VmConfig {
+        let kernel = match self.kernel {
+            KernelArg::Backports => Kernel::Backports,
+            KernelArg::Stable => Kernel::Stable,
+        };
+        VmConfig {
+            kernel,
+            cpus: if self.icount { 1 } else { self.cpus.max(1) },
+            memory_mib: self.memory,
+            poll_queues: self.poll_queues,
+            icount: self.icount,
+            ..VmConfig::default()
+        }
+        .drives(self.drives)
+    }
+}
+
+#[derive(Args)]
+struct TestArgs {
+    /// Only what has this in its name; a guest test's full name boots one guest
+    /// and builds nothing else
+    #[arg(long, value_name = "SUBSTRING")]
+    filter: Option<String>,
+    /// Print the names, run nothing
+    #[arg(long)]
+    list: bool,
+    /// More rounds and bigger data in the guest tests that can use them
+    #[arg(long)]
+    long: bool,
+    /// Only what runs on this machine
+    #[arg(long, conflicts_with = "vm_only")]
+    host_only: bool,
+    /// Only the guest tests
+    #[arg(long)]
+    vm_only: bool,
+    /// Stop at the first failure
+    #[arg(long)]
+    fail_fast: bool,
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(code) => code,
+        Err(error) => {
+            ui::note(&format!("error: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<ExitCode> {
+    cleanup::handle_signals()?;
+    if !matches!(&command, Command::Test(TestArgs { list: true, .. })) {
+        setup::ensure()?;
+    }
+    match command {
+        Command::Setup => Ok(ExitCode::SUCCESS),
+        Command::Image { headers } => {
+            let image = image::ensure_image()?;
+            let path = if headers { image.headers() } else { image.directory().to_owned() };
+            ui::out(&path.display().to_string());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Test(args) => {
+            let selection = Selection {
+                filter: args.filter,
+                host: !args.vm_only,
+                guest: !args.host_only,
+                long: args.long,
+                fail_fast: args.fail_fast,
+            };
+            if args.list { runner::list(&selection) } else { runner::run(&selection) }
+        }
+        Command::Shell(guest) => shell::shell(&guest.config()),
+        Command::Run { guest, timeout, command } => {
+            shell::run(&guest.config(), command, timeout.map(Duration::from_secs))
+        }
+        Command::Demo(args) => demo::run(&args),
+    }
+}

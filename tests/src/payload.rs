@@ -1,0 +1,129 @@
+//! Builds the programs for the guest and puts them on a disk.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::Signal;
+
+use crate::cleanup::{self, Group};
+use crate::{paths, ui};
+
+/// The guest's architecture. Named even where it is the host's own, so that
+/// the flags below do not touch build scripts.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// A program for the guest.
+struct Program {
+    package: &'static str,
+    binary: &'static str,
+    /// Path of its main file below the workspace: a program that is not
+    /// written yet is left out.
+    source: &'static str,
+}
+
+const PROGRAMS: &[Program] = &[
+    Program { package: "vm-harness", binary: "vm-agent", source: "tests/src/bin/vm-agent.rs" },
+    Program {
+        package: "vm-harness",
+        binary: "guest-tests",
+        source: "tests/src/bin/guest-tests.rs",
+    },
+    Program { package: "ublk-target", binary: "ublk-target", source: "ublk-target/src/main.rs" },
+    Program { package: "ublk-bench", binary: "ublk-bench", source: "bench/src/main.rs" },
+];
+
+/// Builds all programs for the guest, statically, so that they run on any C
+/// library, and returns where they are. Cargo's output goes to the user.
+///
+/// # Errors
+/// When a program does not build.
+pub fn build() -> Result<Vec<PathBuf>> {
+    let workspace = paths::workspace();
+    let programs: Vec<_> =
+        PROGRAMS.iter().filter(|program| workspace.join(program.source).is_file()).collect();
+    ui::step("building the programs for the guest");
+    let mut command = cleanup::command(paths::cargo(), Signal::SIGTERM);
+    command.current_dir(&workspace).args(["build", "--release", "--quiet", "--target", TARGET]);
+    command.args(["--message-format", "json-render-diagnostics"]);
+    command.arg("--config");
+    command.arg(format!("target.{TARGET}.rustflags=[\"-C\", \"target-feature=+crt-static\"]"));
+    for program in &programs {
+        command.args(["-p", program.package, "--bin", program.binary]);
+    }
+    // These would take the place of the flags above.
+    command.env_remove("RUSTFLAGS").env_remove("CARGO_ENCODED_RUSTFLAGS");
+    command.stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut group = Group::spawn(&mut command, Signal::SIGTERM)?;
+    let stdout = group.child().stdout.take().context("cargo's standard output")?;
+    let built = executables(std::io::BufReader::new(stdout))?;
+    let status = group.wait()?;
+    ui::clear();
+    ensure!(status.success(), "building the programs for the guest failed");
+    programs.iter().map(|program| pick(&built, program.binary)).collect()
+}
+
+fn pick(built: &[PathBuf], name: &str) -> Result<PathBuf> {
+    let found = built.iter().find(|path| path.file_name().is_some_and(|file| file == name));
+    found.cloned().with_context(|| format!("cargo did not say where {name} is"))
+}
+
+/// The executables that cargo reports, a JSON object a line.
+fn executables(output: impl std::io::BufRead) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for line in output.lines() {
+        let Ok(message) = serde_json::from_str::<serde_json::Value>(&line?) else { continue };
+        if let Some(path) = message.get("executable").and_then(|path| path.as_str()) {
+            found.push(PathBuf::from(path));
+        }
+    }
+    Ok(found)
+}
+
+/// Makes a disk image that holds `programs`, at `image`.
+///
+/// # Errors
+/// When a program cannot be read or mkfs.ext4 fails.
+pub fn make_disk(programs: &[PathBuf], image: &Path) -> Result<()> {
+    let parent = image.parent().context("path of the payload disk")?;
+    let staging = tempfile::Builder::new().prefix("payload-").tempdir_in(parent)?;
+    let mut bytes = 0;
+    for program in programs {
+        let name = program.file_name().context("path of a program")?;
+        bytes += fs::copy(program, staging.path().join(name))
+            .with_context(|| format!("copy {}", program.display()))?;
+    }
+    let mkfs = paths::program("mkfs.ext4").context("mkfs.ext4 is missing")?;
+    // Room for the file system's own structures; the file is sparse.
+    let mib = bytes / (1 << 20) + 16;
+    let output = Command::new(mkfs)
+        .args(["-q", "-F", "-L", "payload", "-O", "^has_journal", "-m", "0"])
+        .args(["-E", "root_owner=0:0,nodiscard", "-d"])
+        .arg(staging.path())
+        .arg(image)
+        .arg(format!("{mib}M"))
+        .output()?;
+    if !output.status.success() {
+        bail!("mkfs.ext4: {}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn executables_are_read_from_cargo_messages() {
+        let output = br#"{"reason":"compiler-artifact","executable":null}
+not json
+{"reason":"compiler-artifact","executable":"/t/release/vm-agent"}
+{"reason":"build-finished","success":true}
+"#;
+        let found = executables(output.as_slice()).unwrap();
+        assert_eq!(found, [PathBuf::from("/t/release/vm-agent")]);
+        assert!(pick(&found, "vm-agent").is_ok());
+        assert!(pick(&found, "agent").is_err());
+    }
+}

@@ -1,0 +1,330 @@
+//! Runs tests that need a guest: one boot a group, and a fresh one whenever a
+//! test has ended the guest or left it in a state that cannot be undone.
+
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+
+use super::Selection;
+use super::report::{Ending, Report};
+use crate::cleanup::RunDir;
+use crate::config::{GROUPS, Group};
+use crate::guest::{self, Code, LONG_VARIABLE, Outcome, SKIP_EXIT_CODE, TestCase};
+use crate::hosted::HostCtx;
+use crate::image::{self, Image};
+use crate::klog::{self, Finding};
+use crate::proto::{ExitState, Job, KmsgRecord};
+use crate::vm::{Vm, VmDown};
+use crate::{paths, payload, ui};
+
+/// Lines of a test's output shown with its failure.
+const OUTPUT_LINES: usize = 60;
+
+/// How often a test is run if the emulator's own bug ends the guest.
+const ATTEMPTS: u32 = 3;
+
+/// Runs the selected tests of all groups.
+///
+/// # Errors
+/// When the image or the guest's programs cannot be made.
+pub fn run(selection: &Selection, report: &mut Report) -> Result<()> {
+    let selected: Vec<_> =
+        guest::all().filter(|test| selection.takes_guest_test(test.name)).collect();
+    if selected.is_empty() {
+        return Ok(());
+    }
+    let image = image::ensure_image()?;
+    let programs = payload::build()?;
+    let directory = RunDir::create(&paths::cache()?.join("run"))?;
+    let disk = directory.path().join("payload.img");
+    payload::make_disk(&programs, &disk)?;
+    for group in GROUPS {
+        let tests: Vec<_> = selected.iter().copied().filter(|t| t.group == group.name).collect();
+        let mut runner =
+            Runner { group, image: &image, payload: &disk, long: selection.long, vm: None };
+        for (n, test) in tests.iter().enumerate() {
+            if report.stopped() {
+                break;
+            }
+            ui::status(&format!("{} [{}/{}] {}", group.name, n + 1, tests.len(), test.name));
+            let started = Instant::now();
+            let ending = runner.run(test);
+            report.add(test.name, &ending, Some(started.elapsed()));
+        }
+        if let Some(vm) = runner.vm.take() {
+            ui::status(&format!("{}: powering off", group.name));
+            let name = format!("vm_group_{}_powers_off", group.name);
+            report.check(&name, || match vm.power_off() {
+                Ok(()) => Ending::Passed,
+                Err(down) => failed("the guest did not power off", &down.to_string()),
+            });
+        }
+    }
+    Ok(())
+}
+
+struct Runner<'a> {
+    group: &'a Group,
+    image: &'a Image,
+    payload: &'a Path,
+    long: bool,
+    vm: Option<Vm>,
+}
+
+impl Runner<'_> {
+    fn run(&mut self, test: &TestCase) -> Ending {
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            let error = match self.try_run(test) {
+                Ok(ending) => return ending,
+                Err(error) => error,
+            };
+            self.vm = None;
+            let emulator_bug = error.downcast_ref::<VmDown>().is_some_and(VmDown::is_emulator_bug);
+            if emulator_bug && attempts < ATTEMPTS {
+                ui::note(&format!("{}: the emulator's int3 bug, running it again", test.name));
+                continue;
+            }
+            let text = format!("{error:#}");
+            let (reason, details) = text.split_once('\n').unwrap_or((&text, ""));
+            return failed(reason, details);
+        }
+    }
+
+    /// Runs a test and the checks after it. An error means that the guest is
+    /// not to be used any more.
+    fn try_run(&mut self, test: &TestCase) -> Result<Ending> {
+        let mut vm = match self.vm.take() {
+            Some(vm) => vm,
+            None => self.boot()?,
+        };
+        vm.kernel_log()?; // what came before is not this test's
+        let (verdict, output) = self.judge(test, &mut vm)?;
+        let (left, stuck) = vm.leaks()?;
+        let log = vm.kernel_log()?;
+        if stuck.is_empty() {
+            self.vm = Some(vm); // else it is dropped, and the next test boots
+        }
+        let mut problems = Vec::new();
+        let mut details = String::new();
+        if let Err(reason) = &verdict {
+            problems.push(reason.clone());
+            details.push_str(&tail(&output));
+            details.push_str(&log_tail(&log));
+        }
+        check_log(test, &log, &mut problems, &mut details);
+        check_leaks(test, &left, &stuck, &mut problems);
+        Ok(match verdict {
+            _ if !problems.is_empty() => failed(&problems.join("; "), &details),
+            Ok(Outcome::Skip(reason)) => Ending::Skipped(reason),
+            _ => Ending::Passed,
+        })
+    }
+
+    fn boot(&self) -> Result<Vm> {
+        let config = (self.group.config)();
+        let mut vm = Vm::boot(&config, self.image, self.payload).context("boot the guest")?;
+        if !config.icount {
+            vm.watch_silence(Some(config.silence_timeout));
+        }
+        let boot_log = vm.kernel_log()?;
+        if let Some(finding) = klog::findings(&boot_log, &[]).first() {
+            anyhow::bail!("trouble while booting: {}\n{}", finding.text, context(finding));
+        }
+        vm.take_baseline()?;
+        Ok(vm)
+    }
+
+    /// The test's own verdict, and its output.
+    fn judge(
+        &self,
+        test: &TestCase,
+        vm: &mut Vm,
+    ) -> Result<(Result<Outcome, String>, String), VmDown> {
+        match test.code {
+            Code::Guest(_) => self.judge_in_guest(test, vm),
+            Code::Host(code) => {
+                let mut ctx =
+                    HostCtx { vm, image: self.image, payload: self.payload, long: self.long };
+                match code(&mut ctx) {
+                    Ok(outcome) => Ok((Ok(outcome), String::new())),
+                    Err(error) => match error.downcast::<VmDown>() {
+                        Ok(down) => Err(down),
+                        Err(error) => {
+                            let text = format!("{error:#}");
+                            let reason = text.lines().next().unwrap_or("failed").to_owned();
+                            Ok((Err(reason), text))
+                        }
+                    },
+                }
+            }
+        }
+    }
+
+    fn judge_in_guest(
+        &self,
+        test: &TestCase,
+        vm: &mut Vm,
+    ) -> Result<(Result<Outcome, String>, String), VmDown> {
+        let mut env = vec![("RUST_BACKTRACE".to_owned(), "1".to_owned())];
+        if self.long {
+            env.push((LONG_VARIABLE.to_owned(), "1".to_owned()));
+        }
+        let argv = vec!["guest-tests".to_owned(), test.name.to_owned()];
+        let job = Job { argv, env, terminal: None };
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        let result = vm.run(&job, test.timeout, &mut |stream, bytes| match stream {
+            crate::vm::Stream::Stdout => out.extend_from_slice(bytes),
+            crate::vm::Stream::Stderr => err.extend_from_slice(bytes),
+        })?;
+        let out = String::from_utf8_lossy(&out).into_owned();
+        let err = String::from_utf8_lossy(&err).into_owned();
+        let verdict = verdict(result.state, result.timed_out.is_some(), test, &out, &err);
+        let hang = result.timed_out.map(|report| format!("it was at:\n{report}"));
+        Ok((verdict, format!("{out}{err}{}", hang.unwrap_or_default())))
+    }
+}
+
+fn verdict(
+    state: ExitState,
+    timed_out: bool,
+    test: &TestCase,
+    out: &str,
+    err: &str,
+) -> Result<Outcome, String> {
+    if timed_out {
+        return Err(format!("killed after {} s", test.timeout.as_secs()));
+    }
+    match state {
+        ExitState::Code(0) => Ok(Outcome::Pass),
+        ExitState::Code(code) if code == i32::from(SKIP_EXIT_CODE) => {
+            Ok(Outcome::Skip(out.lines().last().unwrap_or("no reason given").to_owned()))
+        }
+        ExitState::Code(_) | ExitState::Signal(_) => {
+            Err(err.lines().next().map_or_else(|| state.to_string(), str::to_owned))
+        }
+    }
+}
+
+fn failed(reason: &str, details: &str) -> Ending {
+    Ending::Failed(reason.to_owned(), details.to_owned())
+}
+
+fn check_log(
+    test: &TestCase,
+    log: &[KmsgRecord],
+    problems: &mut Vec<String>,
+    details: &mut String,
+) {
+    let found = klog::findings(log, test.allow_in_log);
+    for expected in test.expect_in_log {
+        if !found.iter().any(|finding| finding.text.contains(expected)) {
+            problems.push(format!("the kernel did not log `{expected}`"));
+        }
+    }
+    let is_expected =
+        |finding: &&Finding| test.expect_in_log.iter().any(|text| finding.text.contains(text));
+    if let Some(finding) = found.iter().find(|finding| !is_expected(finding)) {
+        problems.push(format!("kernel log, {}: {}", finding.kind, finding.text));
+        details.push_str(&context(finding));
+    }
+}
+
+fn check_leaks(test: &TestCase, left: &[String], stuck: &[String], problems: &mut Vec<String>) {
+    for expected in test.expect_leaks {
+        if !left.iter().any(|thing| thing.contains(expected)) {
+            problems.push(format!("nothing found left behind with `{expected}`"));
+        }
+    }
+    let is_expected = |thing: &&String| test.expect_leaks.iter().any(|text| thing.contains(text));
+    for thing in left.iter().filter(|thing| !is_expected(thing)) {
+        problems.push(format!("left behind: {thing}"));
+    }
+    if !stuck.is_empty() {
+        problems.push(format!("could not be removed: {}", stuck.join(", ")));
+    }
+}
+
+fn context(finding: &Finding) -> String {
+    format!("kernel log:\n{}\n", finding.context.join("\n"))
+}
+
+fn tail(output: &str) -> String {
+    let lines: Vec<_> = output.lines().collect();
+    let start = lines.len().saturating_sub(OUTPUT_LINES);
+    let mut text = lines[start..].join("\n");
+    text.push('\n');
+    text
+}
+
+fn log_tail(log: &[KmsgRecord]) -> String {
+    let start = log.len().saturating_sub(OUTPUT_LINES);
+    let lines: Vec<_> = log[start..].iter().map(klog::line).collect();
+    if lines.is_empty() { String::new() } else { format!("kernel log:\n{}\n", lines.join("\n")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn test() -> TestCase {
+        TestCase::guest("x", "default", |_| Ok(Outcome::Pass))
+    }
+
+    fn log(texts: &[&str]) -> Vec<KmsgRecord> {
+        texts
+            .iter()
+            .map(|text| KmsgRecord { seq: 0, time_us: 0, level: 4, text: (*text).into() })
+            .collect()
+    }
+
+    #[test]
+    fn exit_codes_become_verdicts() {
+        let of = |state, out, err| verdict(state, false, &test(), out, err);
+        assert_eq!(of(ExitState::Code(0), "", "noise"), Ok(Outcome::Pass));
+        assert_eq!(
+            of(ExitState::Code(77), "a\nno such thing\n", ""),
+            Ok(Outcome::Skip("no such thing".into()))
+        );
+        assert_eq!(of(ExitState::Code(1), "", "why\nmore"), Err("why".into()));
+        assert_eq!(of(ExitState::Signal(11), "", ""), Err("killed by SIGSEGV".into()));
+        let late = verdict(ExitState::Signal(9), true, &test(), "", "");
+        assert_eq!(late, Err("killed after 120 s".into()));
+    }
+
+    fn log_problems(test: &TestCase, texts: &[&str]) -> Vec<String> {
+        let mut problems = Vec::new();
+        check_log(test, &log(texts), &mut problems, &mut String::new());
+        problems
+    }
+
+    #[test]
+    fn the_kernel_log_fails_a_test_unless_expected() {
+        let warning = "WARNING: CPU: 0 PID: 1 at a.c:1";
+        assert_eq!(log_problems(&test(), &[warning]), [format!("kernel log, warning: {warning}")]);
+        assert!(log_problems(&test().expect_in_log(&["at a.c:1"]), &[warning]).is_empty());
+        assert!(log_problems(&test().allow_in_log(&["at a.c:1"]), &[warning]).is_empty());
+        assert!(log_problems(&test().allow_in_log(&["at a.c:1"]), &[]).is_empty());
+        assert_eq!(log_problems(&test().expect_in_log(&["at a.c:1"]), &[]).len(), 1);
+        assert_eq!(log_problems(&test().expect_in_log(&["other"]), &[warning]).len(), 2);
+    }
+
+    #[test]
+    fn leaks_fail_a_test_unless_expected() {
+        let problems = |test: &TestCase, left: &[&str], stuck: &[&str]| {
+            let strings =
+                |texts: &[&str]| texts.iter().map(|t| (*t).to_owned()).collect::<Vec<_>>();
+            let mut problems = Vec::new();
+            check_leaks(test, &strings(left), &strings(stuck), &mut problems);
+            problems
+        };
+        assert!(problems(&test(), &[], &[]).is_empty());
+        assert_eq!(problems(&test(), &["dm device: a"], &[]), ["left behind: dm device: a"]);
+        let leaky = test().expect_leaks(&["dm device: a"]);
+        assert!(problems(&leaky, &["dm device: a"], &[]).is_empty());
+        assert_eq!(problems(&leaky, &["dm device: a"], &["dm device: a"]).len(), 1);
+        assert_eq!(problems(&leaky, &["dm device: b"], &[]).len(), 2);
+    }
+}

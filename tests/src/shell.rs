@@ -1,0 +1,158 @@
+//! `vm run` and `vm shell`: one program, or a terminal, in a fresh guest.
+
+use std::io::{IsTerminal, Read};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
+use std::os::fd::AsFd;
+
+use crate::cleanup::{self, RunDir};
+use crate::config::VmConfig;
+use crate::image::{self, Image};
+use crate::proto::{ExitState, Frame, Job, ToGuest, WindowSize};
+use crate::vm::{JobResult, Sink, Vm, pass_on};
+use crate::{paths, payload, ui};
+
+/// A day: programs that the user runs end when they end.
+const NO_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
+/// How often the size of the terminal is looked at.
+const SIZE_INTERVAL_MS: u16 = 500;
+
+/// Makes all that a boot needs; the directory holds the payload disk.
+///
+/// # Errors
+/// When the image or the programs cannot be made.
+pub fn prepare() -> Result<(Image, RunDir, std::path::PathBuf)> {
+    let image = image::ensure_image()?;
+    let programs = payload::build()?;
+    let directory = RunDir::create(&paths::cache()?.join("run"))?;
+    let disk = directory.path().join("payload.img");
+    payload::make_disk(&programs, &disk)?;
+    Ok((image, directory, disk))
+}
+
+fn boot(config: &VmConfig) -> Result<(Vm, RunDir)> {
+    let (image, directory, disk) = prepare()?;
+    ui::status("booting the guest");
+    let mut vm = Vm::boot(config, &image, &disk)?;
+    if !config.icount {
+        vm.watch_silence(Some(config.silence_timeout));
+    }
+    ui::clear();
+    Ok((vm, directory))
+}
+
+/// Boots, runs one program with its output passed on, powers off, and returns
+/// the program's exit code.
+///
+/// # Errors
+/// When the guest cannot be booted or goes down.
+pub fn run(config: &VmConfig, argv: Vec<String>, timeout: Option<Duration>) -> Result<ExitCode> {
+    let (mut vm, _directory) = boot(config)?;
+    let job = Job { argv, ..Job::default() };
+    let result = vm.run(&job, timeout.unwrap_or(NO_TIMEOUT), &mut pass_on)?;
+    vm.power_off()?;
+    if let Some(report) = &result.timed_out {
+        ui::note(&format!("ran over its time and was killed; it was at:\n{}", report.trim_end()));
+    }
+    Ok(exit_code(&result))
+}
+
+fn exit_code(result: &JobResult) -> ExitCode {
+    let code = match result.state {
+        _ if result.timed_out.is_some() => 124,
+        ExitState::Code(code) => code & 0xff,
+        ExitState::Signal(signal) => 128 + signal,
+    };
+    ExitCode::from(u8::try_from(code).unwrap_or(1))
+}
+
+/// Boots and gives the user a shell; leaving it switches the guest off.
+///
+/// # Errors
+/// When there is no terminal, or the guest cannot be booted or goes down.
+pub fn shell(config: &VmConfig) -> Result<ExitCode> {
+    anyhow::ensure!(
+        std::io::stdin().is_terminal() && std::io::stdout().is_terminal(),
+        "a shell needs a terminal; use `vm run -- COMMAND` without one"
+    );
+    let (mut vm, _directory) = boot(config)?;
+    ui::note(&format!("kernel {}; leave with `exit`, which powers off", vm.kernel()));
+    let terminal = std::env::var("TERM").unwrap_or_else(|_| "vt100".into());
+    let job = Job {
+        // Not a login shell: its profile would take the programs out of PATH.
+        argv: ["/bin/bash", "-i"].map(String::from).to_vec(),
+        env: vec![("TERM".into(), terminal)],
+        terminal: Some(window_size()),
+    };
+    let raw = RawTerminal::enter()?;
+    let sink = vm.sink();
+    // Ends with the process: it may be waiting for a key.
+    std::thread::Builder::new().name("keyboard".into()).spawn(move || type_in(&sink))?;
+    let result = vm.run(&job, NO_TIMEOUT, &mut pass_on);
+    drop(raw);
+    let result = result?;
+    vm.power_off()?;
+    Ok(exit_code(&result))
+}
+
+fn window_size() -> WindowSize {
+    let size = rustix::termios::tcgetwinsize(std::io::stdout());
+    let size = size.ok().filter(|size| size.ws_row > 0 && size.ws_col > 0);
+    size.map_or(WindowSize { rows: 24, columns: 80 }, |size| WindowSize {
+        rows: size.ws_row,
+        columns: size.ws_col,
+    })
+}
+
+/// Sends what the user types, and each new size of the terminal.
+fn type_in(sink: &Sink) {
+    let stdin = std::io::stdin();
+    let mut size = window_size();
+    let mut buffer = [0; 4096];
+    loop {
+        let mut fds = [PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
+        let ready = poll(&mut fds, PollTimeout::from(SIZE_INTERVAL_MS)).unwrap_or(0) > 0;
+        if ready {
+            match stdin.lock().read(&mut buffer) {
+                Ok(0) | Err(_) => return,
+                Ok(count) => {
+                    if sink.send(&Frame::Stdin(buffer[..count].to_vec())).is_err() {
+                        return;
+                    }
+                }
+            }
+        }
+        let now = window_size();
+        if now != size {
+            size = now;
+            if let Ok(frame) = Frame::message(&ToGuest::Resize(size)) {
+                let _ = sink.send(&frame);
+            }
+        }
+    }
+}
+
+/// The user's terminal, handing every key on; put back when dropped.
+struct RawTerminal(Termios);
+
+impl RawTerminal {
+    fn enter() -> Result<Self> {
+        let saved = tcgetattr(std::io::stdin()).context("read the terminal's settings")?;
+        cleanup::remember_terminal(Some(saved.clone()));
+        let mut raw = saved.clone();
+        cfmakeraw(&mut raw);
+        tcsetattr(std::io::stdin(), SetArg::TCSANOW, &raw).context("set up the terminal")?;
+        Ok(Self(saved))
+    }
+}
+
+impl Drop for RawTerminal {
+    fn drop(&mut self) {
+        let _ = tcsetattr(std::io::stdin(), SetArg::TCSANOW, &self.0);
+        cleanup::remember_terminal(None);
+    }
+}
