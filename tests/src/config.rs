@@ -134,6 +134,9 @@ pub struct Group {
 /// The group of tests that need nothing special: three drives of 512-byte
 /// blocks, one of 4096, two poll queues.
 pub const DEFAULT: &str = "default";
+/// The group of tests that patch the running kernel (probes, trace points): on one CPU, since
+/// emulators are not to be trusted with code that changes under another CPU.
+pub const TRACING: &str = "tracing";
 /// The group of tests on the release's own kernel.
 pub const STABLE: &str = "stable";
 /// The group of tests with deterministic time.
@@ -149,6 +152,11 @@ pub const GROUPS: &[Group] = &[
             config.nvme.push(NvmeDrive::new("big-blocks", GIB).block_bytes(4096));
             config
         },
+    },
+    Group {
+        name: TRACING,
+        about: "newest kernel, 1 CPU, one NVMe drive",
+        config: || VmConfig { cpus: 1, ..VmConfig::default() }.drives(1),
     },
     Group {
         name: STABLE,

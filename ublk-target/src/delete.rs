@@ -79,36 +79,49 @@ pub fn delete(
     Ok(())
 }
 
+/// Stops a device that nobody uses.
 fn stop(control: &Control, id: u32, progress: &mut dyn FnMut(&str)) -> Result<(), DeleteError> {
-    let users = users_of(id);
-    if !users.is_empty() {
-        return Err(DeleteError::InUse { id, users });
-    }
     let can_try = control.features().is_ok_and(|features| features.has(SAFE_STOP_DEV));
-    let mut stop = if can_try { control.try_stop(id)? } else { control.stop(id)? };
     let what = format!("the outstanding I/O of {}", state::block_path(id).display());
-    let answer = wait_with(&what, progress, |slice| control.wait(&mut stop, slice))?;
-    match answer {
-        Err(error) if error.errno() == Some(Errno::EBUSY) => {
-            let mut users = users_of(id);
-            if users.is_empty() {
-                users.push("another program has it open".to_owned());
+    let began = Instant::now();
+    loop {
+        wait_until_unused(id, progress)?;
+        let mut stop = if can_try { control.try_stop(id)? } else { control.stop(id)? };
+        match wait_with(&what, progress, |slice| control.wait(&mut stop, slice))? {
+            // It went away meanwhile, which is what was wanted.
+            Err(error) if state::is_missing(&error) => return Ok(()),
+            // Opened since it was looked at.
+            Err(error) if error.errno() == Some(Errno::EBUSY) && began.elapsed() < PATIENCE => {}
+            Err(error) if error.errno() == Some(Errno::EBUSY) => {
+                let users = vec!["a program that cannot be told has it open".to_owned()];
+                return Err(DeleteError::InUse { id, users });
             }
-            Err(DeleteError::InUse { id, users })
+            stopped => return stopped.map(drop).map_err(DeleteError::from),
         }
-        // It went away meanwhile, which is what was wanted.
-        Err(error) if state::is_missing(&error) => Ok(()),
-        answer => answer.map(drop).map_err(DeleteError::from),
     }
 }
 
-/// Who uses the block device, in words.
-fn users_of(id: u32) -> Vec<String> {
+/// Refuses a device that somebody uses. Workers of udev are no users: they look at a device that
+/// was just made or written to, and are waited for.
+fn wait_until_unused(id: u32, progress: &mut dyn FnMut(&str)) -> Result<(), DeleteError> {
     let devt = std::fs::read_to_string(format!("/sys/block/ublkb{id}/dev"));
-    let Some((major, minor)) = devt.ok().as_deref().and_then(parse_devt) else {
-        return Vec::new();
-    };
-    usage::holders_of_device(major, minor)
+    let Some((major, minor)) = devt.ok().as_deref().and_then(parse_devt) else { return Ok(()) };
+    let what = format!("udev to let go of {}", state::block_path(id).display());
+    wait_with(&what, progress, |slice| {
+        let mut users = usage::users_of_device(major, minor);
+        let openers = usage::openers_of_device(major, minor);
+        let lasting = openers.iter().filter(|opener| !opener.is_udev());
+        users.extend(lasting.map(|opener| format!("open by {opener}")));
+        if !users.is_empty() {
+            return Some(Err(DeleteError::InUse { id, users }));
+        }
+        if openers.is_empty() {
+            return Some(Ok(()));
+        }
+        // Nobody tells when a device is closed.
+        std::thread::sleep(slice.min(Duration::from_millis(10)));
+        None
+    })?
 }
 
 /// The process that serves a device.

@@ -39,12 +39,11 @@ pub fn users_of_device(major: u32, minor: u32) -> Vec<String> {
 /// The users of a block device, or where none is known the processes that have it open.
 #[must_use]
 pub fn holders_of_device(major: u32, minor: u32) -> Vec<String> {
-    let mut users = users_of_device(major, minor);
-    if users.is_empty() {
-        let openers = openers_of_device(major, minor, 3);
-        users.extend(openers.into_iter().map(|opener| format!("open by {opener}")));
+    let users = users_of_device(major, minor);
+    if !users.is_empty() {
+        return users;
     }
-    users
+    openers_of_device(major, minor).iter().take(3).map(|o| format!("open by {o}")).collect()
 }
 
 /// The users of a regular file, in words: swap, kernel loop devices.
@@ -65,14 +64,37 @@ pub fn users_of_file(path: &Path) -> Vec<String> {
     users
 }
 
-/// Processes that have a node of the device open, as `name (pid)`, at most `limit`.
+/// A process that has a device open.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Opener {
+    /// Process id.
+    pub pid: u32,
+    /// Name of the process.
+    pub name: String,
+}
+
+impl Opener {
+    /// Whether it is a worker of udev, which looks at every device that appears or was written
+    /// to, and lets go of it by itself.
+    #[must_use]
+    pub fn is_udev(&self) -> bool {
+        self.name.contains("udev")
+    }
+}
+
+impl std::fmt::Display for Opener {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} ({})", self.name, self.pid)
+    }
+}
+
+/// Processes that have a node of the block device open.
 #[must_use]
-pub fn openers_of_device(major: u32, minor: u32, limit: usize) -> Vec<String> {
+pub fn openers_of_device(major: u32, minor: u32) -> Vec<Opener> {
     let Ok(processes) = fs::read_dir("/proc") else { return Vec::new() };
     let pids = processes.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     pids.filter(|pid| has_open(*pid, (major, minor)))
-        .take(limit)
-        .map(|pid| format!("{} ({pid})", process_name(pid)))
+        .map(|pid| Opener { pid, name: process_name(pid) })
         .collect()
 }
 

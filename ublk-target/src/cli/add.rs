@@ -4,8 +4,9 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use ublk_target::lend::Choice;
-use ublk_target::server::device::{DeviceConfig, TargetConfig, serve};
+use ublk_target::server::device::{DeviceConfig, DeviceError, TargetConfig, serve};
 use ublk_target::state::{Description, log_path};
+use uring_ext::Errno;
 
 use super::{Device, Target, daemon, start_log};
 
@@ -37,22 +38,33 @@ pub fn add(target: &Target, verbose: u8) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Tells the user that the device is live.
-fn announce(device: &Device, description: &Description, choice: &Choice) -> io::Result<()> {
+/// Tells the user that the device is live. A server in the background has its log by then.
+fn announce(
+    device: &Device,
+    description: &Description,
+    choice: &Choice,
+) -> Result<(), DeviceError> {
     if choice.is_fallback {
         eprintln!("ublk-target: note: lend mode {}: {}", choice.mode, choice.reason);
     }
-    let mut out = io::stdout().lock();
-    if device.json {
-        writeln!(out, "{}", serde_json::to_string(description)?)?;
+    let line = if device.json {
+        serde_json::to_string(description).map_err(|_| DeviceError::Abandoned)?
     } else {
-        writeln!(out, "{}", description.device.display())?;
+        description.device.display().to_string()
+    };
+    if !device.daemon {
+        return say(&mut io::stdout().lock(), &line);
     }
-    out.flush()?;
-    if device.daemon {
-        daemon::log_to(&log_path(description.id))?;
-        log::set_max_level(log::LevelFilter::Trace);
-        log::info!("serving {}", serde_json::to_string(description)?);
-    }
-    Ok(())
+    let log = log_path(description.id);
+    let mut user = daemon::log_to(&log).map_err(|error| DeviceError::Setup {
+        doing: format!("cannot log to {}", log.display()),
+        errno: Errno::of(&error),
+    })?;
+    log::set_max_level(log::LevelFilter::Trace);
+    log::info!("serving {line}");
+    say(&mut user, &line)
+}
+
+fn say(user: &mut impl Write, line: &str) -> Result<(), DeviceError> {
+    writeln!(user, "{line}").and_then(|()| user.flush()).map_err(|_| DeviceError::Abandoned)
 }

@@ -4,8 +4,9 @@
 //! server prints when the device is live. Errors reach the user on standard error, which the
 //! server keeps until then; afterwards it logs to a file.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader};
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 
@@ -45,14 +46,15 @@ pub fn leave_session() -> anyhow::Result<()> {
 }
 
 /// Sends standard output and error to a log file and leaves the working directory, which the
-/// server would keep busy.
-pub fn log_to(path: &Path) -> std::io::Result<()> {
+/// server would keep busy. Returns what was standard output.
+pub fn log_to(path: &Path) -> std::io::Result<File> {
     if let Some(directory) = path.parent() {
         std::fs::create_dir_all(directory)?;
     }
     let log = OpenOptions::new().create(true).append(true).open(path)?;
     std::env::set_current_dir("/")?;
+    let user = File::from(std::io::stdout().as_fd().try_clone_to_owned()?);
     dup2_stdout(&log)?;
     dup2_stderr(&log)?;
-    Ok(())
+    Ok(user)
 }

@@ -137,7 +137,7 @@ const COPY_MAX_IO: u32 = 512 << 10;
 /// [`DeviceError`]; nothing is left of the device.
 pub fn serve(
     config: &DeviceConfig,
-    on_live: impl FnOnce(&Description, &Choice) -> std::io::Result<()>,
+    on_live: impl FnOnce(&Description, &Choice) -> Result<(), DeviceError>,
 ) -> Result<(), DeviceError> {
     if let Some(id) = config.id.filter(|id| *id > MAX_ID) {
         return Err(DeviceError::IdTooBig(id));
@@ -154,7 +154,7 @@ pub fn serve(
     let served = server.go_live(config, &layout, choice.mode).and_then(|()| {
         let description = Description::of(&server.control, id)?;
         log::info!("{} is live", description.device.display());
-        on_live(&description, &choice).map_err(|_| DeviceError::Abandoned)?;
+        on_live(&description, &choice)?;
         server.wait_for_the_end()
     });
     let ended = server.take_down();

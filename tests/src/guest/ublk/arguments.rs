@@ -131,6 +131,7 @@ fn in_use(ctx: &Ctx) -> Result<Outcome> {
     refused(&add, &["in use", "open by ublk-target", &pid])?;
     device.delete()?;
 
+    process::run(&["modprobe", "loop"])?;
     let file = ctx.directory().join("image");
     fs::File::create(&file)?.set_len(1 << 20)?;
     let file_add = ["add", "loop", "-f", text(&file)?];

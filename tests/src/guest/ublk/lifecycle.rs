@@ -134,6 +134,8 @@ fn in_use(ctx: &Ctx) -> Result<Outcome> {
 /// runs again.
 fn stopped(_ctx: &Ctx) -> Result<Outcome> {
     let device = Device::add(&["null"])?;
+    // Or udev would have it open for as long as its server does not run.
+    process::run(&["udevadm", "settle"])?;
     let pid = device.pid()?;
     signal(pid, Signal::SIGSTOP)?;
     let refused = process::run_for_code(&[PROGRAM, "del", "-n", &device.id()], 1);

@@ -5,15 +5,15 @@ use anyhow::{Context, Result, ensure};
 
 use super::device::{Device, fresh_drive, text};
 use super::trace::{CallCounter, NvmeCommands};
-use crate::config::DEFAULT;
+use crate::config::TRACING;
 use crate::guest::{Ctx, Outcome, TestCase, fio, process};
 
 pub const TESTS: &[TestCase] = &[
-    TestCase::guest("fused_copies_nothing_by_the_drivers_functions", DEFAULT, functions)
+    TestCase::guest("fused_copies_nothing_by_the_drivers_functions", TRACING, functions)
         .seconds(300),
-    TestCase::guest("fused_gives_the_drive_the_clients_pages", DEFAULT, pages).seconds(300),
-    TestCase::guest("flush_and_fua_reach_the_drive", DEFAULT, flush_and_fua).seconds(300),
-    TestCase::guest("discard_and_write_zeroes_reach_the_drive", DEFAULT, deallocation).seconds(300),
+    TestCase::guest("fused_gives_the_drive_the_clients_pages", TRACING, pages).seconds(300),
+    TestCase::guest("flush_and_fua_reach_the_drive", TRACING, flush_and_fua).seconds(300),
+    TestCase::guest("discard_and_write_zeroes_reach_the_drive", TRACING, deallocation).seconds(300),
 ];
 
 const REQUESTS: u64 = 2048;
@@ -79,7 +79,8 @@ fn pages(ctx: &Ctx) -> Result<Outcome> {
             process::run(&["udevadm", "settle"])?;
             let (same, other) = shared_pages(ctx, &device, &drive.name, rw)?;
             println!("{lend} {rw}: {same} requests with the client's page, {other} with another");
-            ensure!(same + other >= REQUESTS, "too few requests were seen");
+            // Neighbours in a batch may be merged into one request.
+            ensure!(same + other >= REQUESTS * 9 / 10, "too few requests were seen");
             ensure!(if is_same { other == 0 } else { same == 0 });
             device.delete()?;
         }
