@@ -22,6 +22,9 @@ pub mod ring;
 pub mod sqe;
 pub mod task;
 
+#[cfg(test)]
+mod uapi_test;
+
 pub use errno::Errno;
 
 /// The UAPI of the driver (`include/uapi/linux/ublk_cmd.h`), as bound by `libublk`.

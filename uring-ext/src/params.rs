@@ -74,6 +74,24 @@ impl Params {
     }
 }
 
+#[cfg(test)]
+impl Params {
+    /// The offset of each part, by its name in the UAPI.
+    pub(crate) fn offsets() -> [(&'static str, usize); 8] {
+        use std::mem::offset_of;
+        [
+            ("len", offset_of!(Self, len)),
+            ("types", offset_of!(Self, types)),
+            ("basic", offset_of!(Self, basic)),
+            ("discard", offset_of!(Self, discard)),
+            ("devt", offset_of!(Self, devt)),
+            ("zoned", offset_of!(Self, zoned)),
+            ("dma", offset_of!(Self, dma)),
+            ("seg", offset_of!(Self, seg)),
+        ]
+    }
+}
+
 /// `sizeof(struct ublk_params)` up to here; the padding before the segment limits is explicit.
 const LEN: u32 = 136;
 const _: () = assert!(size_of::<Params>() == LEN as usize);

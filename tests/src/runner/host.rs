@@ -10,6 +10,8 @@ use nix::sys::signal::Signal;
 use super::Selection;
 use super::report::{Ending, Report};
 use crate::cleanup::{self, Group};
+use crate::guest::LONG_VARIABLE;
+use crate::image;
 use crate::libtest::{Parser, TestResult, Verdict};
 use crate::{paths, ui};
 
@@ -116,13 +118,18 @@ fn cargo(args: &[&str], env: &[(&str, &str)]) -> Ending {
 }
 
 fn run_tests(selection: &Selection, report: &mut Report) -> Result<()> {
-    let mut args = vec!["test", "--workspace", "--no-fail-fast"];
-    if let Some(filter) = &selection.filter {
-        args.extend(["--", filter.as_str()]);
+    let mut args = vec!["test", "--workspace", "--no-fail-fast", "--"];
+    args.extend(selection.filter.as_deref());
+    // Tests that need the kernel's headers are marked as ignored, for those who run `cargo test`.
+    let headers = image::ensure_image().map(|image| image.headers());
+    if headers.is_ok() {
+        args.push("--include-ignored");
     }
     let mut shell = cleanup::command("sh", Signal::SIGTERM);
     // One stream, for the order of binaries' names and their tests.
     shell.args(["-c", r#"exec "$0" "$@" 2>&1"#]).arg(paths::cargo()).args(&args);
+    shell.envs(headers.ok().map(|headers| ("UBLK_UAPI_HEADERS", headers)));
+    shell.envs(selection.long.then_some((LONG_VARIABLE, "1")));
     shell.current_dir(paths::workspace()).stdin(Stdio::null()).stdout(Stdio::piped());
     let started = Instant::now();
     let mut group = Group::spawn(&mut shell, Signal::SIGTERM)?;

@@ -1,0 +1,147 @@
+//! The structs and numbers of this crate against the kernel's own headers, by a C compiler.
+
+use std::fmt::Write as _;
+use std::mem::offset_of;
+use std::path::Path;
+use std::process::Command;
+
+use libublk::sys;
+
+use crate::feature;
+use crate::params::Params;
+
+/// A C expression and what it must be.
+struct Fact(String, u64);
+
+macro_rules! offsets {
+    ($facts:ident, $c:literal, $rust:ty, $($field:ident $(=> $c_field:literal)?),* $(,)?) => {
+        $facts.push(Fact(concat!("sizeof(struct ", $c, ")").into(), size_of::<$rust>() as u64));
+        $($facts.push(Fact(
+            format!("offsetof(struct {}, {})", $c, [$($c_field,)? stringify!($field)][0]),
+            offset_of!($rust, $field) as u64,
+        ));)*
+    };
+}
+
+macro_rules! constants {
+    ($facts:ident, $($name:ident),* $(,)?) => {
+        $($facts.push(Fact(stringify!($name).into(), u64::from(sys::$name)));)*
+    };
+}
+
+fn facts() -> Vec<Fact> {
+    let mut facts = Vec::new();
+    offsets!(facts, "ublksrv_ctrl_cmd", sys::ublksrv_ctrl_cmd, dev_id, queue_id, len, addr, data);
+    offsets!(
+        facts,
+        "ublksrv_ctrl_dev_info",
+        sys::ublksrv_ctrl_dev_info,
+        nr_hw_queues,
+        queue_depth,
+        state,
+        max_io_buf_bytes,
+        dev_id,
+        ublksrv_pid,
+        flags
+    );
+    offsets!(facts, "ublksrv_io_desc", sys::ublksrv_io_desc, op_flags, nr_sectors, start_sector);
+    offsets!(facts, "ublksrv_io_cmd", sys::ublksrv_io_cmd, q_id, tag, result, addr);
+    offsets!(facts, "ublk_param_basic", sys::ublk_param_basic, attrs, max_sectors, dev_sectors);
+    offsets!(
+        facts,
+        "ublk_param_discard",
+        sys::ublk_param_discard,
+        discard_granularity,
+        max_write_zeroes_sectors,
+        max_discard_segments
+    );
+    offsets!(
+        facts,
+        "ublk_param_segment",
+        sys::ublk_param_segment,
+        seg_boundary_mask,
+        max_segment_size,
+        max_segments
+    );
+    for (name, offset) in Params::offsets() {
+        facts.push(Fact(format!("offsetof(struct ublk_params, {name})"), offset as u64));
+    }
+    constants!(
+        facts,
+        UBLK_U_CMD_GET_FEATURES,
+        UBLK_U_CMD_ADD_DEV,
+        UBLK_U_CMD_DEL_DEV_ASYNC,
+        UBLK_U_CMD_START_DEV,
+        UBLK_U_CMD_STOP_DEV,
+        UBLK_U_CMD_TRY_STOP_DEV,
+        UBLK_U_CMD_SET_PARAMS,
+        UBLK_U_CMD_GET_PARAMS,
+        UBLK_U_CMD_GET_DEV_INFO,
+        UBLK_U_CMD_GET_QUEUE_AFFINITY,
+        UBLK_U_IO_FETCH_REQ,
+        UBLK_U_IO_COMMIT_AND_FETCH_REQ,
+        UBLK_U_IO_REGISTER_IO_BUF,
+        UBLK_U_IO_UNREGISTER_IO_BUF,
+        UBLK_IO_F_FUA,
+        UBLK_IO_F_NOUNMAP,
+        UBLK_IO_F_NEED_REG_BUF,
+        UBLK_AUTO_BUF_REG_FALLBACK,
+        UBLK_MAX_QUEUE_DEPTH,
+        UBLK_MAX_NR_QUEUES,
+        UBLK_IO_BUF_BITS,
+        UBLK_PARAM_TYPE_DMA_ALIGN,
+        UBLK_PARAM_TYPE_SEGMENT,
+    );
+    for feature in feature::ALL {
+        facts.push(Fact(format!("UBLK_F_{}", feature.name), feature.bit));
+    }
+    // What the builders of `sqe` write by hand.
+    facts.push(Fact("offsetof(struct io_uring_sqe, addr3)".into(), 48));
+    facts.push(Fact("offsetof(struct io_uring_sqe, cmd)".into(), 48));
+    facts.push(Fact("IORING_OP_URING_CMD".into(), 46));
+    facts.push(Fact(
+        "ublk_auto_buf_reg_to_sqe_addr(&(struct ublk_auto_buf_reg){.index = 7, .flags = 1})".into(),
+        0x0001_0007,
+    ));
+    facts
+}
+
+/// A program whose exit code is the number of wrong facts.
+fn program(facts: &[Fact]) -> String {
+    let mut text = String::from(
+        "#include <stddef.h>\n#include <stdio.h>\n#include <linux/ublk_cmd.h>\n\
+         #include <linux/io_uring.h>\nint main(void) {\n\tint wrong = 0;\n",
+    );
+    for Fact(expression, value) in facts {
+        let _ = writeln!(
+            text,
+            "\tif ((unsigned long long)({expression}) != {value}ULL) {{ wrong++; \
+             printf(\"%s is %llu here, {value} in Rust\\n\", {expression:?}, \
+             (unsigned long long)({expression})); }}"
+        );
+    }
+    text + "\treturn wrong != 0;\n}\n"
+}
+
+#[test]
+#[ignore = "needs the UAPI headers of Linux 7.2 or newer in UBLK_UAPI_HEADERS; cargo vmtest has them"]
+fn structs_and_numbers_are_those_of_the_kernels_headers() {
+    let headers = std::env::var("UBLK_UAPI_HEADERS").expect("UBLK_UAPI_HEADERS names a directory");
+    assert!(Path::new(&headers).join("linux/ublk_cmd.h").exists(), "no headers in {headers}");
+    let directory = std::env::temp_dir().join(format!("ublk-uapi-{}", std::process::id()));
+    std::fs::create_dir_all(&directory).unwrap();
+    let (source, binary) = (directory.join("facts.c"), directory.join("facts"));
+    std::fs::write(&source, program(&facts())).unwrap();
+    let compiled = Command::new("cc")
+        .args(["-Wall", "-Wextra", "-I"])
+        .arg(&headers)
+        .arg(&source)
+        .arg("-o")
+        .arg(&binary)
+        .output()
+        .unwrap();
+    assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
+    let run = Command::new(&binary).output().unwrap();
+    std::fs::remove_dir_all(&directory).unwrap();
+    assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stdout));
+}
