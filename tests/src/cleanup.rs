@@ -25,10 +25,15 @@ struct Registry {
     groups: Vec<(Pid, Signal)>,
     directories: Vec<PathBuf>,
     terminal: Option<Termios>,
+    on_stop: Option<fn()>,
 }
 
-static REGISTRY: Mutex<Registry> =
-    Mutex::new(Registry { groups: Vec::new(), directories: Vec::new(), terminal: None });
+static REGISTRY: Mutex<Registry> = Mutex::new(Registry {
+    groups: Vec::new(),
+    directories: Vec::new(),
+    terminal: None,
+    on_stop: None,
+});
 static STOPPING: AtomicBool = AtomicBool::new(false);
 
 fn registry() -> MutexGuard<'static, Registry> {
@@ -74,12 +79,23 @@ fn stop(signal: Signal) -> ! {
         }
         let _ = killpg(group, Signal::SIGKILL);
     }
+    crate::ui::clear();
+    let on_stop = registry().on_stop.take();
+    if let Some(action) = on_stop {
+        action();
+    }
     for directory in std::mem::take(&mut registry().directories) {
         let _ = fs::remove_dir_all(directory);
     }
-    crate::ui::clear();
     eprintln!("ended by {signal}");
     std::process::exit(128 + signal as i32)
+}
+
+/// The thread that stops the program ends this one too.
+fn park_for_ever() -> ! {
+    loop {
+        std::thread::park();
+    }
 }
 
 fn leader_runs(pid: Pid) -> bool {
@@ -91,6 +107,12 @@ fn leader_runs(pid: Pid) -> bool {
 /// program; `None` forgets them.
 pub fn remember_terminal(settings: Option<Termios>) {
     registry().terminal = settings;
+}
+
+/// Has something done when a signal ends the program, after the end of all child processes and
+/// before directories are removed; `None` forgets it.
+pub fn on_stop(action: Option<fn()>) {
+    registry().on_stop = action;
 }
 
 /// A command for `program` which the kernel ends with `end` if the harness
@@ -120,6 +142,11 @@ impl Group {
     pub fn spawn(command: &mut Command, end: Signal) -> Result<Self> {
         command.process_group(0);
         let mut registry = registry();
+        if STOPPING.load(Ordering::SeqCst) {
+            // Nobody would end it any more.
+            drop(registry);
+            park_for_ever();
+        }
         let child = command
             .spawn()
             .with_context(|| format!("start {}", command.get_program().to_string_lossy()))?;
@@ -174,8 +201,8 @@ impl Group {
             self.child.wait()?
         };
         self.ended = Some(status);
-        while STOPPING.load(Ordering::SeqCst) {
-            std::thread::park();
+        if STOPPING.load(Ordering::SeqCst) {
+            park_for_ever();
         }
         Ok(status)
     }

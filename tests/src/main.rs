@@ -137,7 +137,12 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> Result<ExitCode> {
     cleanup::handle_signals()?;
-    if !matches!(&command, Command::Test(TestArgs { list: true, .. })) {
+    let needs_guest = match &command {
+        Command::Test(args) => !args.list,
+        Command::Demo(args) => !args.native,
+        Command::Setup | Command::Image { .. } | Command::Shell(_) | Command::Run { .. } => true,
+    };
+    if needs_guest {
         setup::ensure()?;
     }
     match command {

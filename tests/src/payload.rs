@@ -30,6 +30,7 @@ const PROGRAMS: &[Program] = &[
         binary: "guest-tests",
         source: "tests/src/bin/guest-tests.rs",
     },
+    Program { package: "vm-harness", binary: "demo-guest", source: "tests/src/bin/demo-guest.rs" },
     Program { package: "ublk-target", binary: "ublk-target", source: "ublk-target/src/main.rs" },
     Program { package: "ublk-bench", binary: "ublk-bench", source: "bench/src/main.rs" },
 ];
@@ -44,24 +45,46 @@ pub fn build() -> Result<Vec<PathBuf>> {
     let programs: Vec<_> =
         PROGRAMS.iter().filter(|program| workspace.join(program.source).is_file()).collect();
     ui::step("building the programs for the guest");
-    let mut command = cleanup::command(paths::cargo(), Signal::SIGTERM);
-    command.current_dir(&workspace).args(["build", "--release", "--quiet", "--target", TARGET]);
-    command.args(["--message-format", "json-render-diagnostics"]);
-    command.arg("--config");
+    let mut command = release_build();
+    command.args(["--target", TARGET, "--config"]);
     command.arg(format!("target.{TARGET}.rustflags=[\"-C\", \"target-feature=+crt-static\"]"));
     for program in &programs {
         command.args(["-p", program.package, "--bin", program.binary]);
     }
     // These would take the place of the flags above.
     command.env_remove("RUSTFLAGS").env_remove("CARGO_ENCODED_RUSTFLAGS");
+    let built = run_cargo(command)?;
+    programs.iter().map(|program| pick(&built, program.binary)).collect()
+}
+
+/// Builds a program for this machine, of the package of the same name, and returns where it is.
+///
+/// # Errors
+/// When it does not build.
+pub fn build_for_host(name: &str) -> Result<PathBuf> {
+    ui::step(&format!("building {name}"));
+    let mut command = release_build();
+    command.args(["-p", name, "--bin", name]);
+    pick(&run_cargo(command)?, name)
+}
+
+fn release_build() -> Command {
+    let mut command = cleanup::command(paths::cargo(), Signal::SIGTERM);
+    command.current_dir(paths::workspace()).args(["build", "--release", "--quiet"]);
+    command.args(["--message-format", "json-render-diagnostics"]);
+    command
+}
+
+/// Runs a build and returns the executables it reports.
+fn run_cargo(mut command: Command) -> Result<Vec<PathBuf>> {
     command.stdin(Stdio::null()).stdout(Stdio::piped());
     let mut group = Group::spawn(&mut command, Signal::SIGTERM)?;
     let stdout = group.child().stdout.take().context("cargo's standard output")?;
     let built = executables(std::io::BufReader::new(stdout))?;
     let status = group.wait()?;
     ui::clear();
-    ensure!(status.success(), "building the programs for the guest failed");
-    programs.iter().map(|program| pick(&built, program.binary)).collect()
+    ensure!(status.success(), "the build failed");
+    Ok(built)
 }
 
 fn pick(built: &[PathBuf], name: &str) -> Result<PathBuf> {

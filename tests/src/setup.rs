@@ -133,7 +133,24 @@ fn missing(machine: &Machine) -> Vec<&'static Requirement> {
 /// When something is missing and cannot be installed; the message says what,
 /// and the command to type.
 pub fn ensure() -> Result<()> {
+    ensure_those(|_| true)
+}
+
+/// The same for some packages only.
+///
+/// # Errors
+/// As [`ensure`].
+pub fn ensure_only(packages: &[&str]) -> Result<()> {
+    ensure_those(|requirement| packages.contains(&requirement.package))
+}
+
+fn ensure_those(is_needed: impl Fn(&Requirement) -> bool) -> Result<()> {
     let machine = Machine::this();
+    let missing = |machine| {
+        let mut all = missing(machine);
+        all.retain(|requirement| is_needed(requirement));
+        all
+    };
     let missing_now = missing(&machine);
     if missing_now.is_empty() {
         return Ok(());

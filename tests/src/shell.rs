@@ -99,7 +99,8 @@ pub fn shell(config: &VmConfig) -> Result<ExitCode> {
     Ok(exit_code(&result))
 }
 
-fn window_size() -> WindowSize {
+/// The size of the user's terminal; the usual one where there is none.
+pub fn window_size() -> WindowSize {
     let size = rustix::termios::tcgetwinsize(std::io::stdout());
     let size = size.ok().filter(|size| size.ws_row > 0 && size.ws_col > 0);
     size.map_or(WindowSize { rows: 24, columns: 80 }, |size| WindowSize {

@@ -67,7 +67,10 @@ pub fn run(ctx: &Ctx, options: &[&str]) -> Result<Report> {
 }
 
 /// Reads a report; fio may print warnings before it.
-fn parse(text: &str) -> Result<Report> {
+///
+/// # Errors
+/// When it is not one.
+pub fn parse(text: &str) -> Result<Report> {
     let start = text.find('{').context("fio wrote no report")?;
     let whole: Whole = serde_json::from_str(&text[start..]).context("fio's report")?;
     let sum = |direction: fn(&JobReport) -> Direction| {

@@ -9,7 +9,7 @@ pub mod drives;
 pub mod fio;
 pub mod process;
 mod selftest;
-mod ublk;
+pub(crate) mod ublk;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

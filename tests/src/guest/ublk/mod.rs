@@ -7,7 +7,7 @@ mod device;
 mod filesystem;
 mod lifecycle;
 mod old_kernel;
-mod trace;
+pub(crate) mod trace;
 mod zero_copy;
 
 use super::TestCase;
