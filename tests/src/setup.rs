@@ -38,6 +38,11 @@ const REQUIREMENTS: &[Requirement] = &[
         present: |machine| machine.program("mmdebstrap"),
     },
     Requirement {
+        package: "mount",
+        purpose: "mount, which mmdebstrap calls",
+        present: |machine| machine.program("mount"),
+    },
+    Requirement {
         package: "e2fsprogs",
         purpose: "mkfs.ext4, which makes the guest's disks",
         present: |machine| machine.program("mkfs.ext4"),
@@ -233,6 +238,7 @@ mod tests {
         "usr/share/keyrings/debian-archive-keyring.gpg",
         "usr/lib/llvm-14/lib/libclang.so.1",
         "usr/lib/x86_64-linux-gnu/libc.a",
+        "usr/bin/mount",
     ];
 
     fn packages(machine: &Machine) -> Vec<&'static str> {
@@ -265,6 +271,7 @@ mod tests {
             (5, "debian-archive-keyring"),
             (6, "libclang-dev"),
             (7, "libc6-dev"),
+            (8, "mount"),
         ] {
             let mut files = COMPLETE.to_vec();
             files.remove(n);

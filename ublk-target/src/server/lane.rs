@@ -103,6 +103,7 @@ pub fn serve(
         lend: config.lend,
         pool,
         discards: config.backings.iter().map(Backing::discard_call).collect(),
+        first_auto_slot: first_auto_slot(config.queue.depth),
         failure: None,
     };
     let engine = Engine::new(config.target, config.queue);
@@ -128,6 +129,15 @@ fn prepare_thread(config: &LaneConfig) {
         if let Err(errno) = nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set) {
             log::warn!("lane {}: cannot set its CPUs: {errno}", config.queue.qid.0);
         }
+    }
+}
+
+/// The slot that tag 0 is automatically registered in: 0, unless the environment asks for a fault,
+/// to test what happens when the driver cannot register: then a slot beyond the table.
+fn first_auto_slot(depth: u16) -> u16 {
+    match std::env::var_os("UBLK_TARGET_FAULT") {
+        Some(fault) if fault == "auto-register" => depth,
+        Some(_) | None => 0,
     }
 }
 
@@ -276,6 +286,7 @@ struct RingPort<'ring> {
     lend: LendMode,
     pool: Option<BufferPool>,
     discards: Box<[DiscardCall]>,
+    first_auto_slot: u16,
     /// The first error of a push: the ring is unusable and the lane ends.
     failure: Option<Errno>,
 }
@@ -287,7 +298,9 @@ impl RingPort<'_> {
     fn delivery(&self, tag: Tag) -> Delivery {
         match (self.lend, &self.pool) {
             (LendMode::Copy, Some(pool)) => Delivery::Copy(pool.addr(tag.0, 0)),
-            (LendMode::Fused | LendMode::Copy, _) => Delivery::AutoRegister { slot: tag.0 },
+            (LendMode::Fused | LendMode::Copy, _) => {
+                Delivery::AutoRegister { slot: self.first_auto_slot + tag.0 }
+            }
         }
     }
 

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use anyhow::{Result, bail, ensure};
 
-use super::device::{Device, file_on_drive, fresh_drive, text};
+use super::device::{Device, file_on_drive, fresh_drive, start_load, text, wait_for_requests};
 use crate::config::DEFAULT;
 use crate::guest::{Ctx, Outcome, TestCase, fio, process};
 
@@ -32,6 +32,9 @@ pub const TESTS: &[TestCase] = &[
     TestCase::guest("discard_and_write_zeroes_on_nvme", DEFAULT, zeroing_nvme).seconds(300),
     TestCase::guest("discard_and_write_zeroes_on_a_file", DEFAULT, zeroing_file).seconds(300),
     TestCase::guest("limits_are_inherited_from_nvme", DEFAULT, limits),
+    TestCase::guest("read_only_backings_are_served_read_only", DEFAULT, read_only),
+    TestCase::guest("buffers_are_registered_where_the_driver_could_not", DEFAULT, explicit)
+        .seconds(300),
 ];
 
 /// Block sizes, and how many MiB each run covers.
@@ -232,6 +235,58 @@ fn limits(_ctx: &Ctx) -> Result<Outcome> {
         device.delete()?;
     }
     Ok(Outcome::Pass)
+}
+
+fn read_only(ctx: &Ctx) -> Result<Outcome> {
+    let drive = fresh_drive("drive0")?;
+    let path = drive.path();
+    let path = text(&path)?;
+    process::run(&["blockdev", "--setro", path])?;
+    let device = Device::add_loop(&drive.path(), &[]);
+    process::run(&["blockdev", "--setrw", path])?;
+    assert_read_only(device?)?;
+
+    let (mount, file) = file_on_drive(ctx, "drive1", 16)?;
+    process::run(&["mount", "-o", "remount,ro", text(mount.point())?])?;
+    assert_read_only(Device::add_loop(&file, &[])?)?;
+    mount.unmount()?;
+    Ok(Outcome::Pass)
+}
+
+fn assert_read_only(device: Device) -> Result<()> {
+    ensure!(device.attribute("ro")? == "1", "the device takes writes");
+    let output = format!("of={}", device.path()?);
+    let input = format!("if={}", device.path()?);
+    process::run(&["dd", &input, "of=/dev/null", "bs=1M", "count=1", "status=none"])?;
+    let refused = process::run_for_code(&["dd", "if=/dev/zero", &output, "count=1"], 1)?;
+    ensure!(refused.stderr.contains("not permitted"), "{}", refused.stderr);
+    device.delete()
+}
+
+/// The driver delivers every request with `UBLK_IO_F_NEED_REG_BUF`.
+fn explicit(ctx: &Ctx) -> Result<Outcome> {
+    let drive = fresh_drive("drive0")?;
+    let backing = drive.path();
+    let arguments = ["loop", "-f", text(&backing)?, "--lend", "fused", "-n", "9", "-q", "2"];
+    let device = Device::add_without_auto_registration(&arguments)?;
+    verify(ctx, device.path()?, &[("bs=4k", 8), ("bsrange=512-64k", 8)])?;
+    let mut load = start_load(device.path()?)?;
+    wait_for_requests(&device, 1000)?;
+    process::run(&["kill", "-TERM", &device.pid()?.to_string()])?;
+    device.wait_until_gone()?;
+    load.wait()?;
+    let log = std::fs::read_to_string("/var/log/ublk-target/9.log")?;
+    let explicit = log.lines().rev().find_map(|line| {
+        let (before, after) = line.split_once(" explicit registrations ")?;
+        ensure_prefix(after, "(0 not undone), 0 stale and 0 unexpected")?;
+        before.rsplit(' ').next()?.parse::<u64>().ok()
+    });
+    ensure!(explicit.is_some_and(|count| count > 500), "{log}");
+    Ok(Outcome::Pass)
+}
+
+fn ensure_prefix(text: &str, prefix: &str) -> Option<()> {
+    text.starts_with(prefix).then_some(())
 }
 
 fn open_direct(path: &str) -> Result<File> {

@@ -1,6 +1,7 @@
 //! A ublk device in a test.
 
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -38,8 +39,18 @@ pub struct Device {
 impl Device {
     /// Adds a device: `arguments` follow `ublk-target add`.
     pub fn add(arguments: &[&str]) -> Result<Self> {
+        Self::add_by(&[PROGRAM], arguments)
+    }
+
+    /// Adds a device whose server does not get its buffers registered by the driver, and so has
+    /// to register each itself.
+    pub fn add_without_auto_registration(arguments: &[&str]) -> Result<Self> {
+        Self::add_by(&["env", "UBLK_TARGET_FAULT=auto-register", PROGRAM], arguments)
+    }
+
+    fn add_by(program: &[&str], arguments: &[&str]) -> Result<Self> {
         load_driver()?;
-        let argv = [&[PROGRAM, "add"], arguments, &["--json"]].concat();
+        let argv = [program, &["add"], arguments, &["--json"]].concat();
         let printed = process::run(&argv)?;
         let described = serde_json::from_str(&printed.stdout)
             .with_context(|| format!("not a description: {}", printed.stdout))?;
@@ -173,4 +184,26 @@ pub fn file_on_drive(ctx: &Ctx, serial: &str, mib: u64) -> Result<(Mount, PathBu
     let file = mount.point().join("disk.img");
     std::fs::File::create(&file)?.set_len(mib << 20)?;
     Ok((mount, file))
+}
+
+/// Starts a load that goes on until the device is gone.
+pub fn start_load(device: &str) -> Result<Child> {
+    let child = Command::new("fio")
+        .args(["--name=load", "--rw=randrw", "--bs=4k", "--iodepth=64", "--ioengine=io_uring"])
+        .args(["--direct=1", "--size=256m", "--time_based", "--runtime=100", "--output=/dev/null"])
+        .arg(format!("--filename={device}"))
+        .stderr(Stdio::null())
+        .spawn()?;
+    Ok(child)
+}
+
+/// Waits until the device has done so many requests more.
+pub fn wait_for_requests(device: &Device, requests: u64) -> Result<()> {
+    let done = || -> Result<u64> {
+        let stat = device.attribute("stat")?;
+        let fields: Vec<u64> = stat.split_whitespace().filter_map(|n| n.parse().ok()).collect();
+        Ok(fields[0] + fields[4])
+    };
+    let goal = done()? + requests;
+    wait_for("the load", Duration::from_secs(60), || Ok((done()? >= goal).then_some(())))
 }

@@ -9,7 +9,10 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::device::{Description, Device, Mount, PROGRAM, fresh_drive, load_driver, text};
+use super::device::{
+    Description, Device, Mount, PROGRAM, fresh_drive, load_driver, start_load, text,
+    wait_for_requests,
+};
 use crate::config::DEFAULT;
 use crate::guest::{Ctx, Outcome, TestCase, fio, process, wait_for};
 
@@ -160,26 +163,6 @@ fn all(_ctx: &Ctx) -> Result<Outcome> {
         device.wait_until_gone()?;
     }
     Ok(Outcome::Pass)
-}
-
-/// Starts a load that goes on until the device is gone.
-fn start_load(device: &str) -> Result<Child> {
-    let child = Command::new("fio")
-        .args(["--name=load", "--rw=randrw", "--bs=4k", "--iodepth=64", "--ioengine=io_uring"])
-        .args(["--direct=1", "--size=256m", "--time_based", "--runtime=100", "--output=/dev/null"])
-        .arg(format!("--filename={device}"))
-        .stderr(Stdio::null())
-        .spawn()?;
-    Ok(child)
-}
-
-/// Waits until the device has done so many requests since it was made.
-fn wait_for_requests(device: &Device, requests: u64) -> Result<()> {
-    wait_for("the load", Duration::from_secs(60), || {
-        let stat = device.attribute("stat")?;
-        let fields: Vec<u64> = stat.split_whitespace().filter_map(|n| n.parse().ok()).collect();
-        Ok((fields[0] + fields[4] >= requests).then_some(()))
-    })
 }
 
 fn under_load(_ctx: &Ctx) -> Result<Outcome> {
