@@ -4,7 +4,8 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use ublk_target::lend::Choice;
-use ublk_target::server::device::{DeviceConfig, DeviceError, TargetConfig, serve};
+use ublk_target::server::config::{DeviceConfig, DeviceError, TargetConfig};
+use ublk_target::server::device::serve;
 use ublk_target::state::{Description, log_path};
 use uring_ext::Errno;
 

@@ -8,127 +8,20 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::poll::PollTimeout;
-use uring_ext::control::{Control, ControlError, Pending};
-use uring_ext::iod::page_size;
+use uring_ext::control::{Control, Pending};
 use uring_ext::{Errno, sys};
 
+use super::config::{DeviceConfig, DeviceError};
 use super::lane::{self, LaneConfig, LaneError, LaneReport};
+use super::layout::Layout;
 use super::signals::{Wake, Wakeups};
-use crate::backing::limits::Limits;
-use crate::backing::{Backing, BackingError};
 use crate::engine::QueueIdentity;
-use crate::lend::{CannotLend, Choice, LendMode, LendRequest};
+use crate::lend::{Choice, LendMode};
 use crate::state::{self, Description, RUN_DIR, StateFile};
-use crate::target::{AnyTarget, LoopTarget, NullTarget};
-use crate::units::{Bytes, Qid};
-
-/// What a device is made of.
-#[derive(Clone, Debug)]
-pub struct DeviceConfig {
-    /// The id asked for; the driver chooses one otherwise.
-    pub id: Option<u32>,
-    /// Number of queues, 1 to 4,096. The driver takes no more than there are CPUs.
-    pub queues: u16,
-    /// Tags of each queue, 1 to 4,096.
-    pub depth: u16,
-    /// How to lend.
-    pub lend: LendRequest,
-    /// The target.
-    pub target: TargetConfig,
-}
-
-/// A target and its backings.
-#[derive(Clone, Debug)]
-pub enum TargetConfig {
-    /// Forgets writes, reads as zeros.
-    Null {
-        /// Size of the device.
-        size: Bytes,
-    },
-    /// A file or block device, block for block.
-    Loop {
-        /// The backing.
-        file: std::path::PathBuf,
-    },
-}
-
-/// Why a device could not be served.
-#[non_exhaustive]
-#[derive(Debug, thiserror::Error)]
-pub enum DeviceError {
-    /// A backing cannot be used.
-    #[error(transparent)]
-    Backing(#[from] BackingError),
-    /// The lend mode is not to be had.
-    #[error(transparent)]
-    Lend(#[from] CannotLend),
-    /// The driver said no.
-    #[error(transparent)]
-    Control(#[from] ControlError),
-    /// The id is taken.
-    #[error("device id {0} is taken; choose another one, or let the driver choose without -n")]
-    IdTaken(u32),
-    /// The id is beyond the driver's limit.
-    #[error("device id {0} is beyond the driver's limit of 1048575")]
-    IdTooBig(u32),
-    /// The driver has as many devices as it allows.
-    #[error(
-        "the driver has no room for another device; delete one, or raise its limit in \
-         /sys/module/ublk_drv/parameters/ublks_max"
-    )]
-    NoRoom,
-    /// The buffers of copy mode would not fit.
-    #[error(
-        "copy mode with {queues} queues of depth {depth} needs {needed} for buffers, more than \
-         half of the {available} that are available; lower -q or -d"
-    )]
-    BuffersTooBig {
-        /// Number of queues.
-        queues: u16,
-        /// Tags of each queue.
-        depth: u16,
-        /// Bytes of all buffers.
-        needed: Bytes,
-        /// Bytes of available memory.
-        available: Bytes,
-    },
-    /// The size asked for is less than a block.
-    #[error("a device of {0} bytes is less than one block of 512; give it a greater --size")]
-    TooSmall(u64),
-    /// Part of the set-up failed.
-    #[error("{doing}: {errno}")]
-    Setup {
-        /// What was tried.
-        doing: String,
-        /// Why it failed.
-        errno: Errno,
-    },
-    /// A lane could not serve, or failed later.
-    #[error("queue {}: {error}", qid.0)]
-    Lane {
-        /// The queue.
-        qid: Qid,
-        /// Why.
-        error: LaneError,
-    },
-    /// A signal came before the device was live.
-    #[error("interrupted before the device was live; nothing is left of it")]
-    Interrupted,
-    /// Whoever asked for the device went away before it was live.
-    #[error("nobody waits for the device any more; nothing is left of it")]
-    Abandoned,
-}
-
-impl DeviceError {
-    fn setup(doing: impl Into<String>, errno: Errno) -> Self {
-        Self::Setup { doing: doing.into(), errno }
-    }
-}
+use crate::units::Qid;
 
 /// The driver's device numbers have 20 bits (`UBLK_MINORS`).
 const MAX_ID: u32 = (1 << 20) - 1;
-/// The greatest request in copy mode, whose buffers take memory.
-const COPY_MAX_IO: u32 = 512 << 10;
 
 /// Adds a device, calls `on_live` when it is, and serves it until a signal ends the server or
 /// somebody stops the device. If `on_live` fails, the device is taken back.
@@ -159,74 +52,6 @@ pub fn serve(
     });
     let ended = server.take_down();
     served.and(ended)
-}
-
-/// Target, backings and limits of a device.
-struct Layout {
-    name: &'static str,
-    target: AnyTarget,
-    backings: Arc<[Backing]>,
-    limits: Limits,
-    size: Bytes,
-    buffer_bytes: u32,
-}
-
-impl Layout {
-    fn open(config: &DeviceConfig, lend: LendMode) -> Result<Self, DeviceError> {
-        let (name, target, backing, limits, size) = match &config.target {
-            TargetConfig::Null { size } if size.sectors().0 == 0 => {
-                return Err(DeviceError::TooSmall(size.0));
-            }
-            TargetConfig::Null { size } => {
-                let backing = Backing::zero()?;
-                let limits =
-                    Limits { discard: None, physical_block: 512, io_min: 512, ..*backing.limits() };
-                ("null", AnyTarget::Null(NullTarget), backing, limits, *size)
-            }
-            TargetConfig::Loop { file } => {
-                let backing = Backing::open(file)?;
-                let (limits, size) = (*backing.limits(), backing.size());
-                ("loop", AnyTarget::Loop(LoopTarget { size: size.0 }), backing, limits, size)
-            }
-        };
-        let page = u32::try_from(page_size()).unwrap_or(4096);
-        let cap = match lend {
-            LendMode::Fused => u32::MAX,
-            LendMode::Copy => COPY_MAX_IO,
-        };
-        let buffer_bytes = limits.buffer_bytes(cap, page);
-        let layout = Self { name, target, backings: [backing].into(), limits, size, buffer_bytes };
-        layout.check_memory(config, lend)?;
-        Ok(layout)
-    }
-
-    /// Buffers that do not fit would bring the machine down instead of failing.
-    fn check_memory(&self, config: &DeviceConfig, lend: LendMode) -> Result<(), DeviceError> {
-        let (queues, depth) = (config.queues, config.depth);
-        let needed = u64::from(queues) * u64::from(depth) * u64::from(self.buffer_bytes);
-        let Some(available) = available_memory() else { return Ok(()) };
-        if lend == LendMode::Copy && needed > available / 2 {
-            let (needed, available) = (Bytes(needed), Bytes(available));
-            return Err(DeviceError::BuffersTooBig { queues, depth, needed, available });
-        }
-        Ok(())
-    }
-
-    /// The paths that the user gave, canonical.
-    fn backing_paths(&self) -> Vec<std::path::PathBuf> {
-        match self.target {
-            AnyTarget::Null(_) => Vec::new(),
-            AnyTarget::Loop(_) => self.backings.iter().map(|b| b.path().to_owned()).collect(),
-        }
-    }
-}
-
-/// `MemAvailable` in bytes.
-fn available_memory() -> Option<u64> {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib * 1024)
 }
 
 fn add(

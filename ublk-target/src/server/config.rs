@@ -1,0 +1,114 @@
+//! What a device is made of, and why it may not come to be.
+
+use std::path::PathBuf;
+
+use uring_ext::Errno;
+use uring_ext::control::ControlError;
+
+use super::lane::LaneError;
+use crate::backing::BackingError;
+use crate::lend::{CannotLend, LendRequest};
+use crate::units::{Bytes, Qid};
+
+/// What a device is made of.
+#[derive(Clone, Debug)]
+pub struct DeviceConfig {
+    /// The id asked for; the driver chooses one otherwise.
+    pub id: Option<u32>,
+    /// Number of queues, 1 to 4,096. The driver takes no more than there are CPUs.
+    pub queues: u16,
+    /// Tags of each queue, 1 to 4,096.
+    pub depth: u16,
+    /// How to lend.
+    pub lend: LendRequest,
+    /// The target.
+    pub target: TargetConfig,
+}
+
+/// A target and its backings.
+#[derive(Clone, Debug)]
+pub enum TargetConfig {
+    /// Forgets writes, reads as zeros.
+    Null {
+        /// Size of the device.
+        size: Bytes,
+    },
+    /// A file or block device, block for block.
+    Loop {
+        /// The backing.
+        file: PathBuf,
+    },
+}
+
+/// Why a device could not be served.
+#[non_exhaustive]
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// A backing cannot be used.
+    #[error(transparent)]
+    Backing(#[from] BackingError),
+    /// The lend mode is not to be had.
+    #[error(transparent)]
+    Lend(#[from] CannotLend),
+    /// The driver said no.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// The id is taken.
+    #[error("device id {0} is taken; choose another one, or let the driver choose without -n")]
+    IdTaken(u32),
+    /// The id is beyond the driver's limit.
+    #[error("device id {0} is beyond the driver's limit of 1048575")]
+    IdTooBig(u32),
+    /// The driver has as many devices as it allows.
+    #[error(
+        "the driver has no room for another device; delete one, or raise its limit in \
+         /sys/module/ublk_drv/parameters/ublks_max"
+    )]
+    NoRoom,
+    /// The buffers of copy mode would not fit.
+    #[error(
+        "copy mode with {queues} queues of depth {depth} needs {needed} for buffers, more than \
+         half of the {available} that are available; lower -q or -d"
+    )]
+    BuffersTooBig {
+        /// Number of queues.
+        queues: u16,
+        /// Tags of each queue.
+        depth: u16,
+        /// Bytes of all buffers.
+        needed: Bytes,
+        /// Bytes of available memory.
+        available: Bytes,
+    },
+    /// The size asked for is less than a block.
+    #[error("a device of {0} bytes is less than one block of 512; give it a greater --size")]
+    TooSmall(u64),
+    /// Part of the set-up failed.
+    #[error("{doing}: {errno}")]
+    Setup {
+        /// What was tried.
+        doing: String,
+        /// Why it failed.
+        errno: Errno,
+    },
+    /// A lane could not serve, or failed later.
+    #[error("queue {}: {error}", qid.0)]
+    Lane {
+        /// The queue.
+        qid: Qid,
+        /// Why.
+        error: LaneError,
+    },
+    /// A signal came before the device was live.
+    #[error("interrupted before the device was live; nothing is left of it")]
+    Interrupted,
+    /// Whoever asked for the device went away before it was live.
+    #[error("nobody waits for the device any more; nothing is left of it")]
+    Abandoned,
+}
+
+impl DeviceError {
+    pub(super) fn setup(doing: impl Into<String>, errno: Errno) -> Self {
+        Self::Setup { doing: doing.into(), errno }
+    }
+}
