@@ -1,0 +1,36 @@
+//! Where the demonstration takes place.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// What is emulated, which is what the figures are worth.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// A guest whose processor and drive are QEMU's.
+    EmulatedGuest,
+    /// A guest on the machine's processor, with QEMU's drive.
+    VirtualizedGuest,
+    /// This machine.
+    Host,
+}
+
+impl Place {
+    /// How long each measurement runs.
+    pub fn runtime(self) -> Duration {
+        match self {
+            Self::EmulatedGuest | Self::VirtualizedGuest => Duration::from_millis(600),
+            Self::Host => Duration::from_secs(2),
+        }
+    }
+}
+
+/// What is served, and by which program.
+#[derive(Debug, Clone)]
+pub struct DemoTarget {
+    /// Where this is.
+    pub place: Place,
+    /// The backing, by its canonical path; all on it is overwritten.
+    pub backing: PathBuf,
+    /// The program ublk-target.
+    pub program: PathBuf,
+}
