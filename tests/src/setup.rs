@@ -144,7 +144,7 @@ pub fn ensure() -> Result<()> {
 /// The same for some packages only.
 ///
 /// # Errors
-/// As [`ensure`].
+/// As [`ensure()`].
 pub fn ensure_only(packages: &[&str]) -> Result<()> {
     ensure_those(|requirement| packages.contains(&requirement.package))
 }

@@ -1,5 +1,5 @@
 //! `vm demo`: shows a user what ublk-target does, on a drive of a guest or, on request, on a
-//! backing of this machine. Both run the same [`show`].
+//! backing of this machine. Both run the same steps.
 
 mod closing;
 mod commands;
