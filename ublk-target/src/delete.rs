@@ -68,11 +68,13 @@ pub fn delete(
         Err(error) => return Err(error.into()),
     };
     let server = Server::of(&info);
+    // A device that is not started, or whose server is dead, has nothing to be stopped; a server
+    // that is just starting it ends when its device is removed.
     if u32::from(info.state) != sys::UBLK_S_DEV_DEAD {
         stop(control, id, progress)?;
-    }
-    if let Some(server) = &server {
-        server.wait_for_its_end(progress)?;
+        if let Some(server) = &server {
+            server.wait_for_its_end(progress)?;
+        }
     }
     remove(control, id, server.as_ref(), progress)?;
     StateFile::remove(Path::new(RUN_DIR), id);

@@ -12,6 +12,7 @@ use uring_ext::control::{Control, ControlError};
 use uring_ext::{Errno, sys};
 
 use crate::lend::LendMode;
+use crate::units::{Bytes, Sectors};
 
 /// Where the state files are.
 pub const RUN_DIR: &str = "/run/ublk-target";
@@ -86,7 +87,6 @@ impl StateFile {
     pub fn remove(directory: &Path, id: u32) {
         // A missing file is what is wanted; another error leaves a file that nobody trusts.
         let _ = fs::remove_file(Self::path(directory, id));
-        let _ = fs::remove_dir(directory);
     }
 }
 
@@ -123,7 +123,7 @@ impl Description {
     pub fn of(control: &Control, id: u32) -> Result<Self, ControlError> {
         let info = control.info(id)?;
         // A device that was never started has no parameters to be read.
-        let size = control.params(id).map_or(0, |params| params.basic().dev_sectors << 9);
+        let sectors = control.params(id).map_or(0, |params| params.basic().dev_sectors);
         let pid = u32::try_from(info.ublksrv_pid).ok().filter(|pid| is_alive(*pid));
         let file = StateFile::read(Path::new(RUN_DIR), id)
             .filter(|file| u32::try_from(info.ublksrv_pid) == Ok(file.pid) || pid.is_none());
@@ -139,7 +139,7 @@ impl Description {
             pid,
             queues: info.nr_hw_queues,
             depth: info.queue_depth,
-            size_bytes: size,
+            size_bytes: Bytes::from(Sectors(sectors)).0,
             backings,
         })
     }
@@ -199,7 +199,7 @@ mod tests {
         assert_eq!(StateFile::read(&run, 3), Some(state()));
         assert_eq!(StateFile::read(&run, 4), None);
         StateFile::remove(&run, 3);
-        assert!(!run.exists());
+        assert_eq!(StateFile::read(&run, 3), None);
     }
 
     #[test]

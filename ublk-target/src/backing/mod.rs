@@ -176,6 +176,14 @@ impl Backing {
             })?;
         let limits = Limits { read_only, ..limits_of_file(&file)? };
         let size = size_of_open(&mut file, limits.logical_block)?;
+        let tail = file.metadata().map_err(failed("cannot be looked up"))?.len() - size.0;
+        if tail > 0 {
+            let block = limits.logical_block;
+            log::warn!(
+                "{}: the last {tail} bytes, less than a block of {block}, are not served",
+                path.display()
+            );
+        }
         let discard_call = DiscardCall::PunchHole;
         Ok(Self { path, handle: Handle::File(file), size, limits, discard_call })
     }

@@ -140,7 +140,8 @@ impl<P: Planner> Engine<P> {
     /// The answer to [`Port::register`].
     pub fn registered(&mut self, tag: Tag, res: i32, port: &mut impl Port) {
         let state = &mut self.tags[tag.index()];
-        let TagState::Registering { lease, request, tries } = state.take() else {
+        let registering = state.take_if(|state| matches!(state, TagState::Registering { .. }));
+        let Some(TagState::Registering { lease, request, tries }) = registering else {
             self.stats.unexpected += 1;
             return;
         };
@@ -163,7 +164,9 @@ impl<P: Planner> Engine<P> {
 
     /// The answer to [`Port::unregister`].
     pub fn unregistered(&mut self, tag: Tag, res: i32, port: &mut impl Port) {
-        let TagState::Unregistering { lease, result } = self.tags[tag.index()].take() else {
+        let unregistering =
+            self.tags[tag.index()].take_if(|state| matches!(state, TagState::Unregistering { .. }));
+        let Some(TagState::Unregistering { lease, result }) = unregistering else {
             self.stats.unexpected += 1;
             return;
         };
@@ -306,7 +309,8 @@ impl<P: Planner> Engine<P> {
 
     /// Ends a request: gives the buffer back and commits.
     fn finish(&mut self, tag: Tag, port: &mut impl Port) {
-        let TagState::Running(run) = self.tags[tag.index()].take() else { return };
+        let running = self.tags[tag.index()].take_if(|state| matches!(state, TagState::Running(_)));
+        let Some(TagState::Running(run)) = running else { return };
         let result = run.result();
         let explicit = run.explicitly_registered;
         let Some(lease) = run.lease else { return self.commit(tag, result, port) };

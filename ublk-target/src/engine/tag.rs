@@ -22,15 +22,9 @@ pub(super) enum TagState {
 }
 
 impl TagState {
-    /// Takes the state if it is the engine's, leaving `WithDriver`; otherwise gives a copy.
-    pub fn take(&mut self) -> Self {
-        match self {
-            Self::WithDriver => Self::WithDriver,
-            Self::Ended => Self::Ended,
-            Self::Registering { .. } | Self::Running(_) | Self::Unregistering { .. } => {
-                std::mem::replace(self, Self::WithDriver)
-            }
-        }
+    /// Takes the state if `wanted` says so, leaving `WithDriver`; changes nothing otherwise.
+    pub fn take_if(&mut self, wanted: impl FnOnce(&Self) -> bool) -> Option<Self> {
+        wanted(self).then(|| std::mem::replace(self, Self::WithDriver))
     }
 }
 

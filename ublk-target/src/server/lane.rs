@@ -204,12 +204,16 @@ impl Lane<'_> {
             if let Some(errno) = self.port.failure {
                 return Err(LaneError::Ring(errno));
             }
+            // A tag that the driver does not take back would hang its client for ever; the end
+            // of the lane ends the device instead.
+            if let Some(refused) = self.refused {
+                return Err(refused);
+            }
         }
-        let report = LaneReport {
+        Ok(LaneReport {
             stats: *self.engine.stats(),
             leaked_slots: self.engine.registry().lent().count(),
-        };
-        self.refused.map_or(Ok(report), Err)
+        })
     }
 
     fn dispatch(&mut self, cqe: Cqe, now: u64) {

@@ -240,6 +240,9 @@ fn no_memory(_ctx: &Ctx) -> Result<Outcome> {
 fn no_state(_ctx: &Ctx) -> Result<Outcome> {
     load_driver()?;
     // A file where the directory should be.
+    if Path::new("/run/ublk-target").exists() {
+        fs::remove_dir("/run/ublk-target")?;
+    }
     fs::write("/run/ublk-target", "")?;
     let result = Command::new(PROGRAM).args(["add", "null"]).output();
     fs::remove_file("/run/ublk-target")?;
