@@ -29,6 +29,12 @@ pub enum ControlError {
     /// The node may not be opened.
     #[error("{CONTROL_PATH} may not be opened: run as root")]
     NoPermission,
+    /// The driver does not know the commands that this crate is built on.
+    #[error("the ublk driver of this kernel is too old: Linux 6.5 or newer is needed")]
+    TooOld,
+    /// The kernel has no io_uring, or forbids its use.
+    #[error("io_uring is not allowed ({0}); see the sysctl kernel.io_uring_disabled")]
+    NoIoUring(Errno),
     /// The node could not be opened, or the control ring not be made.
     #[error("{what}: {errno}")]
     Setup {
@@ -61,7 +67,11 @@ impl ControlError {
     pub const fn errno(&self) -> Option<Errno> {
         match self {
             Self::Setup { errno, .. } | Self::Refused { errno, .. } => Some(*errno),
-            Self::NoDriver | Self::NoPermission | Self::Timeout { .. } => None,
+            Self::NoDriver
+            | Self::NoPermission
+            | Self::TooOld
+            | Self::NoIoUring(_)
+            | Self::Timeout { .. } => None,
         }
     }
 }
@@ -118,7 +128,8 @@ impl Control {
     /// Opens the node and makes the thread's control ring.
     ///
     /// # Errors
-    /// [`ControlError::NoDriver`], [`ControlError::NoPermission`], [`ControlError::Setup`].
+    /// [`ControlError::NoDriver`], [`ControlError::NoPermission`], [`ControlError::NoIoUring`],
+    /// [`ControlError::Setup`].
     pub fn open() -> Result<Self, ControlError> {
         let opened = OpenOptions::new().read(true).write(true).open(CONTROL_PATH);
         let file = opened.map_err(|error| open_error(Errno::of(&error)))?;
@@ -128,14 +139,7 @@ impl Control {
             }
             Ok(())
         })
-        .map_err(|error| ControlError::Setup {
-            what: "cannot make the control ring",
-            errno: if let libublk::UblkError::IOError(error) = error {
-                Errno::of(&error)
-            } else {
-                Errno::EIO
-            },
-        })?;
+        .map_err(ring_error)?;
         Ok(Self {
             file,
             next_token: Cell::new(1),
@@ -148,11 +152,14 @@ impl Control {
     /// The driver's features (Linux 6.5).
     ///
     /// # Errors
-    /// `EOPNOTSUPP` on older kernels.
+    /// [`ControlError::TooOld`] on older kernels.
     pub fn features(&self) -> Result<Features, ControlError> {
         let command = Command::new("UBLK_U_CMD_GET_FEATURES", sys::UBLK_U_CMD_GET_FEATURES);
-        let bits = self.exchange(command, u32::MAX, 0_u64)?;
-        Ok(Features(bits))
+        match self.exchange(command, u32::MAX, 0_u64) {
+            Ok(bits) => Ok(Features(bits)),
+            Err(error) if error.errno() == Some(Errno::EOPNOTSUPP) => Err(ControlError::TooOld),
+            Err(error) => Err(error),
+        }
     }
 
     /// Adds a device; returns it as the driver corrected it. An id of `u32::MAX` lets the driver
@@ -359,6 +366,16 @@ fn open_error(errno: Errno) -> ControlError {
         Errno::ENOENT | Errno::ENODEV | Errno::ENXIO => ControlError::NoDriver,
         Errno::EACCES | Errno::EPERM => ControlError::NoPermission,
         errno => ControlError::Setup { what: "cannot open /dev/ublk-control", errno },
+    }
+}
+
+/// What an error of making the control ring means.
+fn ring_error(error: libublk::UblkError) -> ControlError {
+    let errno =
+        if let libublk::UblkError::IOError(error) = error { Errno::of(&error) } else { Errno::EIO };
+    match errno {
+        Errno::EPERM | Errno::ENOSYS => ControlError::NoIoUring(errno),
+        errno => ControlError::Setup { what: "cannot make the control ring", errno },
     }
 }
 

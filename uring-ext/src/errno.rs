@@ -41,6 +41,8 @@ impl Errno {
     pub const ETIMEDOUT: Self = Self(libc::ETIMEDOUT);
     /// Operation cancelled.
     pub const ECANCELED: Self = Self(libc::ECANCELED);
+    /// Function not implemented.
+    pub const ENOSYS: Self = Self(libc::ENOSYS);
     /// No space left.
     pub const ENOSPC: Self = Self(libc::ENOSPC);
     /// Read-only file system.

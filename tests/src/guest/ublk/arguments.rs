@@ -16,6 +16,7 @@ pub const TESTS: &[TestCase] = &[
     TestCase::guest("bad_numbers_are_refused", DEFAULT, numbers),
     TestCase::guest("taken_ids_are_refused", DEFAULT, taken_id),
     TestCase::guest("a_missing_driver_is_named", DEFAULT, no_driver),
+    TestCase::guest("a_forbidden_io_uring_is_named", DEFAULT, no_io_uring),
     TestCase::guest("ordinary_users_are_told_to_be_root", DEFAULT, not_root),
     TestCase::guest("devices_beyond_the_drivers_limit_are_refused", DEFAULT, no_room),
     TestCase::guest("buffers_beyond_memory_are_refused", DEFAULT, no_memory),
@@ -192,6 +193,16 @@ fn no_driver(_ctx: &Ctx) -> Result<Outcome> {
         refused(arguments, &expected)?;
     }
     load_driver()?;
+    Ok(Outcome::Pass)
+}
+
+fn no_io_uring(_ctx: &Ctx) -> Result<Outcome> {
+    load_driver()?;
+    let switch = "/proc/sys/kernel/io_uring_disabled";
+    fs::write(switch, "2")?;
+    let added = refused(&["add", "null"], &["io_uring is not allowed", "kernel.io_uring_disabled"]);
+    fs::write(switch, "0")?;
+    added?;
     Ok(Outcome::Pass)
 }
 
