@@ -42,7 +42,9 @@ const BLOCKS: [(&str, u32); 3] = [("bsrange=512-64k", 8), ("bs=4k", 8), ("bs=1m"
 
 /// Runs fio with checksums on a device at all block sizes and depths.
 fn verify(ctx: &Ctx, device: &str, blocks: &[(&str, u32)]) -> Result<()> {
-    let factor = if ctx.long { 12 } else { 1 };
+    // More loops over twice the data, rather than more data: what counts are requests, and the
+    // host has to store what is written.
+    let (factor, loops) = if ctx.long { (2, 6) } else { (1, 1) };
     for (block, mib) in blocks {
         for depth in ["1", "32", "128"] {
             let report = fio::run(
@@ -53,6 +55,7 @@ fn verify(ctx: &Ctx, device: &str, blocks: &[(&str, u32)]) -> Result<()> {
                     block,
                     &format!("iodepth={depth}"),
                     &format!("size={}m", mib * factor),
+                    &format!("loops={loops}"),
                     "ioengine=io_uring",
                     "direct=1",
                     "registerfiles=1",
@@ -79,7 +82,7 @@ fn nvme(ctx: &Ctx, lend: &str, queues: &str) -> Result<Outcome> {
 
 fn file(ctx: &Ctx, lend: &str, queues: &str) -> Result<Outcome> {
     // The size bounds what the largest run covers.
-    let mib = if ctx.long { 640 } else { 96 };
+    let mib = if ctx.long { 192 } else { 96 };
     let (mount, file) = file_on_drive(ctx, "drive1", mib)?;
     let device = Device::add_loop(&file, &["--lend", lend, "-q", queues])?;
     verify(ctx, device.path()?, &BLOCKS)?;

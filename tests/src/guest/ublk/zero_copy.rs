@@ -29,7 +29,8 @@ fn run_load(ctx: &Ctx, device: &str, rw: &str, block: &str) -> Result<()> {
         &block,
         &blocks,
         "iodepth=16",
-        "size=1g",
+        "size=64m",
+        "io_size=1g",
         "ioengine=io_uring",
         "direct=1",
         "norandommap=1",
@@ -113,7 +114,7 @@ fn shared_pages(ctx: &Ctx, device: &Device, drive: &str, rw: &str) -> Result<(u6
     );
     let load = ctx.directory().join("load.sh");
     let fio = format!(
-        "#!/bin/sh\nexec fio --name=load --filename={} --rw={rw} --bs=4k --iodepth=16 --size=1g \
+        "#!/bin/sh\nexec fio --name=load --filename={} --rw={rw} --bs=4k --iodepth=16 --size=64m \
          --number_ios={REQUESTS} --ioengine=io_uring --direct=1 --norandommap=1 --output=/dev/null\n",
         device.path()?
     );
