@@ -73,10 +73,7 @@ pub fn kernel_args(config: &VmConfig, accel: Accel) -> String {
         "panic=-1",
         // Timer checks assume real time, which emulation cannot promise.
         "no_timer_check",
-        "sysctl.kernel.hung_task_timeout_secs=120",
-        // The host may stall its own disk for longer than the 30 s after which the driver gives a
-        // drive up: seen after gigabytes had been written to and punched out of the drives' files.
-        "nvme_core.io_timeout=100",
+        "sysctl.kernel.hung_task_timeout_secs=60",
         "rcupdate.rcu_cpu_stall_timeout=60",
     ]
     .map(String::from)

@@ -59,7 +59,7 @@ const REQUIREMENTS: &[Requirement] = &[
     },
     Requirement {
         package: "util-linux",
-        purpose: "setpriv, which ends QEMU with the harness",
+        purpose: "setpriv and taskset, which QEMU is run with",
         present: |machine| machine.program("setpriv"),
     },
     Requirement {
