@@ -349,14 +349,11 @@ mod tests {
     fn mirrors_that_serve_the_archive_come_first() {
         let text = "||http://a.example/unknown/\n\
              Debian|Debian-Security|http://s.example/debian-security/\n\
-             Debian|Debian|http://m.example/debian/\n\
+             Debian|Debian|http://m.example/d/\n\
              ||http://s.example/security/\n\
              Node|Node|http://n.example/\n\
-             Debian|Debian|http://m.example/debian/\n";
-        assert_eq!(
-            mirror_candidates(text),
-            ["http://m.example/debian/", "http://a.example/unknown/"]
-        );
+             Debian|Debian|http://m.example/d/\n";
+        assert_eq!(mirror_candidates(text), ["http://m.example/d/", "http://a.example/unknown/"]);
         assert!(mirror_candidates("Ubuntu|Ubuntu|http://u.example/ubuntu/\n").is_empty());
     }
 
