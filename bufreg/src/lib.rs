@@ -35,6 +35,7 @@
 //! 5. After all leases are released no slot is missing (`nothing_is_missing_after_a_drain`).
 //! 6. A lease that was lost is found and named, and its slot is never lent again
 //!    (`a_lost_lease_is_found`).
+//! 7. A lease has at most [`MAX_BORROWS`] borrows (`borrows_are_bounded`).
 //!
 //! All together are checked against a model under random operations
 //! (`random_operations_agree_with_the_model`).

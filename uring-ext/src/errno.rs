@@ -37,10 +37,6 @@ impl Errno {
     pub const EACCES: Self = Self(libc::EACCES);
     /// Operation not permitted.
     pub const EPERM: Self = Self(libc::EPERM);
-    /// Timer expired.
-    pub const ETIMEDOUT: Self = Self(libc::ETIMEDOUT);
-    /// Operation cancelled.
-    pub const ECANCELED: Self = Self(libc::ECANCELED);
     /// Function not implemented.
     pub const ENOSYS: Self = Self(libc::ENOSYS);
     /// No space left.

@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 
-use io_uring::{CompletionQueue, IoUring, SubmissionQueue, Submitter, types};
+use io_uring::{CompletionQueue, IoUring, SubmissionQueue, Submitter};
 
 use crate::Errno;
 use crate::pool::BufferPool;
@@ -194,26 +194,6 @@ impl Queues<'_> {
         }
         count
     }
-
-    /// Waits at most `timeout` for a completion, after submitting what is queued.
-    ///
-    /// # Errors
-    /// `ETIMEDOUT`, and those of [`Queues::submit_and_wait`].
-    pub fn submit_and_wait_for(&mut self, timeout: std::time::Duration) -> Result<(), Errno> {
-        self.sq.sync();
-        let timespec = types::Timespec::from(timeout);
-        let args = types::SubmitArgs::new().timespec(&timespec);
-        let entered = self.submitter.submit_with_args(1, &args);
-        self.sq.sync();
-        match entered {
-            Ok(_) => Ok(()),
-            Err(error) => match Errno::of(&error) {
-                Errno::EINTR | Errno::EBUSY | Errno::EAGAIN => Ok(()),
-                errno if errno.number() == libc::ETIME => Err(Errno::ETIMEDOUT),
-                errno => Err(errno),
-            },
-        }
-    }
 }
 
 #[cfg(test)]
@@ -292,13 +272,6 @@ mod tests {
                 assert!(!std::mem::replace(&mut seen[index], true));
             }
         }
-    }
-
-    #[test]
-    fn a_bounded_wait_ends() {
-        let mut ring = Ring::new(2, 4).unwrap();
-        let waited = ring.queues().submit_and_wait_for(std::time::Duration::from_millis(1));
-        assert_eq!(waited, Err(Errno::ETIMEDOUT));
     }
 
     fn tempfile() -> File {

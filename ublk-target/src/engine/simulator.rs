@@ -183,15 +183,15 @@ impl Port for World {
     fn register(&mut self, tag: Tag, slot: SlotIndex) {
         let res = match self.rng.below(10) {
             _ if !self.faulty => 0,
-            0 => -libc_errno(Errno::ENOMEM),
-            1 => -libc_errno(Errno::EBUSY),
+            0 => Errno::ENOMEM.negated(),
+            1 => Errno::EBUSY.negated(),
             _ => 0,
         };
         let open = self.open[tag.index()].as_mut().unwrap();
         if res == 0 {
             assert_eq!(self.slots[usize::from(slot.0)].replace(tag), None, "slot is taken");
             self.explicit[tag.index()] = true;
-        } else if res == -libc_errno(Errno::EBUSY) {
+        } else if res == Errno::EBUSY.negated() {
             open.errors += 1;
         } else {
             open.transient += 1;
@@ -215,10 +215,6 @@ impl Port for World {
         assert!(self.keys.insert(key, tag).is_none(), "a key is out twice");
         self.pending.push(Pending::Op { key, op: *op, tag });
     }
-}
-
-fn libc_errno(errno: Errno) -> i32 {
-    errno.number()
 }
 
 fn range(request: &Request) -> std::ops::Range<usize> {
