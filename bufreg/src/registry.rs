@@ -1,191 +1,85 @@
-//! The registry itself.
+//! The registry itself: every transition of every slot.
 
-use std::marker::PhantomData;
-
-/// An index into a ring's buffer table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct SlotIndex(pub u16);
-
-/// How often a slot had been reserved before; wraps after 2^32 times.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Generation(pub u32);
-
-/// The request that a slot is lent for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Owner {
-    /// Device id.
-    pub device: u32,
-    /// Queue of the device.
-    pub qid: u16,
-    /// Tag in the queue.
-    pub tag: u16,
-}
-
-/// State of a lease whose registration is under way.
-#[derive(Debug)]
-pub enum Reserved {}
-/// State of a lease whose buffer may be borrowed.
-#[derive(Debug)]
-pub enum Active {}
-/// State of a lease whose buffer is on its way back.
-#[derive(Debug)]
-pub enum Retiring {}
-
-/// The right to a slot while its request is open. One lease exists per lent slot; losing it does
-/// not free the slot.
-#[derive(Debug)]
-#[must_use = "a lost lease keeps its slot for ever"]
-pub struct Lease<State> {
-    slot: SlotIndex,
-    generation: Generation,
-    state: PhantomData<State>,
-}
-
-impl<State> Lease<State> {
-    /// The slot.
-    #[must_use]
-    pub const fn slot(&self) -> SlotIndex {
-        self.slot
-    }
-
-    /// Which lending of the slot this is.
-    #[must_use]
-    pub const fn generation(&self) -> Generation {
-        self.generation
-    }
-
-    fn into_state<Next>(self) -> Lease<Next> {
-        Lease { slot: self.slot, generation: self.generation, state: PhantomData }
-    }
-}
-
-/// One operation's use of a lease. Plain data, since it passes through the kernel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Borrow {
-    slot: SlotIndex,
-    generation: Generation,
-    /// Which of the slot's [`MAX_BORROWS`] places it takes.
-    place: u8,
-}
-
-impl Borrow {
-    /// The slot.
-    #[must_use]
-    pub const fn slot(&self) -> SlotIndex {
-        self.slot
-    }
-}
-
-/// The slot cannot be reserved.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Busy {
-    /// It is lent.
-    #[error("slot {} is lent to tag {}", .0.slot.0, .0.owner.tag)]
-    Lent(Lent),
-    /// The registry has no such slot.
-    #[error("slot {} is beyond the table", .0.0)]
-    Beyond(SlotIndex),
-}
-
-/// How many operations may borrow one lease at a time.
-pub const MAX_BORROWS: u32 = u64::BITS;
-
-/// The lease has [`MAX_BORROWS`] borrows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{MAX_BORROWS} operations borrow the lease, which is the limit")]
-pub struct NotBorrowable;
-
-/// A key of an earlier life of its slot, or one that was given back before.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("stale borrow")]
-pub struct Stale;
-
-/// The lease cannot be retired yet; it comes back.
-#[derive(Debug, thiserror::Error)]
-#[error("{borrows} operations still borrow slot {}", lease.slot.0)]
-pub struct StillBorrowed {
-    /// The lease, unchanged.
-    pub lease: Lease<Active>,
-    /// How many operations borrow it.
-    pub borrows: u32,
-}
-
-/// What is known about a lent slot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Lent {
-    /// The slot.
-    pub slot: SlotIndex,
-    /// Which lending of the slot this is.
-    pub generation: Generation,
-    /// The request that it is lent for.
-    pub owner: Owner,
-    /// When it was reserved, in the caller's unit of time.
-    pub since: u64,
-    /// How many operations borrow it.
-    pub borrows: u32,
-}
-
-/// Counters since construction.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Stats {
-    /// Leases given out.
-    pub reserved: u64,
-    /// Leases that ended.
-    pub released: u64,
-    /// Borrows given out.
-    pub borrowed: u64,
-    /// Borrows that came back stale.
-    pub stale: u64,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    Free,
-    Reserved,
-    Active,
+use crate::error::{Busy, NoneFree, NotBorrowable, Stale, StillBorrowed, Unsettled};
+use crate::free::FreeSlots;
+use crate::identity::{Borrower, Generation, Incarnation, LeaseKey, Owner, SlotIndex};
+use crate::lease::{
+    Active, Borrow, Lease, LeaseState, MAX_BORROWS, Places, Quarantinable, Quarantined, Reserved,
     Retiring,
-}
+};
+use crate::report::{Borrowers, Counts, Leak, Lent, SlotState, Stats};
 
+/// What every request touches, half a cache line.
 #[derive(Clone, Copy, Debug)]
 struct Slot {
-    state: State,
-    /// One bit a place, set while its borrow is out.
-    out: u64,
-    /// The place after the one given out last. Places rotate, so that a borrow given back twice
-    /// does not meet the next one in its place.
-    next_place: u8,
+    state: SlotState,
+    /// Not empty only in the states `Active` and `Quarantined`.
+    out: Places,
     generation: Generation,
+    /// How many borrows the present lease has had.
+    turn: u32,
     owner: Owner,
     since: u64,
+}
+
+const _: () = assert!(size_of::<Slot>() <= 32);
+
+/// What is kept of a borrow that is out.
+#[derive(Clone, Copy, Debug)]
+struct BorrowRecord {
+    borrower: Borrower,
+    /// [`Borrow::turn`] of the borrow.
+    turn: u32,
 }
 
 /// The slots of one ring's buffer table.
 #[derive(Debug)]
 pub struct Registry {
+    incarnation: Incarnation,
     slots: Box<[Slot]>,
+    /// By slot and place; meaningful where the slot's `out` has the place.
+    borrows: Box<[[BorrowRecord; MAX_BORROWS as usize]]>,
+    /// The slots in state `Free`.
+    free: FreeSlots,
     stats: Stats,
 }
 
+// What every request goes through is inlined into the caller's crate, which halves its cost.
 impl Registry {
-    /// A registry of `capacity` free slots, numbered from 0.
+    /// A registry of `capacity` free slots, numbered from 0, for one life of the server. A ring's
+    /// table has at most 16,384 slots.
     #[must_use]
-    pub fn new(capacity: u16) -> Self {
-        let free = Slot {
-            state: State::Free,
-            out: 0,
-            next_place: 0,
+    pub fn new(capacity: u16, incarnation: Incarnation) -> Self {
+        let slot = Slot {
+            state: SlotState::Free,
+            out: Places::NONE,
             generation: Generation(0),
+            turn: 0,
             owner: Owner { device: 0, qid: 0, tag: 0 },
             since: 0,
         };
-        Self { slots: vec![free; usize::from(capacity)].into(), stats: Stats::default() }
+        let record = BorrowRecord { borrower: Borrower(0), turn: 0 };
+        Self {
+            incarnation,
+            slots: vec![slot; usize::from(capacity)].into(),
+            borrows: vec![[record; MAX_BORROWS as usize]; usize::from(capacity)].into(),
+            free: FreeSlots::new(capacity),
+            stats: Stats::default(),
+        }
     }
 
-    /// Reserves a slot for a request, before its buffer is registered. `now` is kept as the time
-    /// of lending.
+    /// The life of the server that the registry was made for.
+    #[must_use]
+    pub const fn incarnation(&self) -> Incarnation {
+        self.incarnation
+    }
+
+    /// Reserves the slot of the caller's choice for a request, before its buffer is registered.
+    /// `now` is kept as the time of lending.
     ///
     /// # Errors
     /// [`Busy`] if the slot is lent or beyond the table.
+    #[inline]
     pub fn reserve(
         &mut self,
         slot: SlotIndex,
@@ -193,93 +87,192 @@ impl Registry {
         now: u64,
     ) -> Result<Lease<Reserved>, Busy> {
         let entry = self.slots.get_mut(usize::from(slot.0)).ok_or(Busy::Beyond(slot))?;
-        if entry.state != State::Free {
+        if entry.state != SlotState::Free {
             return Err(Busy::Lent(entry.describe(slot)));
         }
-        entry.state = State::Reserved;
-        entry.generation = Generation(entry.generation.0.wrapping_add(1));
-        entry.owner = owner;
-        entry.since = now;
+        let generation = Generation(entry.generation.0.wrapping_add(1));
+        *entry =
+            Slot { state: SlotState::Reserved, generation, turn: 0, owner, since: now, ..*entry };
+        self.free.remove(slot);
         self.stats.reserved += 1;
-        Ok(Lease { slot, generation: entry.generation, state: PhantomData })
+        Ok(Lease::new(LeaseKey { incarnation: self.incarnation, slot, generation }))
+    }
+
+    /// Reserves the lowest free slot, otherwise like [`reserve`](Self::reserve).
+    ///
+    /// # Errors
+    /// [`NoneFree`] if all slots are lent.
+    #[inline]
+    pub fn reserve_any(&mut self, owner: Owner, now: u64) -> Result<Lease<Reserved>, NoneFree> {
+        let slot = self.free.lowest().ok_or(NoneFree)?;
+        Ok(self.reserve(slot, owner, now).expect("a slot in the free set is free"))
     }
 
     /// The buffer is registered: it may be borrowed.
+    ///
+    /// # Panics
+    /// If the lease is of another registry, like all transitions.
+    #[inline]
     pub fn activate(&mut self, lease: Lease<Reserved>) -> Lease<Active> {
-        self.held(&lease, State::Reserved).state = State::Active;
+        self.held(&lease).state = SlotState::Active;
         lease.into_state()
     }
 
     /// The registration failed: the slot is free again.
+    ///
+    /// # Panics
+    /// If the lease is of another registry.
     pub fn cancel(&mut self, lease: Lease<Reserved>) {
-        self.held(&lease, State::Reserved).state = State::Free;
-        self.stats.released += 1;
+        self.end(&lease);
     }
 
-    /// Counts one more operation that uses the buffer.
+    /// Counts one more operation that uses the buffer, under the name by which the caller knows
+    /// it.
     ///
     /// # Errors
     /// [`NotBorrowable`] at [`MAX_BORROWS`] borrows.
-    pub fn borrow(&mut self, lease: &Lease<Active>) -> Result<Borrow, NotBorrowable> {
-        let entry = self.held(lease, State::Active);
-        let free = (!entry.out).rotate_right(u32::from(entry.next_place)).trailing_zeros();
-        if free == MAX_BORROWS {
-            return Err(NotBorrowable);
-        }
-        let place = (entry.next_place + u8::try_from(free).unwrap_or(0)) % 64;
-        entry.out |= 1 << place;
-        entry.next_place = (place + 1) % 64;
+    ///
+    /// # Panics
+    /// If the lease is of another registry.
+    #[inline]
+    pub fn borrow(
+        &mut self,
+        lease: &Lease<Active>,
+        borrower: Borrower,
+    ) -> Result<Borrow, NotBorrowable> {
+        let entry = self.held(lease);
+        let place = entry.out.vacant().ok_or(NotBorrowable)?;
+        let turn = entry.turn;
+        entry.out.take(place);
+        entry.turn = turn.wrapping_add(1);
+        let LeaseKey { incarnation, slot, generation } = lease.key();
+        self.borrows[usize::from(slot.0)][place.index()] = BorrowRecord { borrower, turn };
         self.stats.borrowed += 1;
-        Ok(Borrow { slot: lease.slot, generation: lease.generation, place })
+        Ok(Borrow { incarnation, generation, turn, slot, place })
     }
 
-    /// An operation has completed; returns how many still borrow the buffer.
+    /// The operation was issued again and has a new name.
     ///
     /// # Errors
-    /// [`Stale`] if the slot has had another lease since, or the borrow was given back before.
-    /// Nothing changes then but the counter.
+    /// [`Stale`] as for [`give_back`](Self::give_back).
+    pub fn relabel(&mut self, borrow: Borrow, borrower: Borrower) -> Result<(), Stale> {
+        self.live(borrow)?;
+        self.borrows[usize::from(borrow.slot.0)][borrow.place.index()].borrower = borrower;
+        Ok(())
+    }
+
+    /// An operation has completed, be it late, in quarantine; returns how many still borrow the
+    /// buffer.
+    ///
+    /// # Errors
+    /// [`Stale`] if the borrow is of another incarnation, if the slot has had another lease
+    /// since, or if it was given back before. Nothing changes then but the counter.
+    #[inline]
     pub fn give_back(&mut self, borrow: Borrow) -> Result<u32, Stale> {
-        let entry = self.slots.get_mut(usize::from(borrow.slot.0));
-        let live = entry.filter(|entry| {
-            entry.state == State::Active
-                && entry.generation == borrow.generation
-                && entry.out & (1 << borrow.place) != 0
-        });
-        if let Some(entry) = live {
-            entry.out &= !(1 << borrow.place);
-            return Ok(entry.out.count_ones());
-        }
-        self.stats.stale += 1;
-        Err(Stale)
+        let entry = self.live(borrow)?;
+        entry.out.vacate(borrow.place);
+        let left = entry.out.count();
+        self.stats.given_back += 1;
+        Ok(left)
     }
 
     /// Ends the borrowing: the buffer is about to be given back.
     ///
     /// # Errors
     /// [`StillBorrowed`] with the lease, as long as an operation borrows it.
+    ///
+    /// # Panics
+    /// If the lease is of another registry.
+    #[inline]
     pub fn retire(&mut self, lease: Lease<Active>) -> Result<Lease<Retiring>, StillBorrowed> {
-        let entry = self.held(&lease, State::Active);
-        if entry.out != 0 {
-            let borrows = entry.out.count_ones();
+        let entry = self.held(&lease);
+        if entry.out != Places::NONE {
+            let borrows = entry.out.count();
             return Err(StillBorrowed { lease, borrows });
         }
-        entry.state = State::Retiring;
+        entry.state = SlotState::Retiring;
         Ok(lease.into_state())
     }
 
     /// The buffer is back with the driver: the slot is free.
+    ///
+    /// # Panics
+    /// If the lease is of another registry.
+    #[inline]
     pub fn release(&mut self, lease: Lease<Retiring>) {
-        self.held(&lease, State::Retiring).state = State::Free;
-        self.stats.released += 1;
+        self.end(&lease);
     }
 
-    /// All lent slots, in order of their index. After a drain there must be none; what is left is
-    /// a leak.
-    pub fn lent(&self) -> impl Iterator<Item = Lent> + '_ {
-        let indexed = (0_u16..).zip(self.slots.iter());
+    /// Sets a slot apart whose buffer the kernel may still use, though the program knows no way to
+    /// get it back: an operation neither completed nor was cancelled (its borrow stays out), or
+    /// the unregistration failed.
+    ///
+    /// # Panics
+    /// If the lease is of another registry.
+    pub fn quarantine<S: Quarantinable>(&mut self, lease: Lease<S>) -> Lease<Quarantined> {
+        self.held(&lease).state = SlotState::Quarantined;
+        self.stats.quarantined += 1;
+        lease.into_state()
+    }
+
+    /// The fate of a quarantined slot is known: its buffer is about to be given back.
+    ///
+    /// # Errors
+    /// [`Unsettled`] with the lease, as long as an operation borrows it.
+    ///
+    /// # Panics
+    /// If the lease is of another registry.
+    pub fn settle(&mut self, lease: Lease<Quarantined>) -> Result<Lease<Retiring>, Unsettled> {
+        let entry = self.held(&lease);
+        if entry.out != Places::NONE {
+            let borrows = entry.out.count();
+            return Err(Unsettled { lease, borrows });
+        }
+        entry.state = SlotState::Retiring;
+        self.stats.settled += 1;
+        Ok(lease.into_state())
+    }
+
+    /// All lent slots, in order of their index. After a drain there must be none.
+    pub fn lent(&self) -> impl Iterator<Item = Lent> {
+        let indexed = self.slots.iter().zip((0_u16..).map(SlotIndex));
         indexed
-            .filter(|(_, entry)| entry.state != State::Free)
-            .map(|(index, entry)| entry.describe(SlotIndex(index)))
+            .filter(|(entry, _)| entry.state != SlotState::Free)
+            .map(|(entry, slot)| entry.describe(slot))
+    }
+
+    /// Who borrows a slot, in order of place; nobody if it is free or beyond the table.
+    pub fn borrowers(&self, slot: SlotIndex) -> impl Iterator<Item = Borrower> {
+        let index = usize::from(slot.0);
+        let out = self.slots.get(index).map_or(Places::NONE, |entry| entry.out);
+        out.iter().map(move |place| self.borrows[index][place.index()].borrower)
+    }
+
+    /// The lent slots whose lease the caller no longer holds, by its own account. Such a slot is
+    /// never lent again.
+    pub fn leaks(
+        &self,
+        now: u64,
+        is_held: impl Fn(LeaseKey) -> bool,
+    ) -> impl Iterator<Item = Leak> {
+        let incarnation = self.incarnation;
+        let lost = self.lent().filter(move |&Lent { slot, generation, .. }| {
+            !is_held(LeaseKey { incarnation, slot, generation })
+        });
+        lost.map(move |lent| Leak {
+            lent,
+            age: now.saturating_sub(lent.since),
+            borrowers: Borrowers::gather(self.borrowers(lent.slot)),
+        })
+    }
+
+    /// How many slots are doing what. Scans all slots, so that no transition pays for it and it
+    /// cannot disagree with them.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        let mut counts = Counts::default();
+        self.slots.iter().for_each(|entry| counts.add(entry.state, entry.out.count()));
+        counts
     }
 
     /// The number of slots.
@@ -294,18 +287,50 @@ impl Registry {
         self.stats
     }
 
-    /// The entry of a lease. A lease is made by `reserve` alone, is not copied, and every
-    /// transition consumes it, so entry and lease can only disagree if the lease is of another
-    /// registry: a bug that must not go on.
-    fn held<S>(&mut self, lease: &Lease<S>, state: State) -> &mut Slot {
-        let entry = &mut self.slots[usize::from(lease.slot.0)];
-        assert!(
-            entry.state == state && entry.generation == lease.generation,
-            "lease of slot {} does not belong to this registry",
-            lease.slot.0
-        );
-        entry
+    /// Ends a lease; without borrows, since `Reserved` has none yet and `Retiring` none left.
+    #[inline]
+    fn end<S: LeaseState>(&mut self, lease: &Lease<S>) {
+        self.held(lease).state = SlotState::Free;
+        self.free.insert(lease.slot());
+        self.stats.released += 1;
     }
+
+    /// The slot of a lease. A lease is made by `reserve` alone, is not copied, and every
+    /// transition consumes it, so slot and lease can only disagree if the lease is of another
+    /// registry: a bug that must not go on.
+    #[inline]
+    fn held<S: LeaseState>(&mut self, lease: &Lease<S>) -> &mut Slot {
+        let LeaseKey { incarnation, slot, generation } = lease.key();
+        let ours = incarnation == self.incarnation;
+        let entry = self
+            .slots
+            .get_mut(usize::from(slot.0))
+            .filter(|entry| ours && entry.state == S::SLOT && entry.generation == generation);
+        entry.unwrap_or_else(|| foreign(slot))
+    }
+
+    /// The slot of a borrow that is out. Unlike a lease a borrow is copied and comes back by way of
+    /// the kernel, so that it may name anything that once was.
+    #[inline]
+    fn live(&mut self, borrow: Borrow) -> Result<&mut Slot, Stale> {
+        let index = usize::from(borrow.slot.0);
+        let ours = borrow.incarnation == self.incarnation;
+        let entry = self.slots.get_mut(index).filter(|entry| {
+            let same_lease = ours && entry.generation == borrow.generation;
+            same_lease
+                && entry.out.holds(borrow.place)
+                && self.borrows[index][borrow.place.index()].turn == borrow.turn
+        });
+        if entry.is_none() {
+            self.stats.stale += 1;
+        }
+        entry.ok_or(Stale)
+    }
+}
+
+#[cold]
+fn foreign(slot: SlotIndex) -> ! {
+    panic!("lease of slot {} does not belong to this registry", slot.0)
 }
 
 impl Slot {
@@ -315,7 +340,8 @@ impl Slot {
             generation: self.generation,
             owner: self.owner,
             since: self.since,
-            borrows: self.out.count_ones(),
+            state: self.state,
+            borrows: self.out.count(),
         }
     }
 }

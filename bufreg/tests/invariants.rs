@@ -1,213 +1,319 @@
-//! The invariants listed in the crate's documentation, each by name, and all of them under
-//! random operations against a model.
+//! The invariants listed in `bufreg::invariants`, each by name. `model.rs` checks all of them
+//! together, `free_slots.rs` the choice of slots in large tables.
 
 use bufreg::{
-    Active, Borrow, Busy, Lease, MAX_BORROWS, NotBorrowable, Owner, Registry, SlotIndex, Stale,
+    Active, Borrow, Borrower, Busy, Counts, Incarnation, Lease, LeaseKey, MAX_BORROWS, NoneFree,
+    NotBorrowable, Owner, Registry, SlotIndex, SlotState, Stale,
 };
-use proptest::prelude::*;
+
+const INCARNATION: Incarnation = Incarnation(5);
+const NOW: u64 = 100;
+
+fn registry(capacity: u16) -> Registry {
+    Registry::new(capacity, INCARNATION)
+}
 
 fn owner(tag: u16) -> Owner {
     Owner { device: 3, qid: 1, tag }
 }
 
 fn lend(registry: &mut Registry, slot: u16) -> Lease<Active> {
-    let lease = registry.reserve(SlotIndex(slot), owner(slot), 0).unwrap();
+    let lease = registry.reserve(SlotIndex(slot), owner(slot), NOW).unwrap();
     registry.activate(lease)
 }
 
-fn give_back_lease(registry: &mut Registry, lease: Lease<Active>) {
+fn end(registry: &mut Registry, lease: Lease<Active>) {
     let lease = registry.retire(lease).unwrap();
     registry.release(lease);
 }
 
+fn borrowers(registry: &Registry, slot: u16) -> Vec<u64> {
+    registry.borrowers(SlotIndex(slot)).map(|borrower| borrower.0).collect()
+}
+
+/// Tries everything that can be done with a borrow, and finds that nothing has changed.
+fn assert_stale(registry: &mut Registry, borrow: Borrow) {
+    let slot = borrow.slot();
+    let before: Vec<_> = registry.lent().collect();
+    let borrowers: Vec<_> = registry.borrowers(slot).collect();
+    let stats = registry.stats();
+    assert_eq!(registry.give_back(borrow), Err(Stale));
+    assert_eq!(registry.relabel(borrow, Borrower(999)), Err(Stale));
+    assert_eq!(registry.lent().collect::<Vec<_>>(), before);
+    assert_eq!(registry.borrowers(slot).collect::<Vec<_>>(), borrowers);
+    assert_eq!(registry.stats(), bufreg::Stats { stale: stats.stale + 2, ..stats });
+}
+
 #[test]
 fn a_slot_is_lent_once() {
-    let mut registry = Registry::new(2);
+    let mut registry = registry(2);
     let first = registry.reserve(SlotIndex(1), owner(7), 5).unwrap();
     let Err(Busy::Lent(lent)) = registry.reserve(SlotIndex(1), owner(8), 6) else {
         panic!("lent twice");
     };
-    assert_eq!((lent.owner, lent.since), (owner(7), 5));
-    assert_eq!(
-        registry.reserve(SlotIndex(2), owner(8), 6).unwrap_err(),
-        Busy::Beyond(SlotIndex(2))
-    );
-    registry.cancel(first);
+    assert_eq!((lent.owner, lent.since, lent.state), (owner(7), 5, SlotState::Reserved));
+    let beyond = registry.reserve(SlotIndex(2), owner(8), 6).unwrap_err();
+    assert_eq!(beyond, Busy::Beyond(SlotIndex(2)));
+    let first = registry.activate(first);
+    assert!(registry.reserve(SlotIndex(1), owner(8), 6).is_err());
+    let first = registry.retire(first).unwrap();
+    assert!(registry.reserve(SlotIndex(1), owner(8), 6).is_err(), "not back with the driver yet");
+    registry.release(first);
     let again = registry.reserve(SlotIndex(1), owner(8), 6).unwrap();
     registry.cancel(again);
+    assert_eq!(registry.lent().count(), 0);
 }
 
 #[test]
 fn a_borrowed_slot_is_not_retired() {
-    let mut registry = Registry::new(1);
+    let mut registry = registry(1);
     let lease = lend(&mut registry, 0);
-    let borrows = [registry.borrow(&lease).unwrap(), registry.borrow(&lease).unwrap()];
+    let borrows = [1, 2].map(|label| registry.borrow(&lease, Borrower(label)).unwrap());
     let refused = registry.retire(lease).unwrap_err();
     assert_eq!(refused.borrows, 2);
+    assert_eq!(registry.lent().next().unwrap().state, SlotState::Active);
     assert_eq!(registry.give_back(borrows[0]), Ok(1));
     let refused = registry.retire(refused.lease).unwrap_err();
     assert_eq!(registry.give_back(borrows[1]), Ok(0));
-    give_back_lease(&mut registry, refused.lease);
+    end(&mut registry, refused.lease);
 }
 
 #[test]
 fn a_borrow_is_given_back_once() {
-    let mut registry = Registry::new(1);
+    let mut registry = registry(1);
     let lease = lend(&mut registry, 0);
-    let borrow = registry.borrow(&lease).unwrap();
+    let borrow = registry.borrow(&lease, Borrower(1)).unwrap();
     assert_eq!(registry.give_back(borrow), Ok(0));
-    assert_eq!(registry.give_back(borrow), Err(Stale));
-    assert_eq!(registry.stats().stale, 1);
-    // Nor does it count for another borrow of the same lease.
-    let other = registry.borrow(&lease).unwrap();
-    assert_eq!(registry.give_back(borrow), Err(Stale));
-    assert_eq!(registry.give_back(other), Ok(0));
-    give_back_lease(&mut registry, lease);
+    assert_stale(&mut registry, borrow);
+    // Nor does it ever count for a later borrow, though that be in the same place.
+    for _ in 0..3 * MAX_BORROWS {
+        let later = registry.borrow(&lease, Borrower(2)).unwrap();
+        assert_stale(&mut registry, borrow);
+        assert_eq!(registry.give_back(later), Ok(0));
+    }
+    end(&mut registry, lease);
 }
 
 #[test]
-fn borrows_are_bounded() {
-    let mut registry = Registry::new(1);
+fn a_borrow_outlives_those_beside_it() {
+    let mut registry = registry(1);
     let lease = lend(&mut registry, 0);
-    let borrows: Vec<_> = (0..MAX_BORROWS).map(|_| registry.borrow(&lease).unwrap()).collect();
-    assert_eq!(registry.borrow(&lease), Err(NotBorrowable));
-    assert_eq!(registry.give_back(borrows[17]), Ok(MAX_BORROWS - 1));
-    assert!(registry.borrow(&lease).is_ok());
+    let [first, second, third] =
+        [10, 11, 12].map(|label| registry.borrow(&lease, Borrower(label)).unwrap());
+    assert_eq!(registry.give_back(second), Ok(2));
+    assert_eq!(borrowers(&registry, 0), [10, 12]);
+    let fourth = registry.borrow(&lease, Borrower(13)).unwrap();
+    assert_eq!(borrowers(&registry, 0), [10, 13, 12], "the free place is used again");
+    assert_eq!(registry.relabel(third, Borrower(20)), Ok(()));
+    assert_eq!(borrowers(&registry, 0), [10, 13, 20]);
+    assert_stale(&mut registry, second);
+    for (borrow, left) in [(third, 2), (first, 1), (fourth, 0)] {
+        assert_eq!(registry.give_back(borrow), Ok(left));
+    }
+    assert_eq!(borrowers(&registry, 0), []);
+    assert_eq!(borrowers(&registry, 1), [], "no such slot");
+    end(&mut registry, lease);
 }
 
 #[test]
-fn stale_keys_change_nothing() {
-    let mut registry = Registry::new(1);
+fn an_older_generation_changes_nothing() {
+    let mut registry = registry(1);
     let first = lend(&mut registry, 0);
-    let stale = registry.borrow(&first).unwrap();
+    let stale = registry.borrow(&first, Borrower(1)).unwrap();
     assert_eq!(registry.give_back(stale), Ok(0));
-    give_back_lease(&mut registry, first);
+    end(&mut registry, first);
+    assert_stale(&mut registry, stale);
 
     let second = lend(&mut registry, 0);
-    let live = registry.borrow(&second).unwrap();
-    assert_eq!(registry.give_back(stale), Err(Stale));
-    assert_eq!(registry.lent().next().unwrap().borrows, 1, "the live borrow stands");
+    let live = registry.borrow(&second, Borrower(2)).unwrap();
+    assert_stale(&mut registry, stale);
     assert_eq!(registry.give_back(live), Ok(0));
-    give_back_lease(&mut registry, second);
+    end(&mut registry, second);
+}
+
+#[test]
+fn another_incarnation_changes_nothing() {
+    let mut earlier = registry(2);
+    let lease = lend(&mut earlier, 0);
+    let other_lease = lend(&mut earlier, 1);
+    let stale = earlier.borrow(&lease, Borrower(1)).unwrap();
+    let beyond = earlier.borrow(&other_lease, Borrower(1)).unwrap();
+
+    let mut registry = Registry::new(1, INCARNATION.next());
+    assert_stale(&mut registry, stale);
+    let lease = lend(&mut registry, 0);
+    assert_stale(&mut registry, stale);
+    let live = registry.borrow(&lease, Borrower(2)).unwrap();
+    assert_stale(&mut registry, stale);
+    assert_stale(&mut registry, beyond);
+    assert_eq!(registry.give_back(live), Ok(0));
+    end(&mut registry, lease);
 }
 
 #[test]
 fn nothing_is_missing_after_a_drain() {
-    let mut registry = Registry::new(64);
+    let mut registry = registry(64);
     let leases: Vec<_> = (0..64).map(|slot| lend(&mut registry, slot)).collect();
     assert_eq!(registry.lent().count(), 64);
     for lease in leases {
-        give_back_lease(&mut registry, lease);
+        let borrow = registry.borrow(&lease, Borrower(1)).unwrap();
+        registry.give_back(borrow).unwrap();
+        end(&mut registry, lease);
     }
     assert_eq!(registry.lent().count(), 0);
+    assert_eq!(registry.leaks(NOW, |_| false).count(), 0);
+    assert_eq!(registry.counts(), Counts { capacity: 64, free: 64, ..Counts::default() });
     let stats = registry.stats();
     assert_eq!((stats.reserved, stats.released), (64, 64));
+    assert_eq!((stats.borrowed, stats.given_back), (64, 64));
+    let again: Vec<_> = (0..64).map(|_| registry.reserve_any(owner(0), NOW).unwrap()).collect();
+    assert_eq!(again.len(), 64, "every slot can be lent again");
 }
 
 #[test]
 fn a_lost_lease_is_found() {
-    let mut registry = Registry::new(4);
-    let lease = lend(&mut registry, 2);
-    let _borrow = registry.borrow(&lease).unwrap();
-    drop(lease);
-    let leaks: Vec<_> = registry.lent().collect();
+    let mut registry = registry(4);
+    let held = lend(&mut registry, 1);
+    let lost = lend(&mut registry, 2);
+    let borrows = [7, 9].map(|label| registry.borrow(&lost, Borrower(label)).unwrap());
+    let lost_key = lost.key();
+    drop(lost);
+
+    let keys: [LeaseKey; 1] = [held.key()];
+    let leaks: Vec<_> = registry.leaks(NOW + 50, |key| keys.contains(&key)).collect();
     assert_eq!(leaks.len(), 1);
-    assert_eq!((leaks[0].slot, leaks[0].owner, leaks[0].borrows), (SlotIndex(2), owner(2), 1));
-    assert!(matches!(registry.reserve(SlotIndex(2), owner(9), 0), Err(Busy::Lent(_))));
+    assert_eq!((leaks[0].lent.slot, leaks[0].lent.owner), (SlotIndex(2), owner(2)));
+    assert_eq!(leaks[0].lent.generation, lost_key.generation);
+    assert_eq!((leaks[0].age, leaks[0].lent.borrows), (50, 2));
+    assert_eq!(leaks[0].borrowers.as_slice(), [Borrower(7), Borrower(9)]);
+    let clock_went_back = registry.leaks(NOW - 1, |key| keys.contains(&key)).next().unwrap();
+    assert_eq!(clock_went_back.age, 0);
+
+    // The borrows come back; the slot does not.
+    assert_eq!(registry.give_back(borrows[0]), Ok(1));
+    assert_eq!(registry.give_back(borrows[1]), Ok(0));
+    assert!(matches!(registry.reserve(SlotIndex(2), owner(9), NOW), Err(Busy::Lent(_))));
+    let others: Vec<_> = (0..2).map(|_| registry.reserve_any(owner(9), NOW).unwrap()).collect();
+    assert_eq!(others.iter().map(|lease| lease.slot().0).collect::<Vec<_>>(), [0, 3]);
+    assert_eq!(registry.reserve_any(owner(9), NOW).unwrap_err(), NoneFree);
 }
 
 #[test]
-#[should_panic(expected = "does not belong to this registry")]
-fn a_foreign_lease_is_refused() {
-    let mut one = Registry::new(1);
-    let mut other = Registry::new(1);
-    let lease = lend(&mut one, 0);
-    let _ = other.borrow(&lease);
+fn borrows_are_bounded() {
+    let mut registry = registry(2);
+    let lease = lend(&mut registry, 0);
+    let labels = (0..16).map(Borrower);
+    let borrows: Vec<_> = labels.map(|label| registry.borrow(&lease, label).unwrap()).collect();
+    assert_eq!(registry.borrow(&lease, Borrower(16)), Err(NotBorrowable));
+    assert_eq!(MAX_BORROWS, 16);
+    assert_eq!(borrowers(&registry, 0), (0..16).collect::<Vec<_>>());
+    assert_eq!(registry.stats().borrowed, 16);
+    assert_eq!(registry.leaks(NOW, |_| false).next().unwrap().borrowers.as_slice().len(), 16);
+    let other = lend(&mut registry, 1);
+    assert!(registry.borrow(&other, Borrower(17)).is_ok(), "each lease has its own places");
+    assert_eq!(registry.give_back(borrows[11]), Ok(15));
+    assert!(registry.borrow(&lease, Borrower(18)).is_ok());
+    assert_eq!(registry.borrow(&lease, Borrower(19)), Err(NotBorrowable));
 }
 
-#[derive(Clone, Copy, Debug)]
-enum Step {
-    Lend(u16),
-    Borrow(u16),
-    /// Gives back the n-th borrow ever made, live or not.
-    GiveBack(usize),
-    Retire(u16),
-}
-
-fn step() -> impl Strategy<Value = Step> {
-    prop_oneof![
-        (0..5_u16).prop_map(Step::Lend),
-        (0..4_u16).prop_map(Step::Borrow),
-        (0..64_usize).prop_map(Step::GiveBack),
-        (0..4_u16).prop_map(Step::Retire),
-    ]
-}
-
-/// The model: per slot the numbers of the borrows that are out, if it is lent.
-#[derive(Default)]
-struct Model {
-    slots: [Option<Vec<usize>>; 4],
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
-
-    #[test]
-    fn random_operations_agree_with_the_model(steps in prop::collection::vec(step(), 1..120)) {
-        let mut registry = Registry::new(4);
-        let mut model = Model::default();
-        let mut leases: [Option<Lease<Active>>; 4] = Default::default();
-        let mut borrows: Vec<Borrow> = Vec::new();
-        for step in steps {
-            match step {
-                Step::Lend(slot) => {
-                    let free = model.slots.get(usize::from(slot)).is_some_and(Option::is_none);
-                    let reserved = registry.reserve(SlotIndex(slot), owner(slot), 0);
-                    prop_assert_eq!(reserved.is_ok(), free);
-                    if let Ok(lease) = reserved {
-                        leases[usize::from(slot)] = Some(registry.activate(lease));
-                        model.slots[usize::from(slot)] = Some(Vec::new());
-                    }
-                }
-                Step::Borrow(slot) => {
-                    if let Some(lease) = &leases[usize::from(slot)] {
-                        model.slots[usize::from(slot)].as_mut().unwrap().push(borrows.len());
-                        borrows.push(registry.borrow(lease).unwrap());
-                    }
-                }
-                Step::GiveBack(number) => {
-                    if let Some(borrow) = borrows.get(number) {
-                        let out = model.slots[usize::from(borrow.slot().0)].as_mut();
-                        let live = out.and_then(|out| {
-                            // By key: what the kernel gives back is compared with what is out.
-                            let at = out.iter().position(|out| borrows[*out] == *borrow)?;
-                            out.swap_remove(at);
-                            u32::try_from(out.len()).ok()
-                        });
-                        let left = registry.give_back(*borrow).ok();
-                        prop_assert_eq!(left, live);
-                    }
-                }
-                Step::Retire(slot) => {
-                    if let Some(lease) = leases[usize::from(slot)].take() {
-                        let out = model.slots[usize::from(slot)].as_ref().unwrap().len();
-                        match registry.retire(lease) {
-                            Ok(lease) => {
-                                prop_assert_eq!(out, 0);
-                                registry.release(lease);
-                                model.slots[usize::from(slot)] = None;
-                            }
-                            Err(refused) => {
-                                prop_assert_eq!(usize::try_from(refused.borrows).unwrap(), out);
-                                prop_assert!(out > 0);
-                                leases[usize::from(slot)] = Some(refused.lease);
-                            }
-                        }
-                    }
-                }
-            }
-            let lent = model.slots.iter().flatten().count();
-            prop_assert_eq!(registry.lent().count(), lent);
-        }
+/// That it is neither borrowed nor retired is checked by the compiler: see `bufreg::invariants`.
+#[test]
+fn a_quarantined_slot_is_not_lent() {
+    let mut registry = registry(2);
+    let lease = lend(&mut registry, 0);
+    let unanswered = registry.borrow(&lease, Borrower(1)).unwrap();
+    let active = registry.quarantine(lease);
+    let lease = lend(&mut registry, 1);
+    let lease = registry.retire(lease).unwrap();
+    let retiring = registry.quarantine(lease);
+    for slot in [0, 1] {
+        let Err(Busy::Lent(lent)) = registry.reserve(SlotIndex(slot), owner(9), NOW) else {
+            panic!("slot {slot} lent in quarantine");
+        };
+        assert_eq!(lent.state, SlotState::Quarantined);
     }
+    assert_eq!(registry.reserve_any(owner(9), NOW).unwrap_err(), NoneFree);
+    assert_eq!(borrowers(&registry, 0), [1], "who is missed is still known");
+    assert_eq!(registry.counts().quarantined, 2);
+
+    assert_eq!(registry.give_back(unanswered), Ok(0), "it was only late");
+    assert!(registry.reserve(SlotIndex(0), owner(9), NOW).is_err());
+    for lease in [active, retiring] {
+        let lease = registry.settle(lease).unwrap();
+        registry.release(lease);
+    }
+    assert_eq!((registry.stats().quarantined, registry.stats().settled), (2, 2));
+    assert_eq!(registry.counts().free, 2);
+}
+
+#[test]
+fn a_borrowed_slot_is_not_settled() {
+    let mut registry = registry(1);
+    let lease = lend(&mut registry, 0);
+    let borrows = [1, 2].map(|label| registry.borrow(&lease, Borrower(label)).unwrap());
+    let lease = registry.quarantine(lease);
+    let refused = registry.settle(lease).unwrap_err();
+    assert_eq!(refused.borrows, 2);
+    assert_eq!(registry.give_back(borrows[1]), Ok(1));
+    assert_eq!(registry.relabel(borrows[0], Borrower(3)), Ok(()));
+    assert_stale(&mut registry, borrows[1]);
+    let refused = registry.settle(refused.lease).unwrap_err();
+    assert_eq!(refused.borrows, 1);
+    assert_eq!(registry.counts().quarantined, 1);
+    assert_eq!(registry.give_back(borrows[0]), Ok(0));
+    let lease = registry.settle(refused.lease).unwrap();
+    assert_eq!(registry.lent().next().unwrap().state, SlotState::Retiring);
+    registry.release(lease);
+}
+
+#[test]
+fn counts_add_up_to_the_capacity() {
+    let mut registry = registry(9);
+    let _reserved = registry.reserve(SlotIndex(0), owner(0), NOW).unwrap();
+    let _active = [1, 2].map(|slot| lend(&mut registry, slot));
+    let borrowed = lend(&mut registry, 3);
+    let _borrows = [1, 2, 3].map(|label| registry.borrow(&borrowed, Borrower(label)).unwrap());
+    let retiring = lend(&mut registry, 4);
+    let _retiring = registry.retire(retiring).unwrap();
+    let quarantined = lend(&mut registry, 5);
+    let _borrow = registry.borrow(&quarantined, Borrower(4)).unwrap();
+    let _quarantined = registry.quarantine(quarantined);
+
+    let counts = registry.counts();
+    let expected = Counts {
+        capacity: 9,
+        free: 3,
+        reserved: 1,
+        active: 3,
+        borrowed: 2,
+        borrows: 4,
+        retiring: 1,
+        quarantined: 1,
+    };
+    assert_eq!(counts, expected);
+    assert_eq!(registry.capacity(), 9);
+}
+
+#[test]
+fn a_leak_is_told_in_one_line() {
+    let mut registry = registry(3);
+    let lease = lend(&mut registry, 2);
+    let leak = registry.leaks(NOW + 95, |_| false).next().unwrap();
+    let line = "slot 2 (active) is lent for device 3, qid 1, tag 2; its lease is lost; \
+                age 95 (in the caller's unit)";
+    assert_eq!(leak.to_string(), line);
+    for label in [0x70, 0x91] {
+        let _ = registry.borrow(&lease, Borrower(label)).unwrap();
+    }
+    let _quarantined = registry.quarantine(lease);
+    let leak = registry.leaks(NOW + 95, |_| false).next().unwrap();
+    let line = format!("{}; borrowed by 0x70, 0x91", line.replace("active", "quarantined"));
+    assert_eq!(leak.to_string(), line);
+}
+
+#[test]
+fn incarnations_wrap() {
+    assert_eq!(Incarnation(1).next(), Incarnation(2));
+    assert_eq!(Incarnation(u32::MAX).next(), Incarnation(0));
+    assert_eq!(registry(0).incarnation(), INCARNATION);
 }

@@ -41,6 +41,16 @@ impl Errno {
     pub const ENOSYS: Self = Self(libc::ENOSYS);
     /// No space left.
     pub const ENOSPC: Self = Self(libc::ENOSPC);
+    /// The entry to be cancelled runs already.
+    pub const EALREADY: Self = Self(libc::EALREADY);
+    /// An operation was cancelled.
+    pub const ECANCELED: Self = Self(libc::ECANCELED);
+    /// A wait of `io_uring_enter(2)` has timed out.
+    pub const ETIME: Self = Self(libc::ETIME);
+    /// A deadline has passed.
+    pub const ETIMEDOUT: Self = Self(libc::ETIMEDOUT);
+    /// Bad address; of a fixed operation: its slot is empty, or it reaches beyond the buffer.
+    pub const EFAULT: Self = Self(libc::EFAULT);
     /// Read-only file system.
     pub const EROFS: Self = Self(libc::EROFS);
 

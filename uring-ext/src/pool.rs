@@ -1,8 +1,10 @@
 //! Memory of the copy modes: one page-aligned buffer a tag.
 
 use std::num::NonZeroUsize;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 
+use libublk::sys;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
 
 use crate::Errno;
@@ -32,6 +34,34 @@ impl PoolAddr {
     #[must_use]
     pub const fn get(self) -> u64 {
         self.0
+    }
+}
+
+/// Which way [`BufferPool::copy`] goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// The data of a write, into the pool.
+    FromRequest,
+    /// The data of a read, out of the pool.
+    ToRequest,
+}
+
+/// A request's data in the address space of the character device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RequestAddr {
+    /// Queue of the device.
+    pub qid: u16,
+    /// Tag in the queue.
+    pub tag: u16,
+}
+
+impl RequestAddr {
+    /// The file position of a byte of the request (`ublk_pos_to_*`).
+    fn position(self, offset: u32) -> i64 {
+        let base = i64::from(sys::UBLKSRV_IO_BUF_OFFSET);
+        let queue = i64::from(self.qid) << sys::UBLK_QID_OFF;
+        let tag = i64::from(self.tag) << sys::UBLK_TAG_OFF;
+        base + queue + tag + i64::from(offset & sys::UBLK_IO_BUF_BITS_MASK)
     }
 }
 
@@ -74,6 +104,43 @@ impl BufferPool {
         PoolAddr((start + usize::from(index) * self.buffer_bytes + offset) as u64)
     }
 
+    /// Copies `len` bytes between a delivered request and buffer `index`, both from byte `offset` on,
+    /// by `pread(2)` or `pwrite(2)` on the character device (`UBLK_F_USER_COPY`, Linux 6.5,
+    /// `ublk_user_copy`). Plain system calls, since the driver takes only user memory and no
+    /// registered buffer; they copy and do not wait.
+    ///
+    /// Returns the number of bytes copied, which may be less than `len`.
+    ///
+    /// # Errors
+    /// `EINVAL` if the request is not with the server, `EACCES` for a device without user copy or
+    /// the wrong direction.
+    ///
+    /// # Panics
+    /// If the range is not of this pool.
+    pub fn copy(
+        &self,
+        cdev: BorrowedFd<'_>,
+        request: RequestAddr,
+        direction: Direction,
+        index: u16,
+        offset: u32,
+        len: u32,
+    ) -> Result<u32, Errno> {
+        let (start, len) = (offset as usize, len as usize);
+        assert!(index < self.count && start + len <= self.buffer_bytes, "buffer {index}+{offset}");
+        let memory = std::ptr::with_exposed_provenance_mut(self.addr_of(index) + start);
+        let position = request.position(offset);
+        let cdev = cdev.as_raw_fd();
+        // The range is mapped for ever, and no reference into it is ever formed.
+        let copied = match direction {
+            // SAFETY: see above.
+            Direction::FromRequest => unsafe { libc::pread64(cdev, memory, len, position) },
+            // SAFETY: see above.
+            Direction::ToRequest => unsafe { libc::pwrite64(cdev, memory, len, position) },
+        };
+        u32::try_from(copied).map_err(|_negative| Errno::of(&std::io::Error::last_os_error()))
+    }
+
     /// The buffers as I/O vectors, for the ring's buffer table.
     pub(crate) fn iovecs(&self) -> Vec<libc::iovec> {
         (0..self.count)
@@ -91,6 +158,10 @@ impl BufferPool {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::os::fd::AsFd;
+    use std::os::unix::fs::{FileExt, OpenOptionsExt};
+
     use super::*;
 
     #[test]
@@ -107,6 +178,39 @@ mod tests {
     #[should_panic(expected = "buffer 3")]
     fn foreign_buffers_are_refused() {
         let _ = BufferPool::new(3, 4096).unwrap().addr(3, 0);
+    }
+
+    #[test]
+    fn requests_have_positions_in_the_character_device() {
+        assert_eq!(RequestAddr { qid: 0, tag: 0 }.position(0), 0x8000_0000);
+        assert_eq!(RequestAddr { qid: 0, tag: 1 }.position(512), 0x8200_0200);
+        assert_eq!(RequestAddr { qid: 3, tag: 0 }.position(0), 0x0600_8000_0000);
+    }
+
+    #[test]
+    fn bytes_are_copied_to_and_from_the_file_position_of_the_request() {
+        // A sparse file stands in for the character device.
+        let file = tempfile();
+        let pool = BufferPool::new(2, 4096).unwrap();
+        let request = RequestAddr { qid: 1, tag: 2 };
+        let position = request.position(512);
+        file.write_all_at(&[7; 1024], u64::try_from(position).unwrap()).unwrap();
+        let copied = pool.copy(file.as_fd(), request, Direction::FromRequest, 1, 512, 2048);
+        assert_eq!(copied, Ok(1024), "as far as there is data");
+        let back = RequestAddr { qid: 0, tag: 9 };
+        assert_eq!(pool.copy(file.as_fd(), back, Direction::ToRequest, 1, 512, 1024), Ok(1024));
+        let mut bytes = [0; 1024];
+        file.read_exact_at(&mut bytes, u64::try_from(back.position(512)).unwrap()).unwrap();
+        assert_eq!(bytes, [7; 1024]);
+    }
+
+    fn tempfile() -> File {
+        File::options()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_TMPFILE)
+            .open(std::env::temp_dir())
+            .unwrap()
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! A lane's ring: set-up with fallback, the file and buffer tables, and a safe submission side.
 
 use std::os::fd::{AsRawFd, RawFd};
+use std::time::Duration;
 
-use io_uring::{CompletionQueue, IoUring, SubmissionQueue, Submitter};
+use io_uring::{CompletionQueue, IoUring, SubmissionQueue, Submitter, types};
 
 use crate::Errno;
 use crate::pool::BufferPool;
@@ -81,12 +82,17 @@ impl Ring {
         self.ring.0.submitter().register_buffers_sparse(slots).map_err(|error| Errno::of(&error))
     }
 
-    /// Registers the buffers of a pool as slots 0 to its count.
+    /// Registers a buffer table of `slots` empty slots, to be filled by the driver, and behind them
+    /// the buffers of a pool.
     ///
     /// # Errors
-    /// `ENOMEM` where the locked-memory limit does not suffice.
-    pub fn register_pool(&self, pool: &BufferPool) -> Result<(), Errno> {
-        let iovecs = pool.iovecs();
+    /// `EINVAL` beyond [`MAX_BUFFER_SLOTS`], `ENOMEM` where the locked-memory limit does not
+    /// suffice.
+    pub fn register_slots_and_pool(&self, slots: u16, pool: &BufferPool) -> Result<(), Errno> {
+        // An entry without an address stays empty (`io_sqe_buffers_register`, Linux 5.13).
+        let empty = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
+        let mut iovecs = vec![empty; usize::from(slots)];
+        iovecs.extend(pool.iovecs());
         // SAFETY: pool memory is never unmapped, so it outlives any ring.
         let registered = unsafe { self.ring.0.submitter().register_buffers(&iovecs) };
         registered.map_err(|error| Errno::of(&error))
@@ -99,6 +105,13 @@ impl Ring {
         // Older kernels lack it; then the plain descriptor serves.
         let _ = submitter.register_ring_fd();
         Queues { submitter, sq, cq }
+    }
+}
+
+/// The ring's descriptor, for messages from other rings.
+impl AsRawFd for Ring {
+    fn as_raw_fd(&self) -> RawFd {
+        self.ring.0.as_raw_fd()
     }
 }
 
@@ -136,22 +149,19 @@ pub struct Queues<'ring> {
 }
 
 impl Queues<'_> {
-    /// Queues an entry. A full queue is submitted first.
+    /// Queues entries, all or none of them, so that a chain of links is submitted whole. Where
+    /// there is no room for them, what is queued is submitted first.
     ///
     /// # Errors
-    /// The error of `io_uring_enter(2)` if the queue was full and could not be submitted; the
-    /// entry is given back.
-    pub fn push(&mut self, sqe: Sqe) -> Result<(), (Sqe, Errno)> {
-        if self.sq.is_full() {
-            if let Err(errno) = self.enter(0) {
-                return Err((sqe, errno));
-            }
+    /// `EBUSY` if there is still no room, since the kernel did not take what was queued; otherwise
+    /// that of `io_uring_enter(2)`.
+    pub fn push(&mut self, sqes: &[Sqe]) -> Result<(), Errno> {
+        if self.sq.capacity() - self.sq.len() < sqes.len() {
+            self.enter(0)?;
         }
         // SAFETY: an `Sqe` names memory only by slot or in a pool that is never unmapped.
-        match unsafe { self.sq.push(sqe.entry()) } {
-            Ok(()) => Ok(()),
-            Err(_full) => Err((sqe, Errno::EBUSY)),
-        }
+        let pushed = unsafe { self.sq.push_multiple(Sqe::entries(sqes)) };
+        pushed.map_err(|_full| Errno::EBUSY)
     }
 
     /// Submits what is queued.
@@ -172,16 +182,34 @@ impl Queues<'_> {
     }
 
     fn enter(&mut self, want: usize) -> Result<(), Errno> {
+        self.enter_with(|submitter| submitter.submit_and_wait(want))
+    }
+
+    fn enter_with(
+        &mut self,
+        call: impl FnOnce(&Submitter<'_>) -> std::io::Result<usize>,
+    ) -> Result<(), Errno> {
         self.sq.sync();
-        let entered = self.submitter.submit_and_wait(want);
+        let entered = call(&self.submitter);
         self.sq.sync();
         match entered {
             Ok(_) => Ok(()),
             Err(error) => match Errno::of(&error) {
-                Errno::EINTR | Errno::EBUSY | Errno::EAGAIN => Ok(()),
+                Errno::EINTR | Errno::EBUSY | Errno::EAGAIN | Errno::ETIME => Ok(()),
                 errno => Err(errno),
             },
         }
+    }
+
+    /// As [`Queues::submit_and_wait`], but waits no longer than `limit` (Linux 5.11).
+    ///
+    /// # Errors
+    /// See [`Queues::submit_and_wait`].
+    pub fn submit_and_wait_for(&mut self, limit: Duration) -> Result<(), Errno> {
+        let limit = types::Timespec::from(limit);
+        self.enter_with(|submitter| {
+            submitter.submit_with_args(1, &types::SubmitArgs::new().timespec(&limit))
+        })
     }
 
     /// Takes completions off the queue, as many as fit; returns how many.
@@ -207,7 +235,7 @@ mod tests {
 
     /// Pushes one entry and returns the result of its completion.
     fn run(queues: &mut Queues<'_>, sqe: Sqe, user_data: u64) -> i32 {
-        queues.push(sqe.user_data(user_data)).unwrap();
+        queues.push(&[sqe.user_data(user_data)]).unwrap();
         let mut cqes = [Cqe::default(); 4];
         loop {
             queues.submit_and_wait().unwrap();
@@ -228,9 +256,9 @@ mod tests {
         let mut ring = Ring::new(4, 8).unwrap();
         let pool = BufferPool::new(2, 4096).unwrap();
         ring.register_files(&[file.as_raw_fd()]).unwrap();
-        ring.register_pool(&pool).unwrap();
+        ring.register_slots_and_pool(1, &pool).unwrap();
         let mut queues = ring.queues();
-        let buffer = FixedBuffer::Pool { slot: 1, addr: pool.addr(1, 0) };
+        let buffer = FixedBuffer::Pool { slot: 2, addr: pool.addr(1, 0) };
         assert_eq!(run(&mut queues, Sqe::read_fixed(FixedFile(0), buffer, 4096, 0), 1), 4096);
         let write = Sqe::write_fixed(FixedFile(0), buffer, 4096, 8192, true);
         assert_eq!(run(&mut queues, write, 2), 4096);
@@ -259,7 +287,7 @@ mod tests {
         ring.register_files(&[file.as_raw_fd()]).unwrap();
         let mut queues = ring.queues();
         for user_data in 0..20 {
-            queues.push(Sqe::datasync(FixedFile(0)).user_data(user_data)).unwrap();
+            queues.push(&[Sqe::datasync(FixedFile(0)).user_data(user_data)]).unwrap();
         }
         let mut seen = [false; 20];
         let mut cqes = [Cqe::default(); 8];

@@ -3,6 +3,8 @@
 //! Every constructor takes memory only as a slot of the ring's buffer table, which the kernel
 //! checks, or as a [`PoolAddr`], which is never unmapped; so an [`Sqe`] may be pushed safely.
 
+use std::os::fd::RawFd;
+
 use io_uring::{opcode, squeue, types};
 use libublk::sys;
 
@@ -14,6 +16,7 @@ pub struct FixedFile(pub u32);
 
 /// A submission queue entry built by this module.
 #[derive(Clone, Debug)]
+#[repr(transparent)]
 pub struct Sqe(squeue::Entry);
 
 /// How the driver hands over the data of the next request of a tag.
@@ -28,6 +31,9 @@ pub enum Delivery {
     },
     /// Copy to and from this address (Linux 6.0).
     Copy(PoolAddr),
+    /// Nothing: the server registers the buffer or copies (`UBLK_F_SUPPORT_ZERO_COPY`,
+    /// `UBLK_F_USER_COPY`).
+    ByServer,
 }
 
 impl Delivery {
@@ -38,14 +44,14 @@ impl Delivery {
             Self::AutoRegister { slot } => {
                 Some(u64::from(slot) | (u64::from(sys::UBLK_AUTO_BUF_REG_FALLBACK) << 16))
             }
-            Self::Copy(_) => None,
+            Self::Copy(_) | Self::ByServer => None,
         }
     }
 
     /// The value of `ublksrv_io_cmd.addr`.
     fn cmd_addr(self) -> u64 {
         match self {
-            Self::AutoRegister { .. } => 0,
+            Self::AutoRegister { .. } | Self::ByServer => 0,
             Self::Copy(addr) => addr.get(),
         }
     }
@@ -202,14 +208,70 @@ impl Sqe {
         )
     }
 
+    /// `IORING_OP_ASYNC_CANCEL`: asks for the end of the entry that was pushed with `user_data`. Its
+    /// own result is 0, `-ENOENT` (no such entry) or `-EALREADY` (it runs and cannot be stopped).
+    #[must_use]
+    pub fn cancel(user_data: u64) -> Self {
+        Self(opcode::AsyncCancel::new(user_data).build())
+    }
+
+    /// `IORING_OP_NOP`: completes at once with 0.
+    #[must_use]
+    pub fn nop() -> Self {
+        Self(opcode::Nop::new().build())
+    }
+
+    /// Completes once when `file` can be read, without reading it.
+    #[must_use]
+    pub fn poll_readable(file: FixedFile) -> Self {
+        let events = u32::try_from(libc::POLLIN).unwrap_or(1);
+        Self(opcode::PollAdd::new(types::Fixed(file.0), events).build())
+    }
+
+    /// `IORING_OP_MSG_RING` (Linux 5.18): posts a completion that carries `user_data` to the ring
+    /// behind a descriptor. Its own completion appears only if it fails.
+    #[must_use]
+    pub fn message(ring: RawFd, user_data: u64) -> Self {
+        let message = opcode::MsgRingData::new(types::Fd(ring), 0, user_data, None);
+        Self(message.build()).skip_success()
+    }
+
+    /// The next entry pushed starts when this one has completed, even if it failed
+    /// (`IOSQE_IO_HARDLINK`).
+    #[must_use]
+    pub fn hard_link(self) -> Self {
+        Self(self.0.flags(squeue::Flags::IO_HARDLINK))
+    }
+
+    /// No completion appears unless it fails (`IOSQE_CQE_SKIP_SUCCESS`, Linux 5.17).
+    #[must_use]
+    pub fn skip_success(self) -> Self {
+        Self(self.0.flags(squeue::Flags::SKIP_SUCCESS))
+    }
+
+    /// Whether the next entry belongs to this one's chain.
+    #[must_use]
+    pub fn is_linked(&self) -> bool {
+        self.as_bytes()[1] & squeue::Flags::IO_HARDLINK.bits() != 0
+    }
+
+    /// The entry as the kernel reads it (`struct io_uring_sqe`).
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8; 64] {
+        const { assert!(size_of::<squeue::Entry>() == 64) };
+        // SAFETY: an entry is 64 bytes of plain integers, `repr(C)` and without padding.
+        unsafe { &*std::ptr::from_ref(&self.0).cast() }
+    }
+
     /// Sets what the completion will carry.
     #[must_use]
     pub fn user_data(self, user_data: u64) -> Self {
         Self(self.0.user_data(user_data))
     }
 
-    pub(crate) fn entry(&self) -> &squeue::Entry {
-        &self.0
+    pub(crate) fn entries(sqes: &[Self]) -> &[squeue::Entry] {
+        // SAFETY: `Sqe` is a transparent wrapper, so a slice of them is a slice of entries.
+        unsafe { std::slice::from_raw_parts(sqes.as_ptr().cast(), sqes.len()) }
     }
 }
 
@@ -219,9 +281,7 @@ mod tests {
 
     /// Layout of `struct io_uring_sqe` (`include/uapi/linux/io_uring.h`), byte offsets.
     fn bytes(sqe: &Sqe) -> [u8; 64] {
-        assert_eq!(size_of::<squeue::Entry>(), 64);
-        // SAFETY: an entry is 64 bytes of plain integers, `repr(C)` and without padding.
-        unsafe { std::mem::transmute_copy(&sqe.0) }
+        *sqe.as_bytes()
     }
 
     fn u16_at(bytes: &[u8], at: usize) -> u16 {
@@ -287,6 +347,23 @@ mod tests {
         let raw = bytes(&Sqe::discard(FixedFile(1), 1 << 20, 1 << 16));
         assert_eq!((raw[0], u32_at(&raw, 8)), (URING_CMD, 0x1200));
         assert_eq!((u64_at(&raw, 16), u64_at(&raw, 48)), (1 << 20, 1 << 16));
+    }
+
+    #[test]
+    fn a_chain_is_hard_linked_and_silent_where_asked() {
+        const HARDLINK: u8 = 1 << 3;
+        const SKIP_SUCCESS: u8 = 1 << 6;
+        let register = Sqe::register_buffer(FixedFile(0), 1, 2, 7).skip_success().hard_link();
+        assert_eq!(bytes(&register)[1], FIXED_FILE | HARDLINK | SKIP_SUCCESS);
+        assert!(register.is_linked() && !Sqe::nop().is_linked());
+        let cancel = bytes(&Sqe::cancel(0x77).user_data(9));
+        assert_eq!((cancel[0], u64_at(&cancel, 16), u64_at(&cancel, 32)), (14, 0x77, 9));
+        let poll = bytes(&Sqe::poll_readable(FixedFile(3)));
+        assert_eq!((poll[0], poll[1], u32_at(&poll, 28)), (6, FIXED_FILE, 1));
+        let message = bytes(&Sqe::message(5, 0x99));
+        assert_eq!((message[0], message[1], u32_at(&message, 4)), (40, SKIP_SUCCESS, 5));
+        assert_eq!(u64_at(&message, 8), 0x99, "the other ring's user data");
+        assert_eq!(bytes(&Sqe::nop())[0], 0);
     }
 
     #[test]
