@@ -1,4 +1,7 @@
-//! The version of the running kernel, for choices that cannot be probed.
+//! The running kernel: its version, for choices that cannot be probed, and its driver's features.
+
+use uring_ext::control::{Control, ControlError};
+use uring_ext::feature::{AUTO_BUF_REG, Features, SUPPORT_ZERO_COPY};
 
 /// A kernel version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -23,9 +26,40 @@ pub fn release() -> Option<String> {
     Some(nix::sys::utsname::uname().ok()?.release().to_string_lossy().into_owned())
 }
 
+/// The features of the driver.
+///
+/// # Errors
+/// Those of [`Control::features`].
+pub fn features(control: &Control) -> Result<Features, ControlError> {
+    Ok(without_phantoms(control.features()?, KernelVersion::running()))
+}
+
+/// Drivers before Linux 6.15 list zero copy and take it back when a device is added
+/// (`ublk_ctrl_add_dev`).
+fn without_phantoms(features: Features, kernel: KernelVersion) -> Features {
+    if kernel >= KernelVersion(6, 15) || features.has(AUTO_BUF_REG) {
+        return features;
+    }
+    Features(features.0 & !SUPPORT_ZERO_COPY.bit)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn old_drivers_have_no_zero_copy_whatever_they_say() {
+        let table = [
+            (0x7ff, KernelVersion(6, 12), 0x7fe),
+            (0x3ff, KernelVersion(6, 15), 0x3ff),
+            (0xf_ffff, KernelVersion(7, 2), 0xf_ffff),
+            // A driver that was given to an older kernel.
+            (0x803, KernelVersion(6, 12), 0x803),
+        ];
+        for (said, kernel, found) in table {
+            assert_eq!(without_phantoms(Features(said), kernel), Features(found));
+        }
+    }
 
     #[test]
     fn releases_are_parsed_and_compared() {

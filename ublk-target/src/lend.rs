@@ -3,7 +3,9 @@
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
-use uring_ext::feature::{AUTO_BUF_REG, Feature, Features, SUPPORT_ZERO_COPY};
+use uring_ext::feature::{
+    AUTO_BUF_REG, BUF_REG_OFF_DAEMON, Feature, Features, SUPPORT_ZERO_COPY, USER_COPY,
+};
 
 use crate::kernel;
 
@@ -14,7 +16,11 @@ pub enum LendRequest {
     Auto,
     /// Zero copy by automatic buffer registration (Linux 6.16).
     Fused,
-    /// Copies through buffers of the server; works on every kernel.
+    /// Zero copy by a registration and an unregistration with each request (Linux 6.15).
+    Slot,
+    /// Copies by `pread` and `pwrite` on the character device (Linux 6.5).
+    UserCopy,
+    /// The driver copies to and from buffers of the server; works on every kernel.
     Copy,
 }
 
@@ -25,23 +31,26 @@ pub enum LendMode {
     /// The driver registers a request's buffer in the lane's ring at delivery and takes it back
     /// at commit (`UBLK_F_AUTO_BUF_REG`).
     Fused,
+    /// The server registers and unregisters it by commands of its own
+    /// (`UBLK_U_IO_REGISTER_IO_BUF`).
+    Slot,
+    /// The server copies between the request and a buffer of its own (`UBLK_F_USER_COPY`).
+    UserCopy,
     /// The driver copies between the request and a buffer of the server.
     Copy,
 }
 
-/// The features that fused mode needs. Without `SUPPORT_ZERO_COPY` the explicit registration that
-/// a failed automatic one falls back to is refused with `EINVAL`.
-const FUSED: &[Feature] = &[SUPPORT_ZERO_COPY, AUTO_BUF_REG];
-
 /// The mode cannot be had.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "lend mode fused needs the ublk feature {} (Linux {} or newer), which this kernel ({release}) \
-     lacks; use `--lend auto` or `--lend copy`", .feature.name, .feature.since
+    "{what} needs the ublk feature {} (Linux {} or newer), which this kernel ({release}) lacks; \
+     {instead}", .feature.name, .feature.since
 )]
 pub struct CannotLend {
+    what: String,
     feature: Feature,
     release: String,
+    instead: &'static str,
 }
 
 /// A mode, and why it was chosen.
@@ -49,11 +58,17 @@ pub struct CannotLend {
 pub struct Choice {
     /// The mode.
     pub mode: LendMode,
+    /// The driver features that the device is added with.
+    pub flags: u64,
     /// The reason, for the user.
     pub reason: String,
     /// `auto` had to take less than the best.
     pub is_fallback: bool,
 }
+
+/// What `auto` tries, best first. User copy is not among them: wherever it is to be had, so is
+/// copying by the driver, which needs no system call of ours.
+const BEST_FIRST: [LendMode; 3] = [LendMode::Fused, LendMode::Slot, LendMode::Copy];
 
 impl LendRequest {
     /// Chooses the mode for a driver with these features.
@@ -61,48 +76,105 @@ impl LendRequest {
     /// # Errors
     /// [`CannotLend`] if the mode asked for is not to be had.
     pub fn choose(self, features: Features) -> Result<Choice, CannotLend> {
-        let missing = features.first_missing(FUSED);
-        let release = kernel::release().unwrap_or_default();
-        let choice = |mode, reason: String, is_fallback| Ok(Choice { mode, reason, is_fallback });
-        match (self, missing) {
-            (Self::Copy, _) => choice(LendMode::Copy, "asked for".to_owned(), false),
-            (Self::Fused, None) => choice(LendMode::Fused, "asked for".to_owned(), false),
-            (Self::Fused, Some(feature)) => Err(CannotLend { feature, release }),
-            (Self::Auto, None) => {
-                let reason = "the kernel registers request buffers by itself (AUTO_BUF_REG)";
-                choice(LendMode::Fused, reason.to_owned(), false)
-            }
-            (Self::Auto, Some(feature)) => {
-                let reason = format!(
-                    "zero copy needs the ublk feature {} (Linux {}), which this kernel ({release}) \
-                     lacks",
-                    feature.name, feature.since
-                );
-                choice(LendMode::Copy, reason, true)
-            }
+        let mode = match self {
+            Self::Auto => return Ok(best(features)),
+            Self::Fused => LendMode::Fused,
+            Self::Slot => LendMode::Slot,
+            Self::UserCopy => LendMode::UserCopy,
+            Self::Copy => LendMode::Copy,
+        };
+        if let Some(feature) = features.first_missing(mode.needs()) {
+            let what = format!("lend mode {mode}");
+            let release = kernel::release().unwrap_or_default();
+            let instead = "use `--lend auto` or `--lend copy`";
+            return Err(CannotLend { what, feature, release, instead });
         }
+        let (flags, reason) = (mode.flags(features), "asked for".to_owned());
+        Ok(Choice { mode, flags, reason, is_fallback: false })
     }
 }
 
-impl LendMode {
-    /// The driver features that a device of this mode is added with.
-    #[must_use]
-    pub fn flags(self) -> u64 {
-        match self {
-            Self::Fused => FUSED.iter().fold(0, |bits, feature| bits | feature.bit),
-            Self::Copy => 0,
+fn best(features: Features) -> Choice {
+    let mut reasons = Vec::new();
+    for mode in BEST_FIRST {
+        match features.first_missing(mode.needs()) {
+            None => {
+                reasons.push(mode.advantage().to_owned());
+                reasons.rotate_right(1);
+                let is_fallback = reasons.len() > 1;
+                let (flags, reason) = (mode.flags(features), reasons.join("; "));
+                return Choice { mode, flags, reason, is_fallback };
+            }
+            Some(feature) => {
+                let release = kernel::release().unwrap_or_default();
+                reasons.push(format!(
+                    "{mode} needs the ublk feature {} (Linux {}), which this kernel ({release}) \
+                     lacks",
+                    feature.name, feature.since
+                ));
+            }
         }
+    }
+    unreachable!("copy needs no feature");
+}
+
+/// Checks that operations can be issued from another lane than the fetching one.
+///
+/// # Errors
+/// [`CannotLend`] on kernels that register a buffer only for the task that fetched it.
+pub fn check_io_lane(features: Features) -> Result<(), CannotLend> {
+    let Some(feature) = features.first_missing(&[BUF_REG_OFF_DAEMON]) else { return Ok(()) };
+    let release = kernel::release().unwrap_or_default();
+    let what = "`--io-lane`".to_owned();
+    Err(CannotLend { what, feature, release, instead: "leave it out" })
+}
+
+impl LendMode {
+    /// The driver features that it cannot do without. Fused mode without `SUPPORT_ZERO_COPY` would
+    /// be refused the explicit registration that a failed automatic one falls back to.
+    #[must_use]
+    pub const fn needs(self) -> &'static [Feature] {
+        match self {
+            Self::Fused => &[SUPPORT_ZERO_COPY, AUTO_BUF_REG],
+            Self::Slot => &[SUPPORT_ZERO_COPY],
+            Self::UserCopy => &[USER_COPY],
+            Self::Copy => &[],
+        }
+    }
+
+    /// Whether requests lend their own pages.
+    #[must_use]
+    pub const fn is_zero_copy(self) -> bool {
+        match self {
+            Self::Fused | Self::Slot => true,
+            Self::UserCopy | Self::Copy => false,
+        }
+    }
+
+    const fn advantage(self) -> &'static str {
+        match self {
+            Self::Fused => "the kernel registers request buffers by itself (AUTO_BUF_REG)",
+            Self::Slot => "request buffers can be registered by command (SUPPORT_ZERO_COPY)",
+            Self::UserCopy => "the server may copy (USER_COPY)",
+            Self::Copy => "every driver can copy",
+        }
+    }
+
+    /// The driver features that a device of this mode is added with. Those that lend add user
+    /// copy, the last resort for a buffer that cannot be registered.
+    fn flags(self, features: Features) -> u64 {
+        let needed = self.needs().iter().fold(0, |bits, feature| bits | feature.bit);
+        let resort = if self.is_zero_copy() { features.0 & USER_COPY.bit } else { 0 };
+        needed | resort
     }
 
     /// The mode of a device that has these features.
     #[must_use]
-    pub fn of_flags(flags: u64) -> Option<Self> {
+    pub fn of_flags(flags: u64) -> Self {
         let features = Features(flags);
-        if features.first_missing(FUSED).is_none() {
-            return Some(Self::Fused);
-        }
-        let other = [SUPPORT_ZERO_COPY, uring_ext::feature::USER_COPY];
-        other.iter().all(|feature| !features.has(*feature)).then_some(Self::Copy)
+        let modes = [Self::Fused, Self::Slot, Self::UserCopy];
+        let has = |mode: &Self| features.first_missing(mode.needs()).is_none();
+        modes.into_iter().find(has).unwrap_or(Self::Copy)
     }
 }
 
@@ -110,6 +182,8 @@ impl fmt::Display for LendMode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Fused => "fused",
+            Self::Slot => "slot",
+            Self::UserCopy => "user-copy",
             Self::Copy => "copy",
         })
     }
@@ -119,31 +193,55 @@ impl fmt::Display for LendMode {
 mod tests {
     use super::*;
 
+    /// Linux 7.2, 6.15, 6.12.
     const NEW: Features = Features(0xf_ffff);
-    const OLD: Features = Features(0x3ff);
+    const EXPLICIT: Features = Features(0x3ff | SUPPORT_ZERO_COPY.bit);
+    const OLD: Features = Features(0x3fe);
 
     #[test]
     fn auto_takes_the_best_and_says_why() {
         let best = LendRequest::Auto.choose(NEW).unwrap();
         assert_eq!((best.mode, best.is_fallback), (LendMode::Fused, false));
+        let next = LendRequest::Auto.choose(EXPLICIT).unwrap();
+        assert_eq!((next.mode, next.is_fallback), (LendMode::Slot, true));
+        assert!(next.reason.starts_with("request buffers can be registered"), "{}", next.reason);
+        assert!(next.reason.contains("fused needs the ublk feature AUTO_BUF_REG (Linux 6.16)"));
         let rest = LendRequest::Auto.choose(OLD).unwrap();
         assert_eq!((rest.mode, rest.is_fallback), (LendMode::Copy, true));
-        assert!(rest.reason.contains("AUTO_BUF_REG (Linux 6.16)"), "{}", rest.reason);
+        assert!(rest.reason.contains("slot needs the ublk feature SUPPORT_ZERO_COPY"));
     }
 
     #[test]
     fn what_was_asked_for_is_taken_or_refused() {
-        assert_eq!(LendRequest::Copy.choose(NEW).unwrap().mode, LendMode::Copy);
-        assert_eq!(LendRequest::Fused.choose(NEW).unwrap().mode, LendMode::Fused);
+        let table = [
+            (LendRequest::Fused, LendMode::Fused, false),
+            (LendRequest::Slot, LendMode::Slot, false),
+            (LendRequest::UserCopy, LendMode::UserCopy, true),
+            (LendRequest::Copy, LendMode::Copy, true),
+        ];
+        for (request, mode, on_old) in table {
+            assert_eq!(request.choose(NEW).unwrap().mode, mode);
+            assert_eq!(request.choose(OLD).is_ok(), on_old, "{mode}");
+        }
         let refused = LendRequest::Fused.choose(OLD).unwrap_err().to_string();
         assert!(refused.contains("use `--lend auto` or `--lend copy`"), "{refused}");
     }
 
     #[test]
-    fn the_mode_of_a_device_is_told_by_its_flags() {
-        for mode in [LendMode::Fused, LendMode::Copy] {
-            assert_eq!(LendMode::of_flags(mode.flags() | 0x42), Some(mode));
+    fn zero_copy_has_user_copy_as_its_last_resort() {
+        for request in [LendRequest::Fused, LendRequest::Slot] {
+            assert_ne!(request.choose(NEW).unwrap().flags & USER_COPY.bit, 0);
         }
-        assert_eq!(LendMode::of_flags(SUPPORT_ZERO_COPY.bit), None, "explicit registration");
+        assert_eq!(LendRequest::Copy.choose(NEW).unwrap().flags, 0);
+    }
+
+    #[test]
+    fn the_mode_of_a_device_is_told_by_its_flags() {
+        for request in
+            [LendRequest::Fused, LendRequest::Slot, LendRequest::UserCopy, LendRequest::Copy]
+        {
+            let choice = request.choose(NEW).unwrap();
+            assert_eq!(LendMode::of_flags(choice.flags | 0x42), choice.mode);
+        }
     }
 }

@@ -13,6 +13,7 @@ pub mod backing;
 pub mod delete;
 pub mod engine;
 pub mod kernel;
+pub mod lane;
 pub mod lend;
 pub mod plan;
 pub mod request;

@@ -115,6 +115,22 @@ impl Plan {
         self.ops.get(index).copied()
     }
 
+    /// The one operation of a window that has no other and that covers `len` bytes.
+    #[must_use]
+    pub fn single(&self, len: u64) -> Option<Op> {
+        match self.ops.as_slice() {
+            [(_, op)] if self.covered == len => Some(*op),
+            _ => None,
+        }
+    }
+
+    /// Puts an operation in the place of the only one; what the window covers stays.
+    pub(crate) fn replace_single(&mut self, op: Op) {
+        if let [(_, single)] = self.ops.as_mut_slice() {
+            *single = op;
+        }
+    }
+
     /// All operations, in order.
     pub fn ops(&self) -> impl Iterator<Item = &Op> + '_ {
         self.ops.iter().map(|(_, op)| op)

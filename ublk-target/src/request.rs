@@ -37,12 +37,46 @@ pub struct Request {
     pub len: u64,
 }
 
+/// What a device's requests have to keep to. The block layer sees to it; it is checked all the
+/// same, since a descriptor that is wrong must not become an operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    /// Size of the device in bytes.
+    pub size: u64,
+    /// Logical block in bytes; all offsets and lengths are multiples of it.
+    pub block: u32,
+    /// Greatest length of a read or write in bytes.
+    pub max_bytes: u32,
+}
+
+/// Why a descriptor is not carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// An operation that no target serves (zone commands, write same).
+    #[error("operation {0} is not known")]
+    Unknown(u32),
+    /// Beyond the device's end, longer than its requests may be, or unaligned.
+    #[error("the range does not fit the device")]
+    Malformed,
+}
+
+impl Refusal {
+    /// What the request is answered with.
+    #[must_use]
+    pub const fn errno(self) -> Errno {
+        match self {
+            Self::Unknown(_) => Errno::EOPNOTSUPP,
+            Self::Malformed => Errno::EIO,
+        }
+    }
+}
+
 impl Request {
-    /// Decodes a descriptor.
+    /// Decodes a descriptor and checks it.
     ///
     /// # Errors
-    /// `EOPNOTSUPP` for operations that no target serves (zone commands, write same).
-    pub fn decode(iod: IoDesc) -> Result<Self, Errno> {
+    /// [`Refusal`].
+    pub fn decode(iod: IoDesc, geometry: &Geometry) -> Result<Self, Refusal> {
         let kind = match iod.op() {
             sys::UBLK_IO_OP_READ => RequestKind::Read,
             sys::UBLK_IO_OP_WRITE => RequestKind::Write { fua: iod.has(sys::UBLK_IO_F_FUA) },
@@ -53,13 +87,19 @@ impl Request {
             sys::UBLK_IO_OP_WRITE_ZEROES => {
                 RequestKind::WriteZeroes { may_unmap: !iod.has(sys::UBLK_IO_F_NOUNMAP) }
             }
-            _ => return Err(Errno::EOPNOTSUPP),
+            op => return Err(Refusal::Unknown(op)),
         };
-        Ok(Self {
-            kind,
-            offset: Bytes::from(Sectors(iod.start_sector)).0,
-            len: Bytes::from(Sectors(u64::from(iod.nr_sectors))).0,
-        })
+        let offset = Sectors(iod.start_sector).checked_bytes().ok_or(Refusal::Malformed)?.0;
+        let request = Self { kind, offset, len: Bytes::from(Sectors(iod.nr_sectors.into())).0 };
+        if request.fits(geometry) { Ok(request) } else { Err(Refusal::Malformed) }
+    }
+
+    fn fits(&self, geometry: &Geometry) -> bool {
+        let inside = self.offset.checked_add(self.len).is_some_and(|end| end <= geometry.size);
+        let block = u64::from(geometry.block);
+        let aligned = self.offset % block == 0 && self.len % block == 0;
+        let short = !self.has_data() || self.len <= u64::from(geometry.max_bytes);
+        inside && aligned && short && self.len > 0
     }
 
     /// Whether the driver lends a buffer for it.
@@ -69,9 +109,28 @@ impl Request {
     }
 }
 
+impl RequestKind {
+    /// The kinds in the order of [`RequestKind::index`].
+    pub const NAMES: [&str; 5] = ["read", "write", "flush", "discard", "write-zeroes"];
+
+    /// Index into tables with an entry a kind.
+    #[must_use]
+    pub const fn index(self) -> usize {
+        match self {
+            Self::Read => 0,
+            Self::Write { .. } => 1,
+            Self::Flush => 2,
+            Self::Discard => 3,
+            Self::WriteZeroes { .. } => 4,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const GEOMETRY: Geometry = Geometry { size: 1 << 42, block: 4096, max_bytes: 1 << 20 };
 
     fn iod(op_flags: u32) -> IoDesc {
         IoDesc { op_flags, nr_sectors: 8, start_sector: 1 << 32 }
@@ -88,18 +147,43 @@ mod tests {
             (5 | 1 << 15, RequestKind::WriteZeroes { may_unmap: false }, false),
         ];
         for (op_flags, kind, has_data) in table {
-            let request = Request::decode(iod(op_flags)).unwrap();
+            let request = Request::decode(iod(op_flags), &GEOMETRY).unwrap();
             assert_eq!(request, Request { kind, offset: 1 << 41, len: 4096 });
             assert_eq!(request.has_data(), has_data);
         }
-        let flush = Request::decode(iod(2)).unwrap();
+        let flush = Request::decode(iod(2), &GEOMETRY).unwrap();
         assert_eq!(flush, Request { kind: RequestKind::Flush, offset: 0, len: 0 });
     }
 
     #[test]
     fn unknown_operations_are_refused() {
         for op in [4, 10, 13, 15, 18, 200] {
-            assert_eq!(Request::decode(iod(op)), Err(Errno::EOPNOTSUPP), "{op}");
+            let refused = Request::decode(iod(op), &GEOMETRY).unwrap_err();
+            assert_eq!((refused, refused.errno()), (Refusal::Unknown(op), Errno::EOPNOTSUPP));
+        }
+    }
+
+    #[test]
+    fn malformed_ranges_are_refused() {
+        let last = (1 << 33) - 8;
+        let table = [
+            ("the last block", 0, last, 8, true),
+            ("one block too far", 0, last + 8, 8, false),
+            ("across the end", 3, last, 16, false),
+            ("a start that wraps", 0, u64::MAX, 8, false),
+            ("a start that overflows in bytes", 1, 1 << 55, 8, false),
+            ("the longest read", 0, 0, 2048, true),
+            ("too long for a buffer", 1, 0, 2056, false),
+            ("a long discard", 3, 0, 1 << 20, true),
+            ("an unaligned start", 0, 4, 8, false),
+            ("an unaligned length", 1, 0, 9, false),
+            ("nothing", 0, 0, 0, false),
+        ];
+        for (what, op_flags, start_sector, nr_sectors, fits) in table {
+            let iod = IoDesc { op_flags, nr_sectors, start_sector };
+            let decoded = Request::decode(iod, &GEOMETRY);
+            let expected = if fits { None } else { Some(Refusal::Malformed) };
+            assert_eq!(decoded.err(), expected, "{what}");
         }
     }
 }

@@ -101,7 +101,7 @@ pub struct Description {
     pub state: String,
     /// Name of the target, `unknown` for a device of another program.
     pub target: String,
-    /// How the device lends, `unknown` for modes that this program does not serve.
+    /// How the device lends.
     pub lend: String,
     /// Process id of the server, `null` if it is gone.
     pub pid: Option<u32>,
@@ -127,7 +127,7 @@ impl Description {
         let pid = u32::try_from(info.ublksrv_pid).ok().filter(|pid| is_alive(*pid));
         let file = StateFile::read(Path::new(RUN_DIR), id)
             .filter(|file| u32::try_from(info.ublksrv_pid) == Ok(file.pid) || pid.is_none());
-        let lend = LendMode::of_flags(info.flags).map(|mode| mode.to_string());
+        let lend = LendMode::of_flags(info.flags).to_string();
         let (target, backings) =
             file.map_or_else(|| ("unknown".to_owned(), Vec::new()), |f| (f.target, f.backings));
         Ok(Self {
@@ -135,7 +135,7 @@ impl Description {
             device: block_path(id),
             state: state_name(info.state).to_owned(),
             target,
-            lend: lend.unwrap_or_else(|| "unknown".to_owned()),
+            lend,
             pid,
             queues: info.nr_hw_queues,
             depth: info.queue_depth,

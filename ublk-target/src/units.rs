@@ -35,6 +35,14 @@ impl From<Sectors> for Bytes {
     }
 }
 
+impl Sectors {
+    /// In bytes, unless that overflows.
+    #[must_use]
+    pub fn checked_bytes(self) -> Option<Bytes> {
+        self.0.checked_mul(1 << SECTOR_SHIFT).map(Bytes)
+    }
+}
+
 impl Bytes {
     /// Whole sectors in it, rounded down.
     #[must_use]

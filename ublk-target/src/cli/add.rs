@@ -26,6 +26,9 @@ pub fn add(target: &Target, verbose: u8) -> anyhow::Result<ExitCode> {
         queues: device.queues,
         depth: device.depth,
         lend: device.lend,
+        first_slot: device.first_slot,
+        io_lane: device.io_lane,
+        io_timeout: device.io_timeout,
         target,
     };
     if device.daemon {

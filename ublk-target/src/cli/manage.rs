@@ -113,7 +113,7 @@ fn table<const N: usize>(rows: &[[String; N]]) -> String {
 
 /// Shows the features of the driver.
 pub fn features(args: &Features) -> anyhow::Result<ExitCode> {
-    let found = Control::open()?.features()?;
+    let found = kernel::features(&Control::open()?)?;
     let release = kernel::release().unwrap_or_default();
     let mut out = std::io::stdout().lock();
     if args.json {

@@ -6,6 +6,7 @@ mod manage;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use ublk_target::lend::LendRequest;
@@ -69,6 +70,16 @@ struct Device {
     /// How request buffers get to the backing
     #[arg(long, value_name = "MODE", default_value = "auto")]
     lend: LendRequest,
+    /// Lend in slot N of the lane's buffer table for tag 0, and the following slots for the other
+    /// tags [default: 0 with `fused`, whichever is free with `slot`]
+    #[arg(long, value_name = "N")]
+    first_slot: Option<u16>,
+    /// Issue the operations of each queue from a second thread and ring (with `--lend slot`)
+    #[arg(long)]
+    io_lane: bool,
+    /// Cancel an operation on the backing after so many seconds, and fail its request
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    io_timeout: Option<Duration>,
     /// Stay in the foreground and log to the terminal
     #[arg(long)]
     foreground: bool,
@@ -78,6 +89,13 @@ struct Device {
     /// Serve in the background of the process that waits on the other end of standard output
     #[arg(long, hide = true)]
     daemon: bool,
+}
+
+/// A number of seconds, whole or not, from 1 ms to a day.
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().ok().filter(|seconds| (0.001..=86_400.0).contains(seconds));
+    let seconds = seconds.ok_or("not a number of seconds from 0.001 to 86400")?;
+    Ok(Duration::from_secs_f64(seconds))
 }
 
 #[derive(Debug, Args)]
@@ -185,7 +203,7 @@ mod tests {
             (&["add", "loop"], "--file"),
             (&["add", "null", "-q", "0"], "0 is not in 1..=4096"),
             (&["add", "null", "-d", "4097"], "4097 is not in 1..=4096"),
-            (&["add", "null", "--lend", "magic"], "auto, fused, copy"),
+            (&["add", "null", "--lend", "magic"], "auto, fused, slot, user-copy, copy"),
             (&["add", "null", "--size", "big"], "is not a size"),
             (&["del"], "--all"),
         ];

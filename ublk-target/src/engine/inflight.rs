@@ -1,21 +1,33 @@
 //! The table of operations in flight.
 
-use bufreg::Borrow;
+use bufreg::{Borrow, Borrower};
 use slab::Slab;
 use uring_ext::Errno;
 
-use super::Progress;
+use super::key::OpKey;
 use crate::plan::{Op, WINDOW_OPS};
 use crate::units::Tag;
 
-/// Names an operation in flight: its place in the table, and a number that tells it from earlier
-/// ones in that place. Travels through the kernel as `user_data`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct OpKey {
-    /// Place in the table, below 2^24.
-    pub place: u32,
-    /// Which submission this is.
-    pub serial: u32,
+/// What a completion means for its operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Progress {
+    /// All of it is done.
+    Done,
+    /// The rest, or all of it again, is to be issued.
+    Again,
+    /// It will not be done.
+    Failed(Errno),
+}
+
+/// How far the cancelling of an operation has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Cancel {
+    /// Nobody wants it.
+    No,
+    /// Asked for; the operation has not completed.
+    Asked,
+    /// Asked for long ago: the operation has neither completed nor been cancelled.
+    Lost,
 }
 
 /// An operation in flight.
@@ -26,6 +38,9 @@ pub(super) struct InFlight {
     pub op: Op,
     pub borrow: Option<Borrow>,
     pub retries: u8,
+    pub cancel: Cancel,
+    /// When it is cancelled, or given up for lost.
+    pub deadline: u64,
 }
 
 impl InFlight {
@@ -67,18 +82,23 @@ impl InFlightTable {
         Self { entries: Slab::with_capacity(capacity), capacity, next_serial: 0 }
     }
 
-    /// Adds an operation; `None` if the table is full.
-    pub fn insert(&mut self, inflight: InFlight) -> Option<OpKey> {
+    /// The key that the next operation added will have; `None` if the table is full.
+    pub fn next_key(&self) -> Option<OpKey> {
         if self.entries.len() == self.capacity {
             return None;
         }
-        let serial = self.serial();
-        let place = self.entries.insert(Entry { serial, inflight });
-        Some(OpKey { place: u32::try_from(place).ok()?, serial })
+        let place = u16::try_from(self.entries.vacant_key()).ok()?;
+        Some(OpKey { place, serial: self.next_serial })
+    }
+
+    /// Adds an operation under [`InFlightTable::next_key`].
+    pub fn insert(&mut self, inflight: InFlight) {
+        let serial = self.take_serial();
+        self.entries.insert(Entry { serial, inflight });
     }
 
     pub fn get_mut(&mut self, key: OpKey) -> Option<&mut InFlight> {
-        let entry = self.entries.get_mut(usize::try_from(key.place).ok()?)?;
+        let entry = self.entries.get_mut(usize::from(key.place))?;
         (entry.serial == key.serial).then_some(&mut entry.inflight)
     }
 
@@ -86,22 +106,49 @@ impl InFlightTable {
     ///
     /// # Panics
     /// If the key is not live.
-    pub fn renew(&mut self, key: OpKey) -> (OpKey, Op, Option<Borrow>) {
-        let serial = self.serial();
-        let entry = &mut self.entries[key.place as usize];
+    pub fn renew(&mut self, key: OpKey) -> (OpKey, InFlight) {
+        let serial = self.take_serial();
+        let entry = &mut self.entries[usize::from(key.place)];
         assert_eq!(entry.serial, key.serial, "renewed a stale operation");
         entry.serial = serial;
-        (OpKey { place: key.place, serial }, entry.inflight.op, entry.inflight.borrow)
+        (OpKey { place: key.place, serial }, entry.inflight)
     }
 
     pub fn remove(&mut self, key: OpKey) -> Option<InFlight> {
         self.get_mut(key)?;
-        self.entries.try_remove(usize::try_from(key.place).ok()?).map(|entry| entry.inflight)
+        self.entries.try_remove(usize::from(key.place)).map(|entry| entry.inflight)
     }
 
-    fn serial(&mut self) -> u32 {
-        self.next_serial = self.next_serial.wrapping_add(1);
-        self.next_serial
+    /// All operations, for what happens rarely.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = (OpKey, &mut InFlight)> {
+        self.entries.iter_mut().filter_map(|(place, entry)| {
+            let place = u16::try_from(place).ok()?;
+            Some((OpKey { place, serial: entry.serial }, &mut entry.inflight))
+        })
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// The operation that the registry knows by this label.
+    pub fn borrower(&self, borrower: Borrower) -> Option<&InFlight> {
+        let [_, _, p1, p0, s3, s2, s1, s0] = borrower.0.to_be_bytes();
+        let entry = self.entries.get(usize::from(u16::from_be_bytes([p1, p0])))?;
+        (entry.serial == u32::from_be_bytes([s3, s2, s1, s0])).then_some(&entry.inflight)
+    }
+
+    fn take_serial(&mut self) -> u32 {
+        let serial = self.next_serial;
+        self.next_serial = serial.wrapping_add(1);
+        serial
+    }
+}
+
+impl OpKey {
+    /// By which the registry knows the operation.
+    pub(super) fn borrower(self) -> Borrower {
+        Borrower((u64::from(self.place) << 32) | u64::from(self.serial))
     }
 }
 
@@ -112,7 +159,14 @@ mod tests {
 
     fn inflight(kind: OpKind) -> InFlight {
         let op = Op { kind, backing: BackingIndex(0), offset: 1000, len: 4096, buf_offset: 512 };
-        InFlight { tag: Tag(0), op, borrow: None, retries: 3 }
+        let (tag, cancel) = (Tag(0), Cancel::No);
+        InFlight { tag, op, borrow: None, retries: 3, cancel, deadline: u64::MAX }
+    }
+
+    fn insert(table: &mut InFlightTable) -> Option<OpKey> {
+        let key = table.next_key()?;
+        table.insert(inflight(OpKind::Read));
+        Some(key)
     }
 
     #[test]
@@ -136,22 +190,25 @@ mod tests {
     #[test]
     fn old_keys_find_nothing() {
         let mut table = InFlightTable::new(1);
-        let first = table.insert(inflight(OpKind::Read)).unwrap();
-        let (renewed, ..) = table.renew(first);
+        let first = insert(&mut table).unwrap();
+        let (renewed, _) = table.renew(first);
         assert!(table.get_mut(first).is_none());
+        assert!(table.borrower(first.borrower()).is_none());
+        assert!(table.borrower(renewed.borrower()).is_some());
         assert!(table.remove(renewed).is_some());
-        let next = table.insert(inflight(OpKind::Read)).unwrap();
+        let next = insert(&mut table).unwrap();
         assert_eq!(next.place, renewed.place);
         assert!(table.remove(renewed).is_none());
         assert!(table.remove(next).is_some());
+        assert!(table.is_empty());
     }
 
     #[test]
     fn the_table_is_bounded() {
         let mut table = InFlightTable::new(2);
         for _ in 0..2 * WINDOW_OPS {
-            assert!(table.insert(inflight(OpKind::Read)).is_some());
+            assert!(insert(&mut table).is_some());
         }
-        assert!(table.insert(inflight(OpKind::Read)).is_none());
+        assert!(insert(&mut table).is_none());
     }
 }

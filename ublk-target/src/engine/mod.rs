@@ -13,170 +13,178 @@
 //! * The first error of a request is its answer; no further operation of it is issued.
 //! * Retries are bounded. A completion that belongs to nothing in flight changes nothing and is
 //!   counted.
+//! * A descriptor that is unknown or does not fit the device is refused and counted.
 //! * After construction it allocates nothing: all that a tag's request can need is there from
 //!   the start.
 
+mod config;
+mod deadline;
 mod inflight;
-#[cfg(test)]
-mod simulator;
+mod key;
+mod latency;
+mod lending;
 mod stats;
 mod tag;
 
-pub use inflight::OpKey;
+pub use config::{EngineConfig, QueueIdentity, SlotChoice, SlotTable};
+pub use key::{OpKey, TagKey};
+pub use latency::{Recorder, STAGES, Stamps};
 pub use stats::EngineStats;
 
-use bufreg::{Owner, Registry, SlotIndex};
+use std::collections::VecDeque;
+
+use bufreg::{Borrower, Counts, Leak, Lease, Quarantined, Registry, SlotIndex};
 use uring_ext::iod::IoDesc;
+use uring_ext::pool::Direction;
 use uring_ext::{Errno, sys};
 
 use crate::plan::{Op, Plan, Planner};
-use crate::request::Request;
-use crate::units::{Qid, Tag};
-use inflight::{InFlight, InFlightTable};
-use tag::{Run, TagState};
+use crate::request::{Refusal, Request};
+use crate::units::Tag;
+use inflight::{Cancel, InFlight, InFlightTable, Progress};
+use tag::{Held, Run, TagState};
 
-/// How often an operation is tried again after `EAGAIN` or `EINTR`, without progress in between.
-const MAX_RETRIES: u8 = 16;
+/// How often an operation or a registration is tried again after `EAGAIN`, `EINTR` or `ENOMEM`,
+/// without progress in between.
+pub const MAX_RETRIES: u8 = 16;
 
 /// Where the engine's decisions go. None of these may block.
 pub trait Port {
+    /// Hands a tag to the driver for the first time. `slot` is where the driver is to register
+    /// the buffer of its request, if the device lends so.
+    fn fetch(&mut self, key: TagKey, slot: SlotIndex);
     /// Completes the tag's request with `result` (bytes, or a negated error number) and asks for
     /// the next one.
-    fn commit(&mut self, tag: Tag, result: i32);
+    fn commit(&mut self, key: TagKey, result: i32, slot: SlotIndex);
     /// Registers the buffer of the tag's request in a slot.
-    fn register(&mut self, tag: Tag, slot: SlotIndex);
+    fn register(&mut self, key: TagKey, slot: SlotIndex);
     /// Takes the buffer of the tag's request out of a slot.
-    fn unregister(&mut self, tag: Tag, slot: SlotIndex);
+    fn unregister(&mut self, key: TagKey, slot: SlotIndex);
     /// Issues an operation. `slot` is where its bytes are, if it has any.
     fn submit(&mut self, key: OpKey, op: &Op, slot: Option<SlotIndex>);
+    /// Registers the buffer of the tag's request, issues an operation that uses it, and takes the
+    /// buffer out again, each when the one before has completed, even if that failed. The
+    /// registration is answered only if it fails.
+    fn submit_chain(&mut self, tag: TagKey, slot: SlotIndex, key: OpKey, op: &Op);
+    /// Copies bytes `from..to` between the tag's request and a buffer of the pool, at once.
+    /// Returns the number of bytes copied, or a negated error number.
+    fn copy(&mut self, tag: Tag, slot: SlotIndex, direction: Direction, from: u32, to: u32) -> i32;
+    /// Asks for the end of an operation.
+    fn cancel(&mut self, key: OpKey);
+    /// Nanoseconds of a monotonic clock. Asked only while latencies are measured.
+    fn now(&mut self) -> u64;
 }
 
-/// The device and queue that an engine serves.
-#[derive(Clone, Copy, Debug)]
-pub struct QueueIdentity {
-    /// Device id.
-    pub device: u32,
-    /// Queue of the device.
-    pub qid: Qid,
-    /// Number of tags.
-    pub depth: u16,
+/// What an engine has in hand at one instant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Holdings {
+    /// Requests that were delivered and not yet committed.
+    pub requests: usize,
+    /// The registry's slots by state.
+    pub slots: Counts,
+    /// Lent slots that nothing in the engine answers for.
+    pub leaked: usize,
 }
 
 /// The state machine of one queue.
 #[derive(Debug)]
 pub struct Engine<P> {
     planner: P,
-    queue: QueueIdentity,
+    config: EngineConfig,
     registry: Registry,
     tags: Box<[TagState]>,
+    turns: Box<[u32]>,
     plans: Box<[Plan]>,
     inflight: InFlightTable,
+    /// By tag: the slot whose unregistration failed after the tag's last request.
+    quarantined: Box<[Option<Lease<Quarantined>>]>,
+    /// Tags that wait for a buffer of the pool, first come first served.
+    waiting: VecDeque<Tag>,
     /// Tags that the driver will not deliver to again.
     ended: u16,
+    now: u64,
+    recorder: Option<Box<Recorder>>,
     stats: EngineStats,
 }
 
 impl<P: Planner> Engine<P> {
-    /// An engine whose tags are all with the driver. Tag *n* uses slot *n*.
-    pub fn new(planner: P, queue: QueueIdentity) -> Self {
-        let depth = usize::from(queue.depth);
+    /// An engine whose tags are all with the driver, once [`Engine::fetch_all`] has been called.
+    pub fn new(planner: P, config: EngineConfig) -> Self {
+        let depth = usize::from(config.queue.depth);
         Self {
             planner,
-            queue,
-            registry: Registry::new(queue.depth),
+            config,
+            registry: Registry::new(config.slots.capacity(), config.incarnation),
             tags: (0..depth).map(|_| TagState::WithDriver).collect(),
+            turns: vec![0; depth].into(),
             plans: (0..depth).map(|_| Plan::default()).collect(),
-            inflight: InFlightTable::new(queue.depth),
+            inflight: InFlightTable::new(config.queue.depth),
+            quarantined: (0..depth).map(|_| None).collect(),
+            waiting: VecDeque::with_capacity(depth),
             ended: 0,
+            now: 0,
+            recorder: None,
             stats: EngineStats::default(),
         }
     }
 
-    /// The driver delivered a request for `tag`. `now` is kept as the time of lending.
-    pub fn delivered(&mut self, tag: Tag, iod: IoDesc, now: u64, port: &mut impl Port) {
+    /// Tells the time, in nanoseconds of a monotonic clock. Ages and deadlines go by it.
+    pub fn set_now(&mut self, now: u64) {
+        self.now = now;
+    }
+
+    /// Hands all tags to the driver.
+    pub fn fetch_all(&mut self, port: &mut impl Port) {
+        for tag in 0..self.config.queue.depth {
+            let tag = Tag(tag);
+            port.fetch(self.current(tag), self.tag_slot(tag));
+        }
+    }
+
+    /// The driver delivered a request.
+    pub fn delivered(&mut self, key: TagKey, iod: IoDesc, port: &mut impl Port) {
+        if key != self.current(key.tag) {
+            self.stats.stale += 1;
+            return;
+        }
+        let tag = key.tag;
         if !matches!(self.tags[tag.index()], TagState::WithDriver) {
             // Two deliveries without a commit in between would be a bug of the driver or ours.
             self.stats.unexpected += 1;
             return;
         }
-        self.stats.requests += 1;
-        let request = match Request::decode(iod) {
+        self.settle_quarantine(tag);
+        let request = match Request::decode(iod, &self.config.geometry) {
             Ok(request) => request,
-            Err(errno) => return self.commit(tag, Err(errno), port),
+            Err(refusal) => return self.refuse(tag, refusal, port),
         };
-        if !request.has_data() {
-            return self.run(tag, Run::new(request, None), port);
+        self.stats.requests[request.kind.index()] += 1;
+        self.stats.bytes[request.kind.index()] += request.len;
+        let mut run = Run::new(request, self.stamps(port));
+        let plan = &mut self.plans[tag.index()];
+        plan.clear();
+        if let Err(errno) = plan_window(&self.planner, &run, plan) {
+            run.fail(errno);
         }
-        let owner = Owner { device: self.queue.device, qid: self.queue.qid.0, tag: tag.0 };
-        let Ok(lease) = self.registry.reserve(SlotIndex(tag.0), owner, now) else {
-            // The slot's fate is unknown, so nothing may use it; the request is answered.
-            self.stats.unexpected += 1;
-            return self.commit(tag, Err(Errno::EIO), port);
-        };
-        if iod.has(sys::UBLK_IO_F_NEED_REG_BUF) {
-            self.stats.need_reg_buf += 1;
-            port.register(tag, lease.slot());
-            self.tags[tag.index()] = TagState::Registering { lease, request, tries: 0 };
-            return;
+        let needs_buffer = !run.is_complete(plan) || plan.ops().any(Op::has_data);
+        if run.failed() || !request.has_data() || !needs_buffer {
+            return self.start(tag, run, port);
         }
-        let lease = self.registry.activate(lease);
-        self.run(tag, Run::new(request, Some(lease)), port);
+        let need_reg_buf = iod.has(sys::UBLK_IO_F_NEED_REG_BUF);
+        self.stats.need_reg_buf += u64::from(need_reg_buf);
+        self.lend(tag, run, need_reg_buf, port);
+        self.serve_waiting(port);
     }
 
-    /// The driver will deliver nothing more for `tag`.
-    pub fn fetch_ended(&mut self, tag: Tag) {
-        match self.tags[tag.index()] {
-            TagState::WithDriver => {
-                self.tags[tag.index()] = TagState::Ended;
-                self.ended += 1;
-            }
-            TagState::Ended
-            | TagState::Registering { .. }
-            | TagState::Running(_)
-            | TagState::Unregistering { .. } => self.stats.unexpected += 1,
-        }
-    }
-
-    /// The answer to [`Port::register`].
-    pub fn registered(&mut self, tag: Tag, res: i32, port: &mut impl Port) {
-        let state = &mut self.tags[tag.index()];
-        let registering = state.take_if(|state| matches!(state, TagState::Registering { .. }));
-        let Some(TagState::Registering { lease, request, tries }) = registering else {
+    /// The driver will deliver nothing more for the tag.
+    pub fn fetch_ended(&mut self, key: TagKey) {
+        let state = &mut self.tags[key.tag.index()];
+        if key.turn == self.turns[key.tag.index()] && matches!(state, TagState::WithDriver) {
+            *state = TagState::Ended;
+            self.ended += 1;
+        } else {
             self.stats.unexpected += 1;
-            return;
-        };
-        match Errno::from_result(res) {
-            Ok(_) => {
-                let lease = self.registry.activate(lease);
-                self.run(tag, Run::registered(request, lease), port);
-            }
-            Err(errno) if is_transient(errno) && tries < MAX_RETRIES => {
-                self.stats.retries += 1;
-                port.register(tag, lease.slot());
-                *state = TagState::Registering { lease, request, tries: tries + 1 };
-            }
-            Err(errno) => {
-                self.registry.cancel(lease);
-                self.commit(tag, Err(errno), port);
-            }
         }
-    }
-
-    /// The answer to [`Port::unregister`].
-    pub fn unregistered(&mut self, tag: Tag, res: i32, port: &mut impl Port) {
-        let unregistering =
-            self.tags[tag.index()].take_if(|state| matches!(state, TagState::Unregistering { .. }));
-        let Some(TagState::Unregistering { lease, result }) = unregistering else {
-            self.stats.unexpected += 1;
-            return;
-        };
-        if res < 0 {
-            // The driver keeps the request until its buffer is gone, which the end of the ring
-            // ensures. The commit is right in any case.
-            self.stats.failed_unregistrations += 1;
-        }
-        self.registry.release(lease);
-        self.commit(tag, result, port);
     }
 
     /// An operation completed with `res`.
@@ -185,8 +193,10 @@ impl<P: Planner> Engine<P> {
             self.stats.stale += 1;
             return;
         };
+        let cancelled = op.cancel != Cancel::No;
         let outcome = match Errno::from_result(res) {
             Ok(moved) => op.advance(moved),
+            Err(_) if cancelled => Progress::Failed(Errno::ETIMEDOUT),
             Err(errno) if is_transient(errno) && op.retries < MAX_RETRIES => {
                 op.retries += 1;
                 self.stats.retries += 1;
@@ -196,35 +206,50 @@ impl<P: Planner> Engine<P> {
             Err(Errno::EAGAIN | Errno::EINTR) => Progress::Failed(Errno::EIO),
             Err(errno) => Progress::Failed(errno),
         };
+        let outcome = match outcome {
+            // Nobody wants the rest.
+            Progress::Again if cancelled => Progress::Failed(Errno::ETIMEDOUT),
+            Progress::Again | Progress::Done | Progress::Failed(_) => outcome,
+        };
         let tag = op.tag;
-        if matches!(outcome, Progress::Again) && !self.running(tag).is_some_and(|run| run.failed())
-        {
-            if res > 0 {
-                self.stats.short += 1;
-            }
-            let (key, op, borrow) = self.inflight.renew(key);
-            return port.submit(key, &op, borrow.map(|borrow| borrow.slot()));
+        if outcome == Progress::Again && res > 0 {
+            self.stats.partial += 1;
         }
-        let Some(done) = self.inflight.remove(key) else { return };
-        if let Some(borrow) = done.borrow {
-            if self.registry.give_back(borrow).is_err() {
-                self.stats.stale += 1;
-            }
-        }
-        let Some(run) = self.running(tag) else {
+        let Some(run) = running(&mut self.tags, tag) else {
             self.stats.unexpected += 1;
             return;
         };
+        if outcome == Progress::Again && run.chain.is_none() && !run.failed() {
+            return self.submit_again(key, port);
+        }
+        let Some(ended) = self.inflight.remove(key) else { return };
         run.pending -= 1;
         if let Progress::Failed(errno) = outcome {
-            run.fail(errno);
+            if run.chain.is_none() {
+                run.fail(errno);
+            }
         }
-        self.proceed(tag, port);
+        let chained = run.chain.as_mut().map(|chain| chain.operation = Some((outcome, ended)));
+        if let Some(borrow) = ended.borrow {
+            if self.registry.give_back(borrow).is_err() {
+                self.stats.unexpected += 1;
+            }
+        }
+        match chained {
+            Some(()) => self.end_chain(tag, port),
+            None => self.proceed(tag, port),
+        }
+        self.serve_waiting(port);
     }
 
     /// Whether all tags have ended: nothing is in flight and nothing will come.
     pub fn is_finished(&self) -> bool {
-        self.ended == self.queue.depth
+        self.ended == self.config.queue.depth
+    }
+
+    /// A completion came that no engine of this incarnation asked for.
+    pub fn note_stale(&mut self) {
+        self.stats.stale += 1;
     }
 
     /// Counters since construction.
@@ -232,23 +257,84 @@ impl<P: Planner> Engine<P> {
         &self.stats
     }
 
+    /// What it was made for.
+    pub fn config(&self) -> &EngineConfig {
+        &self.config
+    }
+
     /// The registry of this queue's buffers.
     pub fn registry(&self) -> &Registry {
         &self.registry
     }
 
-    fn running(&mut self, tag: Tag) -> Option<&mut Run> {
-        match &mut self.tags[tag.index()] {
-            TagState::Running(run) => Some(run),
-            TagState::WithDriver
-            | TagState::Registering { .. }
-            | TagState::Unregistering { .. }
-            | TagState::Ended => None,
+    /// What is in hand. Looks at every tag and slot, so it is not for the data path.
+    pub fn holdings(&self) -> Holdings {
+        let slots = self.registry.counts();
+        let held = self.tags.iter().filter(|state| state.lease_key().is_some()).count()
+            + self.quarantined.iter().flatten().count();
+        let lent = usize::try_from(slots.capacity - slots.free).unwrap_or(usize::MAX);
+        Holdings {
+            requests: self.tags.iter().filter(|state| state.is_open()).count(),
+            slots,
+            leaked: lent.saturating_sub(held),
         }
     }
 
-    fn run(&mut self, tag: Tag, run: Run, port: &mut impl Port) {
-        self.plans[tag.index()].clear();
+    /// Lent slots that nothing in the engine answers for; there must be none. Ages are in
+    /// nanoseconds.
+    pub fn leaks(&self) -> impl Iterator<Item = Leak> + '_ {
+        self.registry.leaks(self.now, |key| {
+            let held = |lease: &Option<Lease<Quarantined>>| {
+                lease.as_ref().is_some_and(|lease| lease.key() == key)
+            };
+            self.tags.iter().any(|state| state.lease_key() == Some(key))
+                || self.quarantined.iter().any(held)
+        })
+    }
+
+    /// The operation and tag that the registry knows by a label, while it is in flight.
+    pub fn borrower(&self, borrower: Borrower) -> Option<(Tag, Op)> {
+        self.inflight.borrower(borrower).map(|inflight| (inflight.tag, inflight.op))
+    }
+
+    /// Begins or ends the measuring of latencies; returns the recorder that ends.
+    pub fn measure(&mut self, recorder: Option<Box<Recorder>>) -> Option<Box<Recorder>> {
+        std::mem::replace(&mut self.recorder, recorder)
+    }
+
+    /// The recorder of latencies, while they are measured.
+    pub fn recorder(&self) -> Option<&Recorder> {
+        self.recorder.as_deref()
+    }
+
+    fn stamps(&self, port: &mut impl Port) -> Stamps {
+        if self.recorder.is_none() {
+            return Stamps::default();
+        }
+        Stamps { reaped: self.now, begun: port.now(), ..Stamps::default() }
+    }
+
+    fn current(&self, tag: Tag) -> TagKey {
+        TagKey { tag, turn: self.turns[tag.index()] }
+    }
+
+    /// The key of the tag's next command; answers to earlier ones are stale from now on.
+    fn next_turn(&mut self, tag: Tag) -> TagKey {
+        let turn = &mut self.turns[tag.index()];
+        *turn = turn.wrapping_add(1);
+        TagKey { tag, turn: *turn }
+    }
+
+    fn refuse(&mut self, tag: Tag, refusal: Refusal, port: &mut impl Port) {
+        match refusal {
+            Refusal::Unknown(_) => self.stats.refused_unknown += 1,
+            Refusal::Malformed => self.stats.refused_malformed += 1,
+        }
+        self.commit(tag, Err(refusal.errno()), port);
+    }
+
+    /// Carries out a request that has its buffer, or needs none.
+    fn start(&mut self, tag: Tag, run: Run, port: &mut impl Port) {
         self.tags[tag.index()] = TagState::Running(run);
         self.proceed(tag, port);
     }
@@ -271,7 +357,7 @@ impl<P: Planner> Engine<P> {
             } else {
                 self.issue_stage(tag, port)
             };
-            if let (Err(errno), Some(run)) = (advanced, self.running(tag)) {
+            if let (Err(errno), Some(run)) = (advanced, running(&mut self.tags, tag)) {
                 run.fail(errno);
             }
         }
@@ -279,26 +365,24 @@ impl<P: Planner> Engine<P> {
 
     /// Issues the operations of the next stage of the window.
     fn issue_stage(&mut self, tag: Tag, port: &mut impl Port) -> Result<(), Errno> {
+        self.stamp_issue(tag, port);
         let plan = &self.plans[tag.index()];
         let TagState::Running(run) = &mut self.tags[tag.index()] else { return Ok(()) };
         let Some((stage, _)) = plan.op(run.next_op) else { return Ok(()) };
         while let Some((_, op)) = plan.op(run.next_op).filter(|(of, _)| *of == stage) {
-            let borrow = match &run.lease {
-                Some(lease) if op.has_data() => {
-                    Some(self.registry.borrow(lease).map_err(|_| Errno::EIO)?)
+            // The table holds a window for every tag, so it has room.
+            let key = self.inflight.next_key().ok_or(Errno::EIO)?;
+            let borrow = match &run.held {
+                _ if !op.has_data() => None,
+                Held::Active(lease) => {
+                    let borrow = self.registry.borrow(lease, key.borrower());
+                    Some(borrow.map_err(|_| Errno::EIO)?)
                 }
-                None if op.has_data() => return Err(Errno::EINVAL),
-                Some(_) | None => None,
+                Held::Nothing | Held::Quarantined(_) => return Err(Errno::EINVAL),
             };
-            let entry = InFlight { tag, op, borrow, retries: 0 };
-            let Some(key) = self.inflight.insert(entry) else {
-                // The table holds a window for every tag, so this is a bug; the borrow goes back.
-                if let Some(borrow) = borrow {
-                    let _ = self.registry.give_back(borrow);
-                }
-                self.stats.unexpected += 1;
-                return Err(Errno::EIO);
-            };
+            let deadline = deadline_of(self.config.deadline, self.now);
+            let cancel = Cancel::No;
+            self.inflight.insert(InFlight { tag, op, borrow, retries: 0, cancel, deadline });
             run.next_op += 1;
             run.pending += 1;
             self.stats.ops += 1;
@@ -307,34 +391,30 @@ impl<P: Planner> Engine<P> {
         Ok(())
     }
 
-    /// Ends a request: gives the buffer back and commits.
-    fn finish(&mut self, tag: Tag, port: &mut impl Port) {
-        let running = self.tags[tag.index()].take_if(|state| matches!(state, TagState::Running(_)));
-        let Some(TagState::Running(run)) = running else { return };
-        let result = run.result();
-        let explicit = run.explicitly_registered;
-        let Some(lease) = run.lease else { return self.commit(tag, result, port) };
-        match self.registry.retire(lease) {
-            Ok(lease) if explicit => {
-                port.unregister(tag, lease.slot());
-                self.tags[tag.index()] = TagState::Unregistering { lease, result };
-            }
-            Ok(lease) => {
-                // The commit itself makes the driver take the buffer back.
-                self.registry.release(lease);
-                self.commit(tag, result, port);
-            }
-            Err(still_borrowed) => {
-                // Unreachable while `pending` counts right: never give a borrowed buffer back.
+    /// Issues what is left of an operation.
+    fn submit_again(&mut self, key: OpKey, port: &mut impl Port) {
+        let (key, inflight) = self.inflight.renew(key);
+        if let Some(borrow) = inflight.borrow {
+            if self.registry.relabel(borrow, key.borrower()).is_err() {
                 self.stats.unexpected += 1;
-                self.tags[tag.index()] =
-                    TagState::Running(Run { lease: Some(still_borrowed.lease), ..run });
+            }
+        }
+        port.submit(key, &inflight.op, inflight.borrow.map(|borrow| borrow.slot()));
+    }
+
+    fn stamp_issue(&mut self, tag: Tag, port: &mut impl Port) {
+        if self.recorder.is_some() {
+            if let Some(run) = running(&mut self.tags, tag) {
+                if run.stamps.issued == 0 {
+                    run.stamps.issued = port.now();
+                }
             }
         }
     }
 
     fn commit(&mut self, tag: Tag, result: Result<i32, Errno>, port: &mut impl Port) {
         self.tags[tag.index()] = TagState::WithDriver;
+        self.stats.commits += 1;
         let result = match result {
             Ok(bytes) => bytes,
             Err(errno) => {
@@ -342,7 +422,20 @@ impl<P: Planner> Engine<P> {
                 errno.negated()
             }
         };
-        port.commit(tag, result);
+        let slot = self.tag_slot(tag);
+        port.commit(self.next_turn(tag), result, slot);
+    }
+}
+
+/// The tag's request, if it is being carried out.
+fn running(tags: &mut [TagState], tag: Tag) -> Option<&mut Run> {
+    match &mut tags[tag.index()] {
+        TagState::Running(run) => Some(run),
+        TagState::WithDriver
+        | TagState::Waiting(_)
+        | TagState::Registering { .. }
+        | TagState::Unregistering { .. }
+        | TagState::Ended => None,
     }
 }
 
@@ -353,15 +446,8 @@ fn plan_window(planner: &impl Planner, run: &Run, plan: &mut Plan) -> Result<(),
     if plan.covered() == 0 && run.request.len > 0 { Err(Errno::EIO) } else { Ok(()) }
 }
 
-/// What a completion means for its operation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Progress {
-    /// All of it is done.
-    Done,
-    /// The rest, or all of it again, is to be issued.
-    Again,
-    /// It will not be done.
-    Failed(Errno),
+fn deadline_of(limit: Option<u64>, now: u64) -> u64 {
+    limit.map_or(u64::MAX, |limit| now.saturating_add(limit))
 }
 
 const fn is_transient(errno: Errno) -> bool {

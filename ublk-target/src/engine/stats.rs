@@ -1,43 +1,94 @@
 //! What an engine counts.
 
+use serde::{Deserialize, Serialize};
+
+use crate::request::RequestKind;
+
 /// Counters of one engine since its construction.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EngineStats {
-    /// Requests delivered.
-    pub requests: u64,
+    /// Requests delivered and understood, by [`RequestKind::index`].
+    pub requests: [u64; RequestKind::NAMES.len()],
+    /// Their bytes.
+    pub bytes: [u64; RequestKind::NAMES.len()],
+    /// Requests answered.
+    pub commits: u64,
     /// Requests answered with an error.
     pub failed: u64,
+    /// Requests refused since their operation is not known.
+    pub refused_unknown: u64,
+    /// Requests refused since their range does not fit the device.
+    pub refused_malformed: u64,
     /// Operations issued on backings, without continuations and retries.
     pub ops: u64,
-    /// Operations or registrations issued again after `EAGAIN`, `EINTR` or `ENOMEM`.
+    /// Operations, registrations or unregistrations issued again after `EAGAIN`, `EINTR` or
+    /// `ENOMEM`.
     pub retries: u64,
-    /// Short transfers that were continued.
-    pub short: u64,
+    /// Partial transfers that were continued.
+    pub partial: u64,
     /// Requests whose automatic registration failed (`UBLK_IO_F_NEED_REG_BUF`).
     pub need_reg_buf: u64,
-    /// Explicit unregistrations that the driver refused.
+    /// Buffers that the server registered by commands of its own.
+    pub registered: u64,
+    /// Registrations by the server that failed.
+    pub failed_registrations: u64,
+    /// Unregistrations that failed, so that their slots went into quarantine.
     pub failed_unregistrations: u64,
+    /// Requests whose data was copied since their buffer could not be registered.
+    pub copied: u64,
+    /// Requests that had to wait for a buffer to be copied through.
+    pub waited: u64,
+    /// Operations whose deadline has passed.
+    pub timed_out: u64,
+    /// Operations that were asked to be cancelled.
+    pub cancelled: u64,
+    /// Slots quarantined since an operation neither completed nor was cancelled in time.
+    pub lost_ops: u64,
     /// Completions that belonged to nothing in flight.
     pub stale: u64,
     /// Events that no correct driver and engine produce.
     pub unexpected: u64,
 }
 
+impl EngineStats {
+    /// Requests of all kinds.
+    #[must_use]
+    pub fn all_requests(&self) -> u64 {
+        self.requests.iter().sum::<u64>() + self.refused_unknown + self.refused_malformed
+    }
+
+    /// The counters by name, but for those by kind, in the order that they are shown.
+    #[must_use]
+    pub fn named(&self) -> [(&'static str, u64); 18] {
+        [
+            ("commits", self.commits),
+            ("failed", self.failed),
+            ("refused_unknown", self.refused_unknown),
+            ("refused_malformed", self.refused_malformed),
+            ("ops", self.ops),
+            ("retries", self.retries),
+            ("partial", self.partial),
+            ("need_reg_buf", self.need_reg_buf),
+            ("registered", self.registered),
+            ("failed_registrations", self.failed_registrations),
+            ("failed_unregistrations", self.failed_unregistrations),
+            ("copied", self.copied),
+            ("waited", self.waited),
+            ("timed_out", self.timed_out),
+            ("cancelled", self.cancelled),
+            ("lost_ops", self.lost_ops),
+            ("stale", self.stale),
+            ("unexpected", self.unexpected),
+        ]
+    }
+}
+
 impl std::fmt::Display for EngineStats {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "{} requests ({} failed), {} ops ({} short, {} retries), {} explicit registrations \
-             ({} not undone), {} stale and {} unexpected events",
-            self.requests,
-            self.failed,
-            self.ops,
-            self.short,
-            self.retries,
-            self.need_reg_buf,
-            self.failed_unregistrations,
-            self.stale,
-            self.unexpected
-        )
+        write!(f, "{} requests", self.all_requests())?;
+        for (name, count) in self.named().into_iter().filter(|(_, count)| *count > 0) {
+            write!(f, ", {count} {}", name.replace('_', " "))?;
+        }
+        Ok(())
     }
 }

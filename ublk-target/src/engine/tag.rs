@@ -1,8 +1,10 @@
 //! The state of a tag.
 
-use bufreg::{Active, Lease, Reserved, Retiring};
+use bufreg::{Active, Lease, LeaseKey, Quarantined, Reserved, Retiring};
 use uring_ext::Errno;
 
+use super::inflight::{InFlight, Progress};
+use super::latency::Stamps;
 use crate::plan::Plan;
 use crate::request::Request;
 
@@ -11,12 +13,14 @@ use crate::request::Request;
 pub(super) enum TagState {
     /// The driver; it may deliver a request.
     WithDriver,
+    /// The engine; the request waits for a buffer of the pool and holds nothing meanwhile.
+    Waiting(Run),
     /// The engine; the buffer is being registered.
-    Registering { lease: Lease<Reserved>, request: Request, tries: u8 },
+    Registering { run: Run, lease: Lease<Reserved> },
     /// The engine; the request is being carried out.
     Running(Run),
-    /// The engine; the buffer is being unregistered, then `result` is committed.
-    Unregistering { lease: Lease<Retiring>, result: Result<i32, Errno> },
+    /// The engine; the buffer is being unregistered, then the result is committed.
+    Unregistering { run: Run, lease: Lease<Retiring> },
     /// Nobody: the device is stopped.
     Ended,
 }
@@ -26,42 +30,105 @@ impl TagState {
     pub fn take_if(&mut self, wanted: impl FnOnce(&Self) -> bool) -> Option<Self> {
         wanted(self).then(|| std::mem::replace(self, Self::WithDriver))
     }
+
+    /// Whether the engine has a request of this tag.
+    pub fn is_open(&self) -> bool {
+        match self {
+            Self::WithDriver | Self::Ended => false,
+            Self::Waiting(_)
+            | Self::Registering { .. }
+            | Self::Running(_)
+            | Self::Unregistering { .. } => true,
+        }
+    }
+
+    /// The lease that the tag holds.
+    pub fn lease_key(&self) -> Option<LeaseKey> {
+        match self {
+            Self::WithDriver | Self::Waiting(_) | Self::Ended => None,
+            Self::Registering { lease, .. } => Some(lease.key()),
+            Self::Unregistering { lease, .. } => Some(lease.key()),
+            Self::Running(run) => match &run.held {
+                Held::Nothing => None,
+                Held::Active(lease) => Some(lease.key()),
+                Held::Quarantined(lease) => Some(lease.key()),
+            },
+        }
+    }
+}
+
+/// How a request's bytes get into a slot, and out again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    /// The driver puts them there before delivery and takes them back at commit.
+    Delivered,
+    /// The request's buffer is registered and unregistered by commands of ours.
+    Registered,
+    /// They are copied through a buffer of the pool.
+    Copied,
+}
+
+/// What a request holds.
+#[derive(Debug)]
+pub(super) enum Held {
+    /// No slot.
+    Nothing,
+    /// A slot with its bytes.
+    Active(Lease<Active>),
+    /// A slot that an operation of unknown fate may still use.
+    Quarantined(Lease<Quarantined>),
+}
+
+/// Register, operation and unregister, submitted as one hard-linked chain: what is known of it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Chain {
+    /// Why the registration failed; its success is silent.
+    pub registration: Option<Errno>,
+    /// How the operation ended, and what is left of it.
+    pub operation: Option<(Progress, InFlight)>,
+    /// The result of the unregistration.
+    pub unregistration: Option<i32>,
 }
 
 /// A request being carried out.
 #[derive(Debug)]
 pub(super) struct Run {
     pub request: Request,
-    pub lease: Option<Lease<Active>>,
-    /// The buffer was registered by a command of ours and must be unregistered by one.
-    pub explicitly_registered: bool,
+    pub way: Way,
+    pub held: Held,
+    pub chain: Option<Chain>,
+    /// Registrations or unregistrations tried without success.
+    pub tries: u8,
+    /// How often the operation of a chain has been tried without progress.
+    pub retries: u8,
+    /// Bytes of the request's start that went another way before copying began.
+    pub copied_from: u32,
     /// Bytes of the request that earlier windows have done.
     pub covered: u64,
     /// The next operation of the window to issue.
     pub next_op: usize,
     /// Operations in flight.
     pub pending: u16,
-    /// Windows planned; the first is planned even for a request without bytes.
-    pub windows: u32,
     pub error: Option<Errno>,
+    pub stamps: Stamps,
 }
 
 impl Run {
-    pub fn new(request: Request, lease: Option<Lease<Active>>) -> Self {
+    pub fn new(request: Request, stamps: Stamps) -> Self {
         Self {
             request,
-            lease,
-            explicitly_registered: false,
+            way: Way::Delivered,
+            held: Held::Nothing,
+            chain: None,
+            tries: 0,
+            retries: 0,
+            copied_from: 0,
             covered: 0,
             next_op: 0,
             pending: 0,
-            windows: 0,
             error: None,
+            stamps,
         }
-    }
-
-    pub fn registered(request: Request, lease: Lease<Active>) -> Self {
-        Self { explicitly_registered: true, ..Self::new(request, Some(lease)) }
     }
 
     /// Remembers the first error.
@@ -80,16 +147,21 @@ impl Run {
 
     /// Whether the window was the last.
     pub fn is_complete(&self, plan: &Plan) -> bool {
-        self.window_done(plan)
-            && self.windows > 0
-            && self.covered + plan.covered() >= self.request.len
+        self.window_done(plan) && self.covered + plan.covered() >= self.request.len
+    }
+
+    /// Puts what is left of the window's only operation in its place.
+    pub fn replan(&mut self, plan: &mut Plan, rest: InFlight) {
+        plan.replace_single(rest.op);
+        self.next_op = 0;
+        self.retries = rest.retries;
+        self.copied_from = rest.op.buf_offset;
     }
 
     /// Makes room for the next window.
     pub fn next_window(&mut self, plan: &mut Plan) {
         self.covered += plan.covered();
         self.next_op = 0;
-        self.windows = self.windows.saturating_add(1);
         plan.clear();
     }
 

@@ -1,13 +1,15 @@
 //! What a device is made of, and why it may not come to be.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use uring_ext::Errno;
 use uring_ext::control::ControlError;
 
-use super::lane::LaneError;
 use crate::backing::BackingError;
-use crate::lend::{CannotLend, LendRequest};
+use crate::lane::LaneError;
+use crate::lane::fault::UnknownFault;
+use crate::lend::{CannotLend, LendMode, LendRequest};
 use crate::units::{Bytes, Qid};
 
 /// What a device is made of.
@@ -21,6 +23,13 @@ pub struct DeviceConfig {
     pub depth: u16,
     /// How to lend.
     pub lend: LendRequest,
+    /// The slot that tag 0 of each queue lends in, the other tags following. Without one, fused
+    /// mode begins at 0, and slot mode takes whichever is free.
+    pub first_slot: Option<u16>,
+    /// Issue the operations of each queue from a lane of their own.
+    pub io_lane: bool,
+    /// How long an operation on a backing may take before it is cancelled.
+    pub io_timeout: Option<Duration>,
     /// The target.
     pub target: TargetConfig,
 }
@@ -65,12 +74,14 @@ pub enum DeviceError {
          /sys/module/ublk_drv/parameters/ublks_max"
     )]
     NoRoom,
-    /// The buffers of copy mode would not fit.
+    /// The buffers of the server would not fit.
     #[error(
-        "copy mode with {queues} queues of depth {depth} needs {needed} for buffers, more than \
+        "lending by {lend} with {queues} queues of depth {depth} needs {needed} for buffers, more than \
          half of the {available} that are available; lower -q or -d"
     )]
     BuffersTooBig {
+        /// How the device lends.
+        lend: LendMode,
         /// Number of queues.
         queues: u16,
         /// Tags of each queue.
@@ -79,6 +90,41 @@ pub enum DeviceError {
         needed: Bytes,
         /// Bytes of available memory.
         available: Bytes,
+    },
+    /// The slots asked for are not to be had.
+    #[error(
+        "tags 0 to {depth} from slot {first} on do not fit a buffer table, which has {max} slots; \
+         lower --first-slot or -d", max = uring_ext::ring::MAX_BUFFER_SLOTS
+    )]
+    TooManySlots {
+        /// The slot of tag 0.
+        first: u16,
+        /// Tags of each queue.
+        depth: u16,
+    },
+    /// Options that exclude each other.
+    #[error("{option} needs {needs}, and this device lends by {lend}; {instead}")]
+    Mismatch {
+        /// The option.
+        option: &'static str,
+        /// What it needs.
+        needs: &'static str,
+        /// What the device does.
+        lend: LendMode,
+        /// What to do.
+        instead: &'static str,
+    },
+    /// A test asked for a fault that there is not.
+    #[error(transparent)]
+    Fault(#[from] UnknownFault),
+    /// The driver took a feature back that it lists.
+    #[error(
+        "the driver refused the ublk feature {feature} for this device, though it lists it; use \
+         `--lend copy`"
+    )]
+    TakenBack {
+        /// Its name.
+        feature: &'static str,
     },
     /// The size asked for is less than a block.
     #[error("a device of {0} bytes is less than one block of 512; give it a greater --size")]

@@ -7,16 +7,22 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use bufreg::Incarnation;
 use nix::poll::PollTimeout;
 use uring_ext::control::{Control, Pending};
+use uring_ext::feature::Features;
 use uring_ext::{Errno, sys};
 
 use super::config::{DeviceConfig, DeviceError};
-use super::lane::{self, LaneConfig, LaneError, LaneReport};
-use super::layout::Layout;
+use super::lane::{self, LaneConfig, LaneReport};
+use super::layout::{Layout, slot_table};
+use super::message::{LaneHandle, LaneMessage};
 use super::signals::{Wake, Wakeups};
-use crate::engine::QueueIdentity;
-use crate::lend::{Choice, LendMode};
+use crate::engine::{QueueIdentity, SlotTable};
+use crate::kernel;
+use crate::lane::LaneError;
+use crate::lane::fault::{self, Faults, Injected};
+use crate::lend::{self, Choice, LendMode};
 use crate::state::{self, Description, RUN_DIR, StateFile};
 use crate::units::Qid;
 
@@ -36,49 +42,81 @@ pub fn serve(
         return Err(DeviceError::IdTooBig(id));
     }
     let control = Control::open()?;
-    let choice = config.lend.choose(control.features()?)?;
-    log::info!("lend mode {}: {}", choice.mode, choice.reason);
-    let layout = Layout::open(config, choice.mode)?;
+    let plan = Plan::make(config, &control)?;
+    log::info!("lend mode {}: {}", plan.choice.mode, plan.choice.reason);
     let wakeups =
         Wakeups::new().map_err(|errno| DeviceError::setup("cannot wait for signals", errno))?;
     let wakeups = Arc::new(wakeups);
-    let id = add(&control, config, &layout, choice.mode)?;
+    let added = add(&control, config, &plan)?;
+    let id = added.dev_id;
     let mut server = Server { control, wakeups, id, lanes: Vec::new(), cdev: None };
-    let served = server.go_live(config, &layout, choice.mode).and_then(|()| {
+    let served = server.go_live(config, &plan, added).and_then(|()| {
         let description = Description::of(&server.control, id)?;
         log::info!("{} is live", description.device.display());
-        on_live(&description, &choice)?;
+        on_live(&description, &plan.choice)?;
         server.wait_for_the_end()
     });
     let ended = server.take_down();
     served.and(ended)
 }
 
+/// What is decided before the driver is asked for anything.
+struct Plan {
+    choice: Choice,
+    layout: Layout,
+    slots: SlotTable,
+    faults: Option<Faults>,
+}
+
+impl Plan {
+    fn make(config: &DeviceConfig, control: &Control) -> Result<Self, DeviceError> {
+        let features = kernel::features(control)?;
+        let choice = config.lend.choose(features)?;
+        if config.io_lane {
+            lend::check_io_lane(features)?;
+            if choice.mode != LendMode::Slot {
+                return Err(DeviceError::Mismatch {
+                    option: "--io-lane",
+                    needs: "registration by command",
+                    lend: choice.mode,
+                    instead: "leave it out, or use `--lend slot`",
+                });
+            }
+        }
+        let faults = match std::env::var(fault::VARIABLE) {
+            Ok(list) => Some(Faults::parse(&list)?),
+            Err(_) => None,
+        };
+        let slots = slot_table(config, &choice)?;
+        let layout = Layout::open(config, choice.mode)?;
+        layout.check_memory(config.queues, config.depth, choice.mode, &slots)?;
+        Ok(Self { choice, layout, slots, faults })
+    }
+}
+
 fn add(
     control: &Control,
     config: &DeviceConfig,
-    layout: &Layout,
-    lend: LendMode,
-) -> Result<u32, DeviceError> {
+    plan: &Plan,
+) -> Result<sys::ublksrv_ctrl_dev_info, DeviceError> {
     let info = sys::ublksrv_ctrl_dev_info {
         dev_id: config.id.unwrap_or(u32::MAX),
         nr_hw_queues: config.queues,
         queue_depth: config.depth,
-        max_io_buf_bytes: layout.buffer_bytes,
+        max_io_buf_bytes: plan.layout.buffer_bytes,
         ublksrv_pid: i32::try_from(std::process::id()).unwrap_or(0),
-        flags: lend.flags() | uring_ext::feature::CMD_IOCTL_ENCODE.bit,
+        flags: plan.choice.flags | uring_ext::feature::CMD_IOCTL_ENCODE.bit,
         ..Default::default()
     };
-    let added = control.add(info).map_err(|error| match (error.errno(), config.id) {
+    control.add(info).map_err(|error| match (error.errno(), config.id) {
         (Some(Errno::EEXIST), Some(id)) => DeviceError::IdTaken(id),
         (Some(Errno::EACCES | Errno::ENOSPC), _) => DeviceError::NoRoom,
         _ => DeviceError::Control(error),
-    })?;
-    Ok(added.dev_id)
+    })
 }
 
 struct LaneThread {
-    qid: Qid,
+    handle: LaneHandle,
     thread: JoinHandle<Result<LaneReport, LaneError>>,
 }
 
@@ -95,16 +133,19 @@ impl Server {
     fn go_live(
         &mut self,
         config: &DeviceConfig,
-        layout: &Layout,
-        lend: LendMode,
+        plan: &Plan,
+        added: sys::ublksrv_ctrl_dev_info,
     ) -> Result<(), DeviceError> {
-        let info = self.control.info(self.id)?;
-        if info.nr_hw_queues < config.queues {
-            log::warn!("the driver gives {} queues, one for each CPU", info.nr_hw_queues);
+        if let Some(feature) = Features(added.flags).first_missing(plan.choice.mode.needs()) {
+            return Err(DeviceError::TakenBack { feature: feature.name });
+        }
+        if added.nr_hw_queues < config.queues {
+            log::warn!("the driver gives {} queues, one for each CPU", added.nr_hw_queues);
         }
         let cdev = Arc::new(self.open_cdev()?);
         self.cdev = Some(Arc::clone(&cdev));
-        self.start_lanes(&info, layout, lend, &cdev)?;
+        self.start_lanes(&added, config, plan, &cdev)?;
+        let (layout, lend) = (&plan.layout, plan.choice.mode);
         self.control.set_params(self.id, layout.limits.params(layout.size, layout.buffer_bytes))?;
         StateFile::new(self.id, layout.name, lend, layout.backing_paths())
             .write(Path::new(RUN_DIR))
@@ -139,35 +180,44 @@ impl Server {
     fn start_lanes(
         &mut self,
         info: &sys::ublksrv_ctrl_dev_info,
-        layout: &Layout,
-        lend: LendMode,
+        config: &DeviceConfig,
+        plan: &Plan,
         cdev: &Arc<File>,
     ) -> Result<(), DeviceError> {
         let mut waiting = Vec::new();
-        for qid in 0..info.nr_hw_queues {
+        for qid in (0..info.nr_hw_queues).map(Qid) {
+            let (handle, inbox, wake) = LaneHandle::new(qid, info.queue_depth)
+                .map_err(|errno| DeviceError::setup("cannot make a lane", errno))?;
             let config = LaneConfig {
-                queue: QueueIdentity { device: self.id, qid: Qid(qid), depth: info.queue_depth },
-                lend,
-                buffer_bytes: layout.buffer_bytes,
-                target: layout.target,
+                queue: QueueIdentity { device: self.id, qid, depth: info.queue_depth },
+                incarnation: Incarnation(0),
+                lend: plan.choice.mode,
+                slots: plan.slots,
+                geometry: plan.layout.geometry(),
+                deadline: config.io_timeout.map(as_ns),
+                io_lane: config.io_lane,
+                faults: plan.faults,
+                buffer_bytes: plan.layout.buffer_bytes,
+                target: plan.layout.target,
                 cdev: Arc::clone(cdev),
-                backings: Arc::clone(&layout.backings),
-                cpus: self.control.queue_affinity(self.id, qid).unwrap_or_default(),
+                backings: Arc::clone(&plan.layout.backings),
+                cpus: self.control.queue_affinity(self.id, qid.0).unwrap_or_default(),
+                wake,
             };
             let (ready, is_ready) = mpsc::sync_channel(1);
             let wakeups = Arc::clone(&self.wakeups);
             let thread = std::thread::Builder::new()
-                .name(format!("ublkb{}-q{qid}", self.id))
+                .name(format!("ublkb{}-q{}", self.id, qid.0))
                 .spawn(move || {
-                    let served = lane::serve(&config, &ready);
+                    let served = lane::serve(&config, inbox, &ready);
                     // The files go before the end is announced.
                     drop(config);
                     wakeups.lane_ended();
                     served
                 })
                 .map_err(|error| DeviceError::setup("cannot start a lane", Errno::of(&error)))?;
-            self.lanes.push(LaneThread { qid: Qid(qid), thread });
-            waiting.push((Qid(qid), is_ready));
+            self.lanes.push(LaneThread { handle, thread });
+            waiting.push((qid, is_ready));
         }
         for (qid, is_ready) in waiting {
             // A closed channel is a lane that panicked.
@@ -206,7 +256,7 @@ impl Server {
         };
         let ended = lane.thread.join().unwrap_or(Err(LaneError::Ring(Errno::EIO)));
         let error = ended.err().unwrap_or(LaneError::Ring(Errno::ENODEV));
-        DeviceError::Lane { qid: lane.qid, error }
+        DeviceError::Lane { qid: lane.handle.qid, error }
     }
 
     /// Serves until a signal comes, or the lanes end because the device was stopped.
@@ -221,9 +271,11 @@ impl Server {
     }
 
     /// Stops the device, which completes or fails outstanding I/O. It may take as long as that
-    /// I/O; a second signal ends the wait and leaves the rest to the kernel and to `del`.
+    /// I/O; a second signal cancels what is in flight on the backings, and a third ends the wait
+    /// and leaves the rest to the kernel and to `del`.
     fn stop(&self) -> Result<(), DeviceError> {
         let mut stop = self.control.stop(self.id)?;
+        let mut cancelled = false;
         let began = Instant::now();
         let mut said = 0;
         loop {
@@ -233,8 +285,15 @@ impl Server {
                 None => {}
             }
             if let Wake::Signal(signal) = self.wakeups.wait(PollTimeout::ZERO) {
-                log::error!("{signal} again: ending with I/O outstanding");
-                std::process::exit(1);
+                if cancelled {
+                    log::error!("{signal} again: ending with I/O outstanding");
+                    std::process::exit(1);
+                }
+                log::warn!("{signal} again: cancelling the I/O on the backings");
+                cancelled = true;
+                for lane in &self.lanes {
+                    lane.handle.send(LaneMessage::CancelAll);
+                }
             }
             if began.elapsed().as_secs() / 10 > said {
                 said += 1;
@@ -256,7 +315,7 @@ impl Server {
             Ok(_) | Err(_) => Ok(()),
         };
         for lane in self.lanes.drain(..) {
-            let qid = lane.qid;
+            let qid = lane.handle.qid;
             match lane.thread.join().unwrap_or(Err(LaneError::Ring(Errno::EIO))) {
                 Ok(report) => report_lane(qid, &report),
                 Err(error) => result = result.and(Err(DeviceError::Lane { qid, error })),
@@ -270,7 +329,21 @@ impl Server {
 
 fn report_lane(qid: Qid, report: &LaneReport) {
     log::info!("queue {}: {}", qid.0, report.stats);
-    if report.leaked_slots > 0 || report.stats.unexpected > 0 {
-        log::error!("queue {}: {} slots still lent", qid.0, report.leaked_slots);
+    let Injected { short, again } = report.injected;
+    if short + again > 0 {
+        log::warn!("queue {}: faults asked for: {short} short, {again} again", qid.0);
     }
+    for leak in &report.leaks {
+        log::error!("queue {}: leaked: {leak}", qid.0);
+    }
+    if report.quarantined > 0 {
+        log::warn!("queue {}: {} slots in quarantine at the end", qid.0, report.quarantined);
+    }
+    if report.stats.unexpected > 0 {
+        log::error!("queue {}: {} unexpected events", qid.0, report.stats.unexpected);
+    }
+}
+
+fn as_ns(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }

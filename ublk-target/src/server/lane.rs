@@ -1,37 +1,56 @@
-//! The lane: one thread and one ring that serve a queue.
+//! The lane's thread: one ring that serves a queue.
 //!
 //! The loop is: submit and wait, reap a bounded batch, let the engine decide, push what it
 //! decided. Nothing in it allocates, locks, logs or blocks.
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::mpsc::SyncSender;
+use std::sync::mpsc::{Receiver, SyncSender};
+use std::time::Duration;
 
-use bufreg::SlotIndex;
-use uring_ext::iod::IoDescArray;
-use uring_ext::pool::BufferPool;
+use bufreg::Incarnation;
+use nix::sys::eventfd::EventFd;
+use uring_ext::Errno;
+use uring_ext::iod::{IoDesc, IoDescArray};
+use uring_ext::pool::{BufferPool, Direction, PoolAddr, RequestAddr};
 use uring_ext::ring::{Cqe, Queues, Ring};
-use uring_ext::sqe::{Delivery, FixedBuffer, FixedFile, Sqe};
-use uring_ext::{Errno, sys};
+use uring_ext::sqe::Sqe;
 
-use crate::backing::{Backing, DiscardCall};
-use crate::engine::{Engine, EngineStats, OpKey, Port, QueueIdentity};
+use super::io_lane::IoLane;
+use super::message::{LaneMessage, LaneSnapshot};
+use crate::backing::Backing;
+use crate::engine::{EngineConfig, EngineStats, QueueIdentity, SlotTable};
+use crate::lane::fault::{Faults, Injected};
+use crate::lane::{Handled, Lane, LaneError, LaneIo, RingRole, backing_file};
 use crate::lend::LendMode;
-use crate::plan::{Op, OpKind, WINDOW_OPS};
+use crate::plan::WINDOW_OPS;
+use crate::request::Geometry;
 use crate::target::AnyTarget;
 use crate::units::Tag;
 
 /// Completions taken at a time, so that submissions are never held up for long.
-const REAP_BATCH: usize = 64;
+pub(super) const REAP_BATCH: usize = 64;
 
 /// Everything that a lane needs to serve its queue.
 #[derive(Clone, Debug)]
 pub struct LaneConfig {
     /// The queue.
     pub queue: QueueIdentity,
+    /// Which life of the server this is.
+    pub incarnation: Incarnation,
     /// How the device lends.
     pub lend: LendMode,
+    /// The buffer table.
+    pub slots: SlotTable,
+    /// What requests have to keep to.
+    pub geometry: Geometry,
+    /// Nanoseconds after which an operation is cancelled.
+    pub deadline: Option<u64>,
+    /// Issue operations from a lane of their own.
+    pub io_lane: bool,
+    /// Faults that a test asked for.
+    pub faults: Option<Faults>,
     /// Bytes of a request's buffer.
     pub buffer_bytes: u32,
     /// The mapping policy.
@@ -42,40 +61,21 @@ pub struct LaneConfig {
     pub backings: Arc<[Backing]>,
     /// CPUs that the lane may run on; empty for any.
     pub cpus: Vec<usize>,
-}
-
-/// Why a lane could not serve, or stopped serving.
-#[non_exhaustive]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum LaneError {
-    /// Part of the set-up failed.
-    #[error("{doing}: {errno}")]
-    Setup {
-        /// What was tried.
-        doing: &'static str,
-        /// Why it failed.
-        errno: Errno,
-    },
-    /// A fetch or commit was refused while the device was live.
-    #[error("the driver refused tag {} ({errno})", tag.0)]
-    Refused {
-        /// The tag.
-        tag: Tag,
-        /// Why.
-        errno: Errno,
-    },
-    /// The ring does not work any more.
-    #[error("the ring failed: {0}")]
-    Ring(Errno),
+    /// Written to after a message was sent.
+    pub wake: Arc<EventFd>,
 }
 
 /// What a lane did in its life.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LaneReport {
     /// The engine's counters.
     pub stats: EngineStats,
-    /// Slots that were still lent at the end.
-    pub leaked_slots: usize,
+    /// Operations that met a fault which a test asked for.
+    pub injected: Injected,
+    /// Slots that were still lent at the end, and nothing answered for them.
+    pub leaks: Vec<String>,
+    /// Slots whose fate was not known at the end; the end of the ring settles it.
+    pub quarantined: u32,
 }
 
 /// Serves a queue until the device is stopped. All tags have been handed to the driver when
@@ -85,11 +85,12 @@ pub struct LaneReport {
 /// [`LaneError`]. An error before readiness is also sent to `ready`.
 pub fn serve(
     config: &LaneConfig,
+    inbox: Receiver<LaneMessage>,
     ready: &SyncSender<Result<(), LaneError>>,
 ) -> Result<LaneReport, LaneError> {
     prepare_thread(config);
     let set_up = set_up(config);
-    let (mut ring, iods, pool) = match set_up {
+    let (mut ring, parts) = match set_up {
         Ok(parts) => parts,
         Err(error) => {
             // The receiver may have given up on another lane's error.
@@ -97,27 +98,33 @@ pub fn serve(
             return Err(error);
         }
     };
-    let port = RingPort {
-        queues: ring.queues(),
-        qid: config.queue.qid.0,
+    let io = RingIo { queues: ring.queues(), qid: config.queue.qid.0, parts };
+    let mut thread =
+        LaneThread { lane: new_lane(config, io), wake: Arc::clone(&config.wake), inbox };
+    thread.lane.fetch_all();
+    thread.lane.watch(wake_file(config));
+    thread.lane.before_submit();
+    let fetched = thread.lane.io().submit().and_then(|()| thread.lane.check());
+    let _ = ready.send(fetched);
+    fetched?;
+    thread.run(config)
+}
+
+fn new_lane<'ring>(config: &LaneConfig, io: RingIo<'ring>) -> Lane<AnyTarget, RingIo<'ring>> {
+    let engine = EngineConfig {
+        queue: config.queue,
+        incarnation: config.incarnation,
         lend: config.lend,
-        pool,
-        discards: config.backings.iter().map(Backing::discard_call).collect(),
-        first_auto_slot: first_auto_slot(config.queue.depth),
-        failure: None,
+        slots: config.slots,
+        geometry: config.geometry,
+        deadline: config.deadline,
     };
-    let engine = Engine::new(config.target, config.queue);
-    let mut lane = Lane { engine, port, iods, depth: config.queue.depth, refused: None };
-    if let Err(error) = lane.fetch_all() {
-        let _ = ready.send(Err(error));
-        return Err(error);
-    }
-    let _ = ready.send(Ok(()));
-    lane.run()
+    let discards = config.backings.iter().map(Backing::discard_call).collect();
+    Lane::new(config.target, engine, discards, config.faults, io)
 }
 
 /// Properties of the thread. None of them is vital, so a failure is logged and no more.
-fn prepare_thread(config: &LaneConfig) {
+pub(super) fn prepare_thread(config: &LaneConfig) {
     // Allocations that this thread causes in the kernel must not wait for writeback, which may
     // need this thread (`prctl(2)`, Linux 5.6).
     if let Err(errno) = uring_ext::task::set_io_flusher() {
@@ -132,271 +139,222 @@ fn prepare_thread(config: &LaneConfig) {
     }
 }
 
-/// The slot that tag 0 is automatically registered in: 0, unless the environment asks for a fault,
-/// to test what happens when the driver cannot register: then a slot beyond the table.
-fn first_auto_slot(depth: u16) -> u16 {
-    match std::env::var_os("UBLK_TARGET_FAULT") {
-        Some(fault) if fault == "auto-register" => depth,
-        Some(_) | None => 0,
-    }
+/// What a lane works with, beside its ring.
+struct Parts {
+    iods: IoDescArray,
+    pool: Option<BufferPool>,
+    cdev: Arc<File>,
+    io_lane: Option<IoLane>,
 }
 
-type Parts = (Ring, IoDescArray, Option<BufferPool>);
+fn failed(doing: &'static str) -> impl Fn(Errno) -> LaneError {
+    move |errno| LaneError::Setup { doing, errno }
+}
 
-fn set_up(config: &LaneConfig) -> Result<Parts, LaneError> {
-    let failed = |doing| move |errno| LaneError::Setup { doing, errno };
-    let depth = u32::from(config.queue.depth);
-    // Room for a commit and a full window of every tag: the queues never overflow.
-    let window = u32::try_from(WINDOW_OPS).unwrap_or(u32::MAX);
-    let ring = Ring::new(2 * depth, depth * (window + 2)).map_err(failed("making the ring"))?;
-    let backings = config.backings.iter().map(AsRawFd::as_raw_fd);
-    let files: Vec<_> = std::iter::once(config.cdev.as_raw_fd()).chain(backings).collect();
-    ring.register_files(&files).map_err(failed("registering files"))?;
-    let pool = match config.lend {
-        LendMode::Fused => {
-            ring.register_slots(depth).map_err(failed("registering the buffer table"))?;
-            None
-        }
-        LendMode::Copy => {
-            let pool = BufferPool::new(config.queue.depth, config.buffer_bytes)
-                .map_err(failed("allocating buffers"))?;
-            ring.register_pool(&pool).map_err(failed("registering buffers"))?;
-            Some(pool)
-        }
-    };
+fn set_up(config: &LaneConfig) -> Result<(Ring, Parts), LaneError> {
+    let ring = make_ring(config, config.wake.as_fd().as_raw_fd())?;
+    let pool = register_buffers(config, &ring)?;
     let iods = IoDescArray::map(&config.cdev, config.queue.qid.0, config.queue.depth)
         .map_err(failed("mapping the request descriptors"))?;
+    let io_lane = match config.io_lane {
+        true => Some(IoLane::start(config, entries_in_flight(config), ring.as_raw_fd())?),
+        false => None,
+    };
     log::debug!("lane {}: ring {:?}", config.queue.qid.0, ring.mode());
-    Ok((ring, iods, pool))
+    Ok((ring, Parts { iods, pool, cdev: Arc::clone(&config.cdev), io_lane }))
 }
 
-struct Lane<'ring> {
-    engine: Engine<AnyTarget>,
-    port: RingPort<'ring>,
-    iods: IoDescArray,
-    depth: u16,
-    refused: Option<LaneError>,
+/// A commit, and a full window with its cancelling, of every tag.
+fn entries_in_flight(config: &LaneConfig) -> usize {
+    usize::from(config.queue.depth) * (2 * WINDOW_OPS + 2)
 }
 
-impl Lane<'_> {
-    fn fetch_all(&mut self) -> Result<(), LaneError> {
-        for tag in 0..self.depth {
-            self.port.fetch(Tag(tag));
-        }
-        self.port.queues.submit().map_err(LaneError::Ring)?;
-        self.port.failure.map_or(Ok(()), |errno| Err(LaneError::Ring(errno)))
+/// A ring with the device, the backings and one more file as its fixed files. Its queues never
+/// overflow.
+pub(super) fn make_ring(config: &LaneConfig, last_file: RawFd) -> Result<Ring, LaneError> {
+    let depth = u32::from(config.queue.depth);
+    let completions = u32::try_from(entries_in_flight(config)).unwrap_or(u32::MAX);
+    // A chain has three entries.
+    let ring = Ring::new(3 * depth, completions + 8).map_err(failed("making the ring"))?;
+    let backings = config.backings.iter().map(AsRawFd::as_raw_fd);
+    let files: Vec<_> =
+        std::iter::once(config.cdev.as_raw_fd()).chain(backings).chain([last_file]).collect();
+    ring.register_files(&files).map_err(failed("registering files"))?;
+    Ok(ring)
+}
+
+/// The fixed file behind the backings.
+fn wake_file(config: &LaneConfig) -> uring_ext::sqe::FixedFile {
+    backing_file(u16::try_from(config.backings.len()).unwrap_or(u16::MAX))
+}
+
+/// Registers the buffer table, and makes the buffers of the server in it.
+pub(super) fn register_buffers(
+    config: &LaneConfig,
+    ring: &Ring,
+) -> Result<Option<BufferPool>, LaneError> {
+    let SlotTable { lent, pool, .. } = config.slots;
+    if pool == 0 {
+        ring.register_slots(lent.into()).map_err(failed("registering the buffer table"))?;
+        return Ok(None);
     }
+    let pool = BufferPool::new(pool, config.buffer_bytes).map_err(failed("allocating buffers"))?;
+    ring.register_slots_and_pool(lent, &pool).map_err(failed("registering buffers"))?;
+    Ok(Some(pool))
+}
 
-    fn run(mut self) -> Result<LaneReport, LaneError> {
+/// The lane's thread: its loop, and the messages of others.
+struct LaneThread<'ring> {
+    lane: Lane<AnyTarget, RingIo<'ring>>,
+    wake: Arc<EventFd>,
+    inbox: Receiver<LaneMessage>,
+}
+
+impl LaneThread<'_> {
+    fn run(mut self, config: &LaneConfig) -> Result<LaneReport, LaneError> {
         let mut batch = [Cqe::default(); REAP_BATCH];
-        while !self.engine.is_finished() {
-            self.port.queues.submit_and_wait().map_err(LaneError::Ring)?;
+        while !self.lane.engine().is_finished() {
+            self.lane.before_submit();
+            let patience = self.lane.engine().patience();
+            self.lane.io().submit_and_wait(patience)?;
             loop {
-                let count = self.port.queues.reap(&mut batch);
-                let now = monotonic_seconds();
+                let count = self.lane.io().queues.reap(&mut batch);
+                let now = self.now();
+                self.lane.set_now(now);
                 for cqe in &batch[..count] {
-                    self.dispatch(*cqe, now);
+                    match self.lane.handle(*cqe) {
+                        Handled::Done => {}
+                        Handled::Wake => self.read_messages(config),
+                        Handled::Told => self.take_told(),
+                    }
                 }
                 if count < batch.len() {
                     break;
                 }
             }
-            if let Some(errno) = self.port.failure {
-                return Err(LaneError::Ring(errno));
-            }
-            // A tag that the driver does not take back would hang its client for ever; the end
-            // of the lane ends the device instead.
-            if let Some(refused) = self.refused {
-                return Err(refused);
-            }
+            self.lane.check()?;
         }
-        Ok(LaneReport {
-            stats: *self.engine.stats(),
-            leaked_slots: self.engine.registry().lent().count(),
-        })
+        Ok(self.report())
     }
 
-    fn dispatch(&mut self, cqe: Cqe, now: u64) {
-        match Event::decode(cqe.user_data) {
-            Event::Fetched(tag) => match Errno::from_result(cqe.res) {
-                Ok(_) => {
-                    let iod = self.iods.get(tag.0);
-                    self.engine.delivered(tag, iod, now, &mut self.port);
+    /// While nobody measures, coarse time does: it costs no system call and no clock read.
+    fn now(&self) -> u64 {
+        let coarse = self.lane.engine().recorder().is_none();
+        monotonic_ns(if coarse { CLOCK_COARSE } else { CLOCK })
+    }
+
+    /// Deals with completions of the I/O lane.
+    fn take_told(&mut self) {
+        while let Some(cqe) = self.lane.io().parts.io_lane.as_mut().and_then(IoLane::reap) {
+            self.lane.handle(cqe);
+        }
+    }
+
+    fn read_messages(&mut self, config: &LaneConfig) {
+        // Nothing to read is no error: the descriptor only wakes.
+        let _ = self.wake.read();
+        self.lane.watch(wake_file(config));
+        // The I/O lane wakes its lane so when its ring has failed.
+        self.take_told();
+        while let Ok(message) = self.inbox.try_recv() {
+            match message {
+                LaneMessage::Snapshot { mut snapshot, reply } => {
+                    self.fill(&mut snapshot);
+                    // Whoever asked may have gone.
+                    let _ = reply.try_send(snapshot);
                 }
-                Err(errno) => {
-                    if errno != Errno::ENODEV {
-                        self.refused.get_or_insert(LaneError::Refused { tag, errno });
-                    }
-                    self.engine.fetch_ended(tag);
+                LaneMessage::Measure { recorder, reply } => {
+                    // The old one is freed by whoever sent the new one.
+                    let _ = reply.try_send(self.lane.engine_mut().measure(recorder));
                 }
-            },
-            Event::Op(key) => self.engine.completed(key, cqe.res, &mut self.port),
-            Event::Registered(tag) => self.engine.registered(tag, cqe.res, &mut self.port),
-            Event::Unregistered(tag) => self.engine.unregistered(tag, cqe.res, &mut self.port),
+                LaneMessage::CancelAll => self.lane.cancel_all(),
+            }
+        }
+    }
+
+    fn fill(&self, snapshot: &mut LaneSnapshot) {
+        let engine = self.lane.engine();
+        snapshot.take(engine, self.lane.injected(), monotonic_ns(CLOCK));
+    }
+
+    fn report(&self) -> LaneReport {
+        let engine = self.lane.engine();
+        LaneReport {
+            stats: *engine.stats(),
+            injected: self.lane.injected(),
+            leaks: engine.leaks().map(|leak| leak.to_string()).collect(),
+            quarantined: engine.registry().counts().quarantined,
         }
     }
 }
 
-/// Coarse time for the age of leases: it costs no system call and no clock read.
-fn monotonic_seconds() -> u64 {
-    let clock = nix::time::ClockId::CLOCK_MONOTONIC_COARSE;
-    let now = nix::time::clock_gettime(clock).map_or(0, |now| now.tv_sec());
-    u64::try_from(now).unwrap_or(0)
+const CLOCK: nix::time::ClockId = nix::time::ClockId::CLOCK_MONOTONIC;
+const CLOCK_COARSE: nix::time::ClockId = nix::time::ClockId::CLOCK_MONOTONIC_COARSE;
+
+fn monotonic_ns(clock: nix::time::ClockId) -> u64 {
+    let now = nix::time::clock_gettime(clock).map_or(Duration::ZERO, Duration::from);
+    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// What a completion is about, as its `user_data` carries it: the kind in the top byte; below it
-/// a tag, or an operation's place (24 bits) and serial (32 bits).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Event {
-    Fetched(Tag),
-    Op(OpKey),
-    Registered(Tag),
-    Unregistered(Tag),
-}
-
-const KIND_SHIFT: u32 = 56;
-
-impl Event {
-    fn encode(self) -> u64 {
-        let (kind, payload) = match self {
-            Self::Fetched(tag) => (0, u64::from(tag.0)),
-            Self::Op(key) => (1, (u64::from(key.place) << 32) | u64::from(key.serial)),
-            Self::Registered(tag) => (2, u64::from(tag.0)),
-            Self::Unregistered(tag) => (3, u64::from(tag.0)),
-        };
-        (kind << KIND_SHIFT) | payload
-    }
-
-    fn decode(user_data: u64) -> Self {
-        let [kind, p2, p1, p0, s3, s2, s1, s0] = user_data.to_be_bytes();
-        let tag = Tag(u16::from_be_bytes([s1, s0]));
-        match kind {
-            0 => Self::Fetched(tag),
-            2 => Self::Registered(tag),
-            3 => Self::Unregistered(tag),
-            // Only `encode` makes user data; what else came would be a stale operation.
-            _ => Self::Op(OpKey {
-                place: u32::from_be_bytes([0, p2, p1, p0]),
-                serial: u32::from_be_bytes([s3, s2, s1, s0]),
-            }),
-        }
-    }
-}
-
-/// The engine's decisions as entries of the ring.
-struct RingPort<'ring> {
+/// The lane's ring, or rings.
+struct RingIo<'ring> {
     queues: Queues<'ring>,
     qid: u16,
-    lend: LendMode,
-    pool: Option<BufferPool>,
-    discards: Box<[DiscardCall]>,
-    first_auto_slot: u16,
-    /// The first error of a push: the ring is unusable and the lane ends.
-    failure: Option<Errno>,
+    parts: Parts,
 }
 
-/// The character device is the first fixed file, the backings follow.
-const CDEV: FixedFile = FixedFile(0);
-
-impl RingPort<'_> {
-    fn delivery(&self, tag: Tag) -> Delivery {
-        match (self.lend, &self.pool) {
-            (LendMode::Copy, Some(pool)) => Delivery::Copy(pool.addr(tag.0, 0)),
-            (LendMode::Fused | LendMode::Copy, _) => {
-                Delivery::AutoRegister { slot: self.first_auto_slot + tag.0 }
-            }
-        }
+impl RingIo<'_> {
+    fn submit(&mut self) -> Result<(), LaneError> {
+        self.tell_io_lane()?;
+        self.queues.submit().map_err(LaneError::Ring)
     }
 
-    fn fetch(&mut self, tag: Tag) {
-        let sqe = Sqe::fetch(CDEV, self.qid, tag.0, self.delivery(tag));
-        self.push(sqe, Event::Fetched(tag));
+    fn submit_and_wait(&mut self, patience: Option<Duration>) -> Result<(), LaneError> {
+        self.tell_io_lane()?;
+        match patience {
+            None => self.queues.submit_and_wait(),
+            Some(limit) => self.queues.submit_and_wait_for(limit),
+        }
+        .map_err(LaneError::Ring)
     }
 
-    fn buffer(&self, slot: SlotIndex, offset: u32) -> FixedBuffer {
-        match &self.pool {
-            Some(pool) => FixedBuffer::Pool { slot: slot.0, addr: pool.addr(slot.0, offset) },
-            None => FixedBuffer::Lent { slot: slot.0, offset },
-        }
-    }
-
-    fn push(&mut self, sqe: Sqe, event: Event) {
-        if let Err((_, errno)) = self.queues.push(sqe.user_data(event.encode())) {
-            self.failure.get_or_insert(errno);
-        }
+    fn tell_io_lane(&mut self) -> Result<(), LaneError> {
+        let message = self.parts.io_lane.as_mut().and_then(IoLane::message);
+        message.map_or(Ok(()), |sqe| self.queues.push(&[sqe]).map_err(LaneError::Ring))
     }
 }
 
-impl Port for RingPort<'_> {
-    fn commit(&mut self, tag: Tag, result: i32) {
-        let sqe = Sqe::commit_and_fetch(CDEV, self.qid, tag.0, result, self.delivery(tag));
-        self.push(sqe, Event::Fetched(tag));
-    }
-
-    fn register(&mut self, tag: Tag, slot: SlotIndex) {
-        let sqe = Sqe::register_buffer(CDEV, self.qid, tag.0, slot.0);
-        self.push(sqe, Event::Registered(tag));
-    }
-
-    fn unregister(&mut self, tag: Tag, slot: SlotIndex) {
-        let sqe = Sqe::unregister_buffer(CDEV, self.qid, tag.0, slot.0);
-        self.push(sqe, Event::Unregistered(tag));
-    }
-
-    fn submit(&mut self, key: OpKey, op: &Op, slot: Option<SlotIndex>) {
-        let index = usize::from(op.backing.0);
-        let file = FixedFile(u32::from(op.backing.0) + 1);
-        // The block layer keeps requests far below 4 GiB.
-        let len = u32::try_from(op.len).unwrap_or(u32::MAX);
-        let buffer = self.buffer(slot.unwrap_or(SlotIndex(0)), op.buf_offset);
-        let sqe = match op.kind {
-            OpKind::Read => Sqe::read_fixed(file, buffer, len, op.offset),
-            OpKind::Write { fua } => Sqe::write_fixed(file, buffer, len, op.offset, fua),
-            OpKind::Flush => Sqe::datasync(file),
-            OpKind::Discard => match self.discards[index] {
-                DiscardCall::BlockCommand => Sqe::discard(file, op.offset, op.len),
-                DiscardCall::PunchHole => Sqe::fallocate(file, PUNCH, op.offset, op.len),
-            },
-            OpKind::WriteZeroes { may_unmap: true } => {
-                Sqe::fallocate(file, PUNCH, op.offset, op.len)
-            }
-            OpKind::WriteZeroes { may_unmap: false } => {
-                Sqe::fallocate(file, ZERO, op.offset, op.len)
-            }
-        };
-        self.push(sqe, Event::Op(key));
-    }
-}
-
-/// Gives space back; reads as zeros afterwards. On block devices: write zeroes with unmapping.
-const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-/// Keeps the space; reads as zeros afterwards. On block devices: write zeroes without unmapping.
-const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
-
-/// The length of a request is below 4 GiB: the driver's sector count of a read or write is
-/// bounded by its greatest buffer.
-const _: () = assert!(sys::UBLK_IO_BUF_BITS < 32);
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn events_survive_the_kernel() {
-        let events = [
-            Event::Fetched(Tag(4095)),
-            Event::Registered(Tag(0)),
-            Event::Unregistered(Tag(65535)),
-            Event::Op(OpKey { place: 0, serial: 0 }),
-            Event::Op(OpKey { place: (1 << 24) - 1, serial: u32::MAX }),
-        ];
-        for event in events {
-            assert_eq!(Event::decode(event.encode()), event);
+impl LaneIo for RingIo<'_> {
+    fn push(&mut self, role: RingRole, sqes: &[Sqe]) -> Result<(), Errno> {
+        match (role, &mut self.parts.io_lane) {
+            (RingRole::Io, Some(io_lane)) => io_lane.push(sqes),
+            (RingRole::Fetch | RingRole::Io, _) => self.queues.push(sqes),
         }
     }
 
-    #[test]
-    fn places_fit_the_user_data() {
-        assert!(sys::UBLK_MAX_QUEUE_DEPTH as usize * WINDOW_OPS < 1 << 24);
+    fn iod(&self, tag: Tag) -> IoDesc {
+        self.parts.iods.get(tag.0)
+    }
+
+    fn copy(&mut self, tag: Tag, buffer: u16, direction: Direction, from: u32, to: u32) -> i32 {
+        let Some(pool) = &self.parts.pool else { return Errno::EINVAL.negated() };
+        let request = RequestAddr { qid: self.qid, tag: tag.0 };
+        let cdev = self.parts.cdev.as_fd();
+        match pool.copy(cdev, request, direction, buffer, from, to - from) {
+            Ok(copied) => i32::try_from(copied).unwrap_or(i32::MAX),
+            Err(errno) => errno.negated(),
+        }
+    }
+
+    fn pool_addr(&self, buffer: u16, offset: u32) -> PoolAddr {
+        match &self.parts.pool {
+            Some(pool) => pool.addr(buffer, offset),
+            // The slot table says how many buffers there are, and they were made by it.
+            None => unreachable!("a table without a pool has no pool slots"),
+        }
+    }
+
+    fn now(&mut self) -> u64 {
+        monotonic_ns(CLOCK)
     }
 }

@@ -2,6 +2,8 @@
 
 pub mod config;
 pub mod device;
+mod io_lane;
 pub mod lane;
 mod layout;
+pub mod message;
 mod signals;

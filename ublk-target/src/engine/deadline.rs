@@ -1,0 +1,55 @@
+//! Deadlines and cancelling: what happens to operations that do not complete.
+
+use std::time::Duration;
+
+use super::inflight::Cancel;
+use super::tag::Held;
+use super::{Engine, Port, deadline_of, running};
+use crate::plan::Planner;
+
+impl<P: Planner> Engine<P> {
+    /// How long to wait for completions before [`Engine::check_deadlines`] is due; `None` for as
+    /// long as it takes.
+    pub fn patience(&self) -> Option<Duration> {
+        let limit = self.config.deadline.filter(|_| !self.inflight.is_empty())?;
+        // Often enough to be late by a quarter at most.
+        Some(Duration::from_nanos(limit / 4).max(Duration::from_millis(1)))
+    }
+
+    /// Cancels operations whose deadline has passed, and gives those up for lost that have been
+    /// neither cancelled nor completed since: their slots go into quarantine until they have.
+    pub fn check_deadlines(&mut self, port: &mut impl Port) {
+        for (key, inflight) in self.inflight.iter_mut().filter(|(_, op)| op.deadline <= self.now) {
+            match inflight.cancel {
+                Cancel::No => {
+                    self.stats.timed_out += 1;
+                    self.stats.cancelled += 1;
+                    inflight.cancel = Cancel::Asked;
+                    inflight.deadline = deadline_of(self.config.deadline, self.now);
+                    port.cancel(key);
+                }
+                Cancel::Asked => {
+                    inflight.cancel = Cancel::Lost;
+                    inflight.deadline = u64::MAX;
+                    self.stats.lost_ops += 1;
+                    let Some(run) = running(&mut self.tags, inflight.tag) else { continue };
+                    run.held = match std::mem::replace(&mut run.held, Held::Nothing) {
+                        Held::Active(lease) => Held::Quarantined(self.registry.quarantine(lease)),
+                        held @ (Held::Nothing | Held::Quarantined(_)) => held,
+                    };
+                }
+                Cancel::Lost => {}
+            }
+        }
+    }
+
+    /// Cancels all operations in flight; their requests are answered with `ETIMEDOUT`.
+    pub fn cancel_all(&mut self, port: &mut impl Port) {
+        for (key, inflight) in self.inflight.iter_mut().filter(|(_, op)| op.cancel == Cancel::No) {
+            self.stats.cancelled += 1;
+            inflight.cancel = Cancel::Asked;
+            inflight.deadline = deadline_of(self.config.deadline, self.now);
+            port.cancel(key);
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! Where the time of a request goes; measured only while somebody looks.
+
+use hdrhistogram::Histogram;
+
+use crate::request::RequestKind;
+
+/// The stages of a request's life, in order, and all of it. *queue*: from when its delivery was
+/// taken off the ring until the engine took it up. *plan*: until its first operation was issued,
+/// getting the buffer included. *backing*: until its last operation completed, with continuations
+/// and retries. *commit*: until its answer was handed to the driver, giving the buffer back
+/// included.
+pub const STAGES: [&str; 5] = ["queue", "plan", "backing", "commit", "total"];
+
+/// When a request passed from one stage to the next, in nanoseconds of the caller's clock. All are
+/// 0 while nobody looks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stamps {
+    /// Its delivery was taken off the ring.
+    pub reaped: u64,
+    /// The engine took it up.
+    pub begun: u64,
+    /// Its first operation was issued.
+    pub issued: u64,
+    /// Its last operation completed.
+    pub done: u64,
+}
+
+/// Bounds of what is told apart; what is outside counts as the nearest bound.
+const LOWEST_NS: u64 = 100;
+const HIGHEST_NS: u64 = 100_000_000_000;
+
+/// Histograms of latencies in nanoseconds, by kind of request and stage.
+#[derive(Clone, Debug)]
+pub struct Recorder {
+    histograms: Box<[[Histogram<u32>; STAGES.len()]; RequestKind::NAMES.len()]>,
+}
+
+impl Default for Recorder {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Recorder {
+    /// Empty histograms. All memory that they will need is allocated here.
+    ///
+    /// # Panics
+    /// Never: the bounds are constants that the histograms take.
+    #[must_use]
+    pub fn new() -> Self {
+        let empty = || Histogram::new_with_bounds(LOWEST_NS, HIGHEST_NS, 2);
+        let empty = || empty().unwrap_or_else(|error| panic!("bounds of a histogram: {error}"));
+        let of_kind = || std::array::from_fn(|_| empty());
+        Self { histograms: Box::new(std::array::from_fn(|_| of_kind())) }
+    }
+
+    /// Records a request that was answered at `committed`. One that was delivered before anybody
+    /// looked has no stamps and is left out.
+    pub fn record(&mut self, kind: RequestKind, stamps: Stamps, committed: u64) {
+        if stamps.reaped == 0 {
+            return;
+        }
+        // One without operations goes from planning to its answer.
+        let issued = if stamps.issued == 0 { stamps.done } else { stamps.issued };
+        let ends = [stamps.begun, issued, stamps.done, committed];
+        let histograms = &mut self.histograms[kind.index()];
+        let mut start = stamps.reaped;
+        for (histogram, end) in histograms.iter_mut().zip(ends) {
+            histogram.saturating_record(end.saturating_sub(start).max(LOWEST_NS));
+            start = end;
+        }
+        let total = committed.saturating_sub(stamps.reaped).max(LOWEST_NS);
+        histograms[STAGES.len() - 1].saturating_record(total);
+    }
+
+    /// The histogram of a kind ([`RequestKind::index`]) and a stage ([`STAGES`]).
+    #[must_use]
+    pub fn histogram(&self, kind: usize, stage: usize) -> &Histogram<u32> {
+        &self.histograms[kind][stage]
+    }
+
+    /// Makes this one equal to another, without allocating.
+    pub fn copy_from(&mut self, other: &Self) {
+        for (mine, other) in
+            self.histograms.iter_mut().flatten().zip(other.histograms.iter().flatten())
+        {
+            // The bounds are the same, so it cannot fail.
+            let _ = mine.set_to(other);
+        }
+    }
+
+    /// Takes away what an earlier copy of this one had recorded.
+    pub fn subtract(&mut self, earlier: &Self) {
+        for (mine, earlier) in
+            self.histograms.iter_mut().flatten().zip(earlier.histograms.iter().flatten())
+        {
+            // An earlier copy has no more than this one, so it cannot fail.
+            let _ = mine.subtract(earlier);
+        }
+    }
+
+    /// Adds what another one has recorded.
+    pub fn add(&mut self, other: &Self) {
+        for (mine, other) in
+            self.histograms.iter_mut().flatten().zip(other.histograms.iter().flatten())
+        {
+            let _ = mine.add(other);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stages_add_up_to_the_total() {
+        let mut recorder = Recorder::new();
+        let stamps = Stamps { reaped: 1000, begun: 2000, issued: 5000, done: 105_000 };
+        recorder.record(RequestKind::Read, stamps, 112_000);
+        let expected = [1000, 3000, 100_000, 7000, 111_000];
+        for (stage, expected) in expected.into_iter().enumerate() {
+            let histogram = recorder.histogram(0, stage);
+            assert_eq!(histogram.len(), 1);
+            assert!(histogram.equivalent(histogram.max(), expected), "{}", STAGES[stage]);
+        }
+        assert!(recorder.histogram(1, 0).is_empty(), "other kinds have their own");
+    }
+
+    #[test]
+    fn what_was_not_stamped_is_left_out() {
+        let mut recorder = Recorder::new();
+        recorder.record(RequestKind::Read, Stamps::default(), 5000);
+        assert!(recorder.histogram(0, 4).is_empty());
+        // A flush that needs no operation.
+        let stamps = Stamps { reaped: 1000, begun: 2000, issued: 0, done: 3000 };
+        recorder.record(RequestKind::Flush, stamps, 4000);
+        assert_eq!(
+            recorder.histogram(2, 2).max(),
+            recorder.histogram(2, 2).highest_equivalent(LOWEST_NS)
+        );
+    }
+
+    #[test]
+    fn intervals_are_differences() {
+        let mut recorder = Recorder::new();
+        let stamps = Stamps { reaped: 1000, begun: 2000, issued: 3000, done: 4000 };
+        recorder.record(RequestKind::Read, stamps, 5000);
+        let mut earlier = Recorder::new();
+        earlier.copy_from(&recorder);
+        recorder.record(RequestKind::Read, stamps, 9000);
+        recorder.subtract(&earlier);
+        assert_eq!(recorder.histogram(0, 4).len(), 1);
+        assert!(recorder.histogram(0, 4).equivalent(recorder.histogram(0, 4).max(), 8000));
+        recorder.add(&earlier);
+        assert_eq!(recorder.histogram(0, 4).len(), 2);
+    }
+}

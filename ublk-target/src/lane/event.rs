@@ -1,0 +1,119 @@
+//! What a completion is about, as its `user_data` carries it.
+
+use bufreg::Incarnation;
+
+use crate::engine::{OpKey, TagKey};
+use crate::units::Tag;
+
+/// What a completion is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A fetch or commit: a request was delivered, or none will come.
+    Fetched(TagKey),
+    /// An operation.
+    Op(OpKey),
+    /// The registration of a buffer.
+    Registered(TagKey),
+    /// The unregistration of a buffer.
+    Unregistered(TagKey),
+    /// The request to cancel an operation; the operation has a completion of its own.
+    Cancelled,
+    /// An entry that stands for an operation which a test wants to fail with `EAGAIN`.
+    Injected(OpKey),
+    /// Somebody has a message for the lane.
+    Wake,
+    /// The lane's other ring has entries or completions for this one.
+    Told,
+    /// A message to the other ring of the lane could not be sent.
+    Unsent,
+}
+
+/// The kind is in the top 4 bits, the incarnation in the next 12, and below them a tag (16 bits)
+/// and its turn (32), or an operation's place (16) and serial (32).
+const KIND_SHIFT: u32 = 60;
+const INCARNATION_SHIFT: u32 = 48;
+const INCARNATION_MASK: u32 = 0xfff;
+
+impl Event {
+    /// As `user_data` of an entry.
+    #[must_use]
+    pub fn encode(self, incarnation: Incarnation) -> u64 {
+        let of_tag = |key: TagKey| (u64::from(key.tag.0) << 32) | u64::from(key.turn);
+        let of_op = |key: OpKey| (u64::from(key.place) << 32) | u64::from(key.serial);
+        let (kind, payload): (u64, u64) = match self {
+            Self::Fetched(key) => (0, of_tag(key)),
+            Self::Op(key) => (1, of_op(key)),
+            Self::Registered(key) => (2, of_tag(key)),
+            Self::Unregistered(key) => (3, of_tag(key)),
+            Self::Cancelled => (4, 0),
+            Self::Injected(key) => (5, of_op(key)),
+            Self::Wake => (6, 0),
+            Self::Told => (7, 0),
+            Self::Unsent => (8, 0),
+        };
+        let incarnation = u64::from(incarnation.0 & INCARNATION_MASK) << INCARNATION_SHIFT;
+        (kind << KIND_SHIFT) | incarnation | payload
+    }
+
+    /// From the `user_data` of a completion; `None` for what another incarnation asked for, and
+    /// for what nobody did.
+    #[must_use]
+    pub fn decode(user_data: u64, incarnation: Incarnation) -> Option<Self> {
+        let [head, low, h1, h0, l3, l2, l1, l0] = user_data.to_be_bytes();
+        if (u32::from(head & 0xf) << 8 | u32::from(low)) != incarnation.0 & INCARNATION_MASK {
+            return None;
+        }
+        let high = u16::from_be_bytes([h1, h0]);
+        let low = u32::from_be_bytes([l3, l2, l1, l0]);
+        let of_tag = TagKey { tag: Tag(high), turn: low };
+        let of_op = OpKey { place: high, serial: low };
+        match head >> 4 {
+            0 => Some(Self::Fetched(of_tag)),
+            1 => Some(Self::Op(of_op)),
+            2 => Some(Self::Registered(of_tag)),
+            3 => Some(Self::Unregistered(of_tag)),
+            4 => Some(Self::Cancelled),
+            5 => Some(Self::Injected(of_op)),
+            6 => Some(Self::Wake),
+            7 => Some(Self::Told),
+            8 => Some(Self::Unsent),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EVENTS: [Event; 10] = [
+        Event::Fetched(TagKey { tag: Tag(4095), turn: u32::MAX }),
+        Event::Op(OpKey { place: 0, serial: 0 }),
+        Event::Op(OpKey { place: u16::MAX, serial: u32::MAX }),
+        Event::Registered(TagKey { tag: Tag(0), turn: 7 }),
+        Event::Unregistered(TagKey { tag: Tag(u16::MAX), turn: 0 }),
+        Event::Cancelled,
+        Event::Injected(OpKey { place: 3, serial: 9 }),
+        Event::Wake,
+        Event::Told,
+        Event::Unsent,
+    ];
+
+    #[test]
+    fn events_survive_the_kernel() {
+        for incarnation in [Incarnation(0), Incarnation(0xabc), Incarnation(0xffff_ffff)] {
+            for event in EVENTS {
+                assert_eq!(Event::decode(event.encode(incarnation), incarnation), Some(event));
+            }
+        }
+    }
+
+    #[test]
+    fn events_of_other_incarnations_are_not_believed() {
+        for event in EVENTS {
+            let user_data = event.encode(Incarnation(5));
+            assert_eq!(Event::decode(user_data, Incarnation(6)), None);
+        }
+        assert_eq!(Event::decode(u64::MAX, Incarnation(0xfff)), None, "nobody's kind");
+    }
+}

@@ -1,0 +1,120 @@
+//! Faults on demand, for tests: what real drivers and drives rarely do.
+
+use serde::{Deserialize, Serialize};
+
+/// The variable of the server's environment that asks for faults: a list of names, separated by
+/// commas.
+pub const VARIABLE: &str = "UBLK_TARGET_FAULT";
+
+/// Which faults are asked for, and how many operations they have met.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Faults {
+    /// Ask for automatic registration in slots that do not exist (`auto-register`).
+    pub auto_register: bool,
+    /// Register in slots that do not exist (`register`).
+    pub register: bool,
+    /// Issue every n-th transfer of more than one block for its first half only (`short=N`).
+    short_every: Option<u64>,
+    /// Let every n-th operation fail with `EAGAIN` (`again=N`).
+    again_every: Option<u64>,
+    ops: u64,
+    injected: Injected,
+}
+
+/// How many operations have met a fault.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Injected {
+    /// Issued for their first half only.
+    pub short: u64,
+    /// Failed with `EAGAIN`.
+    pub again: u64,
+}
+
+/// A fault that is not known.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{VARIABLE}: `{0}` is no fault; there are auto-register, register, short=N and again=N")]
+pub struct UnknownFault(String);
+
+/// What an operation meets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Nothing.
+    None,
+    /// Only so many bytes of it are issued.
+    Short(u64),
+    /// It fails with `EAGAIN`.
+    Again,
+}
+
+impl Faults {
+    /// Reads a list of faults.
+    ///
+    /// # Errors
+    /// [`UnknownFault`] with the part that is not understood.
+    pub fn parse(list: &str) -> Result<Self, UnknownFault> {
+        let mut faults = Self::default();
+        for name in list.split(',').filter(|name| !name.is_empty()) {
+            let number = |text: &str| text.parse().ok().filter(|n| *n > 0);
+            match name.split_once('=') {
+                None if name == "auto-register" => faults.auto_register = true,
+                None if name == "register" => faults.register = true,
+                Some(("short", n)) if number(n).is_some() => faults.short_every = number(n),
+                Some(("again", n)) if number(n).is_some() => faults.again_every = number(n),
+                Some(_) | None => return Err(UnknownFault(name.to_owned())),
+            }
+        }
+        Ok(faults)
+    }
+
+    /// What the next operation meets. `len` is its length if it transfers data.
+    pub fn next(&mut self, len: Option<u64>, block: u64) -> Fault {
+        self.ops += 1;
+        let hit = |every: Option<u64>| every.is_some_and(|every| self.ops % every == 0);
+        if hit(self.again_every) {
+            self.injected.again += 1;
+            return Fault::Again;
+        }
+        match len.filter(|len| hit(self.short_every) && *len > block) {
+            Some(len) => {
+                self.injected.short += 1;
+                Fault::Short((len / 2 / block).max(1) * block)
+            }
+            None => Fault::None,
+        }
+    }
+
+    /// How many operations have met a fault.
+    #[must_use]
+    pub const fn injected(&self) -> Injected {
+        self.injected
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_are_parsed_or_refused() {
+        let faults = Faults::parse("auto-register,short=3,again=5").unwrap();
+        assert!(faults.auto_register && !faults.register);
+        assert_eq!((faults.short_every, faults.again_every), (Some(3), Some(5)));
+        assert_eq!(Faults::parse(""), Ok(Faults::default()));
+        for bad in ["flood", "short", "short=0", "again=x", "register=1"] {
+            assert_eq!(Faults::parse(bad), Err(UnknownFault(bad.to_owned())));
+        }
+    }
+
+    #[test]
+    fn every_nth_operation_meets_a_fault() {
+        let mut faults = Faults::parse("short=2,again=3").unwrap();
+        let met: Vec<_> = (0..6).map(|_| faults.next(Some(8192), 512)).collect();
+        let (short, again) = (Fault::Short(4096), Fault::Again);
+        assert_eq!(met, [Fault::None, short, again, short, Fault::None, again]);
+        assert_eq!(faults.injected(), Injected { short: 2, again: 2 });
+        let mut faults = Faults::parse("short=1").unwrap();
+        assert_eq!(faults.next(Some(512), 512), Fault::None, "one block is not divided");
+        assert_eq!(faults.next(None, 512), Fault::None);
+        assert_eq!(faults.next(Some(1536), 512), Fault::Short(512));
+    }
+}

@@ -1,0 +1,205 @@
+//! The lane without its thread: the engine, its port to a ring, and what completions mean.
+//!
+//! All that it asks of the kernel goes through [`LaneIo`], so it runs the same on real rings and
+//! under the simulator.
+
+pub mod event;
+pub mod fault;
+mod port;
+
+pub use port::{CDEV, backing_file};
+
+use uring_ext::Errno;
+use uring_ext::iod::IoDesc;
+use uring_ext::pool::{Direction, PoolAddr};
+use uring_ext::ring::Cqe;
+use uring_ext::sqe::{FixedFile, Sqe};
+
+use crate::backing::DiscardCall;
+use crate::engine::{Engine, EngineConfig};
+use crate::plan::Planner;
+use crate::units::Tag;
+use event::Event;
+use fault::{Faults, Injected};
+use port::RingPort;
+
+/// Which ring an entry is for. They are the same one unless the lane issues its operations from a
+/// lane of their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RingRole {
+    /// The ring that fetches and commits.
+    Fetch,
+    /// The ring with the buffer table, which issues operations.
+    Io,
+}
+
+/// What a lane asks of the kernel. None of it may block.
+pub trait LaneIo {
+    /// Queues entries for submission, all or none.
+    ///
+    /// # Errors
+    /// `EBUSY` if there is no room now; anything else means that the ring is unusable.
+    fn push(&mut self, role: RingRole, sqes: &[Sqe]) -> Result<(), Errno>;
+    /// The descriptor of a delivered request.
+    fn iod(&self, tag: Tag) -> IoDesc;
+    /// Copies bytes `from..to` of a delivered request to or from a pool buffer. Returns the number
+    /// of bytes copied, or a negated error number.
+    fn copy(&mut self, tag: Tag, buffer: u16, direction: Direction, from: u32, to: u32) -> i32;
+    /// The address of a byte in a pool buffer.
+    fn pool_addr(&self, buffer: u16, offset: u32) -> PoolAddr;
+    /// Nanoseconds of the monotonic clock.
+    fn now(&mut self) -> u64;
+}
+
+/// Why a lane could not serve, or stopped serving.
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LaneError {
+    /// Part of the set-up failed.
+    #[error("{doing}: {errno}")]
+    Setup {
+        /// What was tried.
+        doing: &'static str,
+        /// Why it failed.
+        errno: Errno,
+    },
+    /// A fetch or commit was refused while the device was live.
+    #[error("the driver refused tag {} ({errno})", tag.0)]
+    Refused {
+        /// The tag.
+        tag: Tag,
+        /// Why.
+        errno: Errno,
+    },
+    /// The ring does not work any more.
+    #[error("the ring failed: {0}")]
+    Ring(Errno),
+}
+
+/// What a completion was, beyond what the lane has dealt with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Handled {
+    /// It is dealt with.
+    Done,
+    /// Somebody has a message for the lane.
+    Wake,
+    /// The lane's other ring has completions.
+    Told,
+}
+
+/// The engine, its port, and the meaning of completions.
+pub struct Lane<P, Io> {
+    engine: Engine<P>,
+    port: RingPort<Io>,
+    refused: Option<LaneError>,
+}
+
+impl<P: Planner, Io: LaneIo> Lane<P, Io> {
+    /// A lane that has not fetched yet. `discards` says how each backing discards.
+    pub fn new(
+        planner: P,
+        config: EngineConfig,
+        discards: Box<[DiscardCall]>,
+        faults: Option<Faults>,
+        io: Io,
+    ) -> Self {
+        let port = RingPort::new(io, &config, discards, faults);
+        Self { engine: Engine::new(planner, config), port, refused: None }
+    }
+
+    /// Hands all tags to the driver, with the next submission.
+    pub fn fetch_all(&mut self) {
+        self.engine.fetch_all(&mut self.port);
+    }
+
+    /// Tells the time, in nanoseconds of the monotonic clock, before completions are handled.
+    pub fn set_now(&mut self, now: u64) {
+        self.engine.set_now(now);
+    }
+
+    /// Deals with a completion.
+    pub fn handle(&mut self, cqe: Cqe) -> Handled {
+        let incarnation = self.engine.config().incarnation;
+        let Some(event) = Event::decode(cqe.user_data, incarnation) else {
+            self.engine.note_stale();
+            return Handled::Done;
+        };
+        let (engine, port) = (&mut self.engine, &mut self.port);
+        match event {
+            Event::Fetched(key) => match Errno::from_result(cqe.res) {
+                Ok(_) => {
+                    let iod = port.io.iod(key.tag);
+                    engine.delivered(key, iod, port);
+                }
+                Err(errno) => {
+                    if errno != Errno::ENODEV {
+                        self.refused.get_or_insert(LaneError::Refused { tag: key.tag, errno });
+                    }
+                    engine.fetch_ended(key);
+                }
+            },
+            Event::Op(key) => engine.completed(key, cqe.res, port),
+            Event::Injected(key) => engine.completed(key, Errno::EAGAIN.negated(), port),
+            Event::Registered(key) => engine.registered(key, cqe.res, port),
+            Event::Unregistered(key) => engine.unregistered(key, cqe.res, port),
+            // What it achieved shows in the operation's own completion.
+            Event::Cancelled => {}
+            Event::Wake => return Handled::Wake,
+            Event::Told => return Handled::Told,
+            Event::Unsent => {
+                let errno = Errno::from_result(cqe.res).err().unwrap_or(Errno::EIO);
+                self.port.failure.get_or_insert(errno);
+            }
+        }
+        Handled::Done
+    }
+
+    /// Before each submission: pushes what there was no room for, and looks after deadlines.
+    pub fn before_submit(&mut self) {
+        if self.engine.config().deadline.is_some() {
+            self.engine.check_deadlines(&mut self.port);
+        }
+        self.port.drain_backlog();
+    }
+
+    /// Why the lane must not go on.
+    ///
+    /// # Errors
+    /// [`LaneError::Ring`] if the ring is unusable. [`LaneError::Refused`] if the driver does not
+    /// take a tag back: that would hang its client for ever, so the device has to end instead.
+    pub fn check(&self) -> Result<(), LaneError> {
+        self.port.failure.map_or(Ok(()), |errno| Err(LaneError::Ring(errno)))?;
+        self.refused.map_or(Ok(()), Err)
+    }
+
+    /// Asks for a [`Handled::Wake`] when a fixed file can be read.
+    pub fn watch(&mut self, file: FixedFile) {
+        let wake = Event::Wake.encode(self.engine.config().incarnation);
+        self.port.push(RingRole::Fetch, &[Sqe::poll_readable(file).user_data(wake)]);
+    }
+
+    /// Cancels all operations in flight.
+    pub fn cancel_all(&mut self) {
+        self.engine.cancel_all(&mut self.port);
+    }
+
+    /// The engine.
+    pub fn engine(&self) -> &Engine<P> {
+        &self.engine
+    }
+
+    /// The engine, to measure latencies.
+    pub fn engine_mut(&mut self) -> &mut Engine<P> {
+        &mut self.engine
+    }
+
+    /// The kernel side.
+    pub fn io(&mut self) -> &mut Io {
+        &mut self.port.io
+    }
+
+    /// How many operations have met a fault that a test asked for.
+    pub fn injected(&self) -> Injected {
+        self.port.faults.map_or_else(Injected::default, |faults| faults.injected())
+    }
+}

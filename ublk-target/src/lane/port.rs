@@ -1,0 +1,225 @@
+//! The engine's decisions as entries of a ring.
+
+use std::collections::VecDeque;
+
+use bufreg::{Incarnation, SlotIndex};
+use uring_ext::pool::Direction;
+use uring_ext::sqe::{Delivery, FixedBuffer, FixedFile, Sqe};
+use uring_ext::{Errno, sys};
+
+use super::event::Event;
+use super::fault::{Fault, Faults};
+use super::{LaneIo, RingRole};
+use crate::backing::DiscardCall;
+use crate::engine::{EngineConfig, OpKey, Port, SlotTable, TagKey};
+use crate::lend::LendMode;
+use crate::plan::{Op, OpKind, WINDOW_OPS};
+use crate::units::Tag;
+
+/// The character device is the first fixed file, the backings follow.
+pub const CDEV: FixedFile = FixedFile(0);
+
+/// The fixed file of a backing.
+#[must_use]
+pub fn backing_file(index: u16) -> FixedFile {
+    FixedFile(u32::from(index) + 1)
+}
+
+/// Gives space back; reads as zeros afterwards. On block devices: write zeroes with unmapping.
+const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+/// Keeps the space; reads as zeros afterwards. On block devices: write zeroes without unmapping.
+const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+
+/// The length of a request is below 4 GiB: the driver's sector count of a read or write is
+/// bounded by its greatest buffer.
+const _: () = assert!(sys::UBLK_IO_BUF_BITS < 32);
+
+/// The engine's decisions as entries of a ring.
+pub(super) struct RingPort<Io> {
+    pub io: Io,
+    qid: u16,
+    incarnation: Incarnation,
+    lend: LendMode,
+    slots: SlotTable,
+    block: u64,
+    discards: Box<[DiscardCall]>,
+    pub faults: Option<Faults>,
+    /// Entries that the ring had no room for, in order. It has room for all that a queue's tags
+    /// can ask for.
+    backlog: VecDeque<(RingRole, Sqe)>,
+    /// The first error of a push: the ring is unusable and the lane ends.
+    pub failure: Option<Errno>,
+}
+
+impl<Io: LaneIo> RingPort<Io> {
+    pub fn new(
+        io: Io,
+        config: &EngineConfig,
+        discards: Box<[DiscardCall]>,
+        faults: Option<Faults>,
+    ) -> Self {
+        // A command or a chain, or a window of operations and their cancelling, for every tag.
+        let room = usize::from(config.queue.depth) * WINDOW_OPS * 2 + 8;
+        Self {
+            io,
+            qid: config.queue.qid.0,
+            incarnation: config.incarnation,
+            lend: config.lend,
+            slots: config.slots,
+            block: config.geometry.block.into(),
+            discards,
+            faults,
+            backlog: VecDeque::with_capacity(room),
+            failure: None,
+        }
+    }
+
+    /// Pushes what the ring had no room for, as far as it has now.
+    pub fn drain_backlog(&mut self) {
+        while let Some((role, _)) = self.backlog.front() {
+            let role = *role;
+            let links = self.backlog.iter().take_while(|(_, sqe)| sqe.is_linked()).count();
+            // A chain goes whole or not at all.
+            let group = &self.backlog.make_contiguous()[..=links];
+            let sqes: smallvec::SmallVec<[Sqe; 3]> =
+                group.iter().map(|(_, sqe)| sqe.clone()).collect();
+            match self.io.push(role, &sqes) {
+                Ok(()) => drop(self.backlog.drain(..=links)),
+                Err(Errno::EBUSY) => return,
+                Err(errno) => {
+                    self.failure.get_or_insert(errno);
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Pushes entries of the lane's own.
+    pub fn push(&mut self, role: RingRole, sqes: &[Sqe]) {
+        if self.backlog.is_empty() {
+            match self.io.push(role, sqes) {
+                Ok(()) => return,
+                Err(Errno::EBUSY) => {}
+                Err(errno) => {
+                    self.failure.get_or_insert(errno);
+                    return;
+                }
+            }
+        }
+        self.backlog.extend(sqes.iter().map(|sqe| (role, sqe.clone())));
+    }
+
+    fn named(&self, sqe: Sqe, event: Event) -> Sqe {
+        sqe.user_data(event.encode(self.incarnation))
+    }
+
+    fn delivery(&self, tag: Tag, slot: SlotIndex) -> Delivery {
+        match self.lend {
+            LendMode::Fused if self.faults.is_some_and(|faults| faults.auto_register) => {
+                Delivery::AutoRegister { slot: self.slots.capacity() }
+            }
+            LendMode::Fused => Delivery::AutoRegister { slot: slot.0 },
+            LendMode::Slot | LendMode::UserCopy => Delivery::ByServer,
+            LendMode::Copy => Delivery::Copy(self.io.pool_addr(tag.0, 0)),
+        }
+    }
+
+    fn buffer(&self, slot: SlotIndex, offset: u32) -> FixedBuffer {
+        match slot.0.checked_sub(self.slots.lent) {
+            Some(index) => {
+                FixedBuffer::Pool { slot: slot.0, addr: self.io.pool_addr(index, offset) }
+            }
+            None => FixedBuffer::Lent { slot: slot.0, offset },
+        }
+    }
+
+    fn register_sqe(&self, key: TagKey, slot: SlotIndex) -> Sqe {
+        let beyond = self.faults.is_some_and(|faults| faults.register);
+        let slot = if beyond { self.slots.capacity() } else { slot.0 };
+        let sqe = Sqe::register_buffer(CDEV, self.qid, key.tag.0, slot);
+        self.named(sqe, Event::Registered(key))
+    }
+
+    fn unregister_sqe(&self, key: TagKey, slot: SlotIndex) -> Sqe {
+        let sqe = Sqe::unregister_buffer(CDEV, self.qid, key.tag.0, slot.0);
+        self.named(sqe, Event::Unregistered(key))
+    }
+
+    fn op_sqe(&mut self, key: OpKey, op: &Op, slot: Option<SlotIndex>) -> Sqe {
+        let mut op = *op;
+        if let Some(faults) = &mut self.faults {
+            match faults.next(op.has_data().then_some(op.len), self.block) {
+                Fault::None => {}
+                Fault::Short(len) => op.len = len,
+                Fault::Again => return self.named(Sqe::nop(), Event::Injected(key)),
+            }
+        }
+        let index = usize::from(op.backing.0);
+        let file = backing_file(op.backing.0);
+        let len = u32::try_from(op.len).unwrap_or(u32::MAX);
+        let buffer = self.buffer(slot.unwrap_or(SlotIndex(0)), op.buf_offset);
+        let sqe = match op.kind {
+            OpKind::Read => Sqe::read_fixed(file, buffer, len, op.offset),
+            OpKind::Write { fua } => Sqe::write_fixed(file, buffer, len, op.offset, fua),
+            OpKind::Flush => Sqe::datasync(file),
+            OpKind::Discard => match self.discards[index] {
+                DiscardCall::BlockCommand => Sqe::discard(file, op.offset, op.len),
+                DiscardCall::PunchHole => Sqe::fallocate(file, PUNCH, op.offset, op.len),
+            },
+            OpKind::WriteZeroes { may_unmap: true } => {
+                Sqe::fallocate(file, PUNCH, op.offset, op.len)
+            }
+            OpKind::WriteZeroes { may_unmap: false } => {
+                Sqe::fallocate(file, ZERO, op.offset, op.len)
+            }
+        };
+        self.named(sqe, Event::Op(key))
+    }
+}
+
+impl<Io: LaneIo> Port for RingPort<Io> {
+    fn fetch(&mut self, key: TagKey, slot: SlotIndex) {
+        let sqe = Sqe::fetch(CDEV, self.qid, key.tag.0, self.delivery(key.tag, slot));
+        self.push(RingRole::Fetch, &[self.named(sqe, Event::Fetched(key))]);
+    }
+
+    fn commit(&mut self, key: TagKey, result: i32, slot: SlotIndex) {
+        let delivery = self.delivery(key.tag, slot);
+        let sqe = Sqe::commit_and_fetch(CDEV, self.qid, key.tag.0, result, delivery);
+        self.push(RingRole::Fetch, &[self.named(sqe, Event::Fetched(key))]);
+    }
+
+    fn register(&mut self, key: TagKey, slot: SlotIndex) {
+        self.push(RingRole::Io, &[self.register_sqe(key, slot)]);
+    }
+
+    fn unregister(&mut self, key: TagKey, slot: SlotIndex) {
+        self.push(RingRole::Io, &[self.unregister_sqe(key, slot)]);
+    }
+
+    fn submit(&mut self, key: OpKey, op: &Op, slot: Option<SlotIndex>) {
+        let sqe = self.op_sqe(key, op, slot);
+        self.push(RingRole::Io, &[sqe]);
+    }
+
+    fn submit_chain(&mut self, tag: TagKey, slot: SlotIndex, key: OpKey, op: &Op) {
+        // Hard links: the buffer is taken out again even if registration or operation fails.
+        let register = self.register_sqe(tag, slot).hard_link().skip_success();
+        let op = self.op_sqe(key, op, Some(slot)).hard_link();
+        let unregister = self.unregister_sqe(tag, slot);
+        self.push(RingRole::Io, &[register, op, unregister]);
+    }
+
+    fn copy(&mut self, tag: Tag, slot: SlotIndex, direction: Direction, from: u32, to: u32) -> i32 {
+        self.io.copy(tag, slot.0 - self.slots.lent, direction, from, to)
+    }
+
+    fn cancel(&mut self, key: OpKey) {
+        let sqe = Sqe::cancel(Event::Op(key).encode(self.incarnation));
+        self.push(RingRole::Io, &[self.named(sqe, Event::Cancelled)]);
+    }
+
+    fn now(&mut self) -> u64 {
+        self.io.now()
+    }
+}
