@@ -12,6 +12,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use rtrb::{Consumer, Producer, RingBuffer};
 use smallvec::SmallVec;
 use uring_ext::Errno;
+use uring_ext::pool::BufferPool;
 use uring_ext::ring::{Cqe, Queues, Ring};
 use uring_ext::sqe::{FixedFile, Sqe};
 
@@ -47,9 +48,14 @@ struct Worker<'ring> {
 }
 
 impl IoLane {
-    /// Starts the thread. `room` bounds the entries and completions on their way; `lane` is the
-    /// descriptor of the ring that is told of completions.
-    pub fn start(config: &LaneConfig, room: usize, lane: RawFd) -> Result<Self, LaneError> {
+    /// Starts the thread. `pool` are the lane's buffers, `room` bounds the entries and completions
+    /// on their way, and `lane` is the descriptor of the ring that is told of completions.
+    pub fn start(
+        config: &LaneConfig,
+        pool: Option<BufferPool>,
+        room: usize,
+        lane: RawFd,
+    ) -> Result<Self, LaneError> {
         let failed = |doing| move |errno| LaneError::Setup { doing, errno };
         let (to_worker, entries) = RingBuffer::new(room);
         let (completions, from_worker) = RingBuffer::new(room);
@@ -63,7 +69,7 @@ impl IoLane {
             .name(format!("ublkb{}-io{}", config.queue.device, config.queue.qid.0))
             .spawn(move || {
                 prepare_thread(&config);
-                let set_up = set_up(&config, &end_of_worker);
+                let set_up = set_up(&config, &end_of_worker, pool);
                 let mut ring = match set_up {
                     Ok(ring) => ring,
                     Err(error) => {
@@ -139,9 +145,9 @@ fn end_file(config: &LaneConfig) -> FixedFile {
     backing_file(u16::try_from(config.backings.len()).unwrap_or(u16::MAX))
 }
 
-fn set_up(config: &LaneConfig, end: &EventFd) -> Result<Ring, LaneError> {
+fn set_up(config: &LaneConfig, end: &EventFd, pool: Option<BufferPool>) -> Result<Ring, LaneError> {
     let ring = make_ring(config, end.as_fd().as_raw_fd())?;
-    register_buffers(config, &ring)?;
+    register_buffers(config, &ring, pool)?;
     Ok(ring)
 }
 

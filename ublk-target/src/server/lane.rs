@@ -153,12 +153,20 @@ fn failed(doing: &'static str) -> impl Fn(Errno) -> LaneError {
 
 fn set_up(config: &LaneConfig) -> Result<(Ring, Parts), LaneError> {
     let ring = make_ring(config, config.wake.as_fd().as_raw_fd())?;
-    let pool = register_buffers(config, &ring)?;
+    let pool = match config.slots.pool {
+        0 => None,
+        count => Some(
+            BufferPool::new(count, config.buffer_bytes).map_err(failed("allocating buffers"))?,
+        ),
+    };
     let iods = IoDescArray::map(&config.cdev, config.queue.qid.0, config.queue.depth)
         .map_err(failed("mapping the request descriptors"))?;
-    let io_lane = match config.io_lane {
-        true => Some(IoLane::start(config, entries_in_flight(config), ring.as_raw_fd())?),
-        false => None,
+    // The buffer table belongs to the ring that issues the operations.
+    let io_lane = if config.io_lane {
+        Some(IoLane::start(config, pool, entries_in_flight(config), ring.as_raw_fd())?)
+    } else {
+        register_buffers(config, &ring, pool)?;
+        None
     };
     log::debug!("lane {}: ring {:?}", config.queue.qid.0, ring.mode());
     Ok((ring, Parts { iods, pool, cdev: Arc::clone(&config.cdev), io_lane }))
@@ -188,19 +196,18 @@ fn wake_file(config: &LaneConfig) -> uring_ext::sqe::FixedFile {
     backing_file(u16::try_from(config.backings.len()).unwrap_or(u16::MAX))
 }
 
-/// Registers the buffer table, and makes the buffers of the server in it.
+/// Registers the buffer table: empty slots, and behind them the buffers of the server.
 pub(super) fn register_buffers(
     config: &LaneConfig,
     ring: &Ring,
-) -> Result<Option<BufferPool>, LaneError> {
-    let SlotTable { lent, pool, .. } = config.slots;
-    if pool == 0 {
-        ring.register_slots(lent.into()).map_err(failed("registering the buffer table"))?;
-        return Ok(None);
+    pool: Option<BufferPool>,
+) -> Result<(), LaneError> {
+    let lent = config.slots.lent;
+    match pool {
+        None => ring.register_slots(lent.into()),
+        Some(pool) => ring.register_slots_and_pool(lent, &pool),
     }
-    let pool = BufferPool::new(pool, config.buffer_bytes).map_err(failed("allocating buffers"))?;
-    ring.register_slots_and_pool(lent, &pool).map_err(failed("registering buffers"))?;
-    Ok(Some(pool))
+    .map_err(failed("registering the buffer table"))
 }
 
 /// The lane's thread: its loop, and the messages of others.

@@ -158,7 +158,7 @@ fn numbers(_ctx: &Ctx) -> Result<Outcome> {
         (&["add", "null", "-n", "x"], "--id"),
         (&["add", "null", "--size", "0"], "0 bytes"),
         (&["add", "null", "--size", "lots"], "is not a size"),
-        (&["add", "null", "--lend", "magic"], "auto, fused, copy"),
+        (&["add", "null", "--lend", "magic"], "auto, fused, slot, user-copy, copy"),
         (&["add", "teapot"], "teapot"),
         (&["del", "-n", "77"], "no ublk device 77"),
         (&["del"], "--all"),

@@ -7,18 +7,12 @@ use std::path::Path;
 
 use anyhow::{Result, bail, ensure};
 
-use super::device::{Device, file_on_drive, fresh_drive, start_load, text, wait_for_requests};
+use super::device::{Device, file_on_drive, fresh_drive, text};
+use super::verify::{BLOCKS, verify};
 use crate::config::DEFAULT;
 use crate::guest::{Ctx, Outcome, TestCase, fio, process};
 
 pub const TESTS: &[TestCase] = &[
-    TestCase::guest("verify_nvme_fused_1_queue", DEFAULT, |ctx| nvme(ctx, "fused", "1"))
-        .seconds(900),
-    TestCase::guest("verify_nvme_fused_2_queues", DEFAULT, |ctx| nvme(ctx, "fused", "2"))
-        .seconds(900),
-    TestCase::guest("verify_nvme_copy_1_queue", DEFAULT, |ctx| nvme(ctx, "copy", "1")).seconds(900),
-    TestCase::guest("verify_nvme_copy_2_queues", DEFAULT, |ctx| nvme(ctx, "copy", "2"))
-        .seconds(900),
     TestCase::guest("verify_file_fused_1_queue", DEFAULT, |ctx| file(ctx, "fused", "1"))
         .seconds(900),
     TestCase::guest("verify_file_fused_2_queues", DEFAULT, |ctx| file(ctx, "fused", "2"))
@@ -33,52 +27,9 @@ pub const TESTS: &[TestCase] = &[
     TestCase::guest("discard_and_write_zeroes_on_a_file", DEFAULT, zeroing_file).seconds(300),
     TestCase::guest("limits_are_inherited_from_nvme", DEFAULT, limits),
     TestCase::guest("read_only_backings_are_served_read_only", DEFAULT, read_only),
-    TestCase::guest("buffers_are_registered_where_the_driver_could_not", DEFAULT, explicit)
-        .seconds(300),
 ];
 
-/// Block sizes, and how many MiB each run covers.
-const BLOCKS: [(&str, u32); 3] = [("bsrange=512-64k", 8), ("bs=4k", 8), ("bs=1m", 48)];
-
-/// Runs fio with checksums on a device at all block sizes and depths.
-fn verify(ctx: &Ctx, device: &str, blocks: &[(&str, u32)]) -> Result<()> {
-    // More loops over twice the data, rather than more data: what counts are requests, and the
-    // host has to store what is written.
-    let (factor, loops) = if ctx.long { (2, 6) } else { (1, 1) };
-    for (block, mib) in blocks {
-        for depth in ["1", "32", "128"] {
-            let report = fio::run(
-                ctx,
-                &[
-                    &format!("filename={device}"),
-                    "rw=randrw",
-                    block,
-                    &format!("iodepth={depth}"),
-                    &format!("size={}m", mib * factor),
-                    &format!("loops={loops}"),
-                    "ioengine=io_uring",
-                    "direct=1",
-                    "registerfiles=1",
-                    "verify=crc32c",
-                    "verify_fatal=1",
-                    "randseed=7",
-                ],
-            )?;
-            ensure!(report.write.requests > 0 && report.read.requests > 0, "nothing was done");
-            println!("{block} depth {depth}: {} reads verified", report.read.requests);
-        }
-    }
-    Ok(())
-}
-
-fn nvme(ctx: &Ctx, lend: &str, queues: &str) -> Result<Outcome> {
-    let drive = fresh_drive("drive0")?;
-    let device = Device::add_loop(&drive.path(), &["--lend", lend, "-q", queues])?;
-    ensure!(device.described.lend == lend && device.described.queues.to_string() == queues);
-    verify(ctx, device.path()?, &BLOCKS)?;
-    device.delete()?;
-    Ok(Outcome::Pass)
-}
+const MODES: [&str; 4] = ["fused", "slot", "user-copy", "copy"];
 
 fn file(ctx: &Ctx, lend: &str, queues: &str) -> Result<Outcome> {
     // The size bounds what the largest run covers.
@@ -93,7 +44,7 @@ fn file(ctx: &Ctx, lend: &str, queues: &str) -> Result<Outcome> {
 
 fn big_blocks(ctx: &Ctx) -> Result<Outcome> {
     let drive = fresh_drive("big-blocks")?;
-    for lend in ["fused", "copy"] {
+    for lend in MODES {
         let device = Device::add_loop(&drive.path(), &["--lend", lend])?;
         let block = device.attribute("queue/logical_block_size")?;
         ensure!(block == "4096", "the block size is inherited, not {block}");
@@ -119,7 +70,7 @@ fn partition(ctx: &Ctx) -> Result<Outcome> {
 }
 
 fn null(ctx: &Ctx) -> Result<Outcome> {
-    for lend in ["fused", "copy"] {
+    for lend in MODES {
         let device = Device::add(&["null", "--size", "1G", "--lend", lend])?;
         ensure!(device.described.size_bytes == 1 << 30);
         let block = open_direct(device.path()?)?;
@@ -149,7 +100,7 @@ fn null(ctx: &Ctx) -> Result<Outcome> {
 }
 
 fn zeroing_nvme(_ctx: &Ctx) -> Result<Outcome> {
-    for lend in ["fused", "copy"] {
+    for lend in MODES {
         let drive = fresh_drive("drive0")?;
         zeroing(&drive.path(), lend)?;
     }
@@ -157,7 +108,7 @@ fn zeroing_nvme(_ctx: &Ctx) -> Result<Outcome> {
 }
 
 fn zeroing_file(ctx: &Ctx) -> Result<Outcome> {
-    for lend in ["fused", "copy"] {
+    for lend in MODES {
         let (mount, file) = file_on_drive(ctx, "drive1", 64)?;
         let allocated = |file: &Path| -> Result<u64> {
             use std::os::unix::fs::MetadataExt;
@@ -264,32 +215,6 @@ fn assert_read_only(device: Device) -> Result<()> {
     let refused = process::run_for_code(&["dd", "if=/dev/zero", &output, "count=1"], 1)?;
     ensure!(refused.stderr.contains("not permitted"), "{}", refused.stderr);
     device.delete()
-}
-
-/// The driver delivers every request with `UBLK_IO_F_NEED_REG_BUF`.
-fn explicit(ctx: &Ctx) -> Result<Outcome> {
-    let drive = fresh_drive("drive0")?;
-    let backing = drive.path();
-    let arguments = ["loop", "-f", text(&backing)?, "--lend", "fused", "-n", "9", "-q", "2"];
-    let device = Device::add_without_auto_registration(&arguments)?;
-    verify(ctx, device.path()?, &[("bs=4k", 8), ("bsrange=512-64k", 8)])?;
-    let mut load = start_load(device.path()?)?;
-    wait_for_requests(&device, 1000)?;
-    process::run(&["kill", "-TERM", &device.pid()?.to_string()])?;
-    device.wait_until_gone()?;
-    load.wait()?;
-    let log = std::fs::read_to_string("/var/log/ublk-target/9.log")?;
-    let explicit = log.lines().rev().find_map(|line| {
-        let (before, after) = line.split_once(" explicit registrations ")?;
-        ensure_prefix(after, "(0 not undone), 0 stale and 0 unexpected")?;
-        before.rsplit(' ').next()?.parse::<u64>().ok()
-    });
-    ensure!(explicit.is_some_and(|count| count > 500), "{log}");
-    Ok(Outcome::Pass)
-}
-
-fn ensure_prefix(text: &str, prefix: &str) -> Option<()> {
-    text.starts_with(prefix).then_some(())
 }
 
 fn open_direct(path: &str) -> Result<File> {

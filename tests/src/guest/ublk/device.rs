@@ -1,5 +1,6 @@
 //! A ublk device in a test.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -42,10 +43,10 @@ impl Device {
         Self::add_by(&[PROGRAM], arguments)
     }
 
-    /// Adds a device whose server does not get its buffers registered by the driver, and so has
-    /// to register each itself.
-    pub fn add_without_auto_registration(arguments: &[&str]) -> Result<Self> {
-        Self::add_by(&["env", "UBLK_TARGET_FAULT=auto-register", PROGRAM], arguments)
+    /// Adds a device whose server meets faults, as `UBLK_TARGET_FAULT` takes them.
+    pub fn add_with_faults(faults: &str, arguments: &[&str]) -> Result<Self> {
+        let faults = format!("UBLK_TARGET_FAULT={faults}");
+        Self::add_by(&["env", &faults, PROGRAM], arguments)
     }
 
     fn add_by(program: &[&str], arguments: &[&str]) -> Result<Self> {
@@ -102,6 +103,16 @@ impl Device {
         self.assert_gone()
     }
 
+    /// Ends the server by a signal, and reads from its log what it has counted in all lanes.
+    pub fn stop_and_count(self) -> Result<Counters> {
+        let log = format!("/var/log/ublk-target/{}.log", self.described.id);
+        process::run(&["kill", "-TERM", &self.pid()?.to_string()])?;
+        self.wait_until_gone()?;
+        let text = std::fs::read_to_string(&log).with_context(|| log.clone())?;
+        std::fs::remove_file(&log)?;
+        Ok(Counters::parse(&text))
+    }
+
     fn assert_gone(&self) -> Result<()> {
         for left in [
             self.described.device.clone(),
@@ -120,6 +131,43 @@ impl Drop for Device {
             // The test has failed already; what this leaves is found by the check for leaks.
             let _ = process::run(&[PROGRAM, "del", "-n", &self.id()]);
         }
+    }
+}
+
+/// What a server counted, by name; what is not named is 0.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Counters(BTreeMap<String, u64>);
+
+impl Counters {
+    /// Adds the lines of all queues up: `queue 0: 753 requests, 3 retries`. The log may tell of
+    /// earlier servers.
+    fn parse(log: &str) -> Self {
+        let mut counters = BTreeMap::new();
+        let log = log.rsplit("] serving ").next().unwrap_or(log);
+        let reports =
+            log.lines().filter_map(|line| line.split_once("] queue ")?.1.split_once(": "));
+        for (_, report) in reports {
+            let report = report.strip_prefix("faults asked for: ").unwrap_or(report);
+            for part in report.split(", ") {
+                let Some((count, name)) = part.split_once(' ') else { continue };
+                let Ok(count) = count.parse::<u64>() else { continue };
+                *counters.entry(name.to_owned()).or_default() += count;
+            }
+        }
+        Self(counters)
+    }
+
+    /// A counter.
+    pub fn get(&self, name: &str) -> u64 {
+        self.0.get(name).copied().unwrap_or(0)
+    }
+
+    /// Fails unless all these are 0.
+    pub fn ensure_none(&self, names: &[&str]) -> Result<()> {
+        for name in names {
+            ensure!(self.get(name) == 0, "{} {name}: {self:?}", self.get(name));
+        }
+        Ok(())
     }
 }
 
@@ -206,4 +254,23 @@ pub fn wait_for_requests(device: &Device, requests: u64) -> Result<()> {
     };
     let goal = done()? + requests;
     wait_for("the load", Duration::from_secs(60), || Ok((done()? >= goal).then_some(())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_of_all_queues_are_added_up() {
+        let log = "[T INFO  m] serving /dev/ublkb3\n[T INFO  m] queue 0: 9 requests\n\
+                   [T INFO  m] serving /dev/ublkb3\n\
+                   [T INFO  m] queue 0: 753 requests, 753 commits, 3 need reg buf\n\
+                   [T WARN  m] queue 0: faults asked for: 150 short, 114 again\n\
+                   [T INFO  m] queue 1: 7 requests, 7 commits, 1 retries\n";
+        let counters = Counters::parse(log);
+        let counted = ["requests", "need reg buf", "short", "again", "retries", "leaks"];
+        assert_eq!(counted.map(|name| counters.get(name)), [760, 3, 150, 114, 1, 0]);
+        assert!(counters.ensure_none(&["leaks"]).is_ok());
+        assert!(counters.ensure_none(&["leaks", "retries"]).is_err());
+    }
 }

@@ -5,19 +5,22 @@ mod commands;
 mod data;
 mod device;
 mod filesystem;
+mod lend_modes;
 mod lifecycle;
 mod old_kernel;
 pub(crate) mod trace;
+mod verify;
 mod zero_copy;
 
 use super::TestCase;
 
 /// The tests of all modules here.
-pub const TABLES: [&[TestCase]; 7] = [
+pub const TABLES: [&[TestCase]; 8] = [
     arguments::TESTS,
     commands::TESTS,
     data::TESTS,
     filesystem::TESTS,
+    lend_modes::TESTS,
     lifecycle::TESTS,
     old_kernel::TESTS,
     zero_copy::TESTS,

@@ -8,12 +8,14 @@ use crate::guest::{Ctx, Outcome, TestCase, fio, process};
 
 pub const TESTS: &[TestCase] = &[
     TestCase::guest("old_kernel_auto_serves_by_copy_and_says_why", STABLE, auto),
-    TestCase::guest("old_kernel_fused_is_refused", STABLE, fused),
-    TestCase::guest("old_kernel_verify_copy", STABLE, verify).seconds(300),
+    TestCase::guest("old_kernel_zero_copy_is_refused", STABLE, zero_copy),
+    TestCase::guest("old_kernel_verify_copy", STABLE, |ctx| verify(ctx, "copy")).seconds(300),
+    TestCase::guest("old_kernel_verify_user_copy", STABLE, |ctx| verify(ctx, "user-copy"))
+        .seconds(300),
     TestCase::guest("old_kernel_killed_server_is_cleaned_up", STABLE, killed),
 ];
 
-const WHY: &str = "zero copy needs the ublk feature";
+const WHY: &str = "fused needs the ublk feature SUPPORT_ZERO_COPY (Linux 6.15)";
 
 fn auto(_ctx: &Ctx) -> Result<Outcome> {
     load_driver()?;
@@ -29,18 +31,25 @@ fn auto(_ctx: &Ctx) -> Result<Outcome> {
     Ok(Outcome::Pass)
 }
 
-fn fused(_ctx: &Ctx) -> Result<Outcome> {
+fn zero_copy(_ctx: &Ctx) -> Result<Outcome> {
     load_driver()?;
-    let said = process::run_for_code(&[PROGRAM, "add", "null", "--lend", "fused"], 1)?.stderr;
-    ensure!(said.contains("lend mode fused needs") && said.contains("--lend copy"), "{said}");
-    ensure!(said.trim_end().lines().count() == 1, "{said}");
-    ensure!(std::fs::read_dir("/sys/class/ublk-char")?.next().is_none(), "the device is left");
+    for (options, expected) in [
+        (["--lend", "fused"].as_slice(), "lend mode fused needs"),
+        (&["--lend", "slot"], "lend mode slot needs"),
+        (&["--lend", "copy", "--io-lane"], "`--io-lane` needs"),
+    ] {
+        let argv = [&[PROGRAM, "add", "null"], options].concat();
+        let said = process::run_for_code(&argv, 1)?.stderr;
+        ensure!(said.contains(expected), "{said}");
+        ensure!(said.trim_end().lines().count() == 1, "{said}");
+    }
+    ensure!(std::fs::read_dir("/sys/class/ublk-char")?.next().is_none(), "a device is left");
     Ok(Outcome::Pass)
 }
 
-fn verify(ctx: &Ctx) -> Result<Outcome> {
+fn verify(ctx: &Ctx, lend: &str) -> Result<Outcome> {
     let drive = fresh_drive("drive0")?;
-    let device = Device::add_loop(&drive.path(), &["-q", "2"])?;
+    let device = Device::add_loop(&drive.path(), &["-q", "2", "--lend", lend])?;
     let filename = format!("filename={}", device.path()?);
     for (block, depth) in
         [("bs=4k", "iodepth=32"), ("bsrange=512-64k", "iodepth=128"), ("bs=1m", "iodepth=4")]

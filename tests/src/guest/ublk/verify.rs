@@ -1,0 +1,43 @@
+//! fio with checksums over block sizes and queue depths.
+
+use anyhow::{Result, ensure};
+
+use crate::guest::{Ctx, fio};
+
+/// Block sizes, and how many MiB each run covers.
+pub const BLOCKS: [(&str, u32); 4] =
+    [("bsrange=512-64k", 8), ("bs=4k", 8), ("bs=64k", 16), ("bs=1m", 48)];
+
+/// Runs fio with checksums on a device at all block sizes and depths. Returns how many reads and
+/// writes were done.
+pub fn verify(ctx: &Ctx, device: &str, blocks: &[(&str, u32)]) -> Result<u64> {
+    // More loops over twice the data, rather than more data: what counts are requests, and the
+    // host has to store what is written.
+    let (factor, loops) = if ctx.long { (2, 6) } else { (1, 1) };
+    let mut requests = 0;
+    for (block, mib) in blocks {
+        for depth in ["1", "32", "128"] {
+            let report = fio::run(
+                ctx,
+                &[
+                    &format!("filename={device}"),
+                    "rw=randrw",
+                    block,
+                    &format!("iodepth={depth}"),
+                    &format!("size={}m", mib * factor),
+                    &format!("loops={loops}"),
+                    "ioengine=io_uring",
+                    "direct=1",
+                    "registerfiles=1",
+                    "verify=crc32c",
+                    "verify_fatal=1",
+                    "randseed=7",
+                ],
+            )?;
+            ensure!(report.write.requests > 0 && report.read.requests > 0, "nothing was done");
+            println!("{block} depth {depth}: {} reads verified", report.read.requests);
+            requests += report.read.requests + report.write.requests;
+        }
+    }
+    Ok(requests)
+}
