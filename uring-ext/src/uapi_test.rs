@@ -89,6 +89,19 @@ fn facts() -> Vec<Fact> {
         UBLK_MAX_QUEUE_DEPTH,
         UBLK_MAX_NR_QUEUES,
         UBLK_IO_BUF_BITS,
+        UBLK_IO_BUF_BITS_MASK,
+        UBLKSRV_IO_BUF_OFFSET,
+        UBLK_TAG_OFF,
+        UBLK_QID_OFF,
+        UBLK_IO_OP_READ,
+        UBLK_IO_OP_WRITE,
+        UBLK_IO_OP_FLUSH,
+        UBLK_IO_OP_DISCARD,
+        UBLK_IO_OP_WRITE_ZEROES,
+        UBLK_S_DEV_DEAD,
+        UBLK_S_DEV_LIVE,
+        UBLK_S_DEV_QUIESCED,
+        UBLK_S_DEV_FAIL_IO,
         UBLK_PARAM_TYPE_DMA_ALIGN,
         UBLK_PARAM_TYPE_SEGMENT,
     );
@@ -98,13 +111,52 @@ fn facts() -> Vec<Fact> {
     // What the builders of `sqe` write by hand.
     facts.push(Fact("offsetof(struct io_uring_sqe, addr3)".into(), 48));
     facts.push(Fact("offsetof(struct io_uring_sqe, cmd)".into(), 48));
-    facts.push(Fact("IORING_OP_URING_CMD".into(), 46));
+    for (field, offset) in SQE_FIELDS {
+        facts.push(Fact(format!("offsetof(struct io_uring_sqe, {field})"), offset));
+    }
+    for (name, value) in RING_CONSTANTS {
+        facts.push(Fact(name.into(), value));
+    }
+    facts.push(Fact("-UBLK_IO_RES_ABORT".into(), 19));
     facts.push(Fact(
         "ublk_auto_buf_reg_to_sqe_addr(&(struct ublk_auto_buf_reg){.index = 7, .flags = 1})".into(),
         0x0001_0007,
     ));
     facts
 }
+
+/// Byte offsets of an entry's fields, as the tests of `sqe` and the simulator read them.
+const SQE_FIELDS: [(&str, u64); 11] = [
+    ("opcode", 0),
+    ("flags", 1),
+    ("fd", 4),
+    ("off", 8),
+    ("cmd_op", 8),
+    ("addr", 16),
+    ("len", 24),
+    ("rw_flags", 28),
+    ("user_data", 32),
+    ("buf_index", 40),
+    ("poll32_events", 28),
+];
+
+/// Opcodes and flags that the tests of `sqe` and the simulator know by number.
+const RING_CONSTANTS: [(&str, u64); 14] = [
+    ("IORING_OP_NOP", 0),
+    ("IORING_OP_FSYNC", 3),
+    ("IORING_OP_READ_FIXED", 4),
+    ("IORING_OP_WRITE_FIXED", 5),
+    ("IORING_OP_POLL_ADD", 6),
+    ("IORING_OP_ASYNC_CANCEL", 14),
+    ("IORING_OP_FALLOCATE", 17),
+    ("IORING_OP_MSG_RING", 40),
+    ("IORING_OP_URING_CMD", 46),
+    ("IOSQE_FIXED_FILE", 1),
+    ("IOSQE_IO_HARDLINK", 8),
+    ("IOSQE_CQE_SKIP_SUCCESS", 64),
+    ("IORING_FSYNC_DATASYNC", 1),
+    ("sizeof(struct io_uring_sqe)", 64),
+];
 
 /// A program whose exit code is the number of wrong facts.
 fn program(facts: &[Fact]) -> String {
