@@ -161,7 +161,7 @@ const RING_CONSTANTS: [(&str, u64); 14] = [
 /// A program whose exit code is the number of wrong facts.
 fn program(facts: &[Fact]) -> String {
     let mut text = String::from(
-        "#include <stddef.h>\n#include <stdio.h>\n#include <linux/ublk_cmd.h>\n\
+        "#include <errno.h>\n#include <stddef.h>\n#include <stdio.h>\n#include <linux/ublk_cmd.h>\n\
          #include <linux/io_uring.h>\nint main(void) {\n\tint wrong = 0;\n",
     );
     for Fact(expression, value) in facts {
