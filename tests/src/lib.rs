@@ -8,6 +8,7 @@
 //! the host lists tests without booting anything.
 
 pub mod agent;
+pub mod artifact;
 pub mod cleanup;
 pub mod config;
 pub mod demo;

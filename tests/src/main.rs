@@ -35,7 +35,7 @@ enum Command {
         #[arg(long)]
         headers: bool,
     },
-    /// Run all checks and tests: formatting, lints, docs, host tests, guest tests
+    /// Run all checks and tests: formatting, lints, docs, host tests, memory, guest tests
     Test(TestArgs),
     /// Boot a guest and open a shell in it
     Shell(GuestArgs),
@@ -111,7 +111,7 @@ struct TestArgs {
     /// Print the names, run nothing
     #[arg(long)]
     list: bool,
-    /// More rounds and bigger data in the guest tests that can use them
+    /// More rounds, cases and seeds, and bigger data, in the tests that can use them
     #[arg(long)]
     long: bool,
     /// Only what runs on this machine
@@ -137,13 +137,17 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> Result<ExitCode> {
     cleanup::handle_signals()?;
-    let needs_guest = match &command {
-        Command::Test(args) => !args.list,
-        Command::Demo(args) => !args.native,
-        Command::Setup | Command::Image { .. } | Command::Shell(_) | Command::Run { .. } => true,
-    };
-    if needs_guest {
-        setup::ensure()?;
+    match &command {
+        Command::Test(args) if args.list => {}
+        Command::Test(TestArgs { vm_only: false, .. }) | Command::Setup => {
+            setup::ensure_with_checks()?;
+        }
+        Command::Demo(args) if args.native => {}
+        Command::Test(_)
+        | Command::Demo(_)
+        | Command::Image { .. }
+        | Command::Shell(_)
+        | Command::Run { .. } => setup::ensure()?,
     }
     match command {
         Command::Setup => Ok(ExitCode::SUCCESS),

@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 
+use crate::artifact::{self, Artifact};
 use crate::cleanup::{self, Group};
 use crate::{paths, ui};
 
@@ -76,32 +77,21 @@ fn release_build() -> Command {
 }
 
 /// Runs a build and returns the executables it reports.
-fn run_cargo(mut command: Command) -> Result<Vec<PathBuf>> {
+fn run_cargo(mut command: Command) -> Result<Vec<Artifact>> {
     command.stdin(Stdio::null()).stdout(Stdio::piped());
     let mut group = Group::spawn(&mut command, Signal::SIGTERM)?;
     let stdout = group.child().stdout.take().context("cargo's standard output")?;
-    let built = executables(std::io::BufReader::new(stdout))?;
+    let built = artifact::read(std::io::BufReader::new(stdout))?;
     let status = group.wait()?;
     ui::clear();
     ensure!(status.success(), "the build failed");
     Ok(built)
 }
 
-fn pick(built: &[PathBuf], name: &str) -> Result<PathBuf> {
-    let found = built.iter().find(|path| path.file_name().is_some_and(|file| file == name));
-    found.cloned().with_context(|| format!("cargo did not say where {name} is"))
-}
-
-/// The executables that cargo reports, a JSON object a line.
-fn executables(output: impl std::io::BufRead) -> Result<Vec<PathBuf>> {
-    let mut found = Vec::new();
-    for line in output.lines() {
-        let Ok(message) = serde_json::from_str::<serde_json::Value>(&line?) else { continue };
-        if let Some(path) = message.get("executable").and_then(|path| path.as_str()) {
-            found.push(PathBuf::from(path));
-        }
-    }
-    Ok(found)
+fn pick(built: &[Artifact], name: &str) -> Result<PathBuf> {
+    let found = built.iter().find(|artifact| artifact.name == name);
+    let found = found.with_context(|| format!("cargo did not say where {name} is"))?;
+    Ok(found.executable.clone())
 }
 
 /// Makes a disk image that holds `programs`, at `image`.
@@ -138,15 +128,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn executables_are_read_from_cargo_messages() {
-        let output = br#"{"reason":"compiler-artifact","executable":null}
-not json
-{"reason":"compiler-artifact","executable":"/t/release/vm-agent"}
-{"reason":"build-finished","success":true}
-"#;
-        let found = executables(output.as_slice()).unwrap();
-        assert_eq!(found, [PathBuf::from("/t/release/vm-agent")]);
-        assert!(pick(&found, "vm-agent").is_ok());
-        assert!(pick(&found, "agent").is_err());
+    fn programs_are_picked_by_their_whole_name() {
+        let built = [Artifact {
+            package: "/w/tests".into(),
+            name: "vm-agent".into(),
+            kind: "bin".into(),
+            is_test: false,
+            executable: "/t/release/vm-agent".into(),
+        }];
+        assert_eq!(pick(&built, "vm-agent").unwrap(), Path::new("/t/release/vm-agent"));
+        assert!(pick(&built, "agent").is_err());
     }
 }

@@ -81,6 +81,13 @@ const REQUIREMENTS: &[Requirement] = &[
     },
 ];
 
+/// What single checks need, which are skipped without it.
+const OF_CHECKS: &[Requirement] = &[Requirement {
+    package: "valgrind",
+    purpose: "valgrind, which checks the use of memory",
+    present: |machine| machine.program("valgrind"),
+}];
+
 impl Machine {
     fn this() -> Self {
         Self {
@@ -128,8 +135,10 @@ fn holds_libclang(directory: &Path) -> bool {
     })
 }
 
-fn missing(machine: &Machine) -> Vec<&'static Requirement> {
-    REQUIREMENTS.iter().filter(|requirement| !(requirement.present)(machine)).collect()
+type Wanted = Vec<&'static Requirement>;
+
+fn missing(machine: &Machine, wanted: impl IntoIterator<Item = &'static Requirement>) -> Wanted {
+    wanted.into_iter().filter(|requirement| !(requirement.present)(machine)).collect()
 }
 
 /// Sees to it that the host has all that the harness uses: silent if so.
@@ -138,7 +147,7 @@ fn missing(machine: &Machine) -> Vec<&'static Requirement> {
 /// When something is missing and cannot be installed; the message says what,
 /// and the command to type.
 pub fn ensure() -> Result<()> {
-    ensure_those(|_| true)
+    ensure_those(REQUIREMENTS.iter().collect())
 }
 
 /// The same for some packages only.
@@ -146,17 +155,29 @@ pub fn ensure() -> Result<()> {
 /// # Errors
 /// As [`ensure()`].
 pub fn ensure_only(packages: &[&str]) -> Result<()> {
-    ensure_those(|requirement| packages.contains(&requirement.package))
+    let is_needed = |requirement: &&Requirement| packages.contains(&requirement.package);
+    ensure_those(REQUIREMENTS.iter().filter(is_needed).collect())
 }
 
-fn ensure_those(is_needed: impl Fn(&Requirement) -> bool) -> Result<()> {
-    let machine = Machine::this();
-    let missing = |machine| {
-        let mut all = missing(machine);
-        all.retain(|requirement| is_needed(requirement));
-        all
+/// The same, and what single checks need if that is to be had: else it says what.
+///
+/// # Errors
+/// As [`ensure()`].
+pub fn ensure_with_checks() -> Result<()> {
+    let Err(error) = ensure_those(REQUIREMENTS.iter().chain(OF_CHECKS).collect()) else {
+        return Ok(());
     };
-    let missing_now = missing(&machine);
+    // apt installs nothing at all if it does not know one of the packages.
+    if ensure().is_err() {
+        return Err(error); // it names everything
+    }
+    ui::note(&format!("not all checks can be made: {error:#}"));
+    Ok(())
+}
+
+fn ensure_those(wanted: Wanted) -> Result<()> {
+    let machine = Machine::this();
+    let missing_now = missing(&machine, wanted);
     if missing_now.is_empty() {
         return Ok(());
     }
@@ -169,7 +190,7 @@ fn ensure_those(is_needed: impl Fn(&Requirement) -> bool) -> Result<()> {
         bail!("this machine lacks, and has no apt to install:{list}");
     }
     install(&machine, &packages)?;
-    let still = missing(&machine);
+    let still = missing(&machine, missing_now);
     let names: Vec<&str> = still.iter().map(|requirement| requirement.purpose).collect();
     ensure!(still.is_empty(), "still missing after the installation: {}", names.join("; "));
     Ok(())
@@ -242,7 +263,7 @@ mod tests {
     ];
 
     fn packages(machine: &Machine) -> Vec<&'static str> {
-        missing(machine).iter().map(|requirement| requirement.package).collect()
+        missing(machine, REQUIREMENTS).iter().map(|requirement| requirement.package).collect()
     }
 
     #[test]
@@ -278,6 +299,16 @@ mod tests {
             let (_root, machine) = machine(&files);
             assert_eq!(packages(&machine), [package]);
         }
+    }
+
+    #[test]
+    fn the_harness_does_without_what_checks_need() {
+        let (_root, complete) = machine(COMPLETE);
+        assert_eq!(missing(&complete, OF_CHECKS).len(), OF_CHECKS.len());
+        let mut files = COMPLETE.to_vec();
+        files.push("usr/bin/valgrind");
+        let (_root, complete) = machine(&files);
+        assert!(missing(&complete, REQUIREMENTS.iter().chain(OF_CHECKS)).is_empty());
     }
 
     #[test]

@@ -66,6 +66,34 @@ pub fn run(ctx: &Ctx, options: &[&str]) -> Result<Report> {
     Ok(report)
 }
 
+/// Runs fio like [`run`], on a device of which some requests fail. Returns how many did.
+///
+/// # Errors
+/// When its report cannot be read.
+pub fn run_for_errors(ctx: &Ctx, options: &[&str]) -> Result<u64> {
+    let path = ctx.directory().join("fio.json");
+    let output = format!("--output={}", path.display());
+    let options: Vec<String> = options.iter().map(|option| format!("--{option}")).collect();
+    let mut argv = vec!["fio", "--name=test", "--output-format=json", &output];
+    argv.extend(options.iter().map(String::as_str));
+    // Its exit code says that there were errors, which is what is wanted.
+    let _ = process::run(&argv);
+    let text = fs::read_to_string(&path).context("fio's report")?;
+    let start = text.find('{').context("fio wrote no report")?;
+    let whole: ErrorReport = serde_json::from_str(&text[start..]).context("fio's report")?;
+    Ok(whole.jobs.iter().map(|job| job.total_err).sum())
+}
+
+#[derive(Deserialize)]
+struct ErrorReport {
+    jobs: Vec<JobErrors>,
+}
+
+#[derive(Deserialize)]
+struct JobErrors {
+    total_err: u64,
+}
+
 /// Reads a report; fio may print warnings before it.
 ///
 /// # Errors

@@ -5,6 +5,8 @@
 //! To add a test, write a function and an entry in its module's table; to add
 //! a module, name its table in [`TABLES`].
 
+pub mod direct;
+pub mod dm;
 pub mod drives;
 pub mod fio;
 pub mod process;

@@ -2,10 +2,14 @@
 //! no worth.
 
 use std::fs;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use super::direct::{self, Aligned};
+use super::dm::Mapper;
 use super::drives::Drive;
 use super::{Ctx, Outcome, TestCase, fio, process, wait_for};
 use crate::config::{DEFAULT, ICOUNT, STABLE};
@@ -17,6 +21,7 @@ pub const TESTS: &[TestCase] = &[
     TestCase::guest("harness_counts_instructions", ICOUNT, deterministic_time),
     TestCase::guest("harness_makes_the_drives_asked_for", DEFAULT, drives),
     TestCase::guest("harness_drives_keep_what_is_written", DEFAULT, verified_write).seconds(300),
+    TestCase::guest("harness_makes_drives_with_bad_sectors", DEFAULT, bad_sectors),
     TestCase::guest("harness_finds_kernel_warnings", DEFAULT, warn)
         .expect_in_log(&["WARNING: CPU: 0 PID: 1 at test"]),
     TestCase::guest("harness_finds_leaked_devices", DEFAULT, leak_devices).expect_leaks(&[
@@ -117,8 +122,66 @@ fn verified_write(ctx: &Ctx) -> Result<Outcome> {
     ensure!(report.read.bytes == 8 << 20, "verified {} bytes", report.read.bytes);
     drive.wipe()?;
     let mut block = [1; 4096];
-    std::os::unix::fs::FileExt::read_exact_at(&fs::File::open(drive.path())?, &mut block, 0)?;
+    fs::File::open(drive.path())?.read_exact_at(&mut block, 0)?;
     ensure!(block.iter().all(|byte| *byte == 0), "a wiped drive is not zero");
+    Ok(Outcome::Pass)
+}
+
+/// Each bad sector fails and no other; the others are those of the drive.
+fn bad_sectors(_: &Ctx) -> Result<Outcome> {
+    const SECTOR: usize = 512;
+    const SECTORS: usize = 4096;
+    const BAD: Range<u64> = 2051..2053;
+    const EIO: i32 = 5;
+    let drive = Drive::by_serial("drive2")?;
+    let mut pattern = Aligned::new(SECTORS * SECTOR, 0);
+    for (number, sector) in (0u64..).zip(pattern.bytes().chunks_exact_mut(SECTOR)) {
+        sector.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&number.to_le_bytes()));
+    }
+    let direct = direct::open(drive.path())?;
+    direct.write_all_at(pattern.bytes(), 0)?;
+
+    let mapper = Mapper::with_bad_sectors("vm-bad", &drive, &[(BAD.start, BAD.end - BAD.start)])?;
+    let path = mapper.path();
+    let bytes = process::run(&["blockdev", "--getsize64", &path.to_string_lossy()])?.stdout;
+    ensure!(bytes.trim().parse() == Ok(drive.size_bytes()?), "{bytes} bytes");
+    let mapped = direct::open(&path)?;
+    for sector in 2040..2064 {
+        for count in [1, 2, 8] {
+            let range = sector..sector + count;
+            let is_bad = range.start < BAD.end && BAD.start < range.end;
+            let mut buffer = Aligned::new(SECTOR * usize::try_from(count)?, 0xff);
+            let read = mapped.read_exact_at(buffer.bytes(), sector * 512);
+            match read {
+                Ok(()) => {
+                    ensure!(!is_bad, "sectors {range:?} were read");
+                    let start = usize::try_from(sector)? * SECTOR;
+                    let wanted = &pattern.bytes()[start..][..buffer.bytes().len()];
+                    ensure!(buffer.bytes() == wanted, "sectors {range:?} have other contents");
+                }
+                Err(error) => {
+                    ensure!(is_bad && error.raw_os_error() == Some(EIO), "{range:?}: {error}");
+                }
+            }
+        }
+    }
+
+    let mut ones = Aligned::new(SECTOR, 1);
+    let error = mapped.write_all_at(ones.bytes(), BAD.start * 512).err();
+    ensure!(error.and_then(|error| error.raw_os_error()) == Some(EIO), "a bad sector was written");
+    mapped.write_all_at(ones.bytes(), BAD.end * 512)?;
+    drop(mapped);
+    mapper.remove()?;
+    let start = usize::try_from(BAD.end)? * SECTOR;
+    pattern.bytes()[start..start + SECTOR].fill(1);
+    let mut now = Aligned::new(SECTORS * SECTOR, 0);
+    direct.read_exact_at(now.bytes(), 0)?;
+    ensure!(now.bytes() == pattern.bytes(), "more or less than one sector was written");
+    drop(direct);
+
+    drop(Mapper::create("vm-bad", &["0 8 error"])?);
+    ensure!(!path.exists(), "the dropped device is still there");
+    drive.wipe()?;
     Ok(Outcome::Pass)
 }
 

@@ -1,13 +1,16 @@
 //! Checks and tests that run on this machine.
 
-use std::io::{BufRead, BufReader};
-use std::process::{Command, Stdio};
+use std::ffi::OsString;
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+use std::process::{Command, ExitStatus, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 use nix::sys::signal::Signal;
 
 use super::Selection;
+use super::memory;
 use super::report::{Ending, Report};
 use crate::cleanup::{self, Group};
 use crate::guest::LONG_VARIABLE;
@@ -70,8 +73,12 @@ pub fn run(selection: &Selection, report: &mut Report) -> Result<()> {
             built.clone()
         });
     }
-    if built == Ending::Passed && !report.stopped() {
-        run_tests(selection, report)?;
+    if built != Ending::Passed || report.stopped() {
+        return Ok(());
+    }
+    run_tests(selection, report)?;
+    if selection.takes(memory::NAME) {
+        memory::run(selection.long, report);
     }
     Ok(())
 }
@@ -84,7 +91,7 @@ fn run_check(check: &Check) -> Ending {
 }
 
 /// Programs are in `PATH`, or beside cargo.
-fn installed(program: &str) -> bool {
+pub fn installed(program: &str) -> bool {
     paths::program(program).is_some()
         || paths::cargo().parent().is_some_and(|directory| directory.join(program).is_file())
 }
@@ -95,44 +102,62 @@ fn cargo_command(args: &[&str]) -> Command {
     command
 }
 
+/// A program's end and all that it printed.
+pub struct Ran {
+    pub status: ExitStatus,
+    pub text: String,
+}
+
+/// A command, run in the workspace, whose output and errors are one stream.
+pub fn one_stream(program: &Path) -> Command {
+    let mut shell = cleanup::command("sh", Signal::SIGTERM);
+    shell.args(["-c", r#"exec "$0" "$@" 2>&1"#]).arg(program);
+    shell.current_dir(paths::workspace()).stdin(Stdio::null()).stdout(Stdio::piped());
+    shell
+}
+
+/// Runs a command of [`one_stream`].
+///
+/// # Errors
+/// When it cannot be started.
+pub fn run_to_end(command: &mut Command) -> Result<Ran> {
+    let mut group = Group::spawn(command, Signal::SIGTERM)?;
+    let stdout = group.child().stdout.take().context("a program's output")?;
+    let mut bytes = Vec::new();
+    BufReader::new(stdout).read_to_end(&mut bytes)?;
+    let text = String::from_utf8_lossy(&bytes).into_owned();
+    Ok(Ran { status: group.wait()?, text })
+}
+
 /// Runs cargo; its output is shown if it fails.
 fn cargo(args: &[&str], env: &[(&str, &str)]) -> Ending {
-    let started = || -> Result<(bool, String)> {
-        let mut shell = cleanup::command("sh", Signal::SIGTERM);
-        shell.args(["-c", r#"exec "$0" "$@" 2>&1"#]).arg(paths::cargo()).args(args);
-        shell.envs(env.iter().copied()).current_dir(paths::workspace());
-        shell.stdin(Stdio::null()).stdout(Stdio::piped());
-        let mut group = Group::spawn(&mut shell, Signal::SIGTERM)?;
-        let stdout = group.child().stdout.take().context("cargo's output")?;
-        let text = std::io::read_to_string(stdout)?;
-        Ok((group.wait()?.success(), text))
-    };
-    match started() {
-        Ok((true, _)) => Ending::Passed,
-        Ok((false, text)) => {
-            let reason = format!("`cargo {}` failed", args.join(" "));
-            Ending::Failed(reason, text)
-        }
-        Err(error) => Ending::Failed(format!("{error:#}"), String::new()),
+    match run_to_end(one_stream(&paths::cargo()).args(args).envs(env.iter().copied())) {
+        Ok(ran) if ran.status.success() => Ending::Passed,
+        Ok(ran) => Ending::Failed(format!("`cargo {}` failed", args.join(" ")), ran.text),
+        Err(error) => error.into(),
     }
+}
+
+/// The variable by which tests find the kernel's headers, if they are to be had. Tests that need
+/// them are marked as ignored, for those who run `cargo test`.
+pub fn kernel_headers() -> Option<(&'static str, OsString)> {
+    let image = image::ensure_image().ok()?;
+    Some(("UBLK_UAPI_HEADERS", image.headers().into()))
 }
 
 fn run_tests(selection: &Selection, report: &mut Report) -> Result<()> {
     let mut args = vec!["test", "--workspace", "--no-fail-fast", "--"];
     args.extend(selection.filter.as_deref());
-    // Tests that need the kernel's headers are marked as ignored, for those who run `cargo test`.
-    let headers = image::ensure_image().map(|image| image.headers());
-    if headers.is_ok() {
+    let headers = kernel_headers();
+    if headers.is_some() {
         args.push("--include-ignored");
     }
-    let mut shell = cleanup::command("sh", Signal::SIGTERM);
     // One stream, for the order of binaries' names and their tests.
-    shell.args(["-c", r#"exec "$0" "$@" 2>&1"#]).arg(paths::cargo()).args(&args);
-    shell.envs(headers.ok().map(|headers| ("UBLK_UAPI_HEADERS", headers)));
-    shell.envs(selection.long.then_some((LONG_VARIABLE, "1")));
-    shell.current_dir(paths::workspace()).stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut command = one_stream(&paths::cargo());
+    command.args(&args).envs(headers);
+    command.envs(selection.long.then_some((LONG_VARIABLE, "1")));
     let started = Instant::now();
-    let mut group = Group::spawn(&mut shell, Signal::SIGTERM)?;
+    let mut group = Group::spawn(&mut command, Signal::SIGTERM)?;
     let stdout = group.child().stdout.take().context("cargo's output")?;
     let mut parser = Parser::default();
     let mut text = String::new();
@@ -157,7 +182,8 @@ fn run_tests(selection: &Selection, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-fn add(report: &mut Report, result: TestResult) {
+/// Counts the result of a test of this machine.
+pub fn add(report: &mut Report, result: TestResult) {
     let ending = match result.verdict {
         Verdict::Passed => Ending::Passed,
         Verdict::Ignored(reason) if reason.is_empty() => Ending::Skipped("marked #[ignore]".into()),
@@ -181,7 +207,7 @@ fn add(report: &mut Report, result: TestResult) {
 /// When the tests cannot be built.
 pub fn names(selection: &Selection) -> Result<Vec<String>> {
     let mut names: Vec<String> = CHECKS.iter().map(|check| check.name.to_owned()).collect();
-    names.push("check_tests_build".into());
+    names.extend(["check_tests_build", memory::NAME].map(String::from));
     names.retain(|name| selection.takes(name));
     let mut command = cargo_command(&["test", "--workspace", "--quiet", "--"]);
     if let Some(filter) = &selection.filter {

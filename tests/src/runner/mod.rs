@@ -2,6 +2,7 @@
 
 mod guests;
 mod host;
+mod memory;
 mod report;
 
 use std::process::ExitCode;

@@ -16,6 +16,12 @@ pub enum Ending {
     Skipped(String),
 }
 
+impl From<anyhow::Error> for Ending {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Failed(format!("{error:#}"), String::new())
+    }
+}
+
 /// The results so far.
 #[derive(Debug)]
 pub struct Report {

@@ -2,7 +2,7 @@
 //! modes and kinds of backing; discard and write zeroes.
 
 use std::fs::File;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use anyhow::{Result, bail, ensure};
@@ -10,6 +10,7 @@ use anyhow::{Result, bail, ensure};
 use super::device::{Device, file_on_drive, fresh_drive, text};
 use super::verify::{BLOCKS, verify};
 use crate::config::DEFAULT;
+use crate::guest::direct::{self, Aligned};
 use crate::guest::{Ctx, Outcome, TestCase, fio, process};
 
 pub const TESTS: &[TestCase] = &[
@@ -73,7 +74,7 @@ fn null(ctx: &Ctx) -> Result<Outcome> {
     for lend in MODES {
         let device = Device::add(&["null", "--size", "1G", "--lend", lend])?;
         ensure!(device.described.size_bytes == 1 << 30);
-        let block = open_direct(device.path()?)?;
+        let block = direct::open(device.path()?)?;
         let mut buffer = Aligned::new(1 << 20, 0xaa);
         block.write_all_at(buffer.bytes(), 4096)?;
         buffer.bytes().fill(0xbb);
@@ -139,7 +140,7 @@ fn zeroing(backing: &Path, lend: &str) -> Result<()> {
         (&["fallocate", "--zero-range", "-n", "-o", "1049088", "-l", "1050624"], true),
         (&["fallocate", "--punch-hole", "-o", "1052672", "-l", "1048576"], true),
     ] {
-        let block = open_direct(path)?;
+        let block = direct::open(path)?;
         let mut buffer = Aligned::new(SIZE, 0x5a);
         block.write_all_at(buffer.bytes(), 0)?;
         process::run(&[how, &[path]].concat())?;
@@ -215,28 +216,4 @@ fn assert_read_only(device: Device) -> Result<()> {
     let refused = process::run_for_code(&["dd", "if=/dev/zero", &output, "count=1"], 1)?;
     ensure!(refused.stderr.contains("not permitted"), "{}", refused.stderr);
     device.delete()
-}
-
-fn open_direct(path: &str) -> Result<File> {
-    const O_DIRECT: i32 = 0o40000;
-    Ok(File::options().read(true).write(true).custom_flags(O_DIRECT).open(path)?)
-}
-
-/// Bytes at a page boundary, as direct I/O wants them.
-struct Aligned {
-    memory: Vec<u8>,
-    start: usize,
-    length: usize,
-}
-
-impl Aligned {
-    fn new(length: usize, fill: u8) -> Self {
-        let memory = vec![fill; length + 4096];
-        let start = memory.as_ptr().align_offset(4096);
-        Self { memory, start, length }
-    }
-
-    fn bytes(&mut self) -> &mut [u8] {
-        &mut self.memory[self.start..self.start + self.length]
-    }
 }

@@ -1,6 +1,7 @@
 //! Tests of ublk-target on the kernel's own driver and emulated drives.
 
 mod arguments;
+mod backing_errors;
 mod commands;
 mod data;
 mod device;
@@ -15,8 +16,9 @@ mod zero_copy;
 use super::TestCase;
 
 /// The tests of all modules here.
-pub const TABLES: [&[TestCase]; 8] = [
+pub const TABLES: [&[TestCase]; 9] = [
     arguments::TESTS,
+    backing_errors::TESTS,
     commands::TESTS,
     data::TESTS,
     filesystem::TESTS,
