@@ -1,24 +1,32 @@
-//! What a request costs in user space: the registry alone, and the engine with the loop target.
+//! What a request costs in user space: the registry alone, and the engine with the loop target in
+//! each lend mode.
 
 #![allow(missing_docs, reason = "the macros of criterion make public items without docs")]
 
-use bufreg::{Owner, Registry, SlotIndex};
+use bufreg::{Borrower, Incarnation, Owner, Registry, SlotIndex};
 use criterion::{Criterion, criterion_group, criterion_main};
-use ublk_target::engine::{Engine, OpKey, Port, QueueIdentity};
+use ublk_target::engine::{
+    Engine, EngineConfig, OpKey, Port, QueueIdentity, SlotChoice, SlotTable, TagKey,
+};
+use ublk_target::lend::LendMode;
 use ublk_target::plan::Op;
+use ublk_target::request::Geometry;
 use ublk_target::target::LoopTarget;
 use ublk_target::units::{Qid, Tag};
 use uring_ext::iod::IoDesc;
+use uring_ext::pool::Direction;
 use uring_ext::sys;
 
+const DEPTH: u16 = 128;
+
 fn lend_and_return(criterion: &mut Criterion) {
-    let mut registry = Registry::new(128);
+    let mut registry = Registry::new(DEPTH, Incarnation(0));
     let owner = Owner { device: 0, qid: 0, tag: 5 };
     criterion.bench_function("registry: lend, borrow, give back, release", |bencher| {
         bencher.iter(|| {
             let lease = registry.reserve(SlotIndex(5), owner, 0).expect("the slot is free");
             let lease = registry.activate(lease);
-            let borrow = registry.borrow(&lease).expect("nothing borrows it");
+            let borrow = registry.borrow(&lease, Borrower(7)).expect("nothing borrows it");
             registry.give_back(borrow).expect("the borrow is live");
             let lease = registry.retire(lease).expect("no borrow is left");
             registry.release(lease);
@@ -26,31 +34,75 @@ fn lend_and_return(criterion: &mut Criterion) {
     });
 }
 
-/// Remembers the one operation that a request of the loop target needs.
+/// Remembers what a request of the loop target needs next.
 #[derive(Default)]
-struct LastOp(Option<OpKey>);
+struct Last {
+    /// The tag's last fetch or commit.
+    fetch: Option<TagKey>,
+    op: Option<OpKey>,
+    /// The chain that the operation is part of.
+    chain: Option<TagKey>,
+}
 
-impl Port for LastOp {
-    fn commit(&mut self, _tag: Tag, _result: i32) {}
-    fn register(&mut self, _tag: Tag, _slot: SlotIndex) {}
-    fn unregister(&mut self, _tag: Tag, _slot: SlotIndex) {}
+impl Port for Last {
+    fn fetch(&mut self, key: TagKey, _slot: SlotIndex) {
+        self.fetch = Some(key);
+    }
+    fn commit(&mut self, key: TagKey, _result: i32, _slot: SlotIndex) {
+        self.fetch = Some(key);
+    }
+    fn register(&mut self, _key: TagKey, _slot: SlotIndex) {}
+    fn unregister(&mut self, _key: TagKey, _slot: SlotIndex) {}
     fn submit(&mut self, key: OpKey, _op: &Op, _slot: Option<SlotIndex>) {
-        self.0 = Some(key);
+        self.op = Some(key);
+    }
+    fn submit_chain(&mut self, tag: TagKey, _slot: SlotIndex, key: OpKey, _op: &Op) {
+        (self.op, self.chain) = (Some(key), Some(tag));
+    }
+    fn copy(&mut self, _: Tag, _: SlotIndex, _: Direction, from: u32, to: u32) -> i32 {
+        i32::try_from(to - from).unwrap_or(i32::MAX)
+    }
+    fn cancel(&mut self, _key: OpKey) {}
+    fn now(&mut self) -> u64 {
+        0
     }
 }
 
 fn request(criterion: &mut Criterion) {
-    let queue = QueueIdentity { device: 0, qid: Qid(0), depth: 128 };
-    let mut engine = Engine::new(LoopTarget { size: 1 << 30 }, queue);
-    let mut port = LastOp::default();
-    let iod = IoDesc { op_flags: sys::UBLK_IO_OP_READ, nr_sectors: 8, start_sector: 64 };
-    criterion.bench_function("engine: 4 KiB read of the loop target", |bencher| {
-        bencher.iter(|| {
-            engine.delivered(Tag(5), iod, 0, &mut port);
-            let key = port.0.take().expect("a read needs an operation");
-            engine.completed(key, 4096, &mut port);
+    let lent = SlotTable { lent: DEPTH, pool: 2, choice: SlotChoice::From(0) };
+    let any = SlotTable { choice: SlotChoice::AnyFree, ..lent };
+    let pool = SlotTable { lent: 0, pool: DEPTH, choice: SlotChoice::From(0) };
+    let modes = [
+        (LendMode::Fused, lent),
+        (LendMode::Slot, any),
+        (LendMode::UserCopy, pool),
+        (LendMode::Copy, pool),
+    ];
+    for (lend, slots) in modes {
+        let config = EngineConfig {
+            queue: QueueIdentity { device: 0, qid: Qid(0), depth: DEPTH },
+            incarnation: Incarnation(0),
+            lend,
+            slots,
+            geometry: Geometry { size: 1 << 30, block: 512, max_bytes: 1 << 20 },
+            deadline: None,
+        };
+        let mut engine = Engine::new(LoopTarget { size: 1 << 30 }, config);
+        let mut port = Last::default();
+        engine.fetch_all(&mut port);
+        let iod = IoDesc { op_flags: sys::UBLK_IO_OP_READ, nr_sectors: 8, start_sector: 64 };
+        criterion.bench_function(&format!("engine: 4 KiB read of the loop target, {lend}"), |it| {
+            it.iter(|| {
+                let fetch = port.fetch.take().expect("the tag is with the driver");
+                engine.delivered(fetch, iod, &mut port);
+                let key = port.op.take().expect("a read needs an operation");
+                engine.completed(key, 4096, &mut port);
+                if let Some(chain) = port.chain.take() {
+                    engine.unregistered(chain, 0, &mut port);
+                }
+            });
         });
-    });
+    }
 }
 
 criterion_group!(benches, lend_and_return, request);

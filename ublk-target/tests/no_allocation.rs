@@ -1,15 +1,29 @@
-//! After its construction the engine allocates nothing, whatever requests do.
+//! After its construction a lane allocates nothing, whatever requests do.
+
+#[path = "no_allocation/memory.rs"]
+mod memory;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
+use std::collections::VecDeque;
 
-use bufreg::SlotIndex;
-use ublk_target::engine::{Engine, OpKey, Port, QueueIdentity};
-use ublk_target::plan::Op;
-use ublk_target::target::{AnyTarget, LoopTarget, NullTarget};
-use ublk_target::units::{Qid, Tag};
+use bufreg::Incarnation;
+use ublk_target::backing::DiscardCall;
+use ublk_target::engine::{EngineConfig, EngineStats, QueueIdentity, Recorder};
+use ublk_target::engine::{SlotChoice, SlotTable};
+use ublk_target::lane::Lane;
+use ublk_target::lane::event::Event;
+use ublk_target::lend::LendMode;
+use ublk_target::plan::Planner;
+use ublk_target::request::Geometry;
+use ublk_target::target::{LoopTarget, NullTarget};
+use ublk_target::units::Qid;
 use uring_ext::iod::IoDesc;
-use uring_ext::sys;
+use uring_ext::pool::BufferPool;
+use uring_ext::ring::Cqe;
+use uring_ext::{Errno, sys};
+
+use memory::{Entry, Kind, Memory, Sectors};
 
 thread_local! {
     static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
@@ -34,92 +48,275 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-const DEPTH: u16 = 64;
+const DEPTH: u16 = 16;
+const DEADLINE: u64 = 1_000_000;
+const BUFFER_BYTES: u32 = 16 << 10;
+const ROUNDS: u64 = 300;
 
-/// Keeps what the engine decided in memory set aside before the measurement.
-struct Kept {
-    ops: Vec<(OpKey, Op)>,
-    registrations: Vec<Tag>,
-    unregistrations: Vec<Tag>,
-    commits: u64,
+/// A lane, and what its kernel has in hand.
+struct Play<P> {
+    lane: Lane<P, Memory>,
+    /// By tag: what the completion of its fetch will carry, while the driver has it.
+    fetches: [Option<u64>; DEPTH as usize],
+    /// Operations that do not complete.
+    held: Vec<Entry>,
+    /// The registration of the chain that is being carried out has failed.
+    unregistered: bool,
+    answers: u64,
 }
 
-impl Port for Kept {
-    fn commit(&mut self, _tag: Tag, _result: i32) {
-        self.commits += 1;
+impl<P: Planner> Play<P> {
+    fn new(planner: P, lend: LendMode, slots: SlotTable) -> Self {
+        let config = EngineConfig {
+            queue: QueueIdentity { device: 0, qid: Qid(0), depth: DEPTH },
+            incarnation: Incarnation(5),
+            lend,
+            slots,
+            geometry: Geometry { size: 1 << 20, block: 512, max_bytes: BUFFER_BYTES },
+            deadline: Some(DEADLINE),
+        };
+        let room = usize::from(DEPTH) * 32;
+        let io = Memory {
+            pool: BufferPool::new(slots.pool.max(1), BUFFER_BYTES).unwrap(),
+            queue: VecDeque::with_capacity(room),
+            full: false,
+            iods: [IoDesc { op_flags: 0, nr_sectors: 0, start_sector: 0 }; DEPTH as usize],
+            copies: 0,
+            now: 1,
+        };
+        let discards = [DiscardCall::BlockCommand, DiscardCall::PunchHole].into();
+        let mut lane = Lane::new(planner, config, discards, None, io);
+        lane.engine_mut().measure(Some(Box::new(Recorder::new())));
+        lane.fetch_all();
+        let held = Vec::with_capacity(room);
+        let fetches = [None; DEPTH as usize];
+        Self { lane, fetches, held, unregistered: false, answers: 0 }
     }
-    fn register(&mut self, tag: Tag, _slot: SlotIndex) {
-        self.registrations.push(tag);
-    }
-    fn unregister(&mut self, tag: Tag, _slot: SlotIndex) {
-        self.unregistrations.push(tag);
-    }
-    fn submit(&mut self, key: OpKey, op: &Op, _slot: Option<SlotIndex>) {
-        self.ops.push((key, *op));
-    }
-}
 
-/// Plays requests of all kinds, short transfers, retries, errors and explicit registrations.
-fn play(engine: &mut Engine<AnyTarget>, kept: &mut Kept, rounds: u32) {
-    for round in 0..rounds {
+    /// Delivers a request of each kind to the tags that the driver has.
+    fn deliver(&mut self, round: u64) {
         for tag in 0..DEPTH {
+            let Some(user_data) = self.fetches[usize::from(tag)].take() else { continue };
             let ops = [
                 sys::UBLK_IO_OP_READ,
                 sys::UBLK_IO_OP_WRITE | sys::UBLK_IO_F_FUA,
                 sys::UBLK_IO_OP_FLUSH,
+                sys::UBLK_IO_OP_WRITE,
                 sys::UBLK_IO_OP_DISCARD,
                 sys::UBLK_IO_OP_WRITE_ZEROES,
-                sys::UBLK_IO_OP_READ | sys::UBLK_IO_F_NEED_REG_BUF,
+                sys::UBLK_IO_OP_READ,
                 sys::UBLK_IO_OP_REPORT_ZONES,
             ];
-            let op_flags = ops[usize::from(tag) % ops.len()];
-            let iod = IoDesc { op_flags, nr_sectors: 8, start_sector: u64::from(tag) * 8 };
-            engine.delivered(Tag(tag), iod, u64::from(round), kept);
-        }
-        while let Some(tag) = kept.registrations.pop() {
-            engine.registered(tag, 0, kept);
-        }
-        let mut turn = round;
-        while let Some((key, op)) = kept.ops.pop() {
-            turn += 1;
-            let all = i32::try_from(op.len).unwrap();
-            let res = match turn % 8 {
-                0 if op.len > 512 => 512,
-                1 => -libc::EAGAIN,
-                2 => -libc::EIO,
-                _ => all,
-            };
-            engine.completed(key, res, kept);
-        }
-        while let Some(tag) = kept.unregistrations.pop() {
-            engine.unregistered(tag, 0, kept);
+            let mut op_flags =
+                ops[(usize::from(tag) + usize::try_from(round).unwrap()) % ops.len()];
+            let fused = self.lane.engine().config().lend == LendMode::Fused;
+            if fused && (u64::from(tag) + round) % 5 == 0 {
+                op_flags |= sys::UBLK_IO_F_NEED_REG_BUF;
+            }
+            // Now and then one beyond the end.
+            let start_sector = if (round + u64::from(tag)) % 23 == 0 { 1 << 40 } else { 32 };
+            let nr_sectors = 1 + u32::from(tag) % 20;
+            self.lane.io().iods[usize::from(tag)] = IoDesc { op_flags, nr_sectors, start_sector };
+            self.lane.handle(Cqe { user_data, res: 0 });
+            // Again, and one of an earlier life: both change nothing.
+            self.lane.handle(Cqe { user_data, res: 0 });
+            self.lane.handle(Cqe { user_data: 1 << 48, res: 0 });
         }
     }
+
+    /// Has the kernel carry out everything that it can.
+    fn serve(&mut self, turn: &mut u64) {
+        loop {
+            self.lane.before_submit();
+            let Some(entry) = self.lane.io().queue.pop_front() else { return };
+            *turn += 1;
+            self.carry_out(entry, *turn);
+        }
+    }
+
+    fn carry_out(&mut self, entry: Entry, turn: u64) {
+        let res = match entry.kind {
+            Kind::Fetch => {
+                let Some(Event::Fetched(key)) = Event::decode(entry.user_data, Incarnation(5))
+                else {
+                    panic!("a fetch is named as such")
+                };
+                self.fetches[key.tag.index()] = Some(entry.user_data);
+                self.answers += u64::from(key.turn > 0);
+                return;
+            }
+            Kind::Register => {
+                let res = match turn % 7 {
+                    0 => Errno::ENOMEM.negated(),
+                    1 => Errno::EBUSY.negated(),
+                    _ => 0,
+                };
+                self.unregistered = res < 0;
+                res
+            }
+            Kind::Unregister if std::mem::take(&mut self.unregistered) => Errno::EINVAL.negated(),
+            Kind::Unregister => match turn % 11 {
+                0 => Errno::EAGAIN.negated(),
+                1 => Errno::EIO.negated(),
+                _ => 0,
+            },
+            Kind::Transfer if self.unregistered => Errno::EFAULT.negated(),
+            Kind::Transfer | Kind::Other => match turn % 19 {
+                0 => return self.held.push(entry),
+                1 | 2 => Errno::EAGAIN.negated(),
+                3 => Errno::EIO.negated(),
+                4 => 0,
+                5 | 6 if entry.kind == Kind::Transfer => 100.min(entry.len),
+                _ if entry.kind == Kind::Transfer => entry.len,
+                _ => 0,
+            },
+            Kind::Cancel { user_data } => {
+                let held = self.held.iter().position(|held| held.user_data == user_data);
+                match held.filter(|_| turn % 2 == 0) {
+                    Some(at) => {
+                        let held = self.held.swap_remove(at);
+                        self.complete(held, Errno::ECANCELED.negated());
+                        0
+                    }
+                    None => Errno::EALREADY.negated(),
+                }
+            }
+        };
+        self.complete(entry, res);
+    }
+
+    fn complete(&mut self, entry: Entry, res: i32) {
+        if !(entry.skip_success && res >= 0) {
+            self.lane.handle(Cqe { user_data: entry.user_data, res });
+        }
+    }
+
+    fn let_deadlines_pass(&mut self) {
+        let io = self.lane.io();
+        io.now += 2 * DEADLINE;
+        let now = io.now;
+        self.lane.set_now(now);
+        self.lane.before_submit();
+    }
+
+    fn round(&mut self, round: u64, turn: &mut u64) {
+        self.deliver(round);
+        self.serve(turn);
+        // Some are cancelled, and the rest given up; then they complete after all.
+        self.let_deadlines_pass();
+        self.serve(turn);
+        self.let_deadlines_pass();
+        self.serve(turn);
+        while let Some(entry) = self.held.pop() {
+            let res = if entry.kind == Kind::Transfer { entry.len } else { 0 };
+            self.complete(entry, res);
+            self.serve(turn);
+        }
+    }
+
+    fn stats(&self) -> EngineStats {
+        *self.lane.engine().stats()
+    }
+}
+
+fn allocations() -> u64 {
+    ALLOCATIONS.with(Cell::get)
+}
+
+/// Requests of all kinds in one mode; what the engine has counted.
+fn play(planner: impl Planner, lend: LendMode, slots: SlotTable) -> EngineStats {
+    let mut play = Play::new(planner, lend, slots);
+    let mut turn = 0;
+    play.serve(&mut turn);
+    let before = allocations();
+    for round in 0..ROUNDS {
+        play.round(round, &mut turn);
+    }
+    assert_eq!(allocations() - before, 0, "{lend}, {slots:?}: {}", play.stats());
+    assert_eq!(play.answers, ROUNDS * u64::from(DEPTH), "every request was answered");
+    play.stats()
+}
+
+/// The ways to lend, each with its buffer table.
+fn modes() -> [(LendMode, SlotTable); 5] {
+    let from_zero = SlotChoice::From(0);
+    let own = SlotTable { lent: DEPTH, pool: 1, choice: from_zero };
+    let any = SlotTable { choice: SlotChoice::AnyFree, ..own };
+    let pool = SlotTable { lent: 0, pool: DEPTH, choice: from_zero };
+    [
+        (LendMode::Fused, own),
+        (LendMode::Slot, own),
+        (LendMode::Slot, any),
+        (LendMode::UserCopy, pool),
+        (LendMode::Copy, pool),
+    ]
 }
 
 #[test]
 fn serving_requests_allocates_nothing() {
-    for target in [AnyTarget::Loop(LoopTarget { size: 1 << 20 }), AnyTarget::Null(NullTarget)] {
-        let queue = QueueIdentity { device: 0, qid: Qid(0), depth: DEPTH };
-        let mut engine = Engine::new(target, queue);
-        let room = usize::from(DEPTH) * 8;
-        let mut kept = Kept {
-            ops: Vec::with_capacity(room),
-            registrations: Vec::with_capacity(room),
-            unregistrations: Vec::with_capacity(room),
-            commits: 0,
-        };
-        let before = ALLOCATIONS.with(Cell::get);
-        play(&mut engine, &mut kept, 1000);
-        let allocations = ALLOCATIONS.with(Cell::get) - before;
-        assert_eq!(kept.commits, 1000 * u64::from(DEPTH), "every request was answered");
-        assert_eq!(allocations, 0, "{target:?}");
+    for (lend, slots) in modes() {
+        let all = [
+            play(LoopTarget { size: 1 << 20 }, lend, slots),
+            play(NullTarget, lend, slots),
+            play(Sectors, lend, slots),
+        ];
+        // It was what it says: retries, short transfers, errors, deadlines and what follows.
+        for stats in &all {
+            assert!(stats.retries > 0 && stats.partial > 0 && stats.failed > 0, "{lend}: {stats}");
+            assert!(stats.timed_out > 0 && stats.lost_ops > 0, "{lend}: {stats}");
+            assert!(stats.refused_unknown > 0 && stats.refused_malformed > 0, "{lend}: {stats}");
+            assert!(stats.stale > 0, "{lend}: {stats}");
+        }
+        let sum = |count: fn(&EngineStats) -> u64| all.iter().map(count).sum::<u64>();
+        if lend.is_zero_copy() {
+            assert!(sum(|stats| stats.registered) > 0 && sum(|stats| stats.copied) > 0, "{lend}");
+            assert!(sum(|stats| stats.failed_registrations) > 0, "{lend}");
+            assert!(sum(|stats| stats.failed_unregistrations) > 0, "{lend}");
+            assert!(sum(|stats| stats.waited) > 0, "{lend}: some wait for the one spare buffer");
+        }
+        assert_eq!(lend == LendMode::Fused, sum(|stats| stats.need_reg_buf) > 0, "{lend}");
     }
+}
+
+/// The worst that the lane's backlog can come to: while the ring takes nothing, the operations of
+/// a window are cancelled but complete, those of the next one follow, and are cancelled too.
+#[test]
+fn a_ring_that_takes_nothing_makes_nobody_allocate() {
+    let slots = SlotTable { lent: DEPTH, pool: 0, choice: SlotChoice::From(0) };
+    let mut play = Play::new(Sectors, LendMode::Fused, slots);
+    let mut turn = 0;
+    play.serve(&mut turn);
+    let mut inflight = Vec::with_capacity(usize::from(DEPTH) * 8);
+    let before = allocations();
+    for tag in 0..DEPTH {
+        let user_data = play.fetches[usize::from(tag)].take().unwrap();
+        let op_flags = sys::UBLK_IO_OP_READ;
+        play.lane.io().iods[usize::from(tag)] =
+            IoDesc { op_flags, nr_sectors: 20, start_sector: 0 };
+        play.lane.handle(Cqe { user_data, res: 0 });
+    }
+    inflight.extend(play.lane.io().queue.drain(..));
+    play.lane.io().full = true;
+    play.let_deadlines_pass();
+    for entry in inflight.drain(..) {
+        play.complete(entry, entry.len);
+    }
+    play.let_deadlines_pass();
+    let (waiting, per_tag) = (play.lane.backlog(), 7 + 7 + 7);
+    assert_eq!(waiting, usize::from(DEPTH) * per_tag);
+    assert_eq!(allocations() - before, 0);
+    play.lane.io().full = false;
+    play.serve(&mut turn);
+    while let Some(entry) = play.held.pop() {
+        play.complete(entry, entry.len);
+        play.serve(&mut turn);
+    }
+    assert_eq!(play.answers, u64::from(DEPTH));
 }
 
 #[test]
 fn the_counter_counts() {
-    let before = ALLOCATIONS.with(Cell::get);
+    let before = allocations();
     drop(std::hint::black_box(Box::new(7)));
-    assert_eq!(ALLOCATIONS.with(Cell::get), before + 1);
+    assert_eq!(allocations(), before + 1);
 }

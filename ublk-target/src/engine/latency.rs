@@ -8,7 +8,8 @@ use crate::request::RequestKind;
 /// taken off the ring until the engine took it up. *plan*: until its first operation was issued,
 /// getting the buffer included. *backing*: until its last operation completed, with continuations
 /// and retries. *commit*: until its answer was handed to the driver, giving the buffer back
-/// included.
+/// included. Where getting and giving back are one chain with the operation, they count as
+/// *backing*.
 pub const STAGES: [&str; 5] = ["queue", "plan", "backing", "commit", "total"];
 
 /// When a request passed from one stage to the next, in nanoseconds of the caller's clock. All are
@@ -79,23 +80,16 @@ impl Recorder {
         &self.histograms[kind][stage]
     }
 
-    /// Makes this one equal to another, without allocating.
-    pub fn copy_from(&mut self, other: &Self) {
-        for (mine, other) in
-            self.histograms.iter_mut().flatten().zip(other.histograms.iter().flatten())
-        {
-            // The bounds are the same, so it cannot fail.
-            let _ = mine.set_to(other);
-        }
+    /// Whether nothing is recorded.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.histograms.iter().flatten().all(Histogram::is_empty)
     }
 
-    /// Takes away what an earlier copy of this one had recorded.
-    pub fn subtract(&mut self, earlier: &Self) {
-        for (mine, earlier) in
-            self.histograms.iter_mut().flatten().zip(earlier.histograms.iter().flatten())
-        {
-            // An earlier copy has no more than this one, so it cannot fail.
-            let _ = mine.subtract(earlier);
+    /// Forgets what is recorded.
+    pub fn clear(&mut self) {
+        for histogram in self.histograms.iter_mut().flatten().filter(|each| !each.is_empty()) {
+            histogram.reset();
         }
     }
 
@@ -104,6 +98,7 @@ impl Recorder {
         for (mine, other) in
             self.histograms.iter_mut().flatten().zip(other.histograms.iter().flatten())
         {
+            // The bounds are the same, so it cannot fail.
             let _ = mine.add(other);
         }
     }
@@ -142,17 +137,21 @@ mod tests {
     }
 
     #[test]
-    fn intervals_are_differences() {
-        let mut recorder = Recorder::new();
+    fn what_intervals_recorded_is_added() {
+        let mut interval = Recorder::new();
+        let mut all = Recorder::new();
         let stamps = Stamps { reaped: 1000, begun: 2000, issued: 3000, done: 4000 };
-        recorder.record(RequestKind::Read, stamps, 5000);
-        let mut earlier = Recorder::new();
-        earlier.copy_from(&recorder);
-        recorder.record(RequestKind::Read, stamps, 9000);
-        recorder.subtract(&earlier);
-        assert_eq!(recorder.histogram(0, 4).len(), 1);
-        assert!(recorder.histogram(0, 4).equivalent(recorder.histogram(0, 4).max(), 8000));
-        recorder.add(&earlier);
-        assert_eq!(recorder.histogram(0, 4).len(), 2);
+        for (committed, expected) in [(9000, 8000), (5000, 4000)] {
+            interval.record(RequestKind::Read, stamps, committed);
+            let total = interval.histogram(0, 4);
+            assert_eq!(total.len(), 1);
+            assert!(total.equivalent(total.max(), expected), "what was before is forgotten");
+            all.add(&interval);
+            interval.clear();
+            assert!(interval.is_empty());
+        }
+        let total = all.histogram(0, 4);
+        assert_eq!(total.len(), 2);
+        assert!(total.equivalent(total.max(), 8000) && total.equivalent(total.min(), 4000));
     }
 }

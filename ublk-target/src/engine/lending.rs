@@ -111,13 +111,16 @@ impl<P: Planner> Engine<P> {
 
     /// The answer to [`Port::register`], or word that the registration of a chain has failed.
     pub fn registered(&mut self, key: TagKey, res: i32, port: &mut impl Port) {
-        if key != self.current(key.tag) {
+        if !self.is_current(key) {
             self.stats.stale += 1;
             return;
         }
         let tag = key.tag;
         if let Some(chain) = running(&mut self.tags, tag).and_then(|run| run.chain.as_mut()) {
-            chain.registration = chain.registration.or(Errno::from_result(res).err());
+            match Errno::from_result(res) {
+                Err(errno) if chain.registration.is_none() => chain.registration = Some(errno),
+                Ok(_) | Err(_) => self.stats.unexpected += 1,
+            }
             return;
         }
         let state = &mut self.tags[tag.index()];
@@ -191,16 +194,29 @@ impl<P: Planner> Engine<P> {
             return self.registration_failed(tag, run, errno, port);
         }
         self.stats.registered += 1;
-        if chain.unregistration.is_some_and(|res| res < 0) {
-            self.quarantine(tag, lease);
-        } else {
-            self.registry.release(lease);
+        let unregistered = Errno::from_result(chain.unregistration.unwrap_or(0));
+        match unregistered {
+            Ok(_) => self.registry.release(lease),
+            // Alone it may succeed; unless there is a rest, which is better copied.
+            Err(errno) if is_transient(errno) && outcome != Progress::Again => {
+                if let Progress::Failed(errno) = outcome {
+                    run.fail(errno);
+                }
+                self.stats.retries += 1;
+                run.tries = 0;
+                return self.unregister(tag, run, lease, port);
+            }
+            Err(_) => self.quarantine(tag, lease),
         }
         match outcome {
             Progress::Again => {
                 run.tries = 0;
                 run.replan(&mut self.plans[tag.index()], ended);
-                self.lend_registered(tag, run, port);
+                match unregistered {
+                    Ok(_) => self.lend_registered(tag, run, port),
+                    // A tag has one slot in quarantine at most, so that slots do not run out.
+                    Err(errno) => self.copy_instead(tag, run, errno, port),
+                }
             }
             Progress::Done => self.answer(tag, run, port),
             Progress::Failed(errno) => {
@@ -318,9 +334,7 @@ impl<P: Planner> Engine<P> {
             Way::Delivered => self.registry.release(lease),
             Way::Registered => {
                 run.tries = 0;
-                port.unregister(self.next_turn(tag), lease.slot());
-                self.tags[tag.index()] = TagState::Unregistering { run, lease };
-                return;
+                return self.unregister(tag, run, lease, port);
             }
             Way::Copied => {
                 if run.request.kind == RequestKind::Read && !run.failed() {
@@ -335,15 +349,24 @@ impl<P: Planner> Engine<P> {
         self.answer(tag, run, port);
     }
 
+    fn unregister(&mut self, tag: Tag, run: Run, lease: Lease<Retiring>, port: &mut impl Port) {
+        port.unregister(self.next_turn(tag), lease.slot());
+        self.tags[tag.index()] = TagState::Unregistering { run, lease };
+    }
+
     /// The answer to [`Port::unregister`], alone or at the end of a chain.
     pub fn unregistered(&mut self, key: TagKey, res: i32, port: &mut impl Port) {
-        if key != self.current(key.tag) {
+        if !self.is_current(key) {
             self.stats.stale += 1;
             return;
         }
         let tag = key.tag;
         if let Some(chain) = running(&mut self.tags, tag).and_then(|run| run.chain.as_mut()) {
-            chain.unregistration.get_or_insert(res);
+            if chain.unregistration.is_some() {
+                self.stats.unexpected += 1;
+                return;
+            }
+            chain.unregistration = Some(res);
             self.end_chain(tag, port);
             return self.serve_waiting(port);
         }
@@ -358,9 +381,7 @@ impl<P: Planner> Engine<P> {
             Err(errno) if is_transient(errno) && run.tries < MAX_RETRIES => {
                 self.stats.retries += 1;
                 run.tries += 1;
-                port.unregister(self.next_turn(tag), lease.slot());
-                self.tags[tag.index()] = TagState::Unregistering { run, lease };
-                return;
+                return self.unregister(tag, run, lease, port);
             }
             Err(_) => self.quarantine(tag, lease),
         }

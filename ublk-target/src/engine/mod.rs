@@ -137,13 +137,14 @@ impl<P: Planner> Engine<P> {
     pub fn fetch_all(&mut self, port: &mut impl Port) {
         for tag in 0..self.config.queue.depth {
             let tag = Tag(tag);
-            port.fetch(self.current(tag), self.tag_slot(tag));
+            let turn = self.turns[tag.index()];
+            port.fetch(TagKey { tag, turn }, self.tag_slot(tag));
         }
     }
 
     /// The driver delivered a request.
     pub fn delivered(&mut self, key: TagKey, iod: IoDesc, port: &mut impl Port) {
-        if key != self.current(key.tag) {
+        if !self.is_current(key) {
             self.stats.stale += 1;
             return;
         }
@@ -176,15 +177,21 @@ impl<P: Planner> Engine<P> {
         self.serve_waiting(port);
     }
 
-    /// The driver will deliver nothing more for the tag.
-    pub fn fetch_ended(&mut self, key: TagKey) {
-        let state = &mut self.tags[key.tag.index()];
-        if key.turn == self.turns[key.tag.index()] && matches!(state, TagState::WithDriver) {
-            *state = TagState::Ended;
-            self.ended += 1;
-        } else {
-            self.stats.unexpected += 1;
+    /// The driver will deliver nothing more for the tag. Says whether that is so: it is not if the
+    /// tag's present fetch is another one, or the engine has its request.
+    pub fn fetch_ended(&mut self, key: TagKey) -> bool {
+        if !self.is_current(key) {
+            self.stats.stale += 1;
+            return false;
         }
+        let state = &mut self.tags[key.tag.index()];
+        if !matches!(state, TagState::WithDriver) {
+            self.stats.unexpected += 1;
+            return false;
+        }
+        *state = TagState::Ended;
+        self.ended += 1;
+        true
     }
 
     /// An operation completed with `res`.
@@ -202,8 +209,6 @@ impl<P: Planner> Engine<P> {
                 self.stats.retries += 1;
                 Progress::Again
             }
-            // An error that means "try again" would be taken as such by some who see it.
-            Err(Errno::EAGAIN | Errno::EINTR) => Progress::Failed(Errno::EIO),
             Err(errno) => Progress::Failed(errno),
         };
         let outcome = match outcome {
@@ -292,6 +297,11 @@ impl<P: Planner> Engine<P> {
         })
     }
 
+    /// Whether the engine has a request of this tag: delivered, and not committed yet.
+    pub fn has_request(&self, tag: Tag) -> bool {
+        self.tags.get(tag.index()).is_some_and(TagState::is_open)
+    }
+
     /// The operation and tag that the registry knows by a label, while it is in flight.
     pub fn borrower(&self, borrower: Borrower) -> Option<(Tag, Op)> {
         self.inflight.borrower(borrower).map(|inflight| (inflight.tag, inflight.op))
@@ -314,8 +324,10 @@ impl<P: Planner> Engine<P> {
         Stamps { reaped: self.now, begun: port.now(), ..Stamps::default() }
     }
 
-    fn current(&self, tag: Tag) -> TagKey {
-        TagKey { tag, turn: self.turns[tag.index()] }
+    /// Whether the key is that of the tag's last command. It may name a tag that does not exist,
+    /// since it comes from a completion.
+    fn is_current(&self, key: TagKey) -> bool {
+        self.turns.get(key.tag.index()) == Some(&key.turn)
     }
 
     /// The key of the tag's next command; answers to earlier ones are stale from now on.
@@ -378,7 +390,9 @@ impl<P: Planner> Engine<P> {
                     let borrow = self.registry.borrow(lease, key.borrower());
                     Some(borrow.map_err(|_| Errno::EIO)?)
                 }
-                Held::Nothing | Held::Quarantined(_) => return Err(Errno::EINVAL),
+                // An operation was given up and has completed after all.
+                Held::Quarantined(_) => return Err(Errno::ETIMEDOUT),
+                Held::Nothing => return Err(Errno::EINVAL),
             };
             let deadline = deadline_of(self.config.deadline, self.now);
             let cancel = Cancel::No;
@@ -419,7 +433,9 @@ impl<P: Planner> Engine<P> {
             Ok(bytes) => bytes,
             Err(errno) => {
                 self.stats.failed += 1;
-                errno.negated()
+                // An error that means "try again" would be taken as such by some who see it.
+                let again = matches!(errno, Errno::EAGAIN | Errno::EINTR);
+                if again { Errno::EIO.negated() } else { errno.negated() }
             }
         };
         let slot = self.tag_slot(tag);

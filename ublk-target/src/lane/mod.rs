@@ -127,15 +127,16 @@ impl<P: Planner, Io: LaneIo> Lane<P, Io> {
         let (engine, port) = (&mut self.engine, &mut self.port);
         match event {
             Event::Fetched(key) => match Errno::from_result(cqe.res) {
+                // There is no descriptor of a tag that does not exist.
+                Ok(_) if key.tag.0 >= engine.config().queue.depth => engine.note_stale(),
                 Ok(_) => {
                     let iod = port.io.iod(key.tag);
                     engine.delivered(key, iod, port);
                 }
                 Err(errno) => {
-                    if errno != Errno::ENODEV {
+                    if engine.fetch_ended(key) && errno != Errno::ENODEV {
                         self.refused.get_or_insert(LaneError::Refused { tag: key.tag, errno });
                     }
-                    engine.fetch_ended(key);
                 }
             },
             Event::Op(key) => engine.completed(key, cqe.res, port),
@@ -170,6 +171,11 @@ impl<P: Planner, Io: LaneIo> Lane<P, Io> {
     pub fn check(&self) -> Result<(), LaneError> {
         self.port.failure.map_or(Ok(()), |errno| Err(LaneError::Ring(errno)))?;
         self.refused.map_or(Ok(()), Err)
+    }
+
+    /// How many entries the rings had no room for.
+    pub fn backlog(&self) -> usize {
+        self.port.backlog()
     }
 
     /// Asks for a [`Handled::Wake`] when a fixed file can be read.

@@ -58,8 +58,9 @@ impl<Io: LaneIo> RingPort<Io> {
         discards: Box<[DiscardCall]>,
         faults: Option<Faults>,
     ) -> Self {
-        // A command or a chain, or a window of operations and their cancelling, for every tag.
-        let room = usize::from(config.queue.depth) * WINDOW_OPS * 2 + 8;
+        // A command or a chain for every tag; or a window of operations and their cancelling, and
+        // the cancelling of the window before, whose operations have completed meanwhile.
+        let room = usize::from(config.queue.depth) * WINDOW_OPS * 3 + 8;
         Self {
             io,
             qid: config.queue.qid.0,
@@ -72,6 +73,11 @@ impl<Io: LaneIo> RingPort<Io> {
             backlog: VecDeque::with_capacity(room),
             failure: None,
         }
+    }
+
+    /// How many entries wait for room.
+    pub fn backlog(&self) -> usize {
+        self.backlog.len()
     }
 
     /// Pushes what the ring had no room for, as far as it has now.

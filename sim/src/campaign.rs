@@ -1,0 +1,73 @@
+//! Many seeds, and what they came to together.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use crate::ending::Outcome;
+use crate::fault::{Fault, Tally};
+use crate::world::{Options, play};
+
+/// A seed that broke a promise.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Failure {
+    /// The seed.
+    pub seed: u64,
+    /// What was found wrong.
+    pub message: String,
+}
+
+/// What a number of seeds came to.
+#[derive(Clone, Debug, Default)]
+pub struct Campaign {
+    /// Seeds played.
+    pub seeds: u64,
+    /// Requests that clients asked for.
+    pub requests: u64,
+    /// Those that were answered with success.
+    pub succeeded: u64,
+    /// Steps, each followed by all checks.
+    pub steps: u64,
+    /// Faults.
+    pub tally: Tally,
+    /// The engines' counters, by name.
+    pub counters: Vec<(&'static str, u64)>,
+    /// A number that only the same seeds have.
+    pub hash: u64,
+}
+
+impl Campaign {
+    /// Plays a seed and adds what it came to.
+    ///
+    /// # Errors
+    /// [`Failure`] if it broke a promise; nothing is added then.
+    pub fn play(&mut self, seed: u64, options: &Options) -> Result<(), Failure> {
+        let outcome = catch_unwind(AssertUnwindSafe(|| play(seed, options)));
+        let outcome = outcome.map_err(|panic| {
+            let text = panic.downcast_ref::<String>().map(String::as_str);
+            let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+            Failure { seed, message: text.unwrap_or("a panic without a message").to_owned() }
+        })?;
+        self.add(&outcome);
+        Ok(())
+    }
+
+    fn add(&mut self, outcome: &Outcome) {
+        self.seeds += 1;
+        self.requests += outcome.requests;
+        self.succeeded += outcome.succeeded;
+        self.steps += outcome.steps;
+        self.tally.merge(&outcome.tally);
+        self.hash = self.hash.rotate_left(1) ^ outcome.hash;
+        if self.counters.is_empty() {
+            self.counters.clone_from(&outcome.counters);
+            return;
+        }
+        for (sum, (_, count)) in self.counters.iter_mut().zip(&outcome.counters) {
+            sum.1 += count;
+        }
+    }
+
+    /// Faults that no seed has seen.
+    pub fn unseen(&self) -> impl Iterator<Item = Fault> + '_ {
+        self.tally.unseen()
+    }
+}

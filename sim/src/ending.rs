@@ -1,0 +1,113 @@
+//! The end of a life, and of a run: are all accounts settled?
+
+use ublk_target::engine::{EngineStats, STAGES};
+use ublk_target::request::RequestKind;
+
+use crate::fault::{Fault, Tally};
+use crate::kernel::Kernel;
+use crate::world::World;
+
+/// What a run came to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Outcome {
+    /// Requests that clients asked for. Each was answered once, or failed by its server's death.
+    pub requests: u64,
+    /// Requests that were answered with success.
+    pub succeeded: u64,
+    /// Steps, those of the end included.
+    pub steps: u64,
+    /// Faults.
+    pub tally: Tally,
+    /// The engines' counters, by name.
+    pub counters: Vec<(&'static str, u64)>,
+    /// A number that only the same run has.
+    pub hash: u64,
+}
+
+impl World {
+    /// At the end of a life: what the engine has counted.
+    pub(crate) fn settle_accounts(&mut self) {
+        let stats = *self.lane.engine().stats();
+        assert_eq!(stats.stale + stats.unexpected, self.noise, "{stats}");
+        assert_eq!(stats.all_requests(), self.delivered, "{stats}");
+        let open = self.lane.engine().holdings().requests;
+        assert_eq!(stats.commits + open as u64, self.delivered, "{stats}");
+        if let Some(recorder) = self.lane.engine().recorder() {
+            let total = |kind| recorder.histogram(kind, STAGES.len() - 1).len();
+            let recorded: u64 = (0..RequestKind::NAMES.len()).map(total).sum();
+            assert!(recorded <= stats.commits, "{recorded} latencies; {stats}");
+            let sound = !self.kernel.borrow().setup.hostile;
+            assert!(!sound || recorded == stats.commits, "{recorded} latencies; {stats}");
+        }
+        self.add_counters(&stats);
+        let injected = self.lane.injected();
+        let mut kernel = self.kernel.borrow_mut();
+        kernel.tally.add(Fault::PortShort, injected.short);
+        kernel.tally.add(Fault::PortAgain, injected.again);
+    }
+
+    fn add_counters(&mut self, stats: &EngineStats) {
+        if self.counters.is_empty() {
+            self.counters = stats.named().to_vec();
+            return;
+        }
+        for (sum, (_, count)) in self.counters.iter_mut().zip(stats.named()) {
+            sum.1 += count;
+        }
+    }
+
+    /// No more requests; those that are open come to their end, and so does the lane.
+    pub(crate) fn end(&mut self) {
+        {
+            let mut kernel = self.kernel.borrow_mut();
+            (kernel.closing, kernel.broken) = (true, None);
+        }
+        // Half the time the device is stopped while requests are open.
+        let abruptly = self.kernel.borrow_mut().rng.chance(512);
+        self.run_until("requests come to an end", |kernel| kernel.is_quiet(abruptly));
+        self.kernel.borrow_mut().stop();
+        self.run_until("fetches come to an end", |kernel| kernel.is_quiet(false));
+        let kernel = self.kernel.borrow();
+        let engine = self.lane.engine();
+        assert!(engine.is_finished(), "all fetches have ended");
+        let (stats, holdings) = (engine.stats(), engine.holdings());
+        assert_eq!((holdings.requests, holdings.leaked), (0, 0), "{holdings:?}");
+        assert_eq!(holdings.slots.quarantined + holdings.slots.free, holdings.slots.capacity);
+        assert_eq!(stats.commits, kernel.answered - self.answered_before, "commits");
+        assert_eq!(kernel.asked, kernel.answered + kernel.failed_at_death, "answers");
+        if !kernel.setup.hostile {
+            assert_eq!(kernel.succeeded, kernel.asked, "a sound kernel's requests succeed");
+            let troubles = [stats.failed, stats.retries, stats.partial, stats.stale];
+            assert_eq!(troubles, [0; 4], "{stats}");
+            assert_eq!((stats.unexpected, stats.cancelled, stats.lost_ops), (0, 0, 0), "{stats}");
+        }
+        drop(kernel);
+        self.settle_accounts();
+    }
+
+    fn run_until(&mut self, what: &str, is_reached: impl Fn(&Kernel) -> bool) {
+        for number in 0..200_000_u32 {
+            if is_reached(&self.kernel.borrow()) {
+                return;
+            }
+            self.step();
+            // What is held back comes in the end.
+            if number % 64 == 63 {
+                self.kernel.borrow_mut().now += 200_000;
+            }
+        }
+        panic!("{what} never: {:?}", self.lane.engine().holdings());
+    }
+
+    pub(crate) fn outcome(self) -> Outcome {
+        let kernel = self.kernel.borrow();
+        Outcome {
+            requests: kernel.asked,
+            succeeded: kernel.succeeded,
+            steps: self.steps,
+            tally: kernel.tally.clone(),
+            counters: self.counters.clone(),
+            hash: kernel.trace.hash(),
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! User copy: `pread` and `pwrite` on the character device.
+
+use ublk_target::engine::MAX_RETRIES;
+use uring_ext::Errno;
+use uring_ext::pool::Direction;
+use uring_ext::sys;
+
+use super::{Kernel, Phase};
+use crate::GARBAGE;
+use crate::entry::Work;
+use crate::fault::Fault;
+
+impl Kernel {
+    /// `LaneIo::copy`.
+    pub(super) fn user_copy(
+        &mut self,
+        tag: u16,
+        buffer: u16,
+        direction: Direction,
+        from: u32,
+        to: u32,
+    ) -> i32 {
+        let model = &self.tags[usize::from(tag)];
+        assert!(model.phase == Phase::Serving && model.handled, "copy without a request");
+        let expected = match direction {
+            Direction::FromRequest => sys::UBLK_IO_OP_WRITE,
+            Direction::ToRequest => sys::UBLK_IO_OP_READ,
+        };
+        assert_eq!(model.iod.op(), expected, "direction of a copy");
+        assert!(from < to && to as usize <= model.len, "copy of {from}..{to}");
+        assert!(buffer < self.setup.slots.pool, "pool buffer {buffer}");
+        self.assert_nothing_uses(buffer);
+        if let Some(errno) = self.copy_failure(tag) {
+            return errno.negated();
+        }
+        let mut len = (to - from) as usize;
+        if self.strikes(Fault::CopyZero) {
+            let blame = &mut self.tags[usize::from(tag)].blame;
+            blame.allow(Errno::EIO);
+            blame.must_fail = true;
+            return 0;
+        }
+        if len > 1 && self.strikes(Fault::CopyPartial) {
+            len = 1 + self.rng.index(len - 1);
+        }
+        let range = from as usize..from as usize + len;
+        let model = &mut self.tags[usize::from(tag)];
+        model.blame.copies_in_a_row = 0;
+        model.blame.copied = true;
+        let bytes = &mut self.pool[usize::from(buffer)][range.clone()];
+        match direction {
+            Direction::FromRequest => bytes.copy_from_slice(&model.data[range]),
+            Direction::ToRequest => {
+                model.data[range].copy_from_slice(bytes);
+                // Whoever copied it out has no business to find it here again.
+                bytes.fill(GARBAGE);
+            }
+        }
+        self.trace.note(|| format!("copy tag {tag} buffer {buffer} {from}..{to}: {len}"));
+        i32::try_from(len).unwrap_or(i32::MAX)
+    }
+
+    fn copy_failure(&mut self, tag: u16) -> Option<Errno> {
+        let storm = self.tags[usize::from(tag)].blame.storm_copy;
+        if storm {
+            self.tally.note(Fault::CopyStorm);
+        }
+        if storm || self.strikes(Fault::CopyTransient) {
+            let errno = self.rng.pick(&[Errno::EAGAIN, Errno::EINTR]);
+            let blame = &mut self.tags[usize::from(tag)].blame;
+            blame.copies_in_a_row += 1;
+            blame.copies += 1;
+            assert!(blame.copies_in_a_row <= u32::from(MAX_RETRIES) + 1, "copied again and again");
+            if blame.copies > u32::from(MAX_RETRIES) {
+                blame.allow(Errno::EIO);
+            }
+            return Some(errno);
+        }
+        if self.strikes(Fault::CopyError) {
+            let errno = self.rng.pick(&[Errno::EIO, Errno::EFAULT]);
+            let blame = &mut self.tags[usize::from(tag)].blame;
+            blame.allow(errno);
+            blame.must_fail = true;
+            return Some(errno);
+        }
+        None
+    }
+
+    /// A buffer that is being copied must not be that of an operation.
+    fn assert_nothing_uses(&self, buffer: u16) {
+        let slot = self.setup.slots.lent + buffer;
+        let flights = self.queued.iter().chain(&self.running);
+        let mut entries = self.queue.iter().chain(flights.flat_map(super::Flight::entries));
+        let uses = entries.any(|entry| match entry.work {
+            Work::Transfer(transfer) => transfer.slot == slot,
+            Work::Nop
+            | Work::Fetch(_)
+            | Work::Commit { .. }
+            | Work::Register { .. }
+            | Work::Unregister { .. }
+            | Work::Flush { .. }
+            | Work::Zero { .. }
+            | Work::Cancel { .. } => false,
+        });
+        assert!(!uses, "a copy to or from buffer {buffer} while an operation uses it");
+    }
+}

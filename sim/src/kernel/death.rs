@@ -1,0 +1,67 @@
+//! The death of a server, and what the kernel does with what it leaves behind.
+
+use bufreg::Incarnation;
+use uring_ext::ring::Cqe;
+
+use super::{Buffer, Kernel, Phase};
+use crate::entry::Work;
+use crate::fault::Fault;
+use crate::setup::Recovery;
+
+impl Kernel {
+    /// The server is dead: what was not submitted never will be, operations in flight end on
+    /// their own, the ring with its table goes, and the driver fails open requests or keeps them
+    /// for the next server. Returns the completions that nobody has reaped.
+    pub fn bury(&mut self) -> impl Iterator<Item = Cqe> + '_ {
+        self.trace.note(|| "death".to_owned());
+        self.queue.clear();
+        for waiting in [false, true] {
+            let flights = if waiting { &mut self.queued } else { &mut self.running };
+            for mut flight in std::mem::take(flights) {
+                let is_transfer = matches!(flight.entry.work, Work::Transfer(_));
+                if flight.buffer.is_some() && is_transfer && self.rng.chance(600) {
+                    self.tally.note(Fault::EffectAfterDeath);
+                    self.transfer_all(&flight);
+                }
+                if let Some(Buffer::Lent { tag }) = flight.buffer.take() {
+                    self.put(tag);
+                }
+            }
+        }
+        self.fill_table();
+        for tag in 0..self.setup.depth {
+            self.forsake(tag);
+        }
+        self.broken = None;
+        (self.backlogged, self.refused) = (false, false);
+        self.incarnation = Incarnation::next(self.incarnation);
+        self.posted.drain(..).map(|posted| posted.cqe)
+    }
+
+    /// A tag loses its server.
+    fn forsake(&mut self, tag: u16) {
+        let model = &mut self.tags[usize::from(tag)];
+        assert_eq!(model.refs, 0, "a dead server's ring refers to nothing");
+        let was = std::mem::replace(&mut model.phase, Phase::NotFetched);
+        (model.handled, model.refused, model.auto) = (false, false, None);
+        model.blame.stuck = 0;
+        match was {
+            Phase::NotFetched | Phase::Waiting | Phase::Ended => {}
+            Phase::Committed => panic!("a committed request without references has ended"),
+            Phase::Serving => {
+                let reissue = match self.setup.recovery {
+                    Recovery::Reissue => true,
+                    Recovery::Fail => false,
+                    Recovery::Either => self.rng.chance(512),
+                };
+                if reissue {
+                    self.tally.note(Fault::Reissued);
+                } else {
+                    self.tally.note(Fault::FailedAtDeath);
+                    self.failed_at_death += 1;
+                    self.fail_at_death(tag);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,130 @@
+//! Entries that were submitted and have not completed.
+
+use super::{Buffer, Kernel, Posted};
+use crate::entry::{Entry, Work};
+use uring_ext::Errno;
+use uring_ext::ring::Cqe;
+
+/// How many entries may be linked behind one.
+const MAX_LINKED: usize = 2;
+
+/// An entry that was submitted, with those linked behind it.
+#[derive(Clone, Copy, Debug)]
+pub struct Flight {
+    /// The entry whose turn it is.
+    pub entry: Entry,
+    /// Those that follow.
+    pub rest: [Option<Entry>; MAX_LINKED],
+    /// The buffer that it refers to, from its start on.
+    pub buffer: Option<Buffer>,
+    /// When it may complete.
+    pub held_until: u64,
+    /// It can be neither completed nor cancelled before.
+    pub lost: bool,
+    /// The registration before it in its chain has failed.
+    pub unregistered: bool,
+    /// For a flush: how many writes it covers.
+    pub covers: u64,
+}
+
+impl Flight {
+    /// A chain about to start.
+    ///
+    /// # Panics
+    /// If the chain is longer than the engine's are.
+    #[must_use]
+    pub fn new(entry: Entry, rest: &[Entry]) -> Self {
+        assert!(rest.len() <= MAX_LINKED, "a chain of {} entries", rest.len() + 1);
+        Self {
+            entry,
+            rest: [rest.first().copied(), rest.get(1).copied()],
+            buffer: None,
+            held_until: 0,
+            lost: false,
+            unregistered: false,
+            covers: 0,
+        }
+    }
+
+    /// The entries of it that have not completed.
+    pub fn entries(&self) -> impl Iterator<Item = &Entry> {
+        std::iter::once(&self.entry).chain(self.rest.iter().flatten())
+    }
+
+    /// As [`Flight::entries`].
+    pub fn entries_mut(&mut self) -> impl Iterator<Item = &mut Entry> {
+        std::iter::once(&mut self.entry).chain(self.rest.iter_mut().flatten())
+    }
+}
+
+impl Kernel {
+    /// All entries that were pushed and have not completed.
+    pub fn entries_mut(&mut self) -> impl Iterator<Item = &mut Entry> {
+        let flights = self.queued.iter_mut().chain(&mut self.running);
+        self.queue.iter_mut().chain(flights.flat_map(Flight::entries_mut))
+    }
+
+    /// Ends the entry whose turn it is: its reference goes, its completion appears, and the next
+    /// of its chain comes, whatever the result.
+    pub(super) fn complete(&mut self, mut flight: Flight, res: i32) {
+        let entry = flight.entry;
+        self.trace.note(|| format!("complete {:#x} with {res}", entry.user_data));
+        self.trace.mix(entry.user_data ^ u64::from(res.unsigned_abs()));
+        if let Some(Buffer::Lent { tag }) = flight.buffer.take() {
+            self.put(tag);
+        }
+        if !(entry.skip_success && res >= 0) {
+            let is_op = !matches!(
+                entry.work,
+                Work::Register { .. } | Work::Unregister { .. } | Work::Cancel { .. }
+            );
+            let cqe = Cqe { user_data: entry.user_data, res };
+            self.posted.push(Posted { cqe, of: is_op.then_some(entry) });
+        }
+        let Some(next) = flight.rest[0].take() else { return };
+        if matches!(entry.work, Work::Register { .. }) && res < 0 {
+            flight.unregistered = true;
+        }
+        flight.rest.rotate_left(1);
+        flight = Flight { entry: next, held_until: 0, lost: false, covers: 0, ..flight };
+        if self.rng.chance(512) {
+            self.queued.push(flight);
+        } else {
+            self.start(flight);
+        }
+    }
+
+    /// Starts one of those that wait.
+    pub fn start_one(&mut self) {
+        let at = self.rng.index(self.queued.len());
+        let flight = self.queued.swap_remove(at);
+        self.start(flight);
+    }
+
+    /// Starts an entry: commands are carried out at once, operations take their buffer and run.
+    pub(super) fn start(&mut self, flight: Flight) {
+        let entry = flight.entry;
+        match entry.work {
+            Work::Nop => {
+                // By which the port fails operations.
+                self.blame_transient(entry.tag, Errno::EAGAIN);
+                self.complete(flight, 0);
+            }
+            Work::Fetch(fetch) => self.fetch(fetch, entry.user_data),
+            Work::Commit { result, fetch } => self.commit(result, fetch, entry.user_data),
+            Work::Register { tag, slot } => {
+                let res = self.register(tag, slot);
+                self.complete(flight, res);
+            }
+            Work::Unregister { tag, slot } => {
+                let res = self.unregister(tag, slot, flight.unregistered);
+                self.complete(flight, res);
+            }
+            Work::Cancel { user_data } => {
+                let res = self.cancel(user_data);
+                self.complete(flight, res);
+            }
+            Work::Transfer(_) | Work::Flush { .. } | Work::Zero { .. } => self.run(flight),
+        }
+    }
+}

@@ -1,0 +1,224 @@
+//! Operations on backings: when they start, how they end, and what they have done by then.
+
+use ublk_target::engine::MAX_RETRIES;
+use ublk_target::plan::WINDOW_OPS;
+use uring_ext::Errno;
+
+use super::{Buffer, Flight, Kernel};
+use crate::entry::{Transfer, Work};
+use crate::fault::Fault;
+
+/// How operations fail for good.
+pub(super) const HARD: [Errno; 3] = [Errno::EIO, Errno::ENXIO, Errno::EROFS];
+
+impl Kernel {
+    /// Starts an operation: it takes its buffer.
+    pub(super) fn run(&mut self, mut flight: Flight) {
+        match flight.entry.work {
+            Work::Transfer(transfer) => {
+                let Some(buffer) = self.table[usize::from(transfer.slot)] else {
+                    assert!(flight.unregistered, "an operation on an empty slot");
+                    return self.complete(flight, Errno::EFAULT.negated());
+                };
+                self.check_range(&transfer, buffer, flight.entry.tag);
+                flight.buffer = Some(buffer);
+                if let Buffer::Lent { tag } = buffer {
+                    self.tags[usize::from(tag)].refs += 1;
+                }
+            }
+            Work::Flush { backing } => flight.covers = self.backings[backing].flush_covers(),
+            Work::Nop
+            | Work::Fetch(_)
+            | Work::Commit { .. }
+            | Work::Register { .. }
+            | Work::Unregister { .. }
+            | Work::Zero { .. }
+            | Work::Cancel { .. } => {}
+        }
+        let patience = self.setup.deadline.unwrap_or(200_000);
+        if self.strikes(Fault::Lost) {
+            flight.lost = true;
+            flight.held_until = self.now + patience * u64::from(2 + self.rng.below(5));
+        } else if self.strikes(Fault::Delayed) {
+            flight.held_until = self.now + patience * u64::from(1 + self.rng.below(2));
+        }
+        self.running.push(flight);
+    }
+
+    fn check_range(&self, transfer: &Transfer, buffer: Buffer, tag: Option<u16>) {
+        let end = |start: usize| start + transfer.len as usize;
+        match buffer {
+            Buffer::Lent { tag: lent } => {
+                assert!(tag.is_none_or(|tag| tag == lent), "a foreign buffer");
+                let start = usize::try_from(transfer.addr).unwrap_or(usize::MAX);
+                let len = self.tags[usize::from(lent)].len;
+                assert!(end(start) <= len, "bytes {start}..{} of {len}", end(start));
+            }
+            Buffer::Pool { index } => {
+                let (found, offset) = self.addresses.find(transfer.addr);
+                assert_eq!(found, index, "an address in another buffer of the pool");
+                let len = self.pool[usize::from(index)].len();
+                assert!(end(offset) <= len, "bytes {offset}..{} of {len}", end(offset));
+            }
+        }
+    }
+
+    /// Ends an operation that runs. `at` is its place among those.
+    pub fn finish(&mut self, at: usize) {
+        if self.running[at].held_until > self.now {
+            return;
+        }
+        let flight = self.running.swap_remove(at);
+        let res = self.outcome(&flight);
+        if flight.lost {
+            self.tally.note(Fault::LostCompletes);
+        }
+        self.complete(flight, res);
+    }
+
+    /// How an operation ends; what it has done by then is done.
+    fn outcome(&mut self, flight: &Flight) -> i32 {
+        if let Some(errno) = self.failure(flight) {
+            self.spoil(flight);
+            return errno.negated();
+        }
+        let tag = flight.entry.tag.map(usize::from);
+        match flight.entry.work {
+            Work::Transfer(transfer) => {
+                if self.strikes(Fault::OpZero) {
+                    self.blame_hard(flight, Errno::EIO);
+                    return 0;
+                }
+                let moved = self.shorten(transfer.len);
+                self.transfer(flight, &transfer, moved);
+                if let Some(tag) = tag {
+                    self.tags[tag].blame.transients_in_a_row = 0;
+                }
+                i32::try_from(moved).unwrap_or(i32::MAX)
+            }
+            Work::Flush { backing } => {
+                self.backings[backing].flushed(flight.covers);
+                0
+            }
+            Work::Zero { backing, at, len, how } => {
+                let stamp = self.backings[backing].zero(at, len, how, &mut self.rng);
+                self.stamp(flight, backing, stamp);
+                0
+            }
+            Work::Nop
+            | Work::Fetch(_)
+            | Work::Commit { .. }
+            | Work::Register { .. }
+            | Work::Unregister { .. }
+            | Work::Cancel { .. } => unreachable!("it does not run"),
+        }
+    }
+
+    /// Whether an operation fails, and how.
+    fn failure(&mut self, flight: &Flight) -> Option<Errno> {
+        if !self.setup.hostile {
+            return None;
+        }
+        let storm = flight.entry.tag.is_some_and(|tag| self.tags[usize::from(tag)].blame.storm_ops);
+        let transient = if storm {
+            self.tally.note(Fault::OpStorm);
+            Some(self.rng.pick(&[Errno::EAGAIN, Errno::EINTR]))
+        } else if self.strikes(Fault::OpAgain) {
+            Some(Errno::EAGAIN)
+        } else if self.strikes(Fault::OpIntr) {
+            Some(Errno::EINTR)
+        } else if self.strikes(Fault::OpNoMem) {
+            Some(Errno::ENOMEM)
+        } else {
+            None
+        };
+        if let Some(errno) = transient {
+            self.blame_transient(flight.entry.tag, errno);
+            return Some(errno);
+        }
+        if self.strikes(Fault::OpError) {
+            let errno = self.rng.pick(&HARD);
+            self.blame_hard(flight, errno);
+            return Some(errno);
+        }
+        None
+    }
+
+    fn blame_hard(&mut self, flight: &Flight, errno: Errno) {
+        if let Some(tag) = flight.entry.tag {
+            let blame = &mut self.tags[usize::from(tag)].blame;
+            blame.allow(errno);
+            blame.must_fail = true;
+        }
+    }
+
+    pub(super) fn blame_transient(&mut self, tag: Option<u16>, errno: Errno) {
+        let Some(tag) = tag else { return };
+        let blame = &mut self.tags[usize::from(tag)].blame;
+        blame.transients_in_a_row += 1;
+        // So often the operations of a request can fail without progress before one of them has
+        // used up its retries, which an operation has anew once its data is copied.
+        let at_once = if self.setup.mapping.backings() == 1 { 1 } else { WINDOW_OPS };
+        let most = (usize::from(MAX_RETRIES) + 1) * (at_once + 1);
+        assert!(blame.transients_in_a_row as usize <= most, "tried again and again");
+        if blame.transients_in_a_row > u32::from(MAX_RETRIES) {
+            blame.allow(if errno == Errno::ENOMEM { errno } else { Errno::EIO });
+        }
+    }
+
+    fn shorten(&mut self, len: u32) -> u32 {
+        if len > 512 && self.strikes(Fault::Short) {
+            return 512 * (1 + self.rng.below((len - 1) / 512));
+        }
+        if self.strikes(Fault::ShortOdd) {
+            return 1 + self.rng.below(len - 1);
+        }
+        len
+    }
+
+    /// A failed transfer may have moved some bytes.
+    pub(super) fn spoil(&mut self, flight: &Flight) {
+        let Work::Transfer(transfer) = flight.entry.work else { return };
+        if flight.buffer.is_some() && self.strikes(Fault::PartialEffect) {
+            let moved = self.rng.below(transfer.len);
+            self.transfer(flight, &transfer, moved);
+        }
+    }
+
+    /// A transfer is completed though nobody waits for it.
+    pub(super) fn transfer_all(&mut self, flight: &Flight) {
+        if let Work::Transfer(transfer) = flight.entry.work {
+            self.transfer(flight, &transfer, transfer.len);
+        }
+    }
+
+    /// Moves the first `moved` bytes of a transfer.
+    fn transfer(&mut self, flight: &Flight, transfer: &Transfer, moved: u32) {
+        let len = moved as usize;
+        let (buffer, start) = match flight.buffer {
+            Some(Buffer::Lent { tag }) => {
+                let start = usize::try_from(transfer.addr).unwrap_or(usize::MAX);
+                (&mut self.tags[usize::from(tag)].data[..], start)
+            }
+            Some(Buffer::Pool { index }) => {
+                (&mut self.pool[usize::from(index)][..], self.addresses.find(transfer.addr).1)
+            }
+            None => unreachable!("a running transfer has its buffer"),
+        };
+        let bytes = &mut buffer[start..start + len];
+        let backing = &mut self.backings[transfer.backing];
+        if transfer.write {
+            let stamp = backing.write(transfer.at, bytes, transfer.dsync);
+            self.stamp(flight, transfer.backing, stamp);
+        } else {
+            backing.read(transfer.at, bytes);
+        }
+    }
+
+    fn stamp(&mut self, flight: &Flight, backing: usize, stamp: u64) {
+        if let Some(tag) = flight.entry.tag {
+            let newest = &mut self.tags[usize::from(tag)].blame.writes[backing];
+            *newest = (*newest).max(stamp);
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! The ring: pushing, submitting, cancelling.
+
+use ublk_target::lane::event::Event;
+use ublk_target::plan::WINDOW_OPS;
+use uring_ext::Errno;
+use uring_ext::sqe::Sqe;
+
+use super::{Flight, Kernel, Posted, QID};
+use crate::entry::{Entry, Work};
+use crate::fault::Fault;
+
+/// How many entries may be linked to each other.
+const MAX_CHAIN: usize = 3;
+
+impl Kernel {
+    /// `LaneIo::push`.
+    pub(super) fn push(&mut self, sqes: &[Sqe]) -> Result<(), Errno> {
+        if let Some(errno) = self.broken {
+            return Err(errno);
+        }
+        let full = self.queue.len() + sqes.len() > self.setup.queue_entries;
+        if full {
+            self.tally.note(Fault::QueueFull);
+        }
+        if full || self.strikes(Fault::QueueFull) {
+            return Err(Errno::EBUSY);
+        }
+        for (number, sqe) in sqes.iter().enumerate() {
+            let entry = Entry { pushed_at: self.now, ..Entry::decode(sqe.as_bytes(), QID) };
+            assert_eq!(entry.linked, number + 1 < sqes.len(), "a chain is pushed whole");
+            self.trace.note(|| format!("push {:#x} {:?}", entry.user_data, entry.work));
+            self.trace.mix(entry.user_data);
+            if let Work::Cancel { user_data } = entry.work {
+                self.note_cancelling(user_data);
+            }
+            self.queue.push_back(entry);
+        }
+        Ok(())
+    }
+
+    fn note_cancelling(&mut self, user_data: u64) {
+        let now = self.now;
+        // What the port was made to fail has another kind, which the engine does not know.
+        let is_wanted = |entry: &&mut Entry| {
+            let is_op = entry.is_operation() || entry.work == Work::Nop;
+            is_op && (entry.user_data ^ user_data) << 4 == 0
+        };
+        let posted = self.posted.iter_mut().filter_map(|posted| posted.of.as_mut()).find(is_wanted);
+        if let Some(entry) = posted {
+            entry.cancelled_at.get_or_insert(now);
+        } else if let Some(entry) = self.entries_mut().find(is_wanted) {
+            entry.cancelled_at.get_or_insert(now);
+        }
+    }
+
+    /// How many entries wait in the lane for room.
+    ///
+    /// # Panics
+    /// If they are more than the lane has set memory aside for.
+    pub fn note_backlog(&mut self, entries: usize) {
+        let room = usize::from(self.setup.depth) * WINDOW_OPS * 3 + 8;
+        assert!(entries <= room, "{entries} entries wait for room");
+        if self.backlogged || entries > 0 {
+            self.busy_at = self.now;
+        }
+        self.backlogged = entries > 0;
+    }
+
+    /// `io_uring_enter`: takes entries off the submission queue, chains whole.
+    pub fn submit(&mut self) {
+        let mut left = self.queue.len();
+        if left > 1 && self.strikes(Fault::PartialSubmit) {
+            left = 1 + self.rng.index(left - 1);
+        }
+        while left > 0 {
+            let mut chain = [None; MAX_CHAIN];
+            let mut count = 0;
+            while let Some(entry) = self.queue.pop_front() {
+                chain[count] = Some(entry);
+                count += 1;
+                if !entry.linked {
+                    break;
+                }
+            }
+            left = left.saturating_sub(count);
+            let [Some(first), second, third] = chain else { return };
+            let flight = Flight { rest: [second, third], ..Flight::new(first, &[]) };
+            // Some are handed to a worker, which starts them later.
+            if first.is_operation() && self.rng.chance(200) {
+                self.queued.push(flight);
+            } else {
+                self.start(flight);
+            }
+        }
+    }
+
+    /// Which completion to reap instead of that at `at`: word that a registration has failed is in
+    /// the queue before the rest of its chain has begun, so nothing of the chain overtakes it.
+    #[must_use]
+    pub fn not_before_registration(&self, at: usize) -> usize {
+        let tag_of = |posted: &Posted| match Event::decode(posted.cqe.user_data, self.incarnation) {
+            Some(Event::Unregistered(key)) => Some(key.tag.0),
+            Some(Event::Op(_) | Event::Injected(_)) => posted.of.and_then(|entry| entry.tag),
+            _ => None,
+        };
+        let Some(tag) = tag_of(&self.posted[at]) else { return at };
+        let is_failure = |posted: &Posted| {
+            let event = Event::decode(posted.cqe.user_data, self.incarnation);
+            matches!(event, Some(Event::Registered(key)) if key.tag.0 == tag)
+        };
+        self.posted[..at].iter().position(is_failure).unwrap_or(at)
+    }
+
+    /// `IORING_OP_ASYNC_CANCEL`.
+    pub(super) fn cancel(&mut self, user_data: u64) -> i32 {
+        if let Some(at) = self.queued.iter().position(|it| it.entry.user_data == user_data) {
+            // What waits for the link before it is not found.
+            if self.queued[at].entry.is_operation() {
+                let flight = self.queued.swap_remove(at);
+                self.cancelled(flight);
+                return 0;
+            }
+            self.tally.note(Fault::CancelMisses);
+            return Errno::ENOENT.negated();
+        }
+        let running = self.running.iter().position(|it| it.entry.user_data == user_data);
+        let Some(at) = running else {
+            self.tally.note(Fault::CancelMisses);
+            return Errno::ENOENT.negated();
+        };
+        let choice = if self.running[at].lost { 1 + self.rng.below(2) } else { self.rng.below(3) };
+        match choice {
+            0 => {
+                let flight = self.running.swap_remove(at);
+                self.cancelled(flight);
+                0
+            }
+            1 => {
+                self.tally.note(Fault::CancelRuns);
+                Errno::EALREADY.negated()
+            }
+            // A drive has it, where nobody looks for it.
+            _ => {
+                self.tally.note(Fault::CancelMisses);
+                Errno::ENOENT.negated()
+            }
+        }
+    }
+
+    fn cancelled(&mut self, flight: Flight) {
+        self.tally.note(Fault::Cancelled);
+        // Without its registration it is yet to be issued in earnest.
+        if let Some(tag) = flight.entry.tag.filter(|_| !flight.unregistered) {
+            self.tags[usize::from(tag)].blame.must_fail = true;
+        }
+        self.spoil(&flight);
+        self.complete(flight, Errno::ECANCELED.negated());
+    }
+}

@@ -1,0 +1,107 @@
+//! `sim`: plays many seeds, says how fast, and which faults they have seen.
+//!
+//! A seed that breaks a promise is printed with the command that plays it again.
+
+mod report;
+
+use std::process::ExitCode;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use ublk_sim::campaign::{Campaign, Failure};
+use ublk_sim::setup::Hostility;
+use ublk_sim::{DEFAULT_STEPS, Options};
+
+/// The engine of ublk-target on a simulated kernel.
+#[derive(Debug, Parser)]
+#[command(name = "sim", version)]
+struct Arguments {
+    /// How many seeds to play.
+    #[arg(long, default_value_t = 1000)]
+    seeds: u64,
+    /// The first seed.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Play no other seed.
+    #[arg(long)]
+    only: bool,
+    /// How many steps a seed has before its requests stop coming.
+    #[arg(long, default_value_t = DEFAULT_STEPS)]
+    steps: u32,
+    /// How hostile the kernel is.
+    #[arg(long, value_enum, default_value_t = Hostility::Mixed)]
+    faults: Hostility,
+    /// Print every step.
+    #[arg(long)]
+    trace: bool,
+    /// Print the result as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// How many seeds must have seen every fault.
+const ENOUGH: u64 = 1000;
+/// How often progress is told.
+const PROGRESS: Duration = Duration::from_secs(10);
+/// A step takes a microsecond; one that takes this long never ends.
+const STEP_LIMIT: Duration = Duration::from_millis(10);
+const LEAST_LIMIT: Duration = Duration::from_secs(30);
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let options =
+        Options { steps: arguments.steps, hostility: arguments.faults, trace: arguments.trace };
+    if !arguments.trace {
+        // The message is printed with the seed.
+        std::panic::set_hook(Box::new(|_| {}));
+    }
+    let count = if arguments.only { 1 } else { arguments.seeds };
+    let mut campaign = Campaign::default();
+    let watchdog = watch(options, arguments.json);
+    let (start, mut told) = (Instant::now(), Instant::now());
+    for seed in arguments.seed..arguments.seed.saturating_add(count) {
+        // It is gone only if it has ended the process.
+        let _ = watchdog.send(seed);
+        if let Err(failure) = campaign.play(seed, &options) {
+            report::failure(&failure, &options, arguments.json);
+            return ExitCode::FAILURE;
+        }
+        if told.elapsed() > PROGRESS {
+            eprintln!("{} of {count} seeds, {} requests", campaign.seeds, campaign.requests);
+            told = Instant::now();
+        }
+    }
+    let elapsed = start.elapsed();
+    if arguments.json {
+        report::json(&campaign, elapsed);
+    } else {
+        report::table(&campaign, elapsed);
+    }
+    let complete = arguments.faults == Hostility::None
+        || campaign.seeds < ENOUGH
+        || report::nothing_unseen(&campaign);
+    if complete { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Ends the process if a seed that it was sent is not followed by another one in time: an engine
+/// that goes round for ever breaks a promise, too.
+fn watch(options: Options, json: bool) -> Sender<u64> {
+    let (sender, seeds) = channel();
+    let limit = LEAST_LIMIT.max(STEP_LIMIT * options.steps);
+    std::thread::spawn(move || {
+        let Ok(mut seed) = seeds.recv() else { return };
+        loop {
+            match seeds.recv_timeout(limit) {
+                Ok(next) => seed = next,
+                Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Timeout) => {
+                    let message = format!("a step has not ended after {limit:?}");
+                    report::failure(&Failure { seed, message }, &options, json);
+                    std::process::exit(1);
+                }
+            }
+        }
+    });
+    sender
+}

@@ -1,0 +1,177 @@
+//! Completions that mean nothing: again, of an earlier life, without sense, or unasked for. They
+//! must be counted and change nothing.
+
+use ublk_target::engine::{EngineStats, OpKey, TagKey};
+use ublk_target::lane::Handled;
+use ublk_target::lane::event::Event;
+use ublk_target::units::Tag;
+use uring_ext::ring::Cqe;
+
+use crate::check::is_ignored;
+use crate::fault::Fault;
+use crate::world::World;
+
+/// Completions that were handled: the first ones of a life, whose keys come again in the next one,
+/// and the latest.
+#[derive(Debug)]
+pub struct Past {
+    first: Vec<Cqe>,
+    latest: Vec<Cqe>,
+    next: usize,
+}
+
+const FIRST: usize = 24;
+const LATEST: usize = 32;
+/// How many completions of an earlier life are kept.
+const GHOSTS: usize = 64;
+
+impl Default for Past {
+    fn default() -> Self {
+        Self { first: Vec::with_capacity(FIRST), latest: Vec::with_capacity(LATEST), next: 0 }
+    }
+}
+
+impl Past {
+    /// A completion was handled.
+    pub fn note(&mut self, cqe: Cqe) {
+        if self.first.len() < FIRST {
+            self.first.push(cqe);
+        } else if self.latest.len() < LATEST {
+            self.latest.push(cqe);
+        } else {
+            self.latest[self.next % LATEST] = cqe;
+            self.next += 1;
+        }
+    }
+
+    /// The life is over: what is left of it.
+    pub fn bury(&mut self, unreaped: impl Iterator<Item = Cqe>, ghosts: &mut Vec<Cqe>) {
+        ghosts.clear();
+        ghosts
+            .extend(self.first.drain(..).chain(unreaped).chain(self.latest.drain(..)).take(GHOSTS));
+        self.next = 0;
+    }
+
+    fn pick(&self, number: usize) -> Option<Cqe> {
+        let all = self.first.len() + self.latest.len();
+        let number = number.checked_rem(all)?;
+        self.first.get(number).or_else(|| self.latest.get(number - self.first.len())).copied()
+    }
+}
+
+impl World {
+    /// Feeds the lane a completion that means nothing.
+    ///
+    /// # Panics
+    /// If it changes something, or is not counted.
+    pub(crate) fn make_noise(&mut self) {
+        let choice = self.kernel.borrow_mut().rng.below(8);
+        let noise = match choice {
+            0..3 => self.duplicate().map(|cqe| (Fault::Duplicated, cqe)),
+            3..5 => self.ghost().map(|cqe| (Fault::Ghost, cqe)),
+            5 => self.senseless().map(|cqe| (Fault::Senseless, cqe)),
+            _ => self.unasked().map(|cqe| (Fault::Unasked, cqe)),
+        };
+        let Some((fault, cqe)) = noise else { return };
+        let before = *self.lane.engine().stats();
+        let (pushed, answered) = self.seen();
+        {
+            let mut kernel = self.kernel.borrow_mut();
+            kernel.tally.note(fault);
+            kernel.trace.note(|| format!("noise ({}): {cqe:x?}", fault.name()));
+            kernel.trace.mix(cqe.user_data);
+        }
+        let handled = self.lane.handle(cqe);
+        assert_eq!(handled, Handled::Done, "noise is for nobody");
+        assert_eq!(self.seen(), (pushed, answered), "{} changed something", fault.name());
+        let after = *self.lane.engine().stats();
+        assert_eq!(quiet(after), quiet(before), "{} was counted as something else", fault.name());
+        let counted = after.stale + after.unexpected - before.stale - before.unexpected;
+        assert_eq!(counted, 1, "{} is counted once: {cqe:x?}", fault.name());
+        self.noise += 1;
+    }
+
+    fn seen(&self) -> (usize, u64) {
+        let kernel = self.kernel.borrow();
+        (kernel.queue.len(), kernel.answered)
+    }
+
+    /// One that was handled before.
+    fn duplicate(&mut self) -> Option<Cqe> {
+        let number = self.kernel.borrow_mut().rng.index(FIRST + LATEST);
+        self.past.pick(number)
+    }
+
+    fn ghost(&mut self) -> Option<Cqe> {
+        let ghosts = self.ghosts.len();
+        let number = self.kernel.borrow_mut().rng.index(ghosts.max(1));
+        self.ghosts.get(number).copied()
+    }
+
+    /// One with user data that no engine would have set: unknown kinds, tags and places that do
+    /// not exist, turns that have not come.
+    fn senseless(&mut self) -> Option<Cqe> {
+        let mut kernel = self.kernel.borrow_mut();
+        let incarnation = kernel.incarnation;
+        let payload = kernel.rng.next() & 0xffff_ffff_ffff;
+        let own = Event::Cancelled.encode(incarnation) & 0x0fff_0000_0000_0000;
+        let kind = u64::from(kernel.rng.pick(&[0, 1, 2, 3, 5, 9, 12, 15_u32])) << 60;
+        let user_data = match kernel.rng.below(3) {
+            0 => kernel.rng.next(),
+            1 => kind | own | payload,
+            // Of a tag that exists, but at a turn far away.
+            _ => {
+                let depth = u32::from(kernel.setup.depth);
+                let tag = u64::from(kernel.rng.below(depth));
+                kind | own | tag << 32 | (payload & 0xffff_ffff)
+            }
+        };
+        let res = kernel.rng.pick(&[0, 512, 4096, -5, -11, -19, -22, -125, i32::MAX, i32::MIN]);
+        let event = Event::decode(user_data, incarnation);
+        let has_meaning = match event {
+            None => false,
+            Some(Event::Op(key) | Event::Injected(key)) => self.is_live(key),
+            Some(
+                Event::Fetched(TagKey { turn, .. })
+                | Event::Registered(TagKey { turn, .. })
+                | Event::Unregistered(TagKey { turn, .. }),
+            ) => turn < 1 << 20,
+            Some(Event::Cancelled | Event::Wake | Event::Told | Event::Unsent) => true,
+        };
+        (!has_meaning).then_some(Cqe { user_data, res })
+    }
+
+    fn is_live(&self, key: OpKey) -> bool {
+        let label = (u64::from(key.place) << 32) | u64::from(key.serial);
+        self.lane.engine().borrower(bufreg::Borrower(label)).is_some()
+    }
+
+    /// An answer to a command that the tag has not given, with the tag's present turn.
+    fn unasked(&mut self) -> Option<Cqe> {
+        let mut kernel = self.kernel.borrow_mut();
+        let depth = u32::from(kernel.setup.depth);
+        let tag = Tag(u16::try_from(kernel.rng.below(depth)).unwrap_or(0));
+        // Of a tag that the driver has, nothing but a delivery can come.
+        if self.lane.engine().has_request(tag) {
+            return None;
+        }
+        let user_data = kernel.tags[tag.index()].fetch_user_data;
+        let Some(Event::Fetched(key)) = Event::decode(user_data, kernel.incarnation) else {
+            return None;
+        };
+        let event = kernel.rng.pick(&[Event::Registered(key), Event::Unregistered(key)]);
+        let res = kernel.rng.pick(&[0, -12, -22]);
+        Some(Cqe { user_data: event.encode(kernel.incarnation), res })
+    }
+
+    /// Whether a completion may be repeated: it is one that the lane counts when it is stale.
+    pub(crate) fn is_counted(&self, cqe: Cqe) -> bool {
+        let incarnation = self.lane.engine().config().incarnation;
+        !is_ignored(Event::decode(cqe.user_data, incarnation))
+    }
+}
+
+/// The counters but for those that noise may change.
+fn quiet(stats: EngineStats) -> EngineStats {
+    EngineStats { stale: 0, unexpected: 0, ..stats }
+}

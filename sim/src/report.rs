@@ -1,0 +1,107 @@
+//! What is printed.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use serde::Serialize;
+use ublk_sim::campaign::{Campaign, Failure};
+use ublk_sim::fault::Fault;
+use ublk_sim::setup::Hostility;
+use ublk_sim::{DEFAULT_STEPS, Options};
+
+/// A campaign as JSON.
+#[derive(Serialize)]
+struct Json {
+    seeds: u64,
+    requests: u64,
+    succeeded: u64,
+    steps: u64,
+    seconds: f64,
+    requests_per_second: u64,
+    faults: BTreeMap<&'static str, u64>,
+    counters: BTreeMap<&'static str, u64>,
+}
+
+fn per_second(count: u64, elapsed: Duration) -> u64 {
+    let nanos = elapsed.as_nanos().max(1);
+    u64::try_from(u128::from(count) * 1_000_000_000 / nanos).unwrap_or(u64::MAX)
+}
+
+/// With separators of thousands.
+fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::new();
+    for (place, digit) in digits.chars().enumerate() {
+        if place > 0 && (digits.len() - place) % 3 == 0 {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+/// As a table.
+pub fn table(campaign: &Campaign, elapsed: Duration) {
+    println!(
+        "{} seeds, {} requests, {} of them with success, in {} steps",
+        grouped(campaign.seeds),
+        grouped(campaign.requests),
+        grouped(campaign.succeeded),
+        grouped(campaign.steps),
+    );
+    println!(
+        "{:.1} s on one core: {} requests a second; every answer once and right",
+        elapsed.as_secs_f64(),
+        grouped(per_second(campaign.requests, elapsed)),
+    );
+    println!("\nfaults");
+    for fault in Fault::ALL {
+        println!("{:>14}  {}", grouped(campaign.tally.count(*fault)), fault.name());
+    }
+    println!("\nwhat the engines counted");
+    for (name, count) in &campaign.counters {
+        println!("{:>14}  {}", grouped(*count), name.replace('_', " "));
+    }
+}
+
+/// As JSON.
+pub fn json(campaign: &Campaign, elapsed: Duration) {
+    let count = |fault: &Fault| (fault.name(), campaign.tally.count(*fault));
+    let json = Json {
+        seeds: campaign.seeds,
+        requests: campaign.requests,
+        succeeded: campaign.succeeded,
+        steps: campaign.steps,
+        seconds: elapsed.as_secs_f64(),
+        requests_per_second: per_second(campaign.requests, elapsed),
+        faults: Fault::ALL.iter().map(count).collect(),
+        counters: campaign.counters.iter().copied().collect(),
+    };
+    println!("{}", serde_json::json!(json));
+}
+
+/// A seed that broke a promise, and how to play it again.
+pub fn failure(failure: &Failure, options: &Options, json: bool) {
+    let mut replay = format!("cargo sim --seed {} --only --trace", failure.seed);
+    if options.steps != DEFAULT_STEPS {
+        replay.push_str(&format!(" --steps {}", options.steps));
+    }
+    match options.hostility {
+        Hostility::Mixed => {}
+        Hostility::All => replay.push_str(" --faults all"),
+        Hostility::None => replay.push_str(" --faults none"),
+    }
+    if json {
+        println!("{}", serde_json::json!({ "failure": failure, "replay": replay }));
+    }
+    eprintln!("seed {} failed: {}; replay with `{replay}`", failure.seed, failure.message);
+}
+
+/// Whether every fault was seen; says which were not.
+pub fn nothing_unseen(campaign: &Campaign) -> bool {
+    let unseen: Vec<_> = campaign.unseen().map(Fault::name).collect();
+    if !unseen.is_empty() {
+        eprintln!("never seen: {}", unseen.join(", "));
+    }
+    unseen.is_empty()
+}

@@ -1,0 +1,187 @@
+//! What a seed chooses: the device, its lend mode and planner, and how hostile the kernel is.
+
+use ublk_target::backing::DiscardCall;
+use ublk_target::engine::{SlotChoice, SlotTable};
+use ublk_target::lend::LendMode;
+use ublk_target::request::Geometry;
+use ublk_target::target::{LoopTarget, NullTarget};
+
+use crate::fault::{Fault, Rates};
+use crate::mapping::{Mapping, Spread, Trap};
+use crate::rng::Rng;
+use crate::{MAX_REQUEST, SECTOR};
+
+/// Greatest number of tags.
+pub const MAX_DEPTH: u16 = 8;
+/// Greatest number of slots in front of those that are used.
+const MAX_FIRST: u16 = 3;
+/// Greatest number of spare buffers.
+const MAX_SPARE: u16 = 2;
+/// Slots of the largest table.
+pub const MAX_SLOTS: usize = (MAX_DEPTH + MAX_FIRST + MAX_SPARE) as usize;
+/// Buffers of the largest pool.
+pub const MAX_POOL: u16 = MAX_DEPTH + MAX_SPARE;
+
+/// Which faults there are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Hostility {
+    /// A sound kernel for every eighth seed, all faults for half of them, some for the rest.
+    #[default]
+    Mixed,
+    /// Every fault, whatever the seed.
+    All,
+    /// A sound kernel.
+    None,
+}
+
+/// What becomes of open requests when their server has died.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Recovery {
+    /// They are given to the next one.
+    Reissue,
+    /// They fail.
+    Fail,
+    /// Either, at random.
+    Either,
+}
+
+/// What a seed chooses.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// Tags.
+    pub depth: u16,
+    /// How the device lends.
+    pub lend: LendMode,
+    /// The buffer table.
+    pub slots: SlotTable,
+    /// The planner.
+    pub mapping: Mapping,
+    /// The device.
+    pub geometry: Geometry,
+    /// Nanoseconds after which operations are cancelled.
+    pub deadline: Option<u64>,
+    /// Entries that the submission queue holds.
+    pub queue_entries: usize,
+    /// How readily the kernel takes what is in it.
+    pub submit_weight: u32,
+    /// How each backing discards.
+    pub discards: Vec<DiscardCall>,
+    /// How likely each fault is.
+    pub rates: Rates,
+    /// Whether there are faults at all.
+    pub hostile: bool,
+    /// Whether a server may be killed, out of 1024 chances a step.
+    pub kill_rate: u32,
+    /// What becomes of open requests then.
+    pub recovery: Recovery,
+    /// Faults that the lane's own port is asked for.
+    pub port_faults: Option<&'static str>,
+    /// Whether latencies are measured.
+    pub measure: bool,
+}
+
+impl Setup {
+    /// What this seed chooses.
+    #[must_use]
+    pub fn of(seed: u64, hostility: Hostility) -> Self {
+        // Not the stream that the run itself uses.
+        let mut rng = Rng::new(!seed);
+        let some = seed % 8 >= 5;
+        let hostile = match hostility {
+            Hostility::Mixed => seed % 8 != 0,
+            Hostility::All => true,
+            Hostility::None => false,
+        };
+        let rates = match hostility {
+            _ if !hostile => Rates::none(),
+            Hostility::Mixed if some => Rates::scaled(|| rng.pick(&[0, 0, 1, 2, 6])),
+            Hostility::Mixed | Hostility::All | Hostility::None => {
+                Rates::scaled(|| rng.pick(&[1, 2, 3]))
+            }
+        };
+        let depth = u16::try_from(rng.below(u32::from(MAX_DEPTH)) + 1).unwrap_or(1);
+        let lend = rng.pick(&[
+            LendMode::Fused,
+            LendMode::Fused,
+            LendMode::Slot,
+            LendMode::Slot,
+            LendMode::UserCopy,
+            LendMode::Copy,
+        ]);
+        let slots = slot_table(&mut rng, lend, depth, hostile);
+        let block = rng.pick(&[512, 512, 512, 1024, 4096]);
+        let size = u64::from(rng.below(24) + 16) * 4096;
+        let mapping = mapping(&mut rng, size, hostile);
+        let discards = (0..mapping.backings())
+            .map(|_| rng.pick(&[DiscardCall::BlockCommand, DiscardCall::PunchHole]))
+            .collect();
+        let deadline = (hostile && rng.chance(640)).then(|| u64::from(rng.below(900) + 100) * 1000);
+        let port_faults = (hostile && rng.chance(100)).then(|| {
+            rng.pick(&[
+                "auto-register",
+                "register",
+                "short=3",
+                "again=5",
+                "auto-register,short=4,again=7",
+            ])
+        });
+        Self {
+            depth,
+            lend,
+            slots,
+            mapping,
+            geometry: Geometry { size, block, max_bytes: MAX_REQUEST },
+            deadline,
+            queue_entries: rng.pick(&[4, 5, 8, 16, 64]),
+            submit_weight: rng.pick(&[20, 20, 6, 1]),
+            discards,
+            rates,
+            hostile,
+            kill_rate: if hostile { rng.pick(&[0, 1, 2, 4]) } else { 0 },
+            recovery: rng.pick(&[Recovery::Reissue, Recovery::Fail, Recovery::Either]),
+            port_faults,
+            measure: rng.chance(16),
+        }
+    }
+
+    /// How likely a fault is, out of 1024 chances.
+    #[must_use]
+    pub const fn rate(&self, fault: Fault) -> u32 {
+        self.rates.of(fault)
+    }
+}
+
+fn slot_table(rng: &mut Rng, lend: LendMode, depth: u16, hostile: bool) -> SlotTable {
+    let spare = rng.pick(&[0, 1, MAX_SPARE]);
+    let first = rng.pick(&[0, 1, MAX_FIRST]);
+    let from = SlotTable { lent: first + depth, pool: spare, choice: SlotChoice::From(first) };
+    match lend {
+        LendMode::Fused => from,
+        LendMode::Slot if rng.chance(512) => from,
+        LendMode::Slot => {
+            // With fewer slots than tags the rest has to be copied.
+            let scarce = hostile && spare > 0 && depth > 2 && rng.chance(256);
+            let lent = if scarce { depth - 2 } else { depth };
+            SlotTable { lent, pool: spare, choice: SlotChoice::AnyFree }
+        }
+        LendMode::UserCopy | LendMode::Copy => {
+            SlotTable { lent: 0, pool: depth, choice: SlotChoice::From(0) }
+        }
+    }
+}
+
+fn mapping(rng: &mut Rng, size: u64, hostile: bool) -> Mapping {
+    let spread = Spread {
+        backings: u16::try_from(rng.below(3) + 2).unwrap_or(2),
+        chunk: u64::from(rng.pick(&[1, 2, 3, 5, 8, 16_u32])) * SECTOR,
+        flush_stage: rng.chance(512),
+        trap: (hostile && rng.chance(300))
+            .then(|| (u64::from(rng.below(64)) * SECTOR, rng.pick(&[Trap::Refuse, Trap::Idle]))),
+    };
+    match rng.below(10) {
+        0..4 => Mapping::Loop(LoopTarget { size }),
+        4 => Mapping::Null(NullTarget),
+        5..8 => Mapping::Stripe(spread),
+        _ => Mapping::Mirror(spread),
+    }
+}

@@ -1,0 +1,303 @@
+//! A run: one seed's kernel, and the lane on it, step by step.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use ublk_target::engine::{EngineConfig, QueueIdentity, Recorder};
+use ublk_target::lane::event::Event;
+use ublk_target::lane::fault::Faults;
+use ublk_target::lane::{Handled, Lane};
+use ublk_target::units::Qid;
+use uring_ext::Errno;
+use uring_ext::ring::Cqe;
+
+use crate::check::View;
+use crate::ending::Outcome;
+use crate::fault::Fault;
+use crate::kernel::{Kernel, Phase, QID, SimIo};
+use crate::mapping::Mapping;
+use crate::noise::Past;
+use crate::setup::{Hostility, Setup};
+use crate::trace::Trace;
+
+/// How long a run is.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Steps before requests stop coming.
+    pub steps: u32,
+    /// Which faults there are.
+    pub hostility: Hostility,
+    /// Whether what happens is printed.
+    pub trace: bool,
+}
+
+/// A run.
+pub struct World {
+    pub(crate) kernel: Rc<RefCell<Kernel>>,
+    pub(crate) lane: Lane<Mapping, SimIo>,
+    /// Completions that were handled in this life.
+    pub(crate) past: Past,
+    /// Completions of earlier lives.
+    pub(crate) ghosts: Vec<Cqe>,
+    /// Deliveries that the lane has handled in this life.
+    pub(crate) delivered: u64,
+    /// Completions without meaning that the lane was fed in this life.
+    pub(crate) noise: u64,
+    /// The time that the lane was told last.
+    told: u64,
+    pub(crate) steps: u64,
+    /// Requests that earlier lives had answered.
+    pub(crate) answered_before: u64,
+    pub(crate) counters: Vec<(&'static str, u64)>,
+}
+
+/// What may happen next.
+#[derive(Clone, Copy)]
+enum Step {
+    Deliver,
+    Submit,
+    Start,
+    Finish,
+    Handle,
+    Turn,
+    Noise,
+    Unstick,
+    CancelAll,
+    BreakRing,
+    Kill,
+    LetTimePass,
+}
+
+/// Plays a seed.
+///
+/// # Panics
+/// If a promise is broken.
+#[must_use]
+pub fn play(seed: u64, options: &Options) -> Outcome {
+    let mut world = World::new(seed, options);
+    for _ in 0..options.steps {
+        world.step();
+    }
+    world.end();
+    world.outcome()
+}
+
+fn lane(kernel: &Rc<RefCell<Kernel>>) -> Lane<Mapping, SimIo> {
+    let model = kernel.borrow();
+    let setup = &model.setup;
+    let config = EngineConfig {
+        queue: QueueIdentity { device: 7, qid: Qid(QID), depth: setup.depth },
+        incarnation: model.incarnation,
+        lend: setup.lend,
+        slots: setup.slots,
+        geometry: setup.geometry,
+        deadline: setup.deadline,
+    };
+    let faults =
+        setup.port_faults.map(|list| Faults::parse(list).unwrap_or_else(|error| panic!("{error}")));
+    let (mapping, measure) = (setup.mapping, setup.measure);
+    let discards = setup.discards.as_slice().into();
+    drop(model);
+    let mut lane = Lane::new(mapping, config, discards, faults, SimIo(Rc::clone(kernel)));
+    if measure {
+        lane.engine_mut().measure(Some(Box::new(Recorder::new())));
+    }
+    lane.fetch_all();
+    lane
+}
+
+impl World {
+    fn new(seed: u64, options: &Options) -> Self {
+        let setup = Setup::of(seed, options.hostility);
+        let trace = Trace::new(options.trace);
+        trace.note(|| format!("{setup:#?}"));
+        let kernel = Rc::new(RefCell::new(Kernel::new(seed, setup, trace)));
+        let lane = lane(&kernel);
+        Self {
+            kernel,
+            lane,
+            past: Past::default(),
+            ghosts: Vec::new(),
+            delivered: 0,
+            noise: 0,
+            told: 0,
+            steps: 0,
+            answered_before: 0,
+            counters: Vec::new(),
+        }
+    }
+
+    /// One step, and the checks after it.
+    pub(crate) fn step(&mut self) {
+        let step = self.choose();
+        self.take(step);
+        self.look(matches!(step, Step::Turn));
+    }
+
+    /// Checks the invariants. A lane that must not go on dies.
+    fn look(&mut self, looked: bool) {
+        self.steps += 1;
+        if let Err(error) = self.lane.check() {
+            let mut kernel = self.kernel.borrow_mut();
+            kernel.trace.note(|| format!("the lane ends: {error}"));
+            match kernel.broken {
+                Some(_) => kernel.tally.note(Fault::RingBroken),
+                None => assert!(kernel.refused, "the lane ends: {error}"),
+            }
+            drop(kernel);
+            return self.kill();
+        }
+        let backlog = self.lane.backlog();
+        self.kernel.borrow_mut().note_backlog(backlog);
+        let view = View { engine: self.lane.engine(), told: self.told, looked };
+        view.check(&mut self.kernel.borrow_mut());
+    }
+
+    /// Draws what happens next, out of what can.
+    fn choose(&mut self) -> Step {
+        let mut kernel = self.kernel.borrow_mut();
+        let kernel = &mut *kernel;
+        let setup = &kernel.setup;
+        let hostile = u32::from(setup.hostile);
+        let if_any = |any: bool, weight: u32| if any { weight } else { 0 };
+        let weights = [
+            (Step::Deliver, if_any(!kernel.stopping, 16)),
+            (Step::Submit, if_any(!kernel.queue.is_empty(), setup.submit_weight)),
+            (Step::Start, if_any(!kernel.queued.is_empty(), 20)),
+            (Step::Finish, if_any(!kernel.running.is_empty(), 28)),
+            (Step::Handle, if_any(!kernel.posted.is_empty(), 36)),
+            (Step::Turn, if_any(kernel.backlogged, 16) + 2),
+            (Step::Noise, 3 * hostile),
+            (Step::Unstick, hostile),
+            (Step::LetTimePass, if_any(setup.deadline.is_some(), 1)),
+        ];
+        let rare = kernel.rng.next();
+        if setup.hostile && !kernel.closing {
+            if kernel.rng.chance(kernel.setup.kill_rate) && rare & 1 == 0 {
+                return Step::Kill;
+            }
+            if kernel.rng.chance(kernel.setup.rate(Fault::CancelAll)) && rare & 2 == 0 {
+                return Step::CancelAll;
+            }
+            if kernel.setup.kill_rate > 0 && rare >> 48 & 0x3fff == 0 {
+                return Step::BreakRing;
+            }
+        }
+        let total = weights.iter().map(|(_, weight)| weight).sum();
+        let mut drawn = kernel.rng.below(total);
+        for (step, weight) in weights {
+            if drawn < weight {
+                return step;
+            }
+            drawn -= weight;
+        }
+        Step::Turn
+    }
+
+    fn take(&mut self, step: Step) {
+        let mut kernel = self.kernel.borrow_mut();
+        kernel.now += 500 + (kernel.rng.next() & 0xfff);
+        kernel.trace.mix(step as u64);
+        match step {
+            Step::Deliver => {
+                let depth = u32::from(kernel.setup.depth);
+                let tag = u16::try_from(kernel.rng.below(depth)).unwrap_or(0);
+                if kernel.tags[usize::from(tag)].phase == Phase::Waiting {
+                    kernel.deliver(tag);
+                }
+            }
+            Step::Submit => kernel.submit(),
+            Step::Start => kernel.start_one(),
+            Step::Finish => {
+                let running = kernel.running.len();
+                let at = kernel.rng.index(running);
+                kernel.finish(at);
+            }
+            Step::Unstick => kernel.unstick(),
+            Step::BreakRing => {
+                let errno = kernel.rng.pick(&[Errno::ENXIO, Errno::EINVAL]);
+                kernel.broken.get_or_insert(errno);
+            }
+            Step::LetTimePass => {
+                kernel.now += kernel.setup.deadline.unwrap_or(0) / 2;
+            }
+            Step::Handle => {
+                drop(kernel);
+                self.handle();
+            }
+            Step::Turn => {
+                drop(kernel);
+                self.turn();
+            }
+            Step::Noise => {
+                drop(kernel);
+                self.make_noise();
+            }
+            Step::CancelAll => {
+                kernel.cancel_by_hand();
+                self.told = kernel.now;
+                drop(kernel);
+                self.lane.set_now(self.told);
+                self.lane.cancel_all();
+            }
+            Step::Kill => {
+                drop(kernel);
+                self.kill();
+            }
+        }
+    }
+
+    /// Before the lane submits.
+    fn turn(&mut self) {
+        self.told = self.kernel.borrow().now;
+        self.lane.set_now(self.told);
+        self.lane.before_submit();
+    }
+
+    /// The lane reaps a completion, not always the oldest.
+    fn handle(&mut self) {
+        let mut kernel = self.kernel.borrow_mut();
+        let posted = kernel.posted.len();
+        let at = if kernel.rng.chance(512) { kernel.rng.index(posted) } else { 0 };
+        let at = kernel.not_before_registration(at);
+        if at > 0 {
+            kernel.tally.note(Fault::Reordered);
+        }
+        let posted = kernel.posted.remove(at);
+        kernel.note_told(&posted);
+        let cqe = posted.cqe;
+        kernel.trace.note(|| format!("handle {cqe:x?}"));
+        kernel.trace.mix(cqe.user_data);
+        let incarnation = kernel.incarnation;
+        if let Some(Event::Fetched(key)) = Event::decode(cqe.user_data, incarnation) {
+            let now = kernel.now;
+            let model = &mut kernel.tags[key.tag.index()];
+            if cqe.res >= 0 {
+                model.handled = true;
+                self.delivered += 1;
+                model.blame.since = now;
+            } else if cqe.res != Errno::ENODEV.negated() {
+                kernel.refused = true;
+            }
+        }
+        self.told = kernel.now;
+        drop(kernel);
+        self.lane.set_now(self.told);
+        assert_eq!(self.lane.handle(cqe), Handled::Done, "nobody sends messages");
+        if self.is_counted(cqe) {
+            self.past.note(cqe);
+        }
+    }
+
+    /// The server dies at this instant, and the next one starts.
+    fn kill(&mut self) {
+        self.settle_accounts();
+        let mut kernel = self.kernel.borrow_mut();
+        kernel.tally.note(Fault::Kill);
+        self.past.bury(kernel.bury(), &mut self.ghosts);
+        self.answered_before = kernel.answered;
+        drop(kernel);
+        (self.noise, self.delivered) = (0, 0);
+        self.lane = lane(&self.kernel);
+    }
+}

@@ -1,0 +1,129 @@
+//! A ring, a driver and a planner that allocate nothing themselves.
+
+use std::collections::VecDeque;
+
+use ublk_target::lane::{LaneIo, RingRole};
+use ublk_target::plan::{BackingIndex, Op, OpKind, Plan, Planner};
+use ublk_target::request::{Request, RequestKind};
+use ublk_target::units::Tag;
+use uring_ext::iod::IoDesc;
+use uring_ext::pool::{BufferPool, Direction, PoolAddr};
+use uring_ext::sqe::Sqe;
+use uring_ext::{Errno, sys};
+
+use super::DEPTH;
+
+/// Every sector is an operation, on two backings in turn, so that requests need several windows;
+/// FUA is a second stage.
+#[derive(Clone, Copy, Debug)]
+pub struct Sectors;
+
+impl Planner for Sectors {
+    fn plan(&self, request: &Request, from: u64, plan: &mut Plan) -> Result<(), Errno> {
+        let kind = match request.kind {
+            RequestKind::Read => OpKind::Read,
+            RequestKind::Write { .. } => OpKind::Write { fua: false },
+            RequestKind::Flush => return Ok(()),
+            RequestKind::Discard => OpKind::Discard,
+            RequestKind::WriteZeroes { may_unmap } => OpKind::WriteZeroes { may_unmap },
+        };
+        let mut done = from;
+        while done < request.len && plan.ops().count() < 7 {
+            let offset = request.offset + done;
+            let backing = BackingIndex(u16::from(offset / 512 % 2 == 1));
+            let buf_offset = if request.has_data() { u32::try_from(done).unwrap() } else { 0 };
+            plan.push(Op { kind, backing, offset, len: 512, buf_offset }).unwrap();
+            done += 512;
+        }
+        plan.cover(done - from);
+        if request.kind == (RequestKind::Write { fua: true }) {
+            plan.next_stage();
+            let (kind, backing) = (OpKind::Flush, BackingIndex(0));
+            plan.push(Op { kind, backing, offset: 0, len: 0, buf_offset: 0 }).unwrap();
+        }
+        Ok(())
+    }
+}
+
+/// What an entry is, as far as its answer depends on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Fetch,
+    Register,
+    Unregister,
+    Transfer,
+    Other,
+    Cancel { user_data: u64 },
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct Entry {
+    pub user_data: u64,
+    pub kind: Kind,
+    pub len: i32,
+    pub skip_success: bool,
+}
+
+impl Entry {
+    fn decode(sqe: &Sqe) -> Self {
+        let raw = sqe.as_bytes();
+        let u32_at = |at: usize| u32::from_ne_bytes(raw[at..at + 4].try_into().unwrap());
+        let u64_at = |at: usize| u64::from_ne_bytes(raw[at..at + 8].try_into().unwrap());
+        let kind = match (raw[0], u32_at(8)) {
+            (46, sys::UBLK_U_IO_FETCH_REQ | sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ) => Kind::Fetch,
+            (46, sys::UBLK_U_IO_REGISTER_IO_BUF) => Kind::Register,
+            (46, sys::UBLK_U_IO_UNREGISTER_IO_BUF) => Kind::Unregister,
+            (4 | 5, _) => Kind::Transfer,
+            (14, _) => Kind::Cancel { user_data: u64_at(16) },
+            _ => Kind::Other,
+        };
+        let len = i32::try_from(u32_at(24)).unwrap_or(i32::MAX);
+        Self { user_data: u64_at(32), kind, len, skip_success: raw[1] & 1 << 6 != 0 }
+    }
+}
+
+/// Keeps what was pushed in memory set aside before the measurement.
+pub struct Memory {
+    pub pool: BufferPool,
+    pub queue: VecDeque<Entry>,
+    /// It takes nothing.
+    pub full: bool,
+    pub iods: [IoDesc; DEPTH as usize],
+    pub copies: u32,
+    pub now: u64,
+}
+
+impl LaneIo for Memory {
+    fn push(&mut self, _role: RingRole, sqes: &[Sqe]) -> Result<(), Errno> {
+        if self.full || self.queue.len() + sqes.len() > self.queue.capacity() {
+            return Err(Errno::EBUSY);
+        }
+        self.queue.extend(sqes.iter().map(Entry::decode));
+        Ok(())
+    }
+
+    fn iod(&self, tag: Tag) -> IoDesc {
+        self.iods[tag.index()]
+    }
+
+    fn copy(&mut self, _: Tag, _: u16, _: Direction, from: u32, to: u32) -> i32 {
+        self.copies += 1;
+        let all = i32::try_from(to - from).unwrap();
+        match self.copies % 16 {
+            1 => Errno::EAGAIN.negated(),
+            2 => Errno::EFAULT.negated(),
+            3 => 0,
+            4..8 => all.min(300),
+            _ => all,
+        }
+    }
+
+    fn pool_addr(&self, buffer: u16, offset: u32) -> PoolAddr {
+        self.pool.addr(buffer, offset)
+    }
+
+    fn now(&mut self) -> u64 {
+        self.now += 100;
+        self.now
+    }
+}
