@@ -17,6 +17,7 @@ use uring_ext::{Errno, sys};
 use crate::backing::sysfs::parse_devt;
 use crate::backing::usage;
 use crate::state::{self, RUN_DIR, StateFile};
+use crate::stats;
 
 /// Why a device was not deleted.
 #[non_exhaustive]
@@ -62,7 +63,7 @@ pub fn delete(
     let info = match control.info(id) {
         Ok(info) => info,
         Err(error) if state::is_missing(&error) => {
-            StateFile::remove(Path::new(RUN_DIR), id);
+            remove_files(id);
             return Err(DeleteError::NoDevice(id));
         }
         Err(error) => return Err(error.into()),
@@ -77,8 +78,14 @@ pub fn delete(
         }
     }
     remove(control, id, server.as_ref(), progress)?;
-    StateFile::remove(Path::new(RUN_DIR), id);
+    remove_files(id);
     Ok(())
+}
+
+/// Removes what a dead server has left in the directory of the state files.
+fn remove_files(id: u32) {
+    StateFile::remove(Path::new(RUN_DIR), id);
+    stats::remove_stale_socket(Path::new(RUN_DIR), id);
 }
 
 /// Stops a device that nobody uses.

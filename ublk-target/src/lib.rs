@@ -19,5 +19,6 @@ pub mod plan;
 pub mod request;
 pub mod server;
 pub mod state;
+pub mod stats;
 pub mod target;
 pub mod units;

@@ -38,7 +38,9 @@ pub fn add(target: &Target, verbose: u8) -> anyhow::Result<ExitCode> {
             log::set_max_level(log::LevelFilter::Warn);
         }
     }
-    serve(&config, |description, choice| announce(device, description, choice))?;
+    serve(&config, &daemon::start_stopper, |description, choice| {
+        announce(device, description, choice)
+    })?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -7,8 +7,9 @@
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader};
 use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Child, Command, ExitCode, Stdio};
 
 use anyhow::Context;
 use nix::unistd::{dup2_stderr, dup2_stdout, setsid};
@@ -37,6 +38,17 @@ pub fn start_server() -> anyhow::Result<ExitCode> {
         Some(code) if code > 0 => Ok(ExitCode::from(code)),
         _ => anyhow::bail!("the server ended before its device was live ({status})"),
     }
+}
+
+/// Starts a process that stops a device.
+pub fn start_stopper(id: u32) -> std::io::Result<Child> {
+    // Its own group: the terminal's signals are for the server.
+    Command::new(std::env::current_exe()?)
+        .args(["stop-device", "-n", &id.to_string()])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .process_group(0)
+        .spawn()
 }
 
 /// Leaves the session of the terminal, so that its signals do not reach the server.

@@ -11,6 +11,7 @@ use ublk_target::{kernel, state::device_ids};
 use uring_ext::control::Control;
 use uring_ext::feature;
 
+use super::table::{Align, table};
 use super::{Del, Features, List};
 
 /// Deletes one device or all.
@@ -72,7 +73,7 @@ pub fn list(list: &List) -> anyhow::Result<ExitCode> {
         ];
         let mut rows = vec![header.map(str::to_owned)];
         rows.extend(devices.iter().map(row));
-        write!(out, "{}", table(&rows))?;
+        write!(out, "{}", table(&rows, Align::Left))?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -92,23 +93,6 @@ fn row(device: &Description) -> [String; 10] {
         Bytes(device.size_bytes).to_string(),
         or_dash(backings.collect::<Vec<_>>().join(",")),
     ]
-}
-
-/// Rows as columns of equal width.
-fn table<const N: usize>(rows: &[[String; N]]) -> String {
-    let mut widths = [0; N];
-    for row in rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = cell.chars().count().max(*width);
-        }
-    }
-    let mut text = String::new();
-    for row in rows {
-        let cells = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}"));
-        text.push_str(cells.collect::<Vec<_>>().join("  ").trim_end());
-        text.push('\n');
-    }
-    text
 }
 
 /// Shows the features of the driver.
@@ -136,20 +120,9 @@ pub fn features(args: &Features) -> anyhow::Result<ExitCode> {
         let here = if found.has(*feature) { "yes" } else { "no" };
         rows.push([feature.name, here, feature.since].map(str::to_owned));
     }
-    write!(out, "{}", table(&rows))?;
+    write!(out, "{}", table(&rows, Align::Left))?;
     if found.unknown_bits() != 0 {
         writeln!(out, "and bits that this program does not know: {:#x}", found.unknown_bits())?;
     }
     Ok(ExitCode::SUCCESS)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn columns_are_aligned() {
-        let rows = [["ID", "NAME"].map(str::to_owned), ["10", "x"].map(str::to_owned)];
-        assert_eq!(table(&rows), "ID  NAME\n10  x\n");
-    }
 }

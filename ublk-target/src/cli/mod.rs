@@ -3,6 +3,8 @@
 mod add;
 mod daemon;
 mod manage;
+mod stats;
+mod table;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -32,8 +34,17 @@ enum Command {
     Del(Del),
     /// Show devices
     List(List),
+    /// Show what a device does: rates, lent slots, latencies
+    Stats(Stats),
     /// Show what the ublk driver of this kernel can do
     Features(Features),
+    /// Stop a device for its server, which must not do it itself
+    #[command(hide = true)]
+    StopDevice {
+        /// The device /dev/ublkbID
+        #[arg(short = 'n', long, value_name = "ID")]
+        id: u32,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -126,6 +137,31 @@ struct List {
 }
 
 #[derive(Debug, Args)]
+struct Stats {
+    /// The device /dev/ublkbID
+    #[arg(short = 'n', long, value_name = "ID")]
+    id: u32,
+    /// Print JSON: one object, with --watch one a line
+    #[arg(long)]
+    json: bool,
+    /// Go on until interrupted, or until the device is gone
+    #[arg(long)]
+    watch: bool,
+    /// Look at so many seconds, whole or not
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = interval)]
+    interval: Duration,
+    /// Name each lent slot and what borrows it
+    #[arg(long)]
+    slots: bool,
+}
+
+/// A number of seconds that lanes can be asked after again and again.
+fn interval(text: &str) -> Result<Duration, String> {
+    let interval = seconds(text).ok().filter(|interval| *interval >= Duration::from_millis(100));
+    interval.ok_or_else(|| "not a number of seconds from 0.1 to 86400".to_owned())
+}
+
+#[derive(Debug, Args)]
 struct Features {
     /// Print JSON
     #[arg(long)]
@@ -154,6 +190,14 @@ pub fn run() -> ExitCode {
         Command::List(list) => {
             start_log(cli.verbose, "warn");
             manage::list(list)
+        }
+        Command::Stats(args) => {
+            start_log(cli.verbose, "warn");
+            stats::stats(args)
+        }
+        Command::StopDevice { id } => {
+            start_log(cli.verbose, "warn");
+            ublk_target::server::device::stop(*id).map(|()| ExitCode::SUCCESS).map_err(Into::into)
         }
         Command::Features(features) => {
             start_log(cli.verbose, "warn");
@@ -199,13 +243,15 @@ mod tests {
 
     #[test]
     fn wrong_arguments_are_one_line() {
-        let table: [(&[&str], &str); 6] = [
+        let table: [(&[&str], &str); 8] = [
             (&["add", "loop"], "--file"),
             (&["add", "null", "-q", "0"], "0 is not in 1..=4096"),
             (&["add", "null", "-d", "4097"], "4097 is not in 1..=4096"),
             (&["add", "null", "--lend", "magic"], "auto, fused, slot, user-copy, copy"),
             (&["add", "null", "--size", "big"], "is not a size"),
             (&["del"], "--all"),
+            (&["stats"], "--id"),
+            (&["stats", "-n", "0", "--interval", "0.01"], "seconds from 0.1 to 86400"),
         ];
         for (arguments, expected) in table {
             let arguments = [&["ublk-target"], arguments].concat();

@@ -145,6 +145,9 @@ pub enum DeviceError {
         /// Why.
         error: LaneError,
     },
+    /// The process that was to stop the device has failed, and said why.
+    #[error("the device could not be stopped; `ublk-target del` may")]
+    NotStopped,
     /// A signal came before the device was live.
     #[error("interrupted before the device was live; nothing is left of it")]
     Interrupted,

@@ -1,7 +1,9 @@
 //! A device's life: added, served, stopped, deleted.
 
 use std::fs::File;
+use std::os::fd::AsFd;
 use std::path::Path;
+use std::process::Child;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
@@ -9,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use bufreg::Incarnation;
 use nix::poll::PollTimeout;
-use uring_ext::control::{Control, Pending};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use uring_ext::control::{Control, ControlError, Pending};
 use uring_ext::feature::Features;
 use uring_ext::{Errno, sys};
 
@@ -24,7 +27,31 @@ use crate::lane::LaneError;
 use crate::lane::fault::{self, Faults, Injected};
 use crate::lend::{self, Choice, LendMode};
 use crate::state::{self, Description, RUN_DIR, StateFile};
+use crate::stats::{self, Limits, StatsServer};
 use crate::units::Qid;
+
+/// Starts a process that stops the device with an id.
+pub type Stopper<'a> = dyn Fn(u32) -> std::io::Result<Child> + 'a;
+
+/// Stops a device and waits until its outstanding I/O is completed or failed. One that is gone is
+/// stopped.
+///
+/// # Errors
+/// Those of the driver.
+pub fn stop(id: u32) -> Result<(), ControlError> {
+    let control = Control::open()?;
+    let stopped = control.stop(id).and_then(|mut pending| {
+        loop {
+            if let Some(answer) = control.wait(&mut pending, Duration::from_secs(10)) {
+                return answer;
+            }
+        }
+    });
+    match stopped {
+        Err(error) if !state::is_missing(&error) => Err(error),
+        Ok(_) | Err(_) => Ok(()),
+    }
+}
 
 /// The driver's device numbers have 20 bits (`UBLK_MINORS`).
 const MAX_ID: u32 = (1 << 20) - 1;
@@ -32,10 +59,13 @@ const MAX_ID: u32 = (1 << 20) - 1;
 /// Adds a device, calls `on_live` when it is, and serves it until a signal ends the server or
 /// somebody stops the device. If `on_live` fails, the device is taken back.
 ///
+/// `stopper` starts a process that stops a device (see [`stop`]).
+///
 /// # Errors
 /// [`DeviceError`]; nothing is left of the device.
 pub fn serve(
     config: &DeviceConfig,
+    stopper: &Stopper<'_>,
     on_live: impl FnOnce(&Description, &Choice) -> Result<(), DeviceError>,
 ) -> Result<(), DeviceError> {
     if let Some(id) = config.id.filter(|id| *id > MAX_ID) {
@@ -49,12 +79,12 @@ pub fn serve(
     let wakeups = Arc::new(wakeups);
     let added = add(&control, config, &plan)?;
     let id = added.dev_id;
-    let mut server = Server { control, wakeups, id, lanes: Vec::new(), cdev: None };
+    let mut server = Server { control, wakeups, id, lanes: Vec::new(), stats: None, cdev: None };
     let served = server.go_live(config, &plan, added).and_then(|()| {
         let description = Description::of(&server.control, id)?;
         log::info!("{} is live", description.device.display());
         on_live(&description, &plan.choice)?;
-        server.wait_for_the_end()
+        server.wait_for_the_end(stopper)
     });
     let ended = server.take_down();
     served.and(ended)
@@ -108,7 +138,20 @@ fn add(
         flags: plan.choice.flags | uring_ext::feature::CMD_IOCTL_ENCODE.bit,
         ..Default::default()
     };
-    control.add(info).map_err(|error| match (error.errno(), config.id) {
+    let mut added = control.add(info);
+    // A device that is gone keeps its id for a moment, while the driver takes it apart
+    // (`ublk_cdev_rel`), and nobody tells when that is over.
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while let (Err(error), Some(id)) = (&added, config.id) {
+        let is_taken = error.errno() == Some(Errno::EEXIST);
+        let is_gone = || control.info(id).is_err_and(|error| state::is_missing(&error));
+        if !is_taken || !is_gone() || Instant::now() > deadline {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+        added = control.add(info);
+    }
+    added.map_err(|error| match (error.errno(), config.id) {
         (Some(Errno::EEXIST), Some(id)) => DeviceError::IdTaken(id),
         (Some(Errno::EACCES | Errno::ENOSPC), _) => DeviceError::NoRoom,
         _ => DeviceError::Control(error),
@@ -126,6 +169,7 @@ struct Server {
     wakeups: Arc<Wakeups>,
     id: u32,
     lanes: Vec<LaneThread>,
+    stats: Option<StatsServer>,
     cdev: Option<Arc<File>>,
 }
 
@@ -152,6 +196,7 @@ impl Server {
             .map_err(|error| {
                 DeviceError::setup(format!("cannot write to {RUN_DIR}"), Errno::of(&error))
             })?;
+        self.start_stats()?;
         let start = self.control.start(self.id, std::process::id())?;
         self.await_start(start)
     }
@@ -227,6 +272,17 @@ impl Server {
         Ok(())
     }
 
+    fn start_stats(&mut self) -> Result<(), DeviceError> {
+        let path = stats::socket_path(Path::new(RUN_DIR), self.id);
+        let lanes = self.lanes.iter().map(|lane| lane.handle.clone()).collect();
+        let started = StatsServer::start(path.clone(), self.id, lanes, Limits::default());
+        let started = started.map_err(|error| {
+            DeviceError::setup(format!("cannot listen on {}", path.display()), Errno::of(&error))
+        });
+        self.stats = Some(started?);
+        Ok(())
+    }
+
     /// Waits until the device is live. The driver scans for partitions meanwhile, which the
     /// lanes serve.
     fn await_start(&mut self, mut start: Pending) -> Result<(), DeviceError> {
@@ -239,7 +295,7 @@ impl Server {
             match self.wakeups.wait(PollTimeout::ZERO) {
                 Wake::Signal(_) => return Err(DeviceError::Interrupted),
                 Wake::LaneEnded => return Err(self.lane_failure()),
-                Wake::TimedOut => {}
+                Wake::Other | Wake::TimedOut => {}
             }
             if began.elapsed().as_secs() / 10 > said {
                 said += 1;
@@ -260,31 +316,42 @@ impl Server {
     }
 
     /// Serves until a signal comes, or the lanes end because the device was stopped.
-    fn wait_for_the_end(&mut self) -> Result<(), DeviceError> {
+    fn wait_for_the_end(&mut self, stopper: &Stopper<'_>) -> Result<(), DeviceError> {
         match self.wakeups.wait(PollTimeout::NONE) {
             Wake::Signal(signal) => {
                 log::info!("{signal}: stopping");
-                self.stop()
+                self.stop(stopper)
             }
-            Wake::LaneEnded | Wake::TimedOut => Ok(()),
+            Wake::LaneEnded | Wake::Other | Wake::TimedOut => Ok(()),
         }
     }
 
     /// Stops the device, which completes or fails outstanding I/O. It may take as long as that
     /// I/O; a second signal cancels what is in flight on the backings, and a third ends the wait
     /// and leaves the rest to the kernel and to `del`.
-    fn stop(&self) -> Result<(), DeviceError> {
-        let mut stop = self.control.stop(self.id)?;
+    ///
+    /// Another process does it. A server that is killed while a command of its own waits for
+    /// outstanding I/O would wait for itself, for ever: the command keeps its files open, so the
+    /// driver never learns of its death and fails no I/O.
+    fn stop(&self, stopper: &Stopper<'_>) -> Result<(), DeviceError> {
+        let failed = |error: std::io::Error| {
+            DeviceError::setup("cannot start a process that stops the device", Errno::of(&error))
+        };
+        let mut process = stopper(self.id).map_err(failed)?;
+        let pidfd = pidfd_open(Pid::from_child(&process), PidfdFlags::empty())
+            .map_err(|errno| failed(errno.into()))?;
         let mut cancelled = false;
         let began = Instant::now();
         let mut said = 0;
         loop {
-            match self.control.wait(&mut stop, Duration::from_millis(200)) {
-                Some(Err(error)) if state::is_missing(&error) => return Ok(()),
-                Some(answer) => return answer.map(drop).map_err(DeviceError::Control),
+            match process.try_wait().map_err(failed)? {
+                Some(status) if status.success() => return Ok(()),
+                // It has said why.
+                Some(_) => return Err(DeviceError::NotStopped),
                 None => {}
             }
-            if let Wake::Signal(signal) = self.wakeups.wait(PollTimeout::ZERO) {
+            let woken = self.wakeups.wait_or(pidfd.as_fd(), PollTimeout::from(10_000_u16));
+            if let Wake::Signal(signal) = woken {
                 if cancelled {
                     log::error!("{signal} again: ending with I/O outstanding");
                     std::process::exit(1);
@@ -321,6 +388,9 @@ impl Server {
                 Err(error) => result = result.and(Err(DeviceError::Lane { qid, error })),
             }
         }
+        // It tells of the lanes until they have ended. The id is still this device's, so that no
+        // other server can have made a socket of this name.
+        drop(self.stats.take());
         StateFile::remove(Path::new(RUN_DIR), self.id);
         drop(self.cdev.take());
         result

@@ -3,13 +3,13 @@
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
 
-use bufreg::{Borrower, Lent, SlotIndex};
+use bufreg::{Borrower, Leak, Lent, MAX_BORROWS, SlotIndex};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use uring_ext::Errno;
 
 use crate::engine::{Engine, EngineStats, Holdings, Recorder};
 use crate::lane::fault::Injected;
-use crate::plan::{Op, Planner};
+use crate::plan::{Op, Planner, WINDOW_OPS};
 use crate::units::{Qid, Tag};
 
 /// What a lane is asked for. Memory for the answer comes with the question, so that the lane
@@ -23,7 +23,8 @@ pub enum LaneMessage {
         /// Takes it back.
         reply: SyncSender<Box<LaneSnapshot>>,
     },
-    /// Begin or end the measuring of latencies.
+    /// Begin or end the measuring of latencies, or go on with an empty recorder: what was recorded
+    /// is handed over, not copied.
     Measure {
         /// Where to, or `None` to end.
         recorder: Option<Box<Recorder>>,
@@ -45,6 +46,9 @@ pub struct BorrowingOp {
     pub op: Option<(Tag, Op)>,
 }
 
+/// How many leaked slots a snapshot names. There should be none at all.
+pub const NAMED_LEAKS: usize = 16;
+
 /// What is known of a lane at one instant.
 #[derive(Clone, Debug)]
 pub struct LaneSnapshot {
@@ -58,54 +62,67 @@ pub struct LaneSnapshot {
     pub holdings: Option<Holdings>,
     /// Lent slots, as many as there is room for.
     pub lent: Vec<Lent>,
-    /// The operations that borrow them.
+    /// Lent slots that nothing answers for, the first [`NAMED_LEAKS`].
+    pub leaks: Vec<Leak>,
+    /// The operations that borrow those slots.
     pub borrowers: Vec<BorrowingOp>,
-    /// Latencies since measuring began.
-    pub recorder: Recorder,
     /// Operations that met a fault which a test asked for.
     pub injected: Injected,
 }
 
 impl LaneSnapshot {
-    /// An empty one with room for the lent slots of `depth` tags.
+    /// An empty one with room for `slots` lent slots. With room for none, only leaks are named.
     #[must_use]
-    pub fn new(qid: Qid, depth: u16) -> Self {
-        let depth = usize::from(depth);
+    pub fn new(qid: Qid, slots: usize) -> Self {
         Self {
             qid,
             at: 0,
             stats: EngineStats::default(),
             holdings: None,
-            lent: Vec::with_capacity(2 * depth),
-            borrowers: Vec::with_capacity(depth * crate::plan::WINDOW_OPS),
-            recorder: Recorder::new(),
+            lent: Vec::with_capacity(slots),
+            leaks: Vec::with_capacity(NAMED_LEAKS),
+            borrowers: Vec::with_capacity(slots * WINDOW_OPS + NAMED_LEAKS * MAX_BORROWS as usize),
             injected: Injected::default(),
         }
     }
 
     /// Fills it in, without allocating.
     pub(super) fn take<P: Planner>(&mut self, engine: &Engine<P>, injected: Injected, at: u64) {
+        let holdings = engine.holdings();
         self.at = at;
         self.stats = *engine.stats();
-        self.holdings = Some(engine.holdings());
+        self.holdings = Some(holdings);
         self.injected = injected;
-        let registry = engine.registry();
         self.lent.clear();
+        self.leaks.clear();
         self.borrowers.clear();
-        for lent in registry.lent().take(self.lent.capacity()) {
+        for lent in engine.registry().lent().take(self.lent.capacity()) {
             self.lent.push(lent);
-            let room = self.borrowers.capacity() - self.borrowers.len();
-            self.borrowers.extend(
-                registry.borrowers(lent.slot).take(room).map(|label| BorrowingOp {
-                    slot: lent.slot,
-                    label,
-                    op: engine.borrower(label),
-                }),
-            );
+            self.name_borrowers(engine, lent.slot);
         }
-        if let Some(recorder) = engine.recorder() {
-            self.recorder.copy_from(recorder);
+        // The search compares every lent slot with every tag.
+        if holdings.leaked > 0 {
+            self.name_leaks(engine);
         }
+    }
+
+    fn name_leaks<P: Planner>(&mut self, engine: &Engine<P>) {
+        for leak in engine.leaks().take(self.leaks.capacity()) {
+            self.leaks.push(leak);
+            if !self.lent.iter().any(|lent| lent.slot == leak.lent.slot) {
+                self.name_borrowers(engine, leak.lent.slot);
+            }
+        }
+    }
+
+    fn name_borrowers<P: Planner>(&mut self, engine: &Engine<P>, slot: SlotIndex) {
+        let room = self.borrowers.capacity() - self.borrowers.len();
+        let borrowers = engine.registry().borrowers(slot).take(room);
+        self.borrowers.extend(borrowers.map(|label| BorrowingOp {
+            slot,
+            label,
+            op: engine.borrower(label),
+        }));
     }
 }
 

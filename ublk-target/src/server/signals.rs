@@ -1,6 +1,6 @@
 //! Signals as events: blocked in every thread, read from a descriptor by the main thread.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -15,6 +15,8 @@ pub enum Wake {
     Signal(Signal),
     /// A lane has ended.
     LaneEnded,
+    /// The other descriptor can be read.
+    Other,
     /// Nothing within the time.
     TimedOut,
 }
@@ -51,6 +53,15 @@ impl Wakeups {
 
     /// Waits for a signal or the end of a lane.
     pub fn wait(&self, timeout: PollTimeout) -> Wake {
+        self.wait_for(None, timeout)
+    }
+
+    /// Waits for a signal, the end of a lane, or until another descriptor can be read.
+    pub fn wait_or(&self, other: BorrowedFd<'_>, timeout: PollTimeout) -> Wake {
+        self.wait_for(Some(other), timeout)
+    }
+
+    fn wait_for(&self, other: Option<BorrowedFd<'_>>, timeout: PollTimeout) -> Wake {
         loop {
             if let Ok(Some(info)) = self.signals.read_signal() {
                 let number = i32::try_from(info.ssi_signo).unwrap_or(0);
@@ -59,12 +70,16 @@ impl Wakeups {
             if self.lanes.read().is_ok() {
                 return Wake::LaneEnded;
             }
-            let mut fds = [
-                PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
-                PollFd::new(self.lanes.as_fd(), PollFlags::POLLIN),
-            ];
-            if matches!(poll(&mut fds, timeout), Ok(0)) {
-                return Wake::TimedOut;
+            // Without another one, the same twice.
+            let other = other.unwrap_or(self.signals.as_fd());
+            let mut fds = [self.signals.as_fd(), self.lanes.as_fd(), other]
+                .map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+            let ready = poll(&mut fds, timeout);
+            let [signals, lanes, other] = fds.map(|fd| fd.any().unwrap_or(false));
+            match ready {
+                Ok(0) => return Wake::TimedOut,
+                Ok(_) if other && !signals && !lanes => return Wake::Other,
+                Ok(_) | Err(_) => {}
             }
         }
     }

@@ -141,7 +141,7 @@ impl Hanging {
 
     /// What `stats` says of the only lane.
     fn lane(&self) -> Result<Value> {
-        let argv = [PROGRAM, "stats", "-n", &self.device.id(), "--json", "--interval", "0.05"];
+        let argv = [PROGRAM, "stats", "-n", &self.device.id(), "--json", "--interval", "0.1"];
         let printed = process::run(&[&argv[..], &["--slots"]].concat())?;
         let stats: Value = serde_json::from_str(&printed.stdout)?;
         Ok(stats["lanes"][0].clone())
@@ -169,7 +169,7 @@ fn hanging(ctx: &Ctx) -> Result<Outcome> {
         println!("{lend}: {lane}");
         ensure!(lane["in_flight"] == 1 && lane["slots"]["leaked"] == 0, "{lane}");
         ensure!(lane["lent"][0]["state"] == "quarantined", "{lane}");
-        ensure!(lane["lent"][0]["borrowers"][0]["kind"] == "read", "{lane}");
+        ensure!(lane["lent"][0]["borrowers"][0]["op"]["kind"] == "read", "{lane}");
         ensure!(reader.try_wait()?.is_none(), "answered while the drive may still write");
 
         resume()?;

@@ -110,6 +110,7 @@ impl Device {
         self.wait_until_gone()?;
         let text = std::fs::read_to_string(&log).with_context(|| log.clone())?;
         std::fs::remove_file(&log)?;
+        ensure!(!text.contains("leaked: "), "{text}");
         Ok(Counters::parse(&text))
     }
 

@@ -9,6 +9,7 @@ mod filesystem;
 mod lend_modes;
 mod lifecycle;
 mod old_kernel;
+mod stats;
 pub(crate) mod trace;
 mod verify;
 mod zero_copy;
@@ -16,7 +17,7 @@ mod zero_copy;
 use super::TestCase;
 
 /// The tests of all modules here.
-pub const TABLES: [&[TestCase]; 9] = [
+pub const TABLES: [&[TestCase]; 10] = [
     arguments::TESTS,
     backing_errors::TESTS,
     commands::TESTS,
@@ -25,5 +26,6 @@ pub const TABLES: [&[TestCase]; 9] = [
     lend_modes::TESTS,
     lifecycle::TESTS,
     old_kernel::TESTS,
+    stats::TESTS,
     zero_copy::TESTS,
 ];

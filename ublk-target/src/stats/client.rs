@@ -1,0 +1,261 @@
+//! The side of those who want to know.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use uring_ext::Errno;
+use uring_ext::control::{Control, ControlError};
+
+use super::protocol::{Answer, Command, MAX_RESPONSE_BYTES, Response, Snapshot, VERSION};
+use super::socket_path;
+use crate::backing::usage;
+use crate::state::{self, Description, RUN_DIR};
+
+/// How long a server may take to answer.
+pub const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Why there are no statistics to be had.
+#[non_exhaustive]
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// There is no such device.
+    #[error("there is no ublk device {0}")]
+    NoDevice(u32),
+    /// The socket is root's.
+    #[error("the statistics of device {0} are for root only: run as root")]
+    NotRoot(u32),
+    /// The server is dead.
+    #[error("the server of device {0} is dead; `ublk-target del -n {0}` cleans up")]
+    Dead(u32),
+    /// The server is of a version without statistics, or not that far yet.
+    #[error(
+        "the server of device {id} ({pid}) gives no statistics: it has just been started, or is \
+         older than this program; then delete the device and add it again"
+    )]
+    NoSocket {
+        /// The device.
+        id: u32,
+        /// Its server.
+        pid: u32,
+    },
+    /// Another program serves the device.
+    #[error(
+        "device {id} is served by {name} ({pid}); statistics are only to be had of ublk-target"
+    )]
+    Foreign {
+        /// The device.
+        id: u32,
+        /// Its server's name.
+        name: String,
+        /// Its server.
+        pid: u32,
+    },
+    /// The device went away.
+    #[error("device {0} is gone")]
+    Gone(u32),
+    /// The server does not answer.
+    #[error("the server of device {id} does not answer (waited {} s)", waited.as_secs())]
+    Silent {
+        /// The device.
+        id: u32,
+        /// How long.
+        waited: Duration,
+    },
+    /// The server said no.
+    #[error("the server of device {id} refuses: {error}")]
+    Refused {
+        /// The device.
+        id: u32,
+        /// Its words.
+        error: String,
+    },
+    /// The answer makes no sense.
+    #[error("the answer of the server of device {id} is not understood: {why}")]
+    Corrupt {
+        /// The device.
+        id: u32,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// The socket does not work.
+    #[error("the server of device {id} cannot be reached: {errno}")]
+    Unreachable {
+        /// The device.
+        id: u32,
+        /// Why.
+        errno: Errno,
+    },
+    /// The driver does not say what the device is.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+}
+
+/// A connection to the server of a device.
+#[derive(Debug)]
+pub struct Client {
+    id: u32,
+    stream: UnixStream,
+    received: Vec<u8>,
+    patience: Duration,
+}
+
+impl Client {
+    /// Connects to the server of the device `id`.
+    ///
+    /// # Errors
+    /// [`ClientError`]: without a socket, the driver is asked why.
+    pub fn connect(id: u32) -> Result<Self, ClientError> {
+        match open(&socket_path(Path::new(RUN_DIR), id), PATIENCE) {
+            Ok(stream) => Ok(Self::new(id, stream, PATIENCE)),
+            Err(error) => Err(why_not(id, &error)),
+        }
+    }
+
+    /// Speaks with the server of the device `id` on a stream of the caller's, which waits for an
+    /// answer as long as `patience`.
+    #[must_use]
+    pub fn new(id: u32, stream: UnixStream, patience: Duration) -> Self {
+        Self { id, stream, received: Vec::new(), patience }
+    }
+
+    /// Asks for what is known now.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn snapshot(&mut self, latencies: bool, slots: bool) -> Result<Snapshot, ClientError> {
+        let line = Command::Snapshot { latencies, slots }.to_line();
+        // A server that refuses may have closed its side already; its word is there to be read.
+        let sent = self.stream.write_all(line.as_bytes());
+        let line = match (self.read_line(), sent) {
+            (Ok(line), _) => line,
+            (Err(ClientError::Gone(_)), Err(error)) => return Err(self.failed(&error)),
+            (Err(error), _) => return Err(error),
+        };
+        match parse(&line) {
+            Ok(Answer::Snapshot(snapshot)) if snapshot.lanes.is_empty() => {
+                Err(ClientError::Gone(self.id))
+            }
+            Ok(Answer::Snapshot(snapshot)) => Ok(snapshot),
+            Ok(Answer::Error(error)) => Err(ClientError::Refused { id: self.id, error }),
+            Err(why) => Err(ClientError::Corrupt { id: self.id, why }),
+        }
+    }
+
+    /// Tells the server that the connection is still wanted. It ends one that says nothing for
+    /// [`Limits::idle`](super::Limits::idle).
+    ///
+    /// # Errors
+    /// [`ClientError::Gone`].
+    pub fn keep_alive(&mut self) -> Result<(), ClientError> {
+        self.stream.write_all(b"\n").map_err(|error| self.failed(&error))
+    }
+
+    /// What it means if the connection can be read though nothing was asked.
+    #[must_use]
+    pub fn gone(&self) -> ClientError {
+        ClientError::Gone(self.id)
+    }
+
+    fn read_line(&mut self) -> Result<Vec<u8>, ClientError> {
+        let deadline = Instant::now() + self.patience;
+        let mut buffer = vec![0; 64 << 10];
+        let mut searched = 0;
+        loop {
+            let fresh = &self.received[searched..];
+            if let Some(end) = fresh.iter().position(|byte| *byte == b'\n') {
+                return Ok(self.received.drain(..=searched + end).collect());
+            }
+            searched = self.received.len();
+            if searched > MAX_RESPONSE_BYTES {
+                let why = format!("a line of more than {MAX_RESPONSE_BYTES} bytes");
+                return Err(ClientError::Corrupt { id: self.id, why });
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(ClientError::Silent { id: self.id, waited: self.patience });
+            }
+            let read = self.stream.set_read_timeout(Some(left));
+            match read.and_then(|()| self.stream.read(&mut buffer)) {
+                Ok(0) => return Err(ClientError::Gone(self.id)),
+                Ok(count) => self.received.extend_from_slice(&buffer[..count]),
+                // The time is over, which shows above.
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(self.failed(&error)),
+            }
+        }
+    }
+
+    fn failed(&self, error: &io::Error) -> ClientError {
+        let id = self.id;
+        let kind = error.kind();
+        if matches!(kind, ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) {
+            ClientError::Gone(id)
+        } else if kind == ErrorKind::WouldBlock {
+            ClientError::Silent { id, waited: self.patience }
+        } else {
+            ClientError::Unreachable { id, errno: Errno::of(error) }
+        }
+    }
+}
+
+/// Readable when the device is gone, since the server says nothing unasked.
+impl AsFd for Client {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+fn parse(line: &[u8]) -> Result<Answer, String> {
+    let response: Response = serde_json::from_slice(line).map_err(|error| error.to_string())?;
+    if response.version != VERSION {
+        return Err(format!("it is of version {}, not {VERSION}", response.version));
+    }
+    Ok(response.answer)
+}
+
+/// Connects. The time limit is for the case that the server does not accept, and stays for what is
+/// written later.
+fn open(path: &Path, patience: Duration) -> io::Result<UnixStream> {
+    let flags = SocketFlags::CLOEXEC;
+    let socket = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    let stream = UnixStream::from(socket);
+    stream.set_write_timeout(Some(patience))?;
+    net::connect(&stream, &SocketAddrUnix::new(path)?)?;
+    Ok(stream)
+}
+
+/// Whether there is a socket that nobody listens on.
+pub(super) fn is_deserted(path: &Path) -> bool {
+    let refused = |error: io::Error| error.kind() == ErrorKind::ConnectionRefused;
+    open(path, Duration::from_secs(1)).is_err_and(refused)
+}
+
+/// Why the socket of a device could not be connected to.
+fn why_not(id: u32, error: &io::Error) -> ClientError {
+    if error.kind() == ErrorKind::PermissionDenied {
+        return ClientError::NotRoot(id);
+    }
+    if error.kind() == ErrorKind::WouldBlock {
+        return ClientError::Silent { id, waited: PATIENCE };
+    }
+    let described = Control::open().and_then(|control| Description::of(&control, id));
+    let server = match described {
+        Err(error) if state::is_missing(&error) => return ClientError::NoDevice(id),
+        Err(error) => return error.into(),
+        Ok(description) => description.pid,
+    };
+    let has_none = matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused);
+    match server.map(|pid| (pid, usage::process_name(pid))) {
+        None => ClientError::Dead(id),
+        Some((pid, name)) if name != env!("CARGO_PKG_NAME") => {
+            ClientError::Foreign { id, name, pid }
+        }
+        Some((pid, _)) if has_none => ClientError::NoSocket { id, pid },
+        Some(_) => ClientError::Unreachable { id, errno: Errno::of(error) },
+    }
+}

@@ -1,0 +1,61 @@
+//! What a server tells about itself while it serves: counters, what is lent, latencies.
+//!
+//! A server listens on the Unix socket [`socket_path`], which only root can connect to. A thread
+//! of its own answers; it asks the lanes by messages, so that they pay only when somebody looks.
+//!
+//! # Protocol
+//!
+//! Both sides send JSON objects, one a line. The client asks:
+//!
+//! ```json
+//! {"version":1,"command":"snapshot","latencies":true,"slots":false}
+//! ```
+//!
+//! and gets one line for each line, [`protocol::Response`]: either a snapshot or an error in words.
+//!
+//! ```json
+//! {"version":1,"snapshot":{"device":0,"lanes":[…],"latencies":[…]}}
+//! {"version":1,"error":"version 2 is not known; this server speaks version 1"}
+//! ```
+//!
+//! * `latencies` (false if left out): latencies are measured for this connection from now until it
+//!   asks without, or ends. A snapshot has those since the connection's previous one, so the first
+//!   has none. The lanes measure exactly while there is such a connection.
+//! * `slots` (false if left out): name each lent slot and what borrows it. Leaked slots are named
+//!   in any case.
+//! * An empty line gets no answer; it keeps the connection.
+//! * After a line that is too long, and where there are too many connections, the connection ends
+//!   with the error. So does, without one, a connection on which nothing has moved for
+//!   [`Limits::idle`].
+//!
+//! Counters count since the server's start. Rates are the client's business: [`report`] computes
+//! them from two snapshots.
+
+pub mod client;
+mod connection;
+mod lanes;
+pub mod protocol;
+pub mod report;
+mod service;
+mod summary;
+#[cfg(test)]
+mod tests;
+
+use std::path::{Path, PathBuf};
+
+pub use service::{Limits, StatsServer};
+
+/// The socket of the server of a device, in the directory of the state files.
+#[must_use]
+pub fn socket_path(directory: &Path, id: u32) -> PathBuf {
+    directory.join(format!("{id}.sock"))
+}
+
+/// Removes the socket of a device if its server is dead, that is if nobody listens.
+pub fn remove_stale_socket(directory: &Path, id: u32) {
+    let path = socket_path(directory, id);
+    if client::is_deserted(&path) {
+        // A missing file is what is wanted; whoever cannot remove it cannot connect to it either.
+        let _ = std::fs::remove_file(path);
+    }
+}

@@ -1,0 +1,315 @@
+//! The lines of the protocol, which is described in [`stats`](super).
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::lane::fault::Injected;
+
+/// The version that both sides speak.
+pub const VERSION: u32 = 1;
+
+/// Longest line that a server reads, in bytes, its end included.
+pub const MAX_REQUEST_BYTES: usize = 1024;
+/// Longest line that a client reads, in bytes, its end included.
+pub const MAX_RESPONSE_BYTES: usize = 64 << 20;
+
+/// What a client asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "kebab-case")]
+pub enum Command {
+    /// What is known now.
+    Snapshot {
+        /// Measure latencies for this connection.
+        #[serde(default)]
+        latencies: bool,
+        /// Name each lent slot.
+        #[serde(default)]
+        slots: bool,
+    },
+}
+
+#[derive(Serialize)]
+struct Request {
+    version: u32,
+    #[serde(flatten)]
+    command: Command,
+}
+
+/// Why a line is not understood.
+#[non_exhaustive]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BadRequest {
+    /// It is no JSON object with a version.
+    #[error("a line must be a JSON object with a version and a command")]
+    NotAnObject,
+    /// Another version.
+    #[error("version {0} is not known; this server speaks version {VERSION}")]
+    Version(u64),
+    /// A command that is not known, or its parameters are wrong.
+    #[error("the command is not understood: {0}")]
+    Command(String),
+    /// Beyond [`MAX_REQUEST_BYTES`].
+    #[error("a line has at most {MAX_REQUEST_BYTES} bytes")]
+    TooLong,
+}
+
+impl Command {
+    /// As a line, its end included.
+    #[must_use]
+    pub fn to_line(self) -> String {
+        to_line(&Request { version: VERSION, command: self })
+    }
+
+    /// Reads a line.
+    ///
+    /// # Errors
+    /// [`BadRequest`].
+    pub fn parse(line: &[u8]) -> Result<Self, BadRequest> {
+        let request: serde_json::Value =
+            serde_json::from_slice(line).map_err(|_| BadRequest::NotAnObject)?;
+        let version = request.get("version").and_then(serde_json::Value::as_u64);
+        let version = version.ok_or(BadRequest::NotAnObject)?;
+        if version != u64::from(VERSION) {
+            return Err(BadRequest::Version(version));
+        }
+        serde_json::from_value(request).map_err(|error| BadRequest::Command(error.to_string()))
+    }
+}
+
+/// What a server answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Response {
+    /// [`VERSION`].
+    pub version: u32,
+    /// The answer.
+    #[serde(flatten)]
+    pub answer: Answer,
+}
+
+/// The two kinds of answers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Answer {
+    /// What was asked for.
+    Snapshot(Snapshot),
+    /// Why there is none.
+    Error(String),
+}
+
+impl Answer {
+    /// As a line, its end included.
+    #[must_use]
+    pub fn into_line(self) -> String {
+        to_line(&Response { version: VERSION, answer: self })
+    }
+}
+
+fn to_line(message: &impl Serialize) -> String {
+    // It cannot fail: all keys are strings.
+    let mut line = serde_json::to_string(message).unwrap_or_default();
+    line.push('\n');
+    line
+}
+
+/// What is known of a device at one instant.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// Device id.
+    pub device: u32,
+    /// Its lanes, but for those that have ended.
+    pub lanes: Vec<LaneStats>,
+    /// Latencies of all lanes together, since the connection's previous snapshot.
+    pub latencies: Vec<Latency>,
+}
+
+/// What is known of a lane.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LaneStats {
+    /// The queue.
+    pub qid: u16,
+    /// When, in nanoseconds of the monotonic clock.
+    pub at_ns: u64,
+    /// What it does and has done.
+    #[serde(flatten)]
+    pub activity: Activity,
+    /// Operations that met a fault which a test asked for; absent if there were none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub injected: Option<Injected>,
+    /// The lent slots; absent unless asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lent: Option<Vec<LentSlot>>,
+    /// Leaked slots, the first few: [`Slots::leaked`] has their number.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub leaks: Vec<LentSlot>,
+    /// Latencies since the connection's previous snapshot.
+    pub latencies: Vec<Latency>,
+}
+
+/// What one lane, or all of a device, does and has done.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Activity {
+    /// Requests that were delivered and not yet committed.
+    pub in_flight: u64,
+    /// Requests since the start, by kind.
+    pub requests: BTreeMap<String, Requests>,
+    /// Other counters since the start, by name.
+    pub counters: BTreeMap<String, u64>,
+    /// The buffer table.
+    pub slots: Slots,
+}
+
+/// Requests of one kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Requests {
+    /// Their number.
+    pub requests: u64,
+    /// Their bytes.
+    pub bytes: u64,
+}
+
+/// How many slots of the buffer table are doing what. `free`, `reserved`, `active`, `retiring` and
+/// `quarantined` add up to `capacity`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Slots {
+    /// All slots.
+    pub capacity: u64,
+    /// Slots that are not lent.
+    pub free: u64,
+    /// Slots that are lent.
+    pub lent: u64,
+    /// Slots whose registration is under way.
+    pub reserved: u64,
+    /// Slots that operations may borrow.
+    pub active: u64,
+    /// Slots that at least one operation borrows.
+    pub borrowed: u64,
+    /// Operations that borrow.
+    pub borrows: u64,
+    /// Slots whose buffer is on its way back.
+    pub retiring: u64,
+    /// Slots that the kernel may still use, for all the program knows.
+    pub quarantined: u64,
+    /// Lent slots that nothing in the program answers for.
+    pub leaked: u64,
+}
+
+/// A lent slot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LentSlot {
+    /// The slot.
+    pub slot: u16,
+    /// What it is doing: `reserved`, `active`, `retiring` or `quarantined`.
+    pub state: String,
+    /// Device id of the request that it is lent for.
+    pub device: u32,
+    /// Queue of the request.
+    pub qid: u16,
+    /// Tag of the request.
+    pub tag: u16,
+    /// For how long it has been lent, in nanoseconds.
+    pub age_ns: u64,
+    /// The operations that borrow it.
+    pub borrowers: Vec<Borrower>,
+}
+
+/// An operation that borrows a slot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Borrower {
+    /// The number by which the registry knows it, hexadecimal.
+    pub label: String,
+    /// What it does; absent if it is not in flight.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub op: Option<Operation>,
+}
+
+/// What is left to be done of an operation on a backing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Operation {
+    /// `read`, `write`, `write-fua`, `flush`, `discard` or `write-zeroes`.
+    pub kind: String,
+    /// Index of the backing.
+    pub backing: u16,
+    /// First byte on the backing.
+    pub offset: u64,
+    /// Length in bytes.
+    pub len: u64,
+}
+
+/// Latencies of one kind of request in one stage of its life, in nanoseconds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Latency {
+    /// The kind of request.
+    pub kind: String,
+    /// The stage ([`STAGES`](crate::engine::STAGES)).
+    pub stage: String,
+    /// Number of requests; never 0.
+    pub count: u64,
+    /// Mean.
+    pub mean_ns: u64,
+    /// Smallest.
+    pub min_ns: u64,
+    /// Median.
+    pub p50_ns: u64,
+    /// 90 of 100 took no longer.
+    pub p90_ns: u64,
+    /// 99 of 100 took no longer.
+    pub p99_ns: u64,
+    /// 999 of 1,000 took no longer.
+    pub p99_9_ns: u64,
+    /// Greatest.
+    pub max_ns: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_are_lines_and_back() {
+        for (latencies, slots) in [(false, false), (true, false), (true, true)] {
+            let command = Command::Snapshot { latencies, slots };
+            let line = command.to_line();
+            assert!(line.ends_with("}\n") && line.len() < MAX_REQUEST_BYTES, "{line}");
+            assert_eq!(Command::parse(line.trim_end().as_bytes()), Ok(command));
+        }
+        let least = br#"{"version":1,"command":"snapshot"}"#;
+        let command = Command::Snapshot { latencies: false, slots: false };
+        assert_eq!(Command::parse(least), Ok(command));
+    }
+
+    #[test]
+    fn bad_lines_are_told_apart() {
+        let table: [(&[u8], &str); 9] = [
+            (b"", "must be a JSON object"),
+            (b"snapshot", "must be a JSON object"),
+            (b"[1]", "must be a JSON object"),
+            (b"{\"command\":\"snapshot\"}", "must be a JSON object"),
+            (b"{\"version\":\"1\",\"command\":\"snapshot\"}", "must be a JSON object"),
+            (b"{\"version\":2,\"command\":\"snapshot\"}", "version 2 is not known"),
+            (b"{\"version\":1}", "missing field `command`"),
+            (b"{\"version\":1,\"command\":\"reboot\"}", "unknown variant `reboot`"),
+            (b"{\"version\":1,\"command\":\"snapshot\",\"slots\":7}", "invalid type"),
+        ];
+        for (line, expected) in table {
+            let refused = Command::parse(line).unwrap_err().to_string();
+            let line = String::from_utf8_lossy(line);
+            assert!(refused.contains(expected), "{line}: {refused}");
+        }
+        assert!(Command::parse(b"\xff\xfe").is_err());
+    }
+
+    #[test]
+    fn answers_are_lines_and_back() {
+        let mut lane = LaneStats { qid: 3, at_ns: 7, ..LaneStats::default() };
+        lane.activity.requests.insert("read".into(), Requests { requests: 1, bytes: 4096 });
+        lane.lent = Some(Vec::new());
+        let snapshot = Snapshot { device: 9, lanes: vec![lane], latencies: Vec::new() };
+        for answer in [Answer::Snapshot(snapshot), Answer::Error("no".into())] {
+            let line = answer.clone().into_line();
+            assert_eq!(line.matches('\n').count(), 1);
+            let read: Response = serde_json::from_str(&line).unwrap();
+            assert_eq!(read, Response { version: VERSION, answer });
+        }
+    }
+}

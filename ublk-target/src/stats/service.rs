@@ -1,0 +1,296 @@
+//! The thread that answers.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
+
+use super::connection::Connection;
+use super::lanes::{Lanes, Silent};
+use super::protocol::{Answer, Command, Snapshot};
+use super::summary::{lane_stats, latencies};
+use crate::engine::Recorder;
+use crate::server::message::LaneHandle;
+
+/// Bounds of what clients may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Connections at a time; more get an error.
+    pub connections: usize,
+    /// How long nothing may move on a connection.
+    pub idle: Duration,
+    /// How long the lanes may take to answer, all together.
+    pub lanes: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        let idle = Duration::from_secs(30);
+        Self { connections: 8, idle, lanes: Duration::from_secs(3) }
+    }
+}
+
+/// How long nobody is accepted after that failed, for instance at the limit of open files.
+const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
+/// Clients that may wait to be accepted.
+const BACKLOG: i32 = 16;
+
+/// The thread that answers, and its socket. Both end when it is dropped.
+#[derive(Debug)]
+pub struct StatsServer {
+    path: PathBuf,
+    stop: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl StatsServer {
+    /// Listens on `path`. A socket that is there is replaced: the caller has the device, so its
+    /// server is dead.
+    ///
+    /// # Errors
+    /// Those of making and naming a socket, and `EAGAIN` if there can be no more threads.
+    pub fn start(
+        path: PathBuf,
+        device: u32,
+        lanes: Vec<LaneHandle>,
+        limits: Limits,
+    ) -> io::Result<Self> {
+        let stop = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC)?;
+        let stop = Arc::new(stop);
+        let listener = listen(&path)?;
+        // From here on the socket is removed on every way out.
+        let mut server = Self { path, stop: Arc::clone(&stop), thread: None };
+        let service = Service {
+            device,
+            listener,
+            accept_after: None,
+            stop,
+            lanes: Lanes::new(lanes, limits.lanes),
+            connections: Vec::new(),
+            limits,
+        };
+        let thread = std::thread::Builder::new().name(format!("ublkb{device}-stats"));
+        server.thread = Some(thread.spawn(move || service.run())?);
+        Ok(server)
+    }
+}
+
+impl Drop for StatsServer {
+    fn drop(&mut self) {
+        // It can only fail at 2^64 - 1.
+        let _ = self.stop.write(1);
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            log::error!("the thread for statistics has panicked");
+        }
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// A listening socket that only its owner can connect to.
+fn listen(path: &Path) -> io::Result<UnixListener> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        Ok(()) | Err(_) => {}
+    }
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+    // Nobody can connect before the socket listens, so there is no moment in which others could.
+    let narrowed = std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600));
+    if let Err(error) = narrowed.and_then(|()| Ok(net::listen(&socket, BACKLOG)?)) {
+        let _ = std::fs::remove_file(path);
+        return Err(error);
+    }
+    Ok(UnixListener::from(socket))
+}
+
+struct Service {
+    device: u32,
+    listener: UnixListener,
+    /// Nobody is accepted before.
+    accept_after: Option<Instant>,
+    stop: Arc<EventFd>,
+    lanes: Lanes,
+    connections: Vec<Connection>,
+    limits: Limits,
+}
+
+impl Service {
+    fn run(mut self) {
+        while let Some(ready) = self.wait() {
+            for (connection, ready) in self.connections.iter_mut().zip(&ready.connections) {
+                if *ready {
+                    connection.exchange();
+                }
+            }
+            for index in 0..self.connections.len() {
+                self.serve(index);
+            }
+            let now = Instant::now();
+            self.connections.retain(|connection| !connection.is_over(now));
+            if !self.connections.iter().any(|connection| connection.latencies.is_some()) {
+                self.lanes.end_measuring();
+            }
+            if ready.listener {
+                self.accept();
+            }
+        }
+        self.lanes.end_measuring();
+    }
+
+    /// Waits until something can be done; `None` at the end.
+    fn wait(&mut self) -> Option<Ready> {
+        let now = Instant::now();
+        self.accept_after = self.accept_after.filter(|after| *after > now);
+        let wanted =
+            if self.accept_after.is_some() { PollFlags::empty() } else { PollFlags::POLLIN };
+        let mut fds = vec![
+            PollFd::new(self.stop.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.listener.as_fd(), wanted),
+        ];
+        let of_connections = self.connections.iter();
+        fds.extend(of_connections.map(|each| PollFd::new(each.fd(), each.interest())));
+        let timeout = self.patience(now);
+        let result = poll(&mut fds, timeout);
+        let is_ready = |fd: &PollFd| fd.any().unwrap_or(true) && result.is_ok();
+        if is_ready(&fds[0]) {
+            return None;
+        }
+        Some(Ready {
+            listener: is_ready(&fds[1]),
+            connections: fds[2..].iter().map(is_ready).collect(),
+        })
+    }
+
+    /// How long there may be nothing to do.
+    fn patience(&self, now: Instant) -> PollTimeout {
+        if self.connections.iter().any(Connection::has_line_to_answer) {
+            return PollTimeout::ZERO;
+        }
+        let deadlines = self.connections.iter().map(Connection::deadline).chain(self.accept_after);
+        deadlines.min().map_or(PollTimeout::NONE, |deadline| until(deadline, now))
+    }
+
+    fn accept(&mut self) {
+        let stream = match self.listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+            Err(error) => {
+                log::warn!("cannot accept a client that wants statistics: {error}");
+                self.accept_after = Some(Instant::now() + ACCEPT_PAUSE);
+                return;
+            }
+        };
+        let is_allowed = is_allowed(&stream);
+        let Ok(connection) = Connection::new(stream, self.limits.idle) else { return };
+        if !is_allowed {
+            connection.dismiss("statistics are for root only");
+        } else if self.connections.len() >= self.limits.connections {
+            connection.dismiss(&format!(
+                "there are {} connections already; end one of them",
+                self.limits.connections
+            ));
+        } else {
+            self.connections.push(connection);
+        }
+    }
+
+    /// Answers the next line of a connection, if there is one and the client has taken the answer
+    /// before.
+    fn serve(&mut self, index: usize) {
+        let answer = match self.connections[index].next_command() {
+            None => return,
+            Some(Err(bad)) => Answer::Error(bad.to_string()),
+            Some(Ok(Command::Snapshot { latencies, slots })) => {
+                match self.snapshot(index, latencies, slots) {
+                    Ok(snapshot) => Answer::Snapshot(snapshot),
+                    Err(silent) => Answer::Error(silent.to_string()),
+                }
+            }
+        };
+        self.connections[index].send(answer);
+    }
+
+    fn snapshot(
+        &mut self,
+        index: usize,
+        wants_latencies: bool,
+        slots: bool,
+    ) -> Result<Snapshot, Silent> {
+        if wants_latencies || self.connections[index].latencies.is_some() {
+            self.share_latencies()?;
+        }
+        let snapshots = self.lanes.snapshots(slots)?;
+        let mut snapshot = Snapshot { device: self.device, ..Snapshot::default() };
+        let connection = &mut self.connections[index];
+        for (lane, found) in snapshots {
+            let mut stats = lane_stats(&found, slots);
+            if let Some(recorders) = &connection.latencies {
+                stats.latencies = latencies(&recorders[lane]);
+            }
+            snapshot.lanes.push(stats);
+        }
+        if let Some(recorders) = &mut connection.latencies {
+            snapshot.latencies = latencies(&all_of(recorders));
+            recorders.iter_mut().for_each(Recorder::clear);
+        }
+        self.measure_for(index, wants_latencies)?;
+        Ok(snapshot)
+    }
+
+    /// Gives each connection that wants latencies what the lanes have measured since the last time.
+    fn share_latencies(&mut self) -> Result<(), Silent> {
+        let connections = &mut self.connections;
+        self.lanes.harvest(|lane, recorder| {
+            for latencies in connections.iter_mut().flat_map(|each| &mut each.latencies) {
+                latencies[lane].add(recorder);
+            }
+        })
+    }
+
+    /// Measures for a connection from now on, or no more.
+    fn measure_for(&mut self, index: usize, wanted: bool) -> Result<(), Silent> {
+        let latencies = &mut self.connections[index].latencies;
+        if !wanted {
+            *latencies = None;
+        } else if latencies.is_none() {
+            *latencies = Some((0..self.lanes.count()).map(|_| Recorder::new()).collect());
+            if !self.lanes.are_measured() {
+                return self.lanes.begin_measuring();
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What can be read, written or accepted.
+struct Ready {
+    listener: bool,
+    connections: Vec<bool>,
+}
+
+fn all_of(recorders: &[Recorder]) -> Recorder {
+    let mut all = Recorder::new();
+    recorders.iter().for_each(|recorder| all.add(recorder));
+    all
+}
+
+/// The modes of the socket let nobody else in; this is for the case that somebody widens them.
+fn is_allowed(stream: &UnixStream) -> bool {
+    let own = rustix::process::geteuid();
+    sockopt::socket_peercred(stream).is_ok_and(|peer| peer.uid.is_root() || peer.uid == own)
+}
+
+/// The time until `deadline`, rounded up so that it has passed when the wait is over.
+fn until(deadline: Instant, now: Instant) -> PollTimeout {
+    let left = deadline.saturating_duration_since(now) + Duration::from_millis(1);
+    PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+}
