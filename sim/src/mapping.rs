@@ -144,11 +144,14 @@ impl Spread {
             Some((_, Trap::Refuse)) => return Err(Errno::ENOSPC),
             Some((_, Trap::Idle)) => {
                 plan.clear();
+                plan.continue_at(from);
                 return Ok(());
             }
             None => {}
         }
-        plan.cover(done - from);
+        if done < request.len {
+            plan.continue_at(done);
+        }
         if fua && self.flush_stage {
             plan.next_stage();
             // A window whose flushes do not fit leaves them out if another follows.
@@ -160,7 +163,10 @@ impl Spread {
             let half = (done - from) / 2 / SECTOR * SECTOR;
             plan.clear();
             let first = Request { len: from + half, ..*request };
-            return self.plan(&first, from, plan, place);
+            self.plan(&first, from, plan, place)?;
+            if plan.next().is_none() {
+                plan.continue_at(from + half);
+            }
         }
         Ok(())
     }

@@ -70,7 +70,7 @@ pub struct WindowFull;
 pub struct Plan {
     ops: SmallVec<[(u8, Op); WINDOW_OPS]>,
     stage: u8,
-    covered: u64,
+    next: Option<u64>,
 }
 
 impl Plan {
@@ -78,7 +78,7 @@ impl Plan {
     pub fn clear(&mut self) {
         self.ops.clear();
         self.stage = 0;
-        self.covered = 0;
+        self.next = None;
     }
 
     /// Adds an operation to the current stage. Operations of one stage may run side by side.
@@ -98,15 +98,28 @@ impl Plan {
         self.stage += 1;
     }
 
-    /// Says that this window does so many bytes of the request, from where it was asked to start.
-    pub fn cover(&mut self, bytes: u64) {
-        self.covered = bytes;
+    /// Says that this window is not the last: the next one begins at `cursor`, which is greater
+    /// than this one's and whose meaning is the planner's own.
+    pub fn continue_at(&mut self, cursor: u64) {
+        self.next = Some(cursor);
     }
 
-    /// How many bytes of the request this window does.
+    /// Where the next window begins; `None` if this one is the last.
     #[must_use]
-    pub const fn covered(&self) -> u64 {
-        self.covered
+    pub const fn next(&self) -> Option<u64> {
+        self.next
+    }
+
+    /// How many operations the window has.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.ops.len()
+    }
+
+    /// Whether the window has no operation.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.ops.is_empty()
     }
 
     /// The operation at a place of the window and its stage.
@@ -115,16 +128,16 @@ impl Plan {
         self.ops.get(index).copied()
     }
 
-    /// The one operation of a window that has no other and that covers `len` bytes.
+    /// The operation of a request that needs no other.
     #[must_use]
-    pub fn single(&self, len: u64) -> Option<Op> {
+    pub fn single(&self) -> Option<Op> {
         match self.ops.as_slice() {
-            [(_, op)] if self.covered == len => Some(*op),
+            [(_, op)] if self.next.is_none() => Some(*op),
             _ => None,
         }
     }
 
-    /// Puts an operation in the place of the only one; what the window covers stays.
+    /// Puts an operation in the place of the only one.
     pub(crate) fn replace_single(&mut self, op: Op) {
         if let [(_, single)] = self.ops.as_mut_slice() {
             *single = op;
@@ -139,11 +152,10 @@ impl Plan {
 
 /// The mapping policy of a device.
 pub trait Planner {
-    /// Plans the part of `request` that starts `from` bytes into it, as far as the window
-    /// reaches, and says how far with [`Plan::cover`]. The plan is empty on entry. A window must
-    /// cover at least one byte, unless the request has none.
+    /// Plans the window of `request` that begins at the cursor `from`: 0 for the first one, then
+    /// what the window before has passed to [`Plan::continue_at`]. The plan is empty on entry.
     ///
     /// # Errors
-    /// What the request is to be answered with; nothing is then issued.
+    /// What the request is to be answered with; nothing of the window is then issued.
     fn plan(&self, request: &Request, from: u64, plan: &mut Plan) -> Result<(), Errno>;
 }

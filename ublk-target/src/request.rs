@@ -102,6 +102,23 @@ impl Request {
         inside && aligned && short && self.len > 0
     }
 
+    /// Its end on a device of `size` bytes.
+    ///
+    /// # Errors
+    /// `EIO` beyond the device's end: what the driver delivers is checked, not trusted.
+    pub fn end_within(&self, size: u64) -> Result<u64, Errno> {
+        self.offset.checked_add(self.len).filter(|end| *end <= size).ok_or(Errno::EIO)
+    }
+
+    /// Where a byte of the device is in the request's buffer; 0 if it has none.
+    ///
+    /// # Errors
+    /// `EINVAL` for requests beyond 4 GiB, which the driver does not have.
+    pub fn buf_offset(&self, at: u64) -> Result<u32, Errno> {
+        let offset = if self.has_data() { at - self.offset } else { 0 };
+        u32::try_from(offset).map_err(|_| Errno::EINVAL)
+    }
+
     /// Whether the driver lends a buffer for it.
     #[must_use]
     pub const fn has_data(&self) -> bool {

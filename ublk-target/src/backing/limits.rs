@@ -19,6 +19,17 @@ pub struct DiscardLimits {
     pub max_bytes: u64,
 }
 
+impl DiscardLimits {
+    fn and(self, other: Self) -> Self {
+        Self {
+            granularity: self.granularity.max(other.granularity),
+            // Extents and chunks move it anyway.
+            alignment: 0,
+            max_bytes: self.max_bytes.min(other.max_bytes),
+        }
+    }
+}
+
 /// What the block layer must know about a device. Sizes in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -84,6 +95,38 @@ impl Default for Limits {
 const DRIVER_MAX_IO: u32 = 1 << sys::UBLK_IO_BUF_BITS;
 
 impl Limits {
+    /// Limits of a device whose requests may go to any of several backings, or to several at once:
+    /// what all of them meet.
+    ///
+    /// # Panics
+    /// If there are none.
+    #[must_use]
+    pub fn of_all<'a>(backings: impl IntoIterator<Item = &'a Self>) -> Self {
+        let mut backings = backings.into_iter();
+        let first = backings.next().expect("a device has a backing");
+        let all = backings.fold(*first, |all, other| Self {
+            logical_block: all.logical_block.max(other.logical_block),
+            physical_block: all.physical_block.max(other.physical_block),
+            io_min: all.io_min.max(other.io_min),
+            io_opt: if all.io_opt == other.io_opt { all.io_opt } else { 0 },
+            max_io: all.max_io.min(other.max_io),
+            chunk: 0,
+            dma_alignment: all.dma_alignment.max(other.dma_alignment),
+            virt_boundary_mask: all.virt_boundary_mask | other.virt_boundary_mask,
+            max_segments: all.max_segments.min(other.max_segments),
+            max_segment_size: all.max_segment_size.min(other.max_segment_size),
+            discard: all.discard.zip(other.discard).map(|(all, other)| all.and(other)),
+            max_write_zeroes: all.max_write_zeroes.min(other.max_write_zeroes),
+            volatile_cache: all.volatile_cache || other.volatile_cache,
+            // Where nothing is volatile, every write is durable.
+            fua: (all.fua || !all.volatile_cache) && (other.fua || !other.volatile_cache),
+            rotational: all.rotational || other.rotational,
+            read_only: all.read_only || other.read_only,
+        });
+        // Parts of a request begin at any block of its buffer, which must do as an address.
+        Self { logical_block: all.logical_block.max(all.dma_alignment), chunk: 0, ..all }
+    }
+
     /// Bytes of a request's buffer: the greatest I/O, at least a page, and at most `cap`.
     #[must_use]
     pub fn buffer_bytes(&self, cap: u32, page: u32) -> u32 {
@@ -187,6 +230,51 @@ mod tests {
         assert_eq!(Limits { max_io: 512, ..limits }.buffer_bytes(1 << 20, 4096), 4096);
         let params = limits.params(Bytes(1 << 30), 512 << 10);
         assert_eq!(params.basic().max_sectors, 1024);
+    }
+
+    #[test]
+    fn several_backings_leave_what_all_of_them_meet() {
+        let discard =
+            |granularity, max_bytes| Some(DiscardLimits { granularity, alignment: 512, max_bytes });
+        let one = Limits {
+            io_opt: 1 << 20,
+            max_io: 512 << 10,
+            discard: discard(512, 1 << 30),
+            max_write_zeroes: 1 << 20,
+            volatile_cache: true,
+            fua: true,
+            chunk: 128 << 10,
+            ..Limits::default()
+        };
+        let other = Limits {
+            logical_block: 4096,
+            dma_alignment: 512,
+            virt_boundary_mask: 4095,
+            max_segments: 33,
+            discard: discard(4096, 1 << 20),
+            max_write_zeroes: 1 << 21,
+            ..Limits::default()
+        };
+        let both = Limits::of_all([&one, &other]);
+        let expected = Limits {
+            logical_block: 4096,
+            dma_alignment: 512,
+            virt_boundary_mask: 4095,
+            max_segments: 33,
+            max_io: 512 << 10,
+            discard: Some(DiscardLimits { granularity: 4096, alignment: 0, max_bytes: 1 << 20 }),
+            max_write_zeroes: 1 << 20,
+            volatile_cache: true,
+            fua: true,
+            ..Limits::default()
+        };
+        assert_eq!(both, expected);
+        assert_eq!(Limits::of_all([&other, &one]), expected);
+        let without = Limits { discard: None, max_write_zeroes: 0, fua: false, ..one };
+        let worse = Limits::of_all([&one, &without]);
+        assert_eq!((worse.discard, worse.max_write_zeroes, worse.fua), (None, 0, false));
+        let coarse = Limits { dma_alignment: 4096, ..Limits::default() };
+        assert_eq!(Limits::of_all([&coarse]).logical_block, 4096);
     }
 
     #[test]

@@ -16,6 +16,13 @@ pub fn add(target: &Target, verbose: u8) -> anyhow::Result<ExitCode> {
     let (target, device) = match target {
         Target::Null { size, device } => (TargetConfig::Null { size: *size }, device),
         Target::Loop { file, device } => (TargetConfig::Loop { file: file.clone() }, device),
+        Target::Linear { file, device } => {
+            let extents = file.iter().map(|extent| extent.0.clone()).collect();
+            (TargetConfig::Linear { extents }, device)
+        }
+        Target::Stripe { file, chunk, device } => {
+            (TargetConfig::Stripe { chunk: *chunk, files: file.clone() }, device)
+        }
     };
     if !device.foreground && !device.daemon {
         return daemon::start_server();

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use ublk_target::lend::LendRequest;
+use ublk_target::server::config::ExtentConfig;
 use ublk_target::units::Bytes;
 
 /// Serves Linux block devices (/dev/ublkbN) from user space, without copying their data.
@@ -65,6 +66,46 @@ enum Target {
         #[command(flatten)]
         device: Device,
     },
+    /// Extents of files or block devices, one after the other
+    Linear {
+        /// An extent, in the order of the device: a backing, and where on it the extent begins
+        /// (default 0) and how long it is (default: to the end)
+        #[arg(short, long = "file", value_name = "PATH[,OFFSET[,LENGTH]]", required = true)]
+        file: Vec<Extent>,
+        #[command(flatten)]
+        device: Device,
+    },
+    /// Chunks that go to files or block devices in turn (RAID 0)
+    Stripe {
+        /// A backing; 2 to 64 of them
+        #[arg(short, long = "file", value_name = "PATH", required = true)]
+        file: Vec<PathBuf>,
+        /// Bytes of a chunk: a power of two of at least 4K
+        #[arg(short, long, value_name = "SIZE", default_value = "64K")]
+        chunk: Bytes,
+        #[command(flatten)]
+        device: Device,
+    },
+}
+
+/// A part of a backing: `PATH[,OFFSET[,LENGTH]]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Extent(ExtentConfig);
+
+impl std::str::FromStr for Extent {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut fields = text.split(',');
+        let file = PathBuf::from(fields.next().filter(|path| !path.is_empty()).ok_or("no path")?);
+        let mut size = || fields.next().map(str::parse::<Bytes>).transpose();
+        let offset = size().map_err(|error| error.to_string())?.unwrap_or_default();
+        let len = size().map_err(|error| error.to_string())?;
+        match fields.next() {
+            None => Ok(Self(ExtentConfig { file, offset, len })),
+            Some(_) => Err("more than a path, an offset and a length".to_owned()),
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -242,14 +283,30 @@ mod tests {
     }
 
     #[test]
+    fn extents_are_read() {
+        let table = [
+            ("/dev/sda", "/dev/sda", 0, None),
+            ("disk,1M", "disk", 1 << 20, None),
+            ("disk,1M,4096", "disk", 1 << 20, Some(Bytes(4096))),
+        ];
+        for (text, file, offset, len) in table {
+            let (file, offset) = (file.into(), Bytes(offset));
+            assert_eq!(text.parse(), Ok(Extent(ExtentConfig { file, offset, len })), "{text}");
+        }
+    }
+
+    #[test]
     fn wrong_arguments_are_one_line() {
-        let table: [(&[&str], &str); 8] = [
+        let table: [(&[&str], &str); 11] = [
             (&["add", "loop"], "--file"),
             (&["add", "null", "-q", "0"], "0 is not in 1..=4096"),
             (&["add", "null", "-d", "4097"], "4097 is not in 1..=4096"),
             (&["add", "null", "--lend", "magic"], "auto, fused, slot, user-copy, copy"),
             (&["add", "null", "--size", "big"], "is not a size"),
             (&["del"], "--all"),
+            (&["add", "linear", "-f", "a,1M,2M,3M"], "more than a path"),
+            (&["add", "linear", "-f", "a,start"], "is not a size"),
+            (&["add", "stripe"], "--file"),
             (&["stats"], "--id"),
             (&["stats", "-n", "0", "--interval", "0.01"], "seconds from 0.1 to 86400"),
         ];

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::inflight::Cancel;
 use super::tag::Held;
-use super::{Engine, Port, deadline_of, running};
+use super::{Engine, Port, deadline_of};
 use crate::plan::Planner;
 
 impl<P: Planner> Engine<P> {
@@ -32,10 +32,14 @@ impl<P: Planner> Engine<P> {
                     inflight.cancel = Cancel::Lost;
                     inflight.deadline = u64::MAX;
                     self.stats.lost_ops += 1;
-                    let Some(run) = running(&mut self.tags, inflight.tag) else { continue };
-                    run.held = match std::mem::replace(&mut run.held, Held::Nothing) {
+                    let run = &mut self.tags[inflight.tag.index()].run;
+                    run.held = match run.take_held() {
                         Held::Active(lease) => Held::Quarantined(self.registry.quarantine(lease)),
-                        held @ (Held::Nothing | Held::Quarantined(_)) => held,
+                        // It has no buffer, or one that another operation has put there before.
+                        held @ (Held::Nothing
+                        | Held::Reserved(_)
+                        | Held::Retiring(_)
+                        | Held::Quarantined(_)) => held,
                     };
                 }
                 Cancel::Lost => {}

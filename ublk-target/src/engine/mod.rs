@@ -33,7 +33,7 @@ pub use stats::EngineStats;
 
 use std::collections::VecDeque;
 
-use bufreg::{Borrower, Counts, Leak, Lease, Quarantined, Registry, SlotIndex};
+use bufreg::{Borrower, Counts, Leak, Registry, SlotIndex};
 use uring_ext::iod::IoDesc;
 use uring_ext::pool::Direction;
 use uring_ext::{Errno, sys};
@@ -42,7 +42,7 @@ use crate::plan::{Op, Plan, Planner};
 use crate::request::{Refusal, Request};
 use crate::units::Tag;
 use inflight::{Cancel, InFlight, InFlightTable, Progress};
-use tag::{Held, Run, TagState};
+use tag::{Held, Phase, Run, TagState};
 
 /// How often an operation or a registration is tried again after `EAGAIN`, `EINTR` or `ENOMEM`,
 /// without progress in between.
@@ -93,11 +93,7 @@ pub struct Engine<P> {
     config: EngineConfig,
     registry: Registry,
     tags: Box<[TagState]>,
-    turns: Box<[u32]>,
-    plans: Box<[Plan]>,
     inflight: InFlightTable,
-    /// By tag: the slot whose unregistration failed after the tag's last request.
-    quarantined: Box<[Option<Lease<Quarantined>>]>,
     /// Tags that wait for a buffer of the pool, first come first served.
     waiting: VecDeque<Tag>,
     /// Tags that the driver will not deliver to again.
@@ -115,11 +111,8 @@ impl<P: Planner> Engine<P> {
             planner,
             config,
             registry: Registry::new(config.slots.capacity(), config.incarnation),
-            tags: (0..depth).map(|_| TagState::WithDriver).collect(),
-            turns: vec![0; depth].into(),
-            plans: (0..depth).map(|_| Plan::default()).collect(),
+            tags: (0..depth).map(|_| TagState::new()).collect(),
             inflight: InFlightTable::new(config.queue.depth),
-            quarantined: (0..depth).map(|_| None).collect(),
             waiting: VecDeque::with_capacity(depth),
             ended: 0,
             now: 0,
@@ -137,7 +130,7 @@ impl<P: Planner> Engine<P> {
     pub fn fetch_all(&mut self, port: &mut impl Port) {
         for tag in 0..self.config.queue.depth {
             let tag = Tag(tag);
-            let turn = self.turns[tag.index()];
+            let turn = self.tags[tag.index()].turn;
             port.fetch(TagKey { tag, turn }, self.tag_slot(tag));
         }
     }
@@ -149,7 +142,7 @@ impl<P: Planner> Engine<P> {
             return;
         }
         let tag = key.tag;
-        if !matches!(self.tags[tag.index()], TagState::WithDriver) {
+        if self.tags[tag.index()].phase != Phase::WithDriver {
             // Two deliveries without a commit in between would be a bug of the driver or ours.
             self.stats.unexpected += 1;
             return;
@@ -161,19 +154,21 @@ impl<P: Planner> Engine<P> {
         };
         self.stats.requests[request.kind.index()] += 1;
         self.stats.bytes[request.kind.index()] += request.len;
-        let mut run = Run::new(request, self.stamps(port));
-        let plan = &mut self.plans[tag.index()];
+        let stamps = self.stamps(port);
+        let TagState { phase, run, plan, .. } = &mut self.tags[tag.index()];
+        *phase = Phase::Running;
+        *run = Run::new(request, stamps);
         plan.clear();
-        if let Err(errno) = plan_window(&self.planner, &run, plan) {
+        if let Err(errno) = plan_window(&self.planner, run, plan) {
             run.fail(errno);
         }
         let needs_buffer = !run.is_complete(plan) || plan.ops().any(Op::has_data);
         if run.failed() || !request.has_data() || !needs_buffer {
-            return self.start(tag, run, port);
+            return self.proceed(tag, port);
         }
         let need_reg_buf = iod.has(sys::UBLK_IO_F_NEED_REG_BUF);
         self.stats.need_reg_buf += u64::from(need_reg_buf);
-        self.lend(tag, run, need_reg_buf, port);
+        self.lend(tag, need_reg_buf, port);
         self.serve_waiting(port);
     }
 
@@ -185,11 +180,11 @@ impl<P: Planner> Engine<P> {
             return false;
         }
         let state = &mut self.tags[key.tag.index()];
-        if !matches!(state, TagState::WithDriver) {
+        if state.phase != Phase::WithDriver {
             self.stats.unexpected += 1;
             return false;
         }
-        *state = TagState::Ended;
+        state.phase = Phase::Ended;
         self.ended += 1;
         true
     }
@@ -220,10 +215,12 @@ impl<P: Planner> Engine<P> {
         if outcome == Progress::Again && res > 0 {
             self.stats.partial += 1;
         }
-        let Some(run) = running(&mut self.tags, tag) else {
+        let state = &mut self.tags[tag.index()];
+        if state.phase != Phase::Running {
             self.stats.unexpected += 1;
             return;
-        };
+        }
+        let run = &mut state.run;
         if outcome == Progress::Again && run.chain.is_none() && !run.failed() {
             return self.submit_again(key, port);
         }
@@ -275,8 +272,7 @@ impl<P: Planner> Engine<P> {
     /// What is in hand. Looks at every tag and slot, so it is not for the data path.
     pub fn holdings(&self) -> Holdings {
         let slots = self.registry.counts();
-        let held = self.tags.iter().filter(|state| state.lease_key().is_some()).count()
-            + self.quarantined.iter().flatten().count();
+        let held = self.tags.iter().flat_map(TagState::lease_keys).count();
         let lent = usize::try_from(slots.capacity - slots.free).unwrap_or(usize::MAX);
         Holdings {
             requests: self.tags.iter().filter(|state| state.is_open()).count(),
@@ -289,11 +285,7 @@ impl<P: Planner> Engine<P> {
     /// nanoseconds.
     pub fn leaks(&self) -> impl Iterator<Item = Leak> + '_ {
         self.registry.leaks(self.now, |key| {
-            let held = |lease: &Option<Lease<Quarantined>>| {
-                lease.as_ref().is_some_and(|lease| lease.key() == key)
-            };
-            self.tags.iter().any(|state| state.lease_key() == Some(key))
-                || self.quarantined.iter().any(held)
+            self.tags.iter().flat_map(TagState::lease_keys).any(|held| held == key)
         })
     }
 
@@ -327,12 +319,12 @@ impl<P: Planner> Engine<P> {
     /// Whether the key is that of the tag's last command. It may name a tag that does not exist,
     /// since it comes from a completion.
     fn is_current(&self, key: TagKey) -> bool {
-        self.turns.get(key.tag.index()) == Some(&key.turn)
+        self.tags.get(key.tag.index()).is_some_and(|state| state.turn == key.turn)
     }
 
     /// The key of the tag's next command; answers to earlier ones are stale from now on.
     fn next_turn(&mut self, tag: Tag) -> TagKey {
-        let turn = &mut self.turns[tag.index()];
+        let turn = &mut self.tags[tag.index()].turn;
         *turn = turn.wrapping_add(1);
         TagKey { tag, turn: *turn }
     }
@@ -345,19 +337,12 @@ impl<P: Planner> Engine<P> {
         self.commit(tag, Err(refusal.errno()), port);
     }
 
-    /// Carries out a request that has its buffer, or needs none.
-    fn start(&mut self, tag: Tag, run: Run, port: &mut impl Port) {
-        self.tags[tag.index()] = TagState::Running(run);
-        self.proceed(tag, port);
-    }
-
     /// Goes on with a request once it has nothing in flight: its next stage, its next window, or
     /// its end.
     fn proceed(&mut self, tag: Tag, port: &mut impl Port) {
         loop {
-            let TagState::Running(run) = &mut self.tags[tag.index()] else { return };
-            let plan = &mut self.plans[tag.index()];
-            if run.pending > 0 {
+            let TagState { phase, run, plan, .. } = &mut self.tags[tag.index()];
+            if *phase != Phase::Running || run.pending > 0 {
                 return;
             }
             if run.failed() || run.is_complete(plan) {
@@ -369,8 +354,8 @@ impl<P: Planner> Engine<P> {
             } else {
                 self.issue_stage(tag, port)
             };
-            if let (Err(errno), Some(run)) = (advanced, running(&mut self.tags, tag)) {
-                run.fail(errno);
+            if let Err(errno) = advanced {
+                self.tags[tag.index()].run.fail(errno);
             }
         }
     }
@@ -378,8 +363,7 @@ impl<P: Planner> Engine<P> {
     /// Issues the operations of the next stage of the window.
     fn issue_stage(&mut self, tag: Tag, port: &mut impl Port) -> Result<(), Errno> {
         self.stamp_issue(tag, port);
-        let plan = &self.plans[tag.index()];
-        let TagState::Running(run) = &mut self.tags[tag.index()] else { return Ok(()) };
+        let TagState { run, plan, .. } = &mut self.tags[tag.index()];
         let Some((stage, _)) = plan.op(run.next_op) else { return Ok(()) };
         while let Some((_, op)) = plan.op(run.next_op).filter(|(of, _)| *of == stage) {
             // The table holds a window for every tag, so it has room.
@@ -392,7 +376,7 @@ impl<P: Planner> Engine<P> {
                 }
                 // An operation was given up and has completed after all.
                 Held::Quarantined(_) => return Err(Errno::ETIMEDOUT),
-                Held::Nothing => return Err(Errno::EINVAL),
+                Held::Nothing | Held::Reserved(_) | Held::Retiring(_) => return Err(Errno::EINVAL),
             };
             let deadline = deadline_of(self.config.deadline, self.now);
             let cancel = Cancel::No;
@@ -417,17 +401,14 @@ impl<P: Planner> Engine<P> {
     }
 
     fn stamp_issue(&mut self, tag: Tag, port: &mut impl Port) {
-        if self.recorder.is_some() {
-            if let Some(run) = running(&mut self.tags, tag) {
-                if run.stamps.issued == 0 {
-                    run.stamps.issued = port.now();
-                }
-            }
+        let stamps = &mut self.tags[tag.index()].run.stamps;
+        if self.recorder.is_some() && stamps.issued == 0 {
+            stamps.issued = port.now();
         }
     }
 
     fn commit(&mut self, tag: Tag, result: Result<i32, Errno>, port: &mut impl Port) {
-        self.tags[tag.index()] = TagState::WithDriver;
+        self.tags[tag.index()].phase = Phase::WithDriver;
         self.stats.commits += 1;
         let result = match result {
             Ok(bytes) => bytes,
@@ -443,23 +424,11 @@ impl<P: Planner> Engine<P> {
     }
 }
 
-/// The tag's request, if it is being carried out.
-fn running(tags: &mut [TagState], tag: Tag) -> Option<&mut Run> {
-    match &mut tags[tag.index()] {
-        TagState::Running(run) => Some(run),
-        TagState::WithDriver
-        | TagState::Waiting(_)
-        | TagState::Registering { .. }
-        | TagState::Unregistering { .. }
-        | TagState::Ended => None,
-    }
-}
-
 /// Plans the next window of a request.
 fn plan_window(planner: &impl Planner, run: &Run, plan: &mut Plan) -> Result<(), Errno> {
-    planner.plan(&run.request, run.covered, plan)?;
+    planner.plan(&run.request, run.cursor, plan)?;
     // A planner that makes no progress would go round for ever.
-    if plan.covered() == 0 && run.request.len > 0 { Err(Errno::EIO) } else { Ok(()) }
+    if plan.next().is_some_and(|next| next <= run.cursor) { Err(Errno::EIO) } else { Ok(()) }
 }
 
 fn deadline_of(limit: Option<u64>, now: u64) -> u64 {

@@ -6,54 +6,74 @@ use uring_ext::Errno;
 use super::inflight::{InFlight, Progress};
 use super::latency::Stamps;
 use crate::plan::Plan;
-use crate::request::Request;
+use crate::request::{Request, RequestKind};
 
 /// Who has a tag, and what for.
-#[derive(Debug)]
-pub(super) enum TagState {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
     /// The driver; it may deliver a request.
     WithDriver,
     /// The engine; the request waits for a buffer of the pool and holds nothing meanwhile.
-    Waiting(Run),
+    Waiting,
     /// The engine; the buffer is being registered.
-    Registering { run: Run, lease: Lease<Reserved> },
+    Registering,
     /// The engine; the request is being carried out.
-    Running(Run),
+    Running,
     /// The engine; the buffer is being unregistered, then the result is committed.
-    Unregistering { run: Run, lease: Lease<Retiring> },
+    Unregistering,
     /// Nobody: the device is stopped.
     Ended,
 }
 
+/// Everything about a tag, in one place that it has from the start.
+#[derive(Debug)]
+pub(super) struct TagState {
+    pub phase: Phase,
+    /// Which of the tag's commands is the last.
+    pub turn: u32,
+    /// The request, or the last one.
+    pub run: Run,
+    /// The request's window of operations.
+    pub plan: Plan,
+    /// The slot whose unregistration failed after the last request.
+    pub quarantined: Option<Lease<Quarantined>>,
+}
+
 impl TagState {
-    /// Takes the state if `wanted` says so, leaving `WithDriver`; changes nothing otherwise.
-    pub fn take_if(&mut self, wanted: impl FnOnce(&Self) -> bool) -> Option<Self> {
-        wanted(self).then(|| std::mem::replace(self, Self::WithDriver))
+    pub fn new() -> Self {
+        let nothing = Request { kind: RequestKind::Flush, offset: 0, len: 0 };
+        Self {
+            phase: Phase::WithDriver,
+            turn: 0,
+            run: Run::new(nothing, Stamps::default()),
+            plan: Plan::default(),
+            quarantined: None,
+        }
     }
 
     /// Whether the engine has a request of this tag.
     pub fn is_open(&self) -> bool {
-        match self {
-            Self::WithDriver | Self::Ended => false,
-            Self::Waiting(_)
-            | Self::Registering { .. }
-            | Self::Running(_)
-            | Self::Unregistering { .. } => true,
+        match self.phase {
+            Phase::WithDriver | Phase::Ended => false,
+            Phase::Waiting | Phase::Registering | Phase::Running | Phase::Unregistering => true,
         }
     }
 
-    /// The lease that the tag holds.
-    pub fn lease_key(&self) -> Option<LeaseKey> {
-        match self {
-            Self::WithDriver | Self::Waiting(_) | Self::Ended => None,
-            Self::Registering { lease, .. } => Some(lease.key()),
-            Self::Unregistering { lease, .. } => Some(lease.key()),
-            Self::Running(run) => match &run.held {
-                Held::Nothing => None,
-                Held::Active(lease) => Some(lease.key()),
-                Held::Quarantined(lease) => Some(lease.key()),
-            },
-        }
+    /// The leases that the tag holds.
+    pub fn lease_keys(&self) -> impl Iterator<Item = LeaseKey> {
+        let held = match &self.run.held {
+            Held::Nothing => None,
+            Held::Reserved(lease) => Some(lease.key()),
+            Held::Active(lease) => Some(lease.key()),
+            Held::Retiring(lease) => Some(lease.key()),
+            Held::Quarantined(lease) => Some(lease.key()),
+        };
+        held.into_iter().chain(self.quarantined.as_ref().map(Lease::key))
+    }
+
+    /// The chain that is under way.
+    pub fn chain(&mut self) -> Option<&mut Chain> {
+        self.run.chain.as_mut().filter(|_| self.phase == Phase::Running)
     }
 }
 
@@ -73,8 +93,12 @@ pub(super) enum Way {
 pub(super) enum Held {
     /// No slot.
     Nothing,
+    /// A slot whose registration is under way.
+    Reserved(Lease<Reserved>),
     /// A slot with its bytes.
     Active(Lease<Active>),
+    /// A slot whose unregistration is under way.
+    Retiring(Lease<Retiring>),
     /// A slot that an operation of unknown fate may still use.
     Quarantined(Lease<Quarantined>),
 }
@@ -103,8 +127,8 @@ pub(super) struct Run {
     pub retries: u8,
     /// Bytes of the request's start that went another way before copying began.
     pub copied_from: u32,
-    /// Bytes of the request that earlier windows have done.
-    pub covered: u64,
+    /// Where the window begins, in the planner's terms.
+    pub cursor: u64,
     /// The next operation of the window to issue.
     pub next_op: usize,
     /// Operations in flight.
@@ -123,7 +147,7 @@ impl Run {
             tries: 0,
             retries: 0,
             copied_from: 0,
-            covered: 0,
+            cursor: 0,
             next_op: 0,
             pending: 0,
             error: None,
@@ -140,14 +164,19 @@ impl Run {
         self.error.is_some()
     }
 
+    /// What it held; it holds nothing from now on.
+    pub fn take_held(&mut self) -> Held {
+        std::mem::replace(&mut self.held, Held::Nothing)
+    }
+
     /// Whether all operations of the window have been issued.
     pub fn window_done(&self, plan: &Plan) -> bool {
-        plan.op(self.next_op).is_none()
+        self.next_op >= plan.len()
     }
 
     /// Whether the window was the last.
     pub fn is_complete(&self, plan: &Plan) -> bool {
-        self.window_done(plan) && self.covered + plan.covered() >= self.request.len
+        self.window_done(plan) && plan.next().is_none()
     }
 
     /// Puts what is left of the window's only operation in its place.
@@ -160,7 +189,7 @@ impl Run {
 
     /// Makes room for the next window.
     pub fn next_window(&mut self, plan: &mut Plan) {
-        self.covered += plan.covered();
+        self.cursor = plan.next().unwrap_or(self.cursor);
         self.next_op = 0;
         plan.clear();
     }

@@ -10,6 +10,7 @@ use crate::backing::BackingError;
 use crate::lane::LaneError;
 use crate::lane::fault::UnknownFault;
 use crate::lend::{CannotLend, LendMode, LendRequest};
+use crate::target::{BadExtents, BadStripe};
 use crate::units::{Bytes, Qid};
 
 /// What a device is made of.
@@ -47,6 +48,29 @@ pub enum TargetConfig {
         /// The backing.
         file: PathBuf,
     },
+    /// Extents of files or block devices, one after the other.
+    Linear {
+        /// In the order of the device.
+        extents: Vec<ExtentConfig>,
+    },
+    /// Chunks that go to files or block devices in turn.
+    Stripe {
+        /// Bytes of a chunk.
+        chunk: Bytes,
+        /// The backings.
+        files: Vec<PathBuf>,
+    },
+}
+
+/// A part of a backing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ExtentConfig {
+    /// The backing.
+    pub file: PathBuf,
+    /// Where it begins.
+    pub offset: Bytes,
+    /// How long it is; to the end of the backing without one.
+    pub len: Option<Bytes>,
 }
 
 /// Why a device could not be served.
@@ -126,6 +150,25 @@ pub enum DeviceError {
         /// Its name.
         feature: &'static str,
     },
+    /// An extent is not to be had.
+    #[error("the extent of {} that begins at {offset}: {problem}", file.display())]
+    Extent {
+        /// The backing.
+        file: PathBuf,
+        /// Where the extent begins.
+        offset: Bytes,
+        /// What is wrong with it.
+        problem: ExtentProblem,
+    },
+    /// The extents do not make a device.
+    #[error(transparent)]
+    Linear(#[from] BadExtents),
+    /// The backings do not make a stripe.
+    #[error(transparent)]
+    Stripe(#[from] BadStripe),
+    /// A backing is given twice.
+    #[error("{} is given twice; each backing of a stripe is one of its own", .0.display())]
+    GivenTwice(PathBuf),
     /// The size asked for is less than a block.
     #[error("a device of {0} bytes is less than one block of 512; give it a greater --size")]
     TooSmall(u64),
@@ -154,6 +197,20 @@ pub enum DeviceError {
     /// Whoever asked for the device went away before it was live.
     #[error("nobody waits for the device any more; nothing is left of it")]
     Abandoned,
+}
+
+/// What is wrong with an extent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ExtentProblem {
+    /// It reaches beyond the backing.
+    #[error("it reaches beyond the backing, which has {0} bytes")]
+    Beyond(u64),
+    /// It does not fit the blocks.
+    #[error("offset and length must be multiples of the block of {0} bytes")]
+    Unaligned(u32),
+    /// Two extents share bytes.
+    #[error("it overlaps another extent of the same backing")]
+    Overlapping,
 }
 
 impl DeviceError {

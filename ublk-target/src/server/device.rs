@@ -243,7 +243,7 @@ impl Server {
                 io_lane: config.io_lane,
                 faults: plan.faults,
                 buffer_bytes: plan.layout.buffer_bytes,
-                target: plan.layout.target,
+                target: plan.layout.target.clone(),
                 cdev: Arc::clone(cdev),
                 backings: Arc::clone(&plan.layout.backings),
                 cpus: self.control.queue_affinity(self.id, qid.0).unwrap_or_default(),

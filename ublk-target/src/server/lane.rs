@@ -120,7 +120,7 @@ fn new_lane<'ring>(config: &LaneConfig, io: RingIo<'ring>) -> Lane<AnyTarget, Ri
         deadline: config.deadline,
     };
     let discards = config.backings.iter().map(Backing::discard_call).collect();
-    Lane::new(config.target, engine, discards, config.faults, io)
+    Lane::new(config.target.clone(), engine, discards, config.faults, io)
 }
 
 /// Properties of the thread. None of them is vital, so a failure is logged and no more.

@@ -1,19 +1,20 @@
 //! From a configuration to open backings, a planner and limits.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use uring_ext::feature::{Features, USER_COPY};
 use uring_ext::iod::page_size;
 use uring_ext::ring::MAX_BUFFER_SLOTS;
 
-use super::config::{DeviceConfig, DeviceError, TargetConfig};
+use super::config::{DeviceConfig, DeviceError, ExtentConfig, ExtentProblem, TargetConfig};
 use crate::backing::Backing;
 use crate::backing::limits::Limits;
 use crate::engine::{SlotChoice, SlotTable};
 use crate::lend::{Choice, LendMode};
+use crate::plan::BackingIndex;
 use crate::request::Geometry;
-use crate::target::{AnyTarget, LoopTarget, NullTarget};
+use crate::target::{AnyTarget, LinearTarget, LoopTarget, NullTarget, StripeTarget};
 use crate::units::Bytes;
 
 /// The greatest request in the copy modes, whose buffers take memory.
@@ -34,21 +35,11 @@ pub(super) struct Layout {
 
 impl Layout {
     pub fn open(config: &DeviceConfig, lend: LendMode) -> Result<Self, DeviceError> {
-        let (name, target, backing, limits, size) = match &config.target {
-            TargetConfig::Null { size } if size.sectors().0 == 0 => {
-                return Err(DeviceError::TooSmall(size.0));
-            }
-            TargetConfig::Null { size } => {
-                let backing = Backing::zero()?;
-                let limits =
-                    Limits { discard: None, physical_block: 512, io_min: 512, ..*backing.limits() };
-                ("null", AnyTarget::Null(NullTarget), backing, limits, *size)
-            }
-            TargetConfig::Loop { file } => {
-                let backing = Backing::open(file)?;
-                let (limits, size) = (*backing.limits(), backing.size());
-                ("loop", AnyTarget::Loop(LoopTarget { size: size.0 }), backing, limits, size)
-            }
+        let Parts { name, target, backings, limits, size } = match &config.target {
+            TargetConfig::Null { size } => null(*size)?,
+            TargetConfig::Loop { file } => one_to_one(file)?,
+            TargetConfig::Linear { extents } => linear(extents)?,
+            TargetConfig::Stripe { chunk, files } => stripe(*chunk, files)?,
         };
         let page = u32::try_from(page_size()).unwrap_or(4096);
         let cap = match lend {
@@ -56,8 +47,7 @@ impl Layout {
             LendMode::UserCopy | LendMode::Copy => COPY_MAX_IO,
         };
         let buffer_bytes = limits.buffer_bytes(cap, page);
-        let layout = Self { name, target, backings: [backing].into(), limits, size, buffer_bytes };
-        Ok(layout)
+        Ok(Self { name, target, backings: backings.into(), limits, size, buffer_bytes })
     }
 
     /// What requests of the device have to keep to.
@@ -87,9 +77,106 @@ impl Layout {
     pub fn backing_paths(&self) -> Vec<PathBuf> {
         match self.target {
             AnyTarget::Null(_) => Vec::new(),
-            AnyTarget::Loop(_) => self.backings.iter().map(|b| b.path().to_owned()).collect(),
+            AnyTarget::Loop(_) | AnyTarget::Linear(_) | AnyTarget::Stripe(_) => {
+                self.backings.iter().map(|b| b.path().to_owned()).collect()
+            }
         }
     }
+}
+
+/// What a target is made of.
+struct Parts {
+    name: &'static str,
+    target: AnyTarget,
+    backings: Vec<Backing>,
+    limits: Limits,
+    size: Bytes,
+}
+
+fn null(size: Bytes) -> Result<Parts, DeviceError> {
+    if size.sectors().0 == 0 {
+        return Err(DeviceError::TooSmall(size.0));
+    }
+    let backing = Backing::zero()?;
+    let limits = Limits { discard: None, physical_block: 512, io_min: 512, ..*backing.limits() };
+    let target = AnyTarget::Null(NullTarget);
+    Ok(Parts { name: "null", target, backings: vec![backing], limits, size })
+}
+
+fn one_to_one(file: &Path) -> Result<Parts, DeviceError> {
+    let backing = Backing::open(file)?;
+    let (limits, size) = (*backing.limits(), backing.size());
+    let target = AnyTarget::Loop(LoopTarget { size: size.0 });
+    Ok(Parts { name: "loop", target, backings: vec![backing], limits, size })
+}
+
+fn linear(extents: &[ExtentConfig]) -> Result<Parts, DeviceError> {
+    // A backing that has several extents is opened once.
+    let mut files: Vec<PathBuf> = Vec::new();
+    let mut placed = Vec::new();
+    for extent in extents {
+        let file = extent.file.canonicalize().unwrap_or_else(|_| extent.file.clone());
+        let index = files.iter().position(|known| *known == file).unwrap_or_else(|| {
+            files.push(file);
+            files.len() - 1
+        });
+        placed.push((index, extent));
+    }
+    let backings = files.iter().map(|file| Backing::open(file)).collect::<Result<Vec<_>, _>>()?;
+    let limits = Limits::of_all(backings.iter().map(Backing::limits));
+    let mut resolved: Vec<(BackingIndex, u64, u64)> = Vec::new();
+    for (index, extent) in placed {
+        let problem = |problem| DeviceError::Extent {
+            file: extent.file.clone(),
+            offset: extent.offset,
+            problem,
+        };
+        let (start, size) = (extent.offset.0, backings[index].size().0);
+        let left = size.checked_sub(start).filter(|left| *left > 0);
+        let left = left.ok_or_else(|| problem(ExtentProblem::Beyond(size)))?;
+        let block = u64::from(limits.logical_block);
+        let len = extent.len.map_or(left / block * block, |len| len.0);
+        if len > left {
+            return Err(problem(ExtentProblem::Beyond(size)));
+        }
+        if start % block != 0 || len % block != 0 {
+            return Err(problem(ExtentProblem::Unaligned(limits.logical_block)));
+        }
+        let index = BackingIndex(u16::try_from(index).unwrap_or(u16::MAX));
+        let overlaps = resolved.iter().any(|(other, other_start, other_len)| {
+            *other == index && start < other_start + other_len && *other_start < start + len
+        });
+        if overlaps {
+            return Err(problem(ExtentProblem::Overlapping));
+        }
+        resolved.push((index, start, len));
+    }
+    let target = LinearTarget::new(resolved)?;
+    let size = Bytes(target.size());
+    Ok(Parts { name: "linear", target: AnyTarget::Linear(target), backings, limits, size })
+}
+
+fn stripe(chunk: Bytes, files: &[PathBuf]) -> Result<Parts, DeviceError> {
+    let mut known: Vec<PathBuf> = Vec::new();
+    for file in files {
+        let canonical = file.canonicalize().unwrap_or_else(|_| file.clone());
+        if known.contains(&canonical) {
+            return Err(DeviceError::GivenTwice(file.clone()));
+        }
+        known.push(canonical);
+    }
+    let backings = files.iter().map(|file| Backing::open(file)).collect::<Result<Vec<_>, _>>()?;
+    let sizes: Vec<_> = backings.iter().map(|backing| backing.size().0).collect();
+    let target = StripeTarget::new(chunk.0, &sizes)?;
+    let common = Limits::of_all(backings.iter().map(Backing::limits));
+    let row = chunk.0.checked_mul(sizes.len() as u64);
+    let limits = Limits {
+        io_min: u32::try_from(chunk.0).unwrap_or(common.io_min).max(common.io_min),
+        io_opt: row.and_then(|row| u32::try_from(row).ok()).unwrap_or(0),
+        ..common
+    };
+    let size = Bytes(target.size());
+    Ok(Parts { name: "stripe", target: AnyTarget::Stripe(target), backings, limits, size })
 }
 
 /// The buffer table of each lane.

@@ -35,7 +35,9 @@ impl Planner for Sectors {
             plan.push(Op { kind, backing, offset, len: 512, buf_offset }).unwrap();
             done += 512;
         }
-        plan.cover(done - from);
+        if done < request.len {
+            plan.continue_at(done);
+        }
         if request.kind == (RequestKind::Write { fua: true }) {
             plan.next_stage();
             let (kind, backing) = (OpKind::Flush, BackingIndex(0));

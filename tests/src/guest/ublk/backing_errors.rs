@@ -33,10 +33,10 @@ const fn failing(name: &'static str, run: fn(&Ctx) -> Result<Outcome>) -> TestCa
 const BAD: [(u64, u64); 3] = [(5000, 8), (10_007, 3), (16_384, 2048)];
 
 /// Keeps udev from reading devices that were written to, so that every request is the test's own.
-struct QuietUdev;
+pub struct QuietUdev;
 
 impl QuietUdev {
-    fn new() -> Result<Self> {
+    pub fn new() -> Result<Self> {
         process::run(&["udevadm", "settle"])?;
         process::run(&["udevadm", "control", "--stop-exec-queue"])?;
         Ok(Self)

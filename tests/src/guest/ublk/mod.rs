@@ -9,6 +9,7 @@ mod filesystem;
 mod lend_modes;
 mod lifecycle;
 mod old_kernel;
+mod splitting;
 mod stats;
 pub(crate) mod trace;
 mod verify;
@@ -17,7 +18,7 @@ mod zero_copy;
 use super::TestCase;
 
 /// The tests of all modules here.
-pub const TABLES: [&[TestCase]; 10] = [
+pub const TABLES: [&[TestCase]; 11] = [
     arguments::TESTS,
     backing_errors::TESTS,
     commands::TESTS,
@@ -26,6 +27,7 @@ pub const TABLES: [&[TestCase]; 10] = [
     lend_modes::TESTS,
     lifecycle::TESTS,
     old_kernel::TESTS,
+    splitting::TESTS,
     stats::TESTS,
     zero_copy::TESTS,
 ];

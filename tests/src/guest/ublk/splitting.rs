@@ -1,0 +1,156 @@
+//! Targets that split requests over several drives: every part borrows the same buffer at its own
+//! offset.
+
+use anyhow::{Result, ensure};
+
+use super::backing_errors::QuietUdev;
+use super::device::{Device, fresh_drive, text};
+use super::verify::verify;
+use crate::config::DEFAULT;
+use crate::guest::direct::{self, Aligned};
+use crate::guest::dm::Mapper;
+use crate::guest::drives::Drive;
+use crate::guest::{Ctx, Outcome, TestCase, process};
+
+use std::os::unix::fs::FileExt;
+
+pub const TESTS: &[TestCase] = &[
+    splitting("verify_linear_over_3_drives", linear),
+    splitting("verify_stripe_of_4k_over_2_drives", |ctx| stripe(ctx, "4K", 2)),
+    splitting("verify_stripe_of_64k_over_3_drives", |ctx| stripe(ctx, "64K", 3)),
+    splitting("errors_of_a_leg_hit_the_requests_that_touch_it", leg),
+    splitting("linear_and_stripe_refuse_what_makes_no_device", refused),
+];
+
+const fn splitting(name: &'static str, run: fn(&Ctx) -> Result<Outcome>) -> TestCase {
+    TestCase::guest(name, DEFAULT, run).seconds(900)
+}
+
+const MODES: [&str; 4] = ["fused", "slot", "user-copy", "copy"];
+const BLOCKS: [(&str, u32); 3] = [("bsrange=512-64k", 8), ("bs=64k", 8), ("bs=1m", 32)];
+
+fn drives(count: u32) -> Result<Vec<Drive>> {
+    (0..count).map(|number| fresh_drive(&format!("drive{number}"))).collect()
+}
+
+/// Extents that begin and end at odd sectors, two of them on one drive, all small, so that
+/// requests cross them.
+fn linear(ctx: &Ctx) -> Result<Outcome> {
+    let drives = drives(3)?;
+    let [one, two, three] = [0, 1, 2].map(|number: usize| drives[number].path());
+    let (one, two, three) = (text(&one)?, text(&two)?, text(&three)?);
+    let extents = [
+        format!("{one},512,1049088"),
+        format!("{two},7168,513536"),
+        format!("{one},33554432,4194816"),
+        format!("{three},1536"),
+    ];
+    for lend in MODES {
+        let mut arguments = vec!["linear", "--lend", lend];
+        extents.iter().for_each(|extent| arguments.extend(["-f", extent]));
+        let device = Device::add(&arguments)?;
+        let size = 1_049_088 + 513_536 + 4_194_816 + (1 << 30) - 1536;
+        ensure!(device.described.size_bytes == size, "{:?}", device.described);
+        verify(ctx, device.path()?, &BLOCKS)?;
+        fsck(&device)?;
+        device.stop_and_count()?.ensure_none(&["failed", "stale", "unexpected", "copied"])?;
+    }
+    Ok(Outcome::Pass)
+}
+
+fn stripe(ctx: &Ctx, chunk: &str, width: u32) -> Result<Outcome> {
+    let drives = drives(width)?;
+    for lend in MODES {
+        let paths: Vec<_> = drives.iter().map(Drive::path).collect();
+        let mut arguments = vec!["stripe", "--chunk", chunk, "--lend", lend];
+        for path in &paths {
+            arguments.extend(["-f", text(path)?]);
+        }
+        let device = Device::add(&arguments)?;
+        ensure!(device.described.size_bytes == u64::from(width) << 30, "{:?}", device.described);
+        verify(ctx, device.path()?, &BLOCKS)?;
+        fsck(&device)?;
+        // Every drive has its share.
+        for drive in &drives {
+            let file = direct::open(drive.path())?;
+            let mut start = Aligned::new(1 << 20, 0);
+            file.read_exact_at(start.bytes(), 0)?;
+            ensure!(start.bytes().iter().any(|byte| *byte != 0), "{} is empty", drive.name);
+        }
+        device.stop_and_count()?.ensure_none(&["failed", "stale", "unexpected", "copied"])?;
+    }
+    Ok(Outcome::Pass)
+}
+
+/// Discards everything, which goes to every drive, and makes a file system.
+fn fsck(device: &Device) -> Result<()> {
+    process::run(&["blkdiscard", device.path()?])?;
+    process::run(&["mkfs.ext4", "-q", "-F", device.path()?])?;
+    process::run(&["e2fsck", "-f", "-n", device.path()?]).map(drop)
+}
+
+/// The second leg has a bad sector: of all blocks of the device, those that touch it fail.
+fn leg(_ctx: &Ctx) -> Result<Outcome> {
+    let drives = drives(2)?;
+    // In the third chunk of 4 KiB of its drive, which is the sixth of the device.
+    let mapper = Mapper::with_bad_sectors("ublk-leg", &drives[1], &[(19, 1)])?;
+    let (first, second) = (drives[0].path(), mapper.path());
+    for lend in MODES {
+        let arguments = ["stripe", "-c", "4K", "-f", text(&first)?, "-f", text(&second)?];
+        let device = Device::add(&[&arguments[..], &["--lend", lend]].concat())?;
+        let udev = QuietUdev::new()?;
+        let file = direct::open(device.path()?)?;
+        // Length and offset in bytes, and whether it touches byte 5 * 4096 + 3 * 512.
+        let bad = 5 * 4096 + 3 * 512;
+        let mut failed = 0;
+        for (len, step) in [(512, 512), (4096, 4096), (6144, 2048), (32 << 10, 4096)] {
+            let mut buffer = Aligned::new(len, 0x3c);
+            for offset in (0..16_u64).map(|number| number * step) {
+                let end = offset + u64::try_from(len)?;
+                let touches = offset <= bad && bad < end;
+                let written = file.write_all_at(buffer.bytes(), offset);
+                let read = file.read_exact_at(buffer.bytes(), offset);
+                for result in [written, read] {
+                    let errno = result.err().and_then(|error| error.raw_os_error());
+                    let expected = touches.then_some(5);
+                    ensure!(errno == expected, "{lend}: {len} bytes at {offset}: {errno:?}");
+                    failed += u64::from(touches);
+                }
+            }
+        }
+        drop(file);
+        let counters = device.stop_and_count();
+        drop(udev);
+        let counters = counters?;
+        ensure!(counters.get("failed") == failed && failed > 0, "{failed}: {counters:?}");
+    }
+    mapper.remove()?;
+    Ok(Outcome::Pass)
+}
+
+fn refused(_ctx: &Ctx) -> Result<Outcome> {
+    super::device::load_driver()?;
+    let drives = drives(2)?;
+    let (one, two) = (drives[0].path(), drives[1].path());
+    let (one, two) = (text(&one)?, text(&two)?);
+    let table: [(&[&str], String, &str); 8] = [
+        (&["linear"], format!("{one},2G"), "reaches beyond the backing"),
+        (&["linear"], format!("{one},1M,2G"), "reaches beyond the backing"),
+        (&["linear"], format!("{one},100"), "must be multiples of the block of 512"),
+        (&["linear", "-f", one], format!("{one},1M,1M"), "overlaps another extent"),
+        (&["stripe"], one.to_owned(), "1 backings; a stripe has 2 to 64"),
+        (&["stripe", "-f", one], one.to_owned(), "is given twice"),
+        (&["stripe", "-f", one, "-c", "5K"], two.to_owned(), "power of two of at least 4096"),
+        (&["stripe", "-f", one, "-c", "2G"], two.to_owned(), "less than a chunk"),
+    ];
+    for (arguments, last, expected) in table {
+        let argv = [&["ublk-target", "add"], arguments, &["-f", &last]].concat();
+        let said = process::run_for_code(&argv, 1)?.stderr;
+        ensure!(
+            said.contains(expected) && said.trim_end().lines().count() == 1,
+            "{argv:?}: {said}"
+        );
+    }
+    ensure!(std::fs::read_dir("/sys/class/ublk-char")?.next().is_none(), "a device is left");
+    Ok(Outcome::Pass)
+}

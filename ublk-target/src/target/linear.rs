@@ -1,0 +1,155 @@
+//! The linear target: extents of several backings, one after the other.
+
+use uring_ext::Errno;
+
+use super::{op_kind, push_flushes};
+use crate::plan::{BackingIndex, Op, Plan, Planner};
+use crate::request::{Request, RequestKind};
+
+/// A contiguous range of a backing, and where it begins on the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Extent {
+    backing: BackingIndex,
+    /// First byte on the backing.
+    start: u64,
+    /// First byte on the device.
+    device_start: u64,
+    /// Length in bytes; not 0.
+    len: u64,
+}
+
+/// Maps the device onto extents of backings, one after the other.
+#[derive(Clone, Debug)]
+pub struct LinearTarget {
+    /// In the order of the device, without gaps.
+    extents: Box<[Extent]>,
+    /// One more than the greatest index of a backing.
+    backings: u16,
+    size: u64,
+}
+
+/// The extents do not make a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BadExtents {
+    /// There are none, or one is empty.
+    #[error("an extent without a length")]
+    Empty,
+    /// Together they are longer than a device can be.
+    #[error("the extents are longer than a device can be")]
+    TooLong,
+}
+
+impl LinearTarget {
+    /// Extents of backings in the order of the device: backing, first byte on it, length in bytes.
+    ///
+    /// # Errors
+    /// [`BadExtents`].
+    pub fn new(
+        extents: impl IntoIterator<Item = (BackingIndex, u64, u64)>,
+    ) -> Result<Self, BadExtents> {
+        let (mut placed, mut size, mut backings) = (Vec::new(), 0_u64, 0);
+        for (backing, start, len) in extents {
+            if len == 0 {
+                return Err(BadExtents::Empty);
+            }
+            placed.push(Extent { backing, start, device_start: size, len });
+            start.checked_add(len).ok_or(BadExtents::TooLong)?;
+            size = size.checked_add(len).ok_or(BadExtents::TooLong)?;
+            backings = backings.max(backing.0 + 1);
+        }
+        if placed.is_empty() {
+            return Err(BadExtents::Empty);
+        }
+        Ok(Self { extents: placed.into(), backings, size })
+    }
+
+    /// Size of the device in bytes.
+    #[must_use]
+    pub const fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// The extent that a byte of the device is in.
+    fn index_of(&self, at: u64) -> usize {
+        self.extents.partition_point(|extent| extent.device_start <= at) - 1
+    }
+}
+
+impl Planner for LinearTarget {
+    fn plan(&self, request: &Request, from: u64, plan: &mut Plan) -> Result<(), Errno> {
+        if request.kind == RequestKind::Flush {
+            return push_flushes(self.backings, from, plan);
+        }
+        let end = request.end_within(self.size)?;
+        let mut at = request.offset + from;
+        for extent in &self.extents[self.index_of(at)..] {
+            if at >= end {
+                break;
+            }
+            let into = at - extent.device_start;
+            let len = (extent.len - into).min(end - at);
+            let op = Op {
+                kind: op_kind(request.kind),
+                backing: extent.backing,
+                offset: extent.start + into,
+                len,
+                buf_offset: request.buf_offset(at)?,
+            };
+            if plan.push(op).is_err() {
+                plan.continue_at(at - request.offset);
+                break;
+            }
+            at += len;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::oracle::{self, Geometry};
+    use super::*;
+
+    fn geometry() -> impl Strategy<Value = Geometry<LinearTarget>> {
+        let extent = (0..4_u16, 0..40_u64, 1..30_u64);
+        prop::collection::vec(extent, 1..24).prop_map(|extents| {
+            // Extents must not overlap on a backing, or the device would alias itself.
+            let mut free = [0_u64; 4];
+            let extents: Vec<_> = extents
+                .into_iter()
+                .map(|(backing, gap, len)| {
+                    let start = free[usize::from(backing)] + gap;
+                    free[usize::from(backing)] = start + len;
+                    (BackingIndex(backing), start * 512, len * 512)
+                })
+                .collect();
+            let target = LinearTarget::new(extents).unwrap();
+            let size = target.size();
+            let backings = free[..usize::from(target.backings)].iter();
+            Geometry { size, backings: backings.map(|sectors| sectors * 512).collect(), target }
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn agrees_with_an_array_of_bytes(
+            geometry in geometry(),
+            requests in oracle::requests(),
+        ) {
+            oracle::check(&geometry, &requests)?;
+        }
+    }
+
+    #[test]
+    fn what_makes_no_device_is_refused() {
+        assert_eq!(LinearTarget::new([]).unwrap_err(), BadExtents::Empty);
+        let empty = [(BackingIndex(0), 0, 512), (BackingIndex(1), 0, 0)];
+        assert_eq!(LinearTarget::new(empty).unwrap_err(), BadExtents::Empty);
+        let long = [(BackingIndex(0), 0, u64::MAX), (BackingIndex(1), 0, 512)];
+        assert_eq!(LinearTarget::new(long).unwrap_err(), BadExtents::TooLong);
+        let beyond = [(BackingIndex(0), 512, u64::MAX)];
+        assert_eq!(LinearTarget::new(beyond).unwrap_err(), BadExtents::TooLong);
+    }
+}

@@ -1,0 +1,134 @@
+//! Planners against an oracle: the device is an array of bytes, and each request does to it what
+//! its name says.
+
+use proptest::prelude::*;
+use proptest::test_runner::TestCaseError;
+use uring_ext::Errno;
+
+use crate::plan::{OpKind, Plan, Planner, WINDOW_OPS};
+use crate::request::{Request, RequestKind};
+
+/// A target, the size of its device, and the sizes of its backings, all in bytes.
+#[derive(Clone, Debug)]
+pub struct Geometry<P> {
+    pub target: P,
+    pub size: u64,
+    pub backings: Vec<u64>,
+}
+
+/// What a request does, where, and with which bytes. Places are fractions of the device, so that
+/// they fit any.
+type Asked = (RequestKind, f64, f64, u8);
+
+fn kinds() -> impl Strategy<Value = RequestKind> {
+    prop_oneof![
+        3 => Just(RequestKind::Read),
+        3 => any::<bool>().prop_map(|fua| RequestKind::Write { fua }),
+        1 => Just(RequestKind::Flush),
+        1 => Just(RequestKind::Discard),
+        1 => any::<bool>().prop_map(|may_unmap| RequestKind::WriteZeroes { may_unmap }),
+    ]
+}
+
+/// Random requests, some of them beyond the end.
+pub fn requests() -> impl Strategy<Value = Vec<Asked>> {
+    prop::collection::vec((kinds(), 0.0..1.05_f64, 0.0..1.0_f64, 1..=255_u8), 1..32)
+}
+
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)]
+fn request<P>(geometry: &Geometry<P>, asked: Asked) -> Request {
+    let (kind, place, length, _) = asked;
+    let sectors = (geometry.size / 512) as f64;
+    let offset = (sectors * place) as u64 * 512;
+    // Most requests are short, some are as long as the device.
+    let len = ((sectors * length * length * length) as u64 + 1) * 512;
+    match kind {
+        RequestKind::Flush => Request { kind, offset: 0, len: 0 },
+        RequestKind::Read
+        | RequestKind::Write { .. }
+        | RequestKind::Discard
+        | RequestKind::WriteZeroes { .. } => Request { kind, offset, len },
+    }
+}
+
+/// Plays requests on backings and on the oracle.
+pub fn check<P: Planner>(geometry: &Geometry<P>, asked: &[Asked]) -> Result<(), TestCaseError> {
+    let bytes = |size: u64| vec![0_u8; usize::try_from(size).unwrap()];
+    let mut oracle = bytes(geometry.size);
+    let mut backings: Vec<_> = geometry.backings.iter().map(|size| bytes(*size)).collect();
+    for (number, asked) in asked.iter().enumerate() {
+        let request = request(geometry, *asked);
+        let beyond = request.offset + request.len > geometry.size;
+        // No two bytes that lie near each other are the same, so that shifted ones are noticed.
+        let mix = |at: usize| (at as u64).wrapping_mul(0x9e37_79b9) >> 11 ^ number as u64;
+        let len = usize::try_from(request.len).unwrap();
+        let mut buffer: Vec<u8> = (0..len).map(|at| mix(at).to_le_bytes()[0] ^ asked.3).collect();
+        let written = buffer.clone();
+        let played = play(geometry, &request, &mut backings, &mut buffer);
+        if beyond {
+            prop_assert_eq!(played, Err(Errno::EIO));
+            continue;
+        }
+        prop_assert_eq!(played, Ok(()));
+        let start = usize::try_from(request.offset).unwrap();
+        let range = start..start + len;
+        match request.kind {
+            RequestKind::Read => prop_assert_eq!(&buffer[..], &oracle[range]),
+            RequestKind::Write { .. } => oracle[range].copy_from_slice(&written),
+            RequestKind::Discard | RequestKind::WriteZeroes { .. } => oracle[range].fill(0),
+            RequestKind::Flush => {}
+        }
+    }
+    // All that is on the device, read at once.
+    let len = geometry.size;
+    let mut buffer = bytes(len);
+    let everything = Request { kind: RequestKind::Read, offset: 0, len };
+    play(geometry, &everything, &mut backings, &mut buffer)
+        .map_err(|errno| TestCaseError::fail(errno.to_string()))?;
+    prop_assert!(buffer == oracle, "the device differs from the oracle");
+    Ok(())
+}
+
+/// Carries out all windows of a request.
+fn play<P: Planner>(
+    geometry: &Geometry<P>,
+    request: &Request,
+    backings: &mut [Vec<u8>],
+    buffer: &mut [u8],
+) -> Result<(), Errno> {
+    let mut plan = Plan::default();
+    let mut from = 0;
+    let mut flushed = vec![0; backings.len()];
+    loop {
+        plan.clear();
+        geometry.target.plan(request, from, &mut plan)?;
+        assert!(plan.ops().count() <= WINDOW_OPS);
+        for op in plan.ops() {
+            let size = |bytes: u64| usize::try_from(bytes).unwrap();
+            let backing = &mut backings[usize::from(op.backing.0)];
+            let range = size(op.offset)..size(op.offset + op.len);
+            let start = op.buf_offset as usize;
+            let borrowed = start..start + if op.has_data() { size(op.len) } else { 0 };
+            assert!(op.len > 0 || op.kind == OpKind::Flush, "an operation without an effect");
+            match op.kind {
+                OpKind::Read => buffer[borrowed].copy_from_slice(&backing[range]),
+                OpKind::Write { fua } => {
+                    assert_eq!(request.kind, RequestKind::Write { fua }, "FUA is passed on");
+                    backing[range].copy_from_slice(&buffer[borrowed]);
+                }
+                OpKind::Discard | OpKind::WriteZeroes { .. } => backing[range].fill(0),
+                OpKind::Flush => flushed[usize::from(op.backing.0)] += 1,
+            }
+        }
+        match plan.next() {
+            Some(next) => {
+                assert!(next > from, "a window without progress");
+                from = next;
+            }
+            None => break,
+        }
+    }
+    let expected = usize::from(request.kind == RequestKind::Flush);
+    assert!(flushed.iter().all(|count| *count == expected), "each backing is flushed once");
+    Ok(())
+}
