@@ -48,16 +48,25 @@ struct Program {
 }
 
 /// The first shows that silence about the others means something.
-const PROGRAMS: &[Program] = &[Program {
-    kind: "example",
-    name: "memory_fault",
-    args: &[],
-    long_args: &[],
-    fault: "Invalid read",
-}];
+const PROGRAMS: &[Program] = &[
+    Program {
+        kind: "example",
+        name: "memory_fault",
+        args: &[],
+        long_args: &[],
+        fault: "Invalid read",
+    },
+    Program {
+        kind: "bin",
+        name: "sim",
+        args: &["--seeds", "20"],
+        long_args: &["--seeds", "300"],
+        fault: "",
+    },
+];
 
 /// Folders of the packages whose tests are run.
-const PACKAGES: &[&str] = &["bufreg", "uring-ext", "ublk-target"];
+const PACKAGES: &[&str] = &["bufreg", "uring-ext", "ublk-target", "sim"];
 
 /// Everything is some thirty times slower than without the checker, hence fewer cases and seeds.
 const COUNTS: &[(&str, &str)] = &[("PROPTEST_CASES", "50"), ("UBLK_SIM_SEEDS", "20")];
