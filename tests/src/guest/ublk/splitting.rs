@@ -89,23 +89,24 @@ fn fsck(device: &Device) -> Result<()> {
     process::run(&["e2fsck", "-f", "-n", device.path()?]).map(drop)
 }
 
-/// The second leg has a bad sector: of all blocks of the device, those that touch it fail.
+/// The second leg has a bad sector: of all requests, those that touch it fail.
 fn leg(_ctx: &Ctx) -> Result<Outcome> {
     let drives = drives(2)?;
-    // In the third chunk of 4 KiB of its drive, which is the sixth of the device.
-    let mapper = Mapper::with_bad_sectors("ublk-leg", &drives[1], &[(19, 1)])?;
+    // In the third chunk of 4 KiB behind 4 MiB of its drive, which is the sixth behind 8 MiB of the
+    // device, where nobody looks for signatures.
+    const BASE: u64 = 8 << 20;
+    let mapper = Mapper::with_bad_sectors("ublk-leg", &drives[1], &[(BASE / 2 / 512 + 19, 1)])?;
     let (first, second) = (drives[0].path(), mapper.path());
     for lend in MODES {
         let arguments = ["stripe", "-c", "4K", "-f", text(&first)?, "-f", text(&second)?];
         let device = Device::add(&[&arguments[..], &["--lend", lend]].concat())?;
         let udev = QuietUdev::new()?;
         let file = direct::open(device.path()?)?;
-        // Length and offset in bytes, and whether it touches byte 5 * 4096 + 3 * 512.
-        let bad = 5 * 4096 + 3 * 512;
+        let bad = BASE + 5 * 4096 + 3 * 512;
         let mut failed = 0;
         for (len, step) in [(512, 512), (4096, 4096), (6144, 2048), (32 << 10, 4096)] {
             let mut buffer = Aligned::new(len, 0x3c);
-            for offset in (0..16_u64).map(|number| number * step) {
+            for offset in (0..16_u64).map(|number| BASE + number * step) {
                 let end = offset + u64::try_from(len)?;
                 let touches = offset <= bad && bad < end;
                 let written = file.write_all_at(buffer.bytes(), offset);
