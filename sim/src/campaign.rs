@@ -44,7 +44,9 @@ impl Campaign {
         let outcome = outcome.map_err(|panic| {
             let text = panic.downcast_ref::<String>().map(String::as_str);
             let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
-            Failure { seed, message: text.unwrap_or("a panic without a message").to_owned() }
+            let text = text.unwrap_or("a panic without a message");
+            // On one line, however the assertion was worded.
+            Failure { seed, message: text.split_whitespace().collect::<Vec<_>>().join(" ") }
         })?;
         self.add(&outcome);
         Ok(())

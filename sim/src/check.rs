@@ -84,7 +84,7 @@ impl View<'_> {
     /// No operation is issued for a request that has failed, nor one that does something else than
     /// the request.
     fn check_pushed(&self, kernel: &Kernel) {
-        for entry in kernel.queue.iter().filter(|entry| entry.tag.is_none()) {
+        for entry in kernel.pushed().filter(|entry| entry.tag.is_none()) {
             let operation = self.engine.borrower(label(entry.user_data));
             let Some((tag, _)) = operation.filter(|_| entry.is_operation()) else { continue };
             let model = &kernel.tags[tag.index()];
@@ -201,7 +201,7 @@ impl View<'_> {
         // Those whose commit is on its way are with the server and no longer with the engine.
         assert!(holdings.requests <= serving, "{} of {serving} requests", holdings.requests);
         if !kernel.backlogged {
-            let committing = kernel.queue.iter().filter(|entry| entry.is_commit()).count();
+            let committing = kernel.pushed().filter(|entry| entry.is_commit()).count();
             assert_eq!(holdings.requests + committing, serving, "requests that are open");
         }
         for (tag, model) in kernel.tags.iter().enumerate() {
@@ -213,8 +213,14 @@ impl View<'_> {
 
     /// Nobody asks for the end of an operation that has not been pushed yet.
     fn check_cancels(&self, kernel: &mut Kernel) {
-        for at in 0..kernel.queue.len() {
-            let Work::Cancel { user_data } = kernel.queue[at].work else { continue };
+        let is_cancel = |entry: &Entry| matches!(entry.work, Work::Cancel { .. });
+        if !kernel.pushed().any(is_cancel) {
+            return;
+        }
+        for at in 0..kernel.queues[kernel.io_ring()].len() {
+            let Work::Cancel { user_data } = kernel.queues[kernel.io_ring()][at].work else {
+                continue;
+            };
             let posted = |posted: &Posted| label(posted.cqe.user_data) == label(user_data);
             let known = self.engine.borrower(label(user_data)).is_some()
                 && !kernel.posted.iter().any(posted);
@@ -232,7 +238,7 @@ impl View<'_> {
         let Some(limit) = kernel.setup.deadline.filter(|_| !kernel.backlogged) else { return };
         let flights = kernel.queued.iter().chain(&kernel.running);
         let entries = flights.flat_map(crate::kernel::Flight::entries);
-        for entry in kernel.queue.iter().chain(entries).filter(|entry| entry.is_operation()) {
+        for entry in kernel.pushed().chain(entries).filter(|entry| entry.is_operation()) {
             let Some(cancelled_at) = entry.cancelled_at else {
                 let late = entry.pushed_at + limit <= self.told;
                 assert!(!late, "{:#x} is past its deadline and not cancelled", entry.user_data);
@@ -260,7 +266,7 @@ impl View<'_> {
             let flights = kernel.queued.iter().chain(&kernel.running);
             let entries = flights.flat_map(crate::kernel::Flight::entries);
             let posted = kernel.posted.iter().filter_map(|posted| posted.of.as_ref());
-            let mut all = kernel.queue.iter().chain(entries).chain(posted);
+            let mut all = kernel.pushed().chain(entries).chain(posted);
             let lost = |entry: &Entry| {
                 let overdue = |at| at + limit <= self.told;
                 entry.tag == Some(held.tag) && entry.cancelled_at.is_some_and(overdue)

@@ -26,6 +26,7 @@ mod ending;
 pub mod entry;
 pub mod fault;
 pub mod kernel;
+mod layout;
 pub mod mapping;
 mod noise;
 mod pool;

@@ -1,20 +1,18 @@
-//! Planners of the simulation: besides the loop and null targets, some that need many operations,
-//! several stages and several windows.
+//! Planners of the simulation: the real targets, and some that need many operations, several stages
+//! and several windows.
 
 use ublk_target::plan::{BackingIndex, Op, OpKind, Plan, Planner, WINDOW_OPS};
 use ublk_target::request::{Request, RequestKind};
-use ublk_target::target::{LoopTarget, NullTarget};
+use ublk_target::target::AnyTarget;
 use uring_ext::Errno;
 
 use crate::SECTOR;
 
 /// Where a request's bytes go.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub enum Mapping {
-    /// The loop target.
-    Loop(LoopTarget),
-    /// The null target.
-    Null(NullTarget),
+    /// A target of the program.
+    Target(AnyTarget),
     /// Chunks in turn on several backings.
     Stripe(Spread),
     /// The same on several backings, piece by piece.
@@ -28,6 +26,8 @@ pub struct Spread {
     pub backings: u16,
     /// Bytes of a chunk or piece.
     pub chunk: u64,
+    /// Pieces of a window, at most.
+    pub pieces: usize,
     /// FUA by a stage of flushes behind the writes, instead of by FUA writes.
     pub flush_stage: bool,
     /// A byte of the device whose window the planner does not plan, and what it does instead.
@@ -48,7 +48,7 @@ impl Mapping {
     #[must_use]
     pub fn refusal(&self, request: &Request) -> Option<Errno> {
         match self {
-            Self::Loop(_) | Self::Null(_) => None,
+            Self::Target(_) => None,
             Self::Stripe(spread) | Self::Mirror(spread) => {
                 let (byte, trap) = spread.trap?;
                 let inside = (request.offset..request.offset + request.len).contains(&byte);
@@ -60,23 +60,20 @@ impl Mapping {
         }
     }
 
-    /// Bytes of a backing for a device of `size` bytes.
+    /// Whether writes are forgotten, and all reads as zeros.
     #[must_use]
-    pub const fn backing_bytes(&self, size: u64) -> u64 {
-        match self {
-            Self::Loop(_) | Self::Null(_) | Self::Mirror(_) => size,
-            Self::Stripe(spread) => {
-                size.div_ceil(spread.chunk * spread.backings as u64) * spread.chunk
-            }
-        }
+    pub const fn is_null(&self) -> bool {
+        matches!(self, Self::Target(AnyTarget::Null(_)))
     }
 
-    /// Number of backings.
+    /// How many operations of a request may be in flight.
     #[must_use]
-    pub const fn backings(&self) -> u16 {
+    pub const fn at_once(&self) -> usize {
         match self {
-            Self::Loop(_) | Self::Null(_) => 1,
-            Self::Stripe(spread) | Self::Mirror(spread) => spread.backings,
+            Self::Target(AnyTarget::Loop(_) | AnyTarget::Null(_)) => 1,
+            Self::Target(AnyTarget::Linear(_) | AnyTarget::Stripe(_))
+            | Self::Stripe(_)
+            | Self::Mirror(_) => WINDOW_OPS,
         }
     }
 }
@@ -84,8 +81,7 @@ impl Mapping {
 impl Planner for Mapping {
     fn plan(&self, request: &Request, from: u64, plan: &mut Plan) -> Result<(), Errno> {
         match self {
-            Self::Loop(target) => target.plan(request, from, plan),
-            Self::Null(target) => target.plan(request, from, plan),
+            Self::Target(target) => target.plan(request, from, plan),
             Self::Stripe(spread) => spread.plan(request, from, plan, |plan, op| {
                 let chunk = op.offset / spread.chunk;
                 let backings = u64::from(spread.backings);
@@ -99,7 +95,7 @@ impl Planner for Mapping {
                     let backing = BackingIndex(u16::try_from(leg).unwrap_or(0));
                     return plan.push(Op { backing, ..op }).is_ok();
                 }
-                if plan.ops().count() + usize::from(spread.backings) > WINDOW_OPS {
+                if plan.len() + usize::from(spread.backings) > WINDOW_OPS {
                     return false;
                 }
                 let mut legs = (0..spread.backings).map(BackingIndex);
@@ -128,8 +124,8 @@ impl Spread {
             RequestKind::Flush => return self.flush(plan),
         };
         let has_data = request.has_data();
-        let mut done = from;
-        while done < request.len {
+        let (mut done, mut pieces) = (from, 0);
+        while done < request.len && pieces < self.pieces {
             let offset = request.offset + done;
             let len = (self.chunk - offset % self.chunk).min(request.len - done);
             let buf_offset = if has_data { u32::try_from(done).unwrap_or(u32::MAX) } else { 0 };
@@ -138,6 +134,7 @@ impl Spread {
                 break;
             }
             done += len;
+            pieces += 1;
         }
         let start = request.offset + from;
         match self.trap.filter(|(byte, _)| (start..request.offset + done).contains(byte)) {
@@ -155,7 +152,7 @@ impl Spread {
         if fua && self.flush_stage {
             plan.next_stage();
             // A window whose flushes do not fit leaves them out if another follows.
-            let fits = plan.ops().count() + usize::from(self.backings) <= WINDOW_OPS;
+            let fits = plan.len() + usize::from(self.backings) <= WINDOW_OPS;
             if fits {
                 return self.flush(plan);
             }

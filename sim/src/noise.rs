@@ -93,7 +93,7 @@ impl World {
 
     fn seen(&self) -> (usize, u64) {
         let kernel = self.kernel.borrow();
-        (kernel.queue.len(), kernel.answered)
+        (kernel.pushed().count(), kernel.answered)
     }
 
     /// One that was handled before.

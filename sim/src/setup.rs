@@ -4,12 +4,12 @@ use ublk_target::backing::DiscardCall;
 use ublk_target::engine::{SlotChoice, SlotTable};
 use ublk_target::lend::LendMode;
 use ublk_target::request::Geometry;
-use ublk_target::target::{LoopTarget, NullTarget};
 
+use crate::MAX_REQUEST;
 use crate::fault::{Fault, Rates};
-use crate::mapping::{Mapping, Spread, Trap};
+use crate::layout;
+use crate::mapping::Mapping;
 use crate::rng::Rng;
-use crate::{MAX_REQUEST, SECTOR};
 
 /// Greatest number of tags.
 pub const MAX_DEPTH: u16 = 8;
@@ -56,11 +56,15 @@ pub struct Setup {
     pub slots: SlotTable,
     /// The planner.
     pub mapping: Mapping,
+    /// Bytes of each backing.
+    pub backings: Vec<u64>,
     /// The device.
     pub geometry: Geometry,
     /// Nanoseconds after which operations are cancelled.
     pub deadline: Option<u64>,
-    /// Entries that the submission queue holds.
+    /// Operations are issued from a ring of their own.
+    pub io_lane: bool,
+    /// Entries that a submission queue holds.
     pub queue_entries: usize,
     /// How readily the kernel takes what is in it.
     pub submit_weight: u32,
@@ -110,9 +114,9 @@ impl Setup {
         ]);
         let slots = slot_table(&mut rng, lend, depth, hostile);
         let block = rng.pick(&[512, 512, 512, 1024, 4096]);
-        let size = u64::from(rng.below(24) + 16) * 4096;
-        let mapping = mapping(&mut rng, size, hostile);
-        let discards = (0..mapping.backings())
+        let (mapping, size, backings) = layout::draw(&mut rng, hostile);
+        let discards = backings
+            .iter()
             .map(|_| rng.pick(&[DiscardCall::BlockCommand, DiscardCall::PunchHole]))
             .collect();
         let deadline = (hostile && rng.chance(640)).then(|| u64::from(rng.below(900) + 100) * 1000);
@@ -130,8 +134,11 @@ impl Setup {
             lend,
             slots,
             mapping,
+            backings,
             geometry: Geometry { size, block, max_bytes: MAX_REQUEST },
             deadline,
+            // Automatic registration would go to the wrong ring.
+            io_lane: lend != LendMode::Fused && rng.chance(300),
             queue_entries: rng.pick(&[4, 5, 8, 16, 64]),
             submit_weight: rng.pick(&[20, 20, 6, 1]),
             discards,
@@ -167,21 +174,5 @@ fn slot_table(rng: &mut Rng, lend: LendMode, depth: u16, hostile: bool) -> SlotT
         LendMode::UserCopy | LendMode::Copy => {
             SlotTable { lent: 0, pool: depth, choice: SlotChoice::From(0) }
         }
-    }
-}
-
-fn mapping(rng: &mut Rng, size: u64, hostile: bool) -> Mapping {
-    let spread = Spread {
-        backings: u16::try_from(rng.below(3) + 2).unwrap_or(2),
-        chunk: u64::from(rng.pick(&[1, 2, 3, 5, 8, 16_u32])) * SECTOR,
-        flush_stage: rng.chance(512),
-        trap: (hostile && rng.chance(300))
-            .then(|| (u64::from(rng.below(64)) * SECTOR, rng.pick(&[Trap::Refuse, Trap::Idle]))),
-    };
-    match rng.below(10) {
-        0..4 => Mapping::Loop(LoopTarget { size }),
-        4 => Mapping::Null(NullTarget),
-        5..8 => Mapping::Stripe(spread),
-        _ => Mapping::Mirror(spread),
     }
 }

@@ -95,7 +95,7 @@ fn lane(kernel: &Rc<RefCell<Kernel>>) -> Lane<Mapping, SimIo> {
     };
     let faults =
         setup.port_faults.map(|list| Faults::parse(list).unwrap_or_else(|error| panic!("{error}")));
-    let (mapping, measure) = (setup.mapping, setup.measure);
+    let (mapping, measure) = (setup.mapping.clone(), setup.measure);
     let discards = setup.discards.as_slice().into();
     drop(model);
     let mut lane = Lane::new(mapping, config, discards, faults, SimIo(Rc::clone(kernel)));
@@ -147,6 +147,7 @@ impl World {
             drop(kernel);
             return self.kill();
         }
+        assert!(!self.kernel.borrow().breakage_told, "the lane goes on with a broken ring");
         let backlog = self.lane.backlog();
         self.kernel.borrow_mut().note_backlog(backlog);
         let view = View { engine: self.lane.engine(), told: self.told, looked };
@@ -162,7 +163,7 @@ impl World {
         let if_any = |any: bool, weight: u32| if any { weight } else { 0 };
         let weights = [
             (Step::Deliver, if_any(!kernel.stopping, 16)),
-            (Step::Submit, if_any(!kernel.queue.is_empty(), setup.submit_weight)),
+            (Step::Submit, if_any(kernel.pushed().next().is_some(), setup.submit_weight)),
             (Step::Start, if_any(!kernel.queued.is_empty(), 20)),
             (Step::Finish, if_any(!kernel.running.is_empty(), 28)),
             (Step::Handle, if_any(!kernel.posted.is_empty(), 36)),

@@ -15,7 +15,7 @@ use ublk_target::lane::event::Event;
 use ublk_target::lane::{CDEV, LaneIo, RingRole, backing_file};
 use ublk_target::lend::LendMode;
 use ublk_target::request::{Request, RequestKind};
-use ublk_target::target::LoopTarget;
+use ublk_target::target::{AnyTarget, LoopTarget};
 use ublk_target::units::Tag;
 use uring_ext::Errno;
 use uring_ext::iod::IoDesc;
@@ -46,9 +46,10 @@ impl Hand {
                 SlotTable { lent: 0, pool: 2, choice: from_zero }
             }
         };
-        setup.mapping = Mapping::Loop(LoopTarget { size });
+        setup.mapping = Mapping::Target(AnyTarget::Loop(LoopTarget { size }));
+        setup.backings = vec![size];
         setup.geometry.size = size;
-        setup.queue_entries = 8;
+        (setup.queue_entries, setup.io_lane) = (8, false);
         setup.recovery = Recovery::Reissue;
         let kernel = Rc::new(RefCell::new(Kernel::new(0, setup, Trace::new(false))));
         let mut hand = Self { io: SimIo(Rc::clone(&kernel)), kernel, lend };
@@ -73,10 +74,10 @@ impl Hand {
 
     /// Pushes entries and has the kernel take them.
     fn push(&mut self, sqes: &[Sqe]) {
-        assert_eq!(self.io.push(RingRole::Fetch, sqes), Ok(()));
+        assert_eq!(self.io.push(role(&sqes[0]), sqes), Ok(()));
         let mut kernel = self.kernel.borrow_mut();
         // As the checker does, which asks the engine whose operation it is.
-        for entry in kernel.queue.iter_mut().filter(|entry| entry.is_operation()) {
+        for entry in kernel.queues[0].iter_mut().filter(|entry| entry.is_operation()) {
             entry.tag = Some(0);
         }
         kernel.submit();
@@ -148,6 +149,13 @@ impl Hand {
         kernel.setup.hostile = true;
         kernel.setup.rates.set(fault, 1024);
     }
+}
+
+/// Fetches and commits (`_IOWR('u', 0x20 or 0x21)`) go to the ring that fetched.
+fn role(sqe: &Sqe) -> RingRole {
+    let (raw, commands) = (sqe.as_bytes(), [0x20, 0x21]);
+    let is_fetch = raw[0] == 46 && raw[9] == b'u' && commands.contains(&raw[8]);
+    if is_fetch { RingRole::Fetch } else { RingRole::Io }
 }
 
 const OP: Event = Event::Op(OpKey { place: 0, serial: 7 });
@@ -409,7 +417,7 @@ fn a_full_queue_takes_nothing() {
         assert_eq!(hand.io.push(RingRole::Io, std::slice::from_ref(sqe)), Ok(()));
     }
     assert_eq!(hand.io.push(RingRole::Io, &nop), Err(Errno::EBUSY), "all or none");
-    assert_eq!(hand.kernel.borrow().queue.len(), 5);
+    assert_eq!(hand.kernel.borrow().queues[0].len(), 5);
 }
 
 #[test]

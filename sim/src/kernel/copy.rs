@@ -90,7 +90,7 @@ impl Kernel {
     fn assert_nothing_uses(&self, buffer: u16) {
         let slot = self.setup.slots.lent + buffer;
         let flights = self.queued.iter().chain(&self.running);
-        let mut entries = self.queue.iter().chain(flights.flat_map(super::Flight::entries));
+        let mut entries = self.pushed().chain(flights.flat_map(super::Flight::entries));
         let uses = entries.any(|entry| match entry.work {
             Work::Transfer(transfer) => transfer.slot == slot,
             Work::Nop

@@ -1,10 +1,11 @@
 //! The death of a server, and what the kernel does with what it leaves behind.
 
+use std::collections::VecDeque;
+
 use bufreg::Incarnation;
 use uring_ext::ring::Cqe;
 
 use super::{Buffer, Kernel, Phase};
-use crate::entry::Work;
 use crate::fault::Fault;
 use crate::setup::Recovery;
 
@@ -14,25 +15,21 @@ impl Kernel {
     /// for the next server. Returns the completions that nobody has reaped.
     pub fn bury(&mut self) -> impl Iterator<Item = Cqe> + '_ {
         self.trace.note(|| "death".to_owned());
-        self.queue.clear();
-        for waiting in [false, true] {
-            let flights = if waiting { &mut self.queued } else { &mut self.running };
-            for mut flight in std::mem::take(flights) {
-                let is_transfer = matches!(flight.entry.work, Work::Transfer(_));
-                if flight.buffer.is_some() && is_transfer && self.rng.chance(600) {
-                    self.tally.note(Fault::EffectAfterDeath);
-                    self.transfer_all(&flight);
-                }
-                if let Some(Buffer::Lent { tag }) = flight.buffer.take() {
-                    self.put(tag);
-                }
+        self.queues.iter_mut().for_each(VecDeque::clear);
+        self.queued.clear();
+        for mut flight in std::mem::take(&mut self.running) {
+            if self.rng.chance(600) {
+                self.outlive(&flight);
+            }
+            if let Some(Buffer::Lent { tag }) = flight.buffer.take() {
+                self.put(tag);
             }
         }
         self.fill_table();
         for tag in 0..self.setup.depth {
             self.forsake(tag);
         }
-        self.broken = None;
+        (self.broken, self.breakage_told) = (None, false);
         (self.backlogged, self.refused) = (false, false);
         self.incarnation = Incarnation::next(self.incarnation);
         self.posted.drain(..).map(|posted| posted.cqe)

@@ -58,10 +58,15 @@ impl Flight {
 }
 
 impl Kernel {
+    /// All entries that were pushed and not submitted.
+    pub fn pushed(&self) -> impl Iterator<Item = &Entry> + Clone {
+        self.queues.iter().flatten()
+    }
+
     /// All entries that were pushed and have not completed.
     pub fn entries_mut(&mut self) -> impl Iterator<Item = &mut Entry> {
         let flights = self.queued.iter_mut().chain(&mut self.running);
-        self.queue.iter_mut().chain(flights.flat_map(Flight::entries_mut))
+        self.queues.iter_mut().flatten().chain(flights.flat_map(Flight::entries_mut))
     }
 
     /// Ends the entry whose turn it is: its reference goes, its completion appears, and the next

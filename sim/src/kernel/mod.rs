@@ -71,8 +71,9 @@ pub struct Kernel {
     pub now: u64,
     /// The life of the server that owns the ring.
     pub incarnation: Incarnation,
-    /// Pushed and not yet submitted.
-    pub queue: VecDeque<Entry>,
+    /// Pushed and not yet submitted, by ring. The second ring is used only if operations are
+    /// issued from a lane of their own.
+    pub queues: [VecDeque<Entry>; 2],
     /// Submitted and not started: waiting for a worker, or for the link before.
     pub queued: Vec<Flight>,
     /// Started.
@@ -85,6 +86,8 @@ pub struct Kernel {
     pub tags: Vec<TagModel>,
     /// Why pushes fail, once the ring is broken.
     pub broken: Option<Errno>,
+    /// The lane has been told so.
+    pub breakage_told: bool,
     /// Entries wait in the lane, which the kernel does not see.
     pub backlogged: bool,
     /// When the lane had a backlog last.
@@ -113,9 +116,8 @@ impl Kernel {
     /// The kernel of a seed.
     #[must_use]
     pub fn new(seed: u64, setup: Setup, trace: Trace) -> Self {
-        let null = matches!(setup.mapping, crate::mapping::Mapping::Null(_));
-        let bytes = setup.mapping.backing_bytes(setup.geometry.size);
-        let backings = (0..setup.mapping.backings()).map(|_| Backing::new(bytes, null)).collect();
+        let null = setup.mapping.is_null();
+        let backings = setup.backings.iter().map(|bytes| Backing::new(*bytes, null)).collect();
         let buffer = || vec![0; MAX_REQUEST as usize].into_boxed_slice();
         let pool = (0..setup.slots.pool).map(|_| buffer()).collect();
         let oracle = Oracle::new(setup.geometry.size, null);
@@ -127,13 +129,14 @@ impl Kernel {
             trace,
             now: 1_000_000,
             incarnation: Incarnation(u32::try_from(seed & 0xffff).unwrap_or(0)),
-            queue: VecDeque::with_capacity(64),
+            queues: [VecDeque::with_capacity(64), VecDeque::with_capacity(64)],
             queued: Vec::with_capacity(64),
             running: Vec::with_capacity(64),
             posted: Vec::with_capacity(128),
             table: vec![None; usize::from(capacity)],
             tags: (0..depth).map(|_| TagModel::new()).collect(),
             broken: None,
+            breakage_told: false,
             backlogged: false,
             busy_at: 0,
             refused: false,
@@ -163,7 +166,8 @@ impl Kernel {
             Phase::Committed => in_a_hurry || model.blame.stuck != 0,
             Phase::Ended => true,
         };
-        let rings = self.queue.len() + self.queued.len() + self.running.len() + self.posted.len();
+        let rings =
+            self.pushed().count() + self.queued.len() + self.running.len() + self.posted.len();
         self.tags.iter().all(is_settled) && (in_a_hurry || rings == 0 && !self.backlogged)
     }
 
@@ -190,8 +194,8 @@ impl Kernel {
 pub struct SimIo(pub Rc<RefCell<Kernel>>);
 
 impl LaneIo for SimIo {
-    fn push(&mut self, _role: RingRole, sqes: &[Sqe]) -> Result<(), Errno> {
-        self.0.borrow_mut().push(sqes)
+    fn push(&mut self, role: RingRole, sqes: &[Sqe]) -> Result<(), Errno> {
+        self.0.borrow_mut().push(role, sqes)
     }
 
     fn iod(&self, tag: Tag) -> IoDesc {

@@ -1,7 +1,6 @@
 //! Operations on backings: when they start, how they end, and what they have done by then.
 
 use ublk_target::engine::MAX_RETRIES;
-use ublk_target::plan::WINDOW_OPS;
 use uring_ext::Errno;
 
 use super::{Buffer, Flight, Kernel};
@@ -158,7 +157,7 @@ impl Kernel {
         blame.transients_in_a_row += 1;
         // So often the operations of a request can fail without progress before one of them has
         // used up its retries, which an operation has anew once its data is copied.
-        let at_once = if self.setup.mapping.backings() == 1 { 1 } else { WINDOW_OPS };
+        let at_once = self.setup.mapping.at_once();
         let most = (usize::from(MAX_RETRIES) + 1) * (at_once + 1);
         assert!(blame.transients_in_a_row as usize <= most, "tried again and again");
         if blame.transients_in_a_row > u32::from(MAX_RETRIES) {
@@ -185,11 +184,26 @@ impl Kernel {
         }
     }
 
-    /// A transfer is completed though nobody waits for it.
-    pub(super) fn transfer_all(&mut self, flight: &Flight) {
-        if let Work::Transfer(transfer) = flight.entry.work {
-            self.transfer(flight, &transfer, transfer.len);
+    /// What an operation does though the server that asked for it is dead.
+    pub(super) fn outlive(&mut self, flight: &Flight) {
+        match flight.entry.work {
+            Work::Transfer(transfer) => {
+                let whole = self.rng.chance(512);
+                let moved = if whole { transfer.len } else { self.rng.below(transfer.len) };
+                self.transfer(flight, &transfer, moved);
+            }
+            Work::Zero { backing, at, len, how } => {
+                self.backings[backing].zero(at, len, how, &mut self.rng);
+            }
+            Work::Nop
+            | Work::Fetch(_)
+            | Work::Commit { .. }
+            | Work::Register { .. }
+            | Work::Unregister { .. }
+            | Work::Flush { .. }
+            | Work::Cancel { .. } => return,
         }
+        self.tally.note(Fault::EffectAfterDeath);
     }
 
     /// Moves the first `moved` bytes of a transfer.

@@ -1,5 +1,6 @@
 //! The ring: pushing, submitting, cancelling.
 
+use ublk_target::lane::RingRole;
 use ublk_target::lane::event::Event;
 use ublk_target::plan::WINDOW_OPS;
 use uring_ext::Errno;
@@ -13,12 +14,23 @@ use crate::fault::Fault;
 const MAX_CHAIN: usize = 3;
 
 impl Kernel {
+    /// The ring that operations go to.
+    #[must_use]
+    pub fn io_ring(&self) -> usize {
+        usize::from(self.setup.io_lane)
+    }
+
     /// `LaneIo::push`.
-    pub(super) fn push(&mut self, sqes: &[Sqe]) -> Result<(), Errno> {
+    pub(super) fn push(&mut self, role: RingRole, sqes: &[Sqe]) -> Result<(), Errno> {
         if let Some(errno) = self.broken {
+            self.breakage_told = true;
             return Err(errno);
         }
-        let full = self.queue.len() + sqes.len() > self.setup.queue_entries;
+        let ring = match role {
+            RingRole::Fetch => 0,
+            RingRole::Io => self.io_ring(),
+        };
+        let full = self.queues[ring].len() + sqes.len() > self.setup.queue_entries;
         if full {
             self.tally.note(Fault::QueueFull);
         }
@@ -28,12 +40,14 @@ impl Kernel {
         for (number, sqe) in sqes.iter().enumerate() {
             let entry = Entry { pushed_at: self.now, ..Entry::decode(sqe.as_bytes(), QID) };
             assert_eq!(entry.linked, number + 1 < sqes.len(), "a chain is pushed whole");
+            let fetches = matches!(entry.work, Work::Fetch(_) | Work::Commit { .. });
+            assert_eq!(fetches, role == RingRole::Fetch, "{entry:?} for ring {role:?}");
             self.trace.note(|| format!("push {:#x} {:?}", entry.user_data, entry.work));
             self.trace.mix(entry.user_data);
             if let Work::Cancel { user_data } = entry.work {
                 self.note_cancelling(user_data);
             }
-            self.queue.push_back(entry);
+            self.queues[ring].push_back(entry);
         }
         Ok(())
     }
@@ -45,11 +59,16 @@ impl Kernel {
             let is_op = entry.is_operation() || entry.work == Work::Nop;
             is_op && (entry.user_data ^ user_data) << 4 == 0
         };
+        let note = |entry: &mut Entry| {
+            let is_named = entry.user_data == user_data || entry.work == Work::Nop;
+            assert!(is_named, "{user_data:#x} is cancelled instead of {:#x}", entry.user_data);
+            entry.cancelled_at.get_or_insert(now);
+        };
         let posted = self.posted.iter_mut().filter_map(|posted| posted.of.as_mut()).find(is_wanted);
         if let Some(entry) = posted {
-            entry.cancelled_at.get_or_insert(now);
+            note(entry);
         } else if let Some(entry) = self.entries_mut().find(is_wanted) {
-            entry.cancelled_at.get_or_insert(now);
+            note(entry);
         }
     }
 
@@ -68,14 +87,16 @@ impl Kernel {
 
     /// `io_uring_enter`: takes entries off the submission queue, chains whole.
     pub fn submit(&mut self) {
-        let mut left = self.queue.len();
+        let ring = self.rng.index(self.queues.len());
+        let ring = if self.queues[ring].is_empty() { 1 - ring } else { ring };
+        let mut left = self.queues[ring].len();
         if left > 1 && self.strikes(Fault::PartialSubmit) {
             left = 1 + self.rng.index(left - 1);
         }
         while left > 0 {
             let mut chain = [None; MAX_CHAIN];
             let mut count = 0;
-            while let Some(entry) = self.queue.pop_front() {
+            while let Some(entry) = self.queues[ring].pop_front() {
                 chain[count] = Some(entry);
                 count += 1;
                 if !entry.linked {

@@ -1,0 +1,74 @@
+//! Which planner a seed has, and the drives under it.
+
+use ublk_target::plan::BackingIndex;
+use ublk_target::target::{
+    AnyTarget, LinearTarget, LoopTarget, MIN_CHUNK, NullTarget, StripeTarget,
+};
+
+use crate::SECTOR;
+use crate::mapping::{Mapping, Spread, Trap};
+use crate::rng::Rng;
+
+/// Of what devices are made, so that they have whole blocks of any size.
+const PAGE: u64 = 4096;
+
+/// Draws a planner; returns it with the sizes of the device and of each backing.
+pub fn draw(rng: &mut Rng, hostile: bool) -> (Mapping, u64, Vec<u64>) {
+    let size = u64::from(rng.below(24) + 16) * PAGE;
+    match rng.below(14) {
+        0..4 => (Mapping::Target(AnyTarget::Loop(LoopTarget { size })), size, vec![size]),
+        4 => (Mapping::Target(AnyTarget::Null(NullTarget)), size, vec![size]),
+        5 | 6 => linear(rng),
+        7 | 8 => stripe(rng),
+        9..12 => {
+            let spread = spread(rng, hostile);
+            let row = spread.chunk * u64::from(spread.backings);
+            let bytes = size.div_ceil(row) * spread.chunk;
+            (Mapping::Stripe(spread), size, vec![bytes; usize::from(spread.backings)])
+        }
+        _ => {
+            let spread = spread(rng, hostile);
+            (Mapping::Mirror(spread), size, vec![size; usize::from(spread.backings)])
+        }
+    }
+}
+
+/// A few short extents of up to three backings.
+fn linear(rng: &mut Rng) -> (Mapping, u64, Vec<u64>) {
+    let mut ends = [0; 3];
+    let mut extents = Vec::new();
+    for _ in 0..4 + rng.below(8) {
+        let backing = rng.below(3) as usize;
+        let start = ends[backing] + u64::from(rng.below(3)) * SECTOR;
+        let len = u64::from(1 + rng.below(8)) * PAGE;
+        ends[backing] = start + len;
+        extents.push((BackingIndex(u16::try_from(backing).unwrap_or(0)), start, len));
+    }
+    // Requests are up to a quarter of the device, and have to fit.
+    extents.push((BackingIndex(0), ends[0], 16 * PAGE));
+    ends[0] += 16 * PAGE;
+    let target = LinearTarget::new(extents).unwrap_or_else(|error| panic!("{error}"));
+    let size = target.size();
+    (Mapping::Target(AnyTarget::Linear(target)), size, ends.to_vec())
+}
+
+/// The least chunk, or twice that, on two to four backings of unequal sizes.
+fn stripe(rng: &mut Rng) -> (Mapping, u64, Vec<u64>) {
+    let chunk = MIN_CHUNK << rng.below(2);
+    let bytes = |rng: &mut Rng| chunk * u64::from(4 + rng.below(12)) + u64::from(rng.below(4096));
+    let sizes: Vec<_> = (0..2 + rng.below(3)).map(|_| bytes(rng) + 4 * PAGE).collect();
+    let target = StripeTarget::new(chunk, &sizes).unwrap_or_else(|error| panic!("{error}"));
+    let size = target.size();
+    (Mapping::Target(AnyTarget::Stripe(target)), size, sizes)
+}
+
+fn spread(rng: &mut Rng, hostile: bool) -> Spread {
+    Spread {
+        backings: u16::try_from(rng.below(3) + 2).unwrap_or(2),
+        chunk: u64::from(rng.pick(&[1, 2, 3, 5, 8, 16_u32])) * SECTOR,
+        pieces: rng.pick(&[1, 3, 8, 8]),
+        flush_stage: rng.chance(512),
+        trap: (hostile && rng.chance(300))
+            .then(|| (u64::from(rng.below(64)) * SECTOR, rng.pick(&[Trap::Refuse, Trap::Idle]))),
+    }
+}
