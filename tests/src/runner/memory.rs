@@ -60,7 +60,7 @@ const PROGRAMS: &[Program] = &[
         kind: "bin",
         name: "sim",
         args: &["--seeds", "20"],
-        long_args: &["--seeds", "300"],
+        long_args: &["--seeds", "100"],
         fault: "",
     },
 ];
@@ -70,7 +70,7 @@ const PACKAGES: &[&str] = &["bufreg", "uring-ext", "ublk-target", "sim"];
 
 /// Everything is some thirty times slower than without the checker, hence fewer cases and seeds.
 const COUNTS: &[(&str, &str)] = &[("PROPTEST_CASES", "50"), ("UBLK_SIM_SEEDS", "20")];
-const LONG_COUNTS: &[(&str, &str)] = &[("PROPTEST_CASES", "500"), ("UBLK_SIM_SEEDS", "300")];
+const LONG_COUNTS: &[(&str, &str)] = &[("PROPTEST_CASES", "200"), ("UBLK_SIM_SEEDS", "100")];
 
 /// Makes the check; tests that say that they cannot run are counted as skipped.
 pub fn run(long: bool, report: &mut Report) {

@@ -8,7 +8,7 @@ use std::path::Path;
 use anyhow::{Result, bail, ensure};
 
 use super::device::{Device, file_on_drive, fresh_drive, text};
-use super::verify::{BLOCKS, verify};
+use super::verify::{BLOCKS, verify, verify_at_length};
 use crate::config::DEFAULT;
 use crate::guest::direct::{self, Aligned};
 use crate::guest::{Ctx, Outcome, TestCase, fio, process};
@@ -37,7 +37,7 @@ fn file(ctx: &Ctx, lend: &str, queues: &str) -> Result<Outcome> {
     let mib = if ctx.long { 192 } else { 96 };
     let (mount, file) = file_on_drive(ctx, "drive1", mib)?;
     let device = Device::add_loop(&file, &["--lend", lend, "-q", queues])?;
-    verify(ctx, device.path()?, &BLOCKS)?;
+    verify_at_length(ctx, device.path()?, &BLOCKS)?;
     device.delete()?;
     mount.unmount()?;
     Ok(Outcome::Pass)

@@ -4,7 +4,7 @@
 use anyhow::{Result, ensure};
 
 use super::device::{Counters, Device, fresh_drive, text};
-use super::verify::{BLOCKS, verify};
+use super::verify::{BLOCKS, verify, verify_at_length};
 use crate::config::DEFAULT;
 use crate::guest::{Ctx, Outcome, TestCase, process};
 
@@ -55,7 +55,7 @@ fn sound(ctx: &Ctx, lend: &str, options: &[&str]) -> Result<Outcome> {
     let drive = fresh_drive("drive0")?;
     let device = Device::add_loop(&drive.path(), options)?;
     ensure!(device.described.lend == lend, "{:?}", device.described);
-    let requests = verify(ctx, device.path()?, &BLOCKS)?;
+    let requests = verify_at_length(ctx, device.path()?, &BLOCKS)?;
     let counters = device.stop_and_count()?;
     counters.ensure_none(&TROUBLE)?;
     ensure!(counters.get("commits") == counters.get("requests"));

@@ -11,9 +11,18 @@ pub const BLOCKS: [(&str, u32); 4] =
 /// Runs fio with checksums on a device at all block sizes and depths. Returns how many reads and
 /// writes were done.
 pub fn verify(ctx: &Ctx, device: &str, blocks: &[(&str, u32)]) -> Result<u64> {
+    run(ctx, device, blocks, 1, 1)
+}
+
+/// As [`verify`], for longer in the long run.
+pub fn verify_at_length(ctx: &Ctx, device: &str, blocks: &[(&str, u32)]) -> Result<u64> {
     // More loops over twice the data, rather than more data: what counts are requests, and the
     // host has to store what is written.
     let (factor, loops) = if ctx.long { (2, 6) } else { (1, 1) };
+    run(ctx, device, blocks, factor, loops)
+}
+
+fn run(ctx: &Ctx, device: &str, blocks: &[(&str, u32)], factor: u32, loops: u32) -> Result<u64> {
     let mut requests = 0;
     for (block, mib) in blocks {
         for depth in ["1", "32", "128"] {
