@@ -111,8 +111,7 @@ impl<P: Planner> Engine<P> {
 
     /// The answer to [`Port::register`], or word that the registration of a chain has failed.
     pub fn registered(&mut self, key: TagKey, res: i32, port: &mut impl Port) {
-        if !self.is_current(key) {
-            self.stats.stale += 1;
+        if !self.believes(key) {
             return;
         }
         let tag = key.tag;
@@ -342,8 +341,7 @@ impl<P: Planner> Engine<P> {
 
     /// The answer to [`Port::unregister`], alone or at the end of a chain.
     pub fn unregistered(&mut self, key: TagKey, res: i32, port: &mut impl Port) {
-        if !self.is_current(key) {
-            self.stats.stale += 1;
+        if !self.believes(key) {
             return;
         }
         let tag = key.tag;

@@ -137,8 +137,7 @@ impl<P: Planner> Engine<P> {
 
     /// The driver delivered a request.
     pub fn delivered(&mut self, key: TagKey, iod: IoDesc, port: &mut impl Port) {
-        if !self.is_current(key) {
-            self.stats.stale += 1;
+        if !self.believes(key) {
             return;
         }
         let tag = key.tag;
@@ -175,8 +174,7 @@ impl<P: Planner> Engine<P> {
     /// The driver will deliver nothing more for the tag. Says whether that is so: it is not if the
     /// tag's present fetch is another one, or the engine has its request.
     pub fn fetch_ended(&mut self, key: TagKey) -> bool {
-        if !self.is_current(key) {
-            self.stats.stale += 1;
+        if !self.believes(key) {
             return false;
         }
         let state = &mut self.tags[key.tag.index()];
@@ -316,10 +314,12 @@ impl<P: Planner> Engine<P> {
         Stamps { reaped: self.now, begun: port.now(), ..Stamps::default() }
     }
 
-    /// Whether the key is that of the tag's last command. It may name a tag that does not exist,
-    /// since it comes from a completion.
-    fn is_current(&self, key: TagKey) -> bool {
-        self.tags.get(key.tag.index()).is_some_and(|state| state.turn == key.turn)
+    /// Whether the key is that of the tag's last command; one that is not is counted. It may name a
+    /// tag that does not exist, since it comes from a completion.
+    fn believes(&mut self, key: TagKey) -> bool {
+        let current = self.tags.get(key.tag.index()).is_some_and(|state| state.turn == key.turn);
+        self.stats.stale += u64::from(!current);
+        current
     }
 
     /// The key of the tag's next command; answers to earlier ones are stale from now on.

@@ -21,7 +21,7 @@ use super::lane::{self, LaneConfig, LaneReport};
 use super::layout::{Layout, slot_table};
 use super::message::{LaneHandle, LaneMessage};
 use super::signals::{Wake, Wakeups};
-use crate::engine::{QueueIdentity, SlotTable};
+use crate::engine::{EngineConfig, QueueIdentity, SlotTable};
 use crate::kernel;
 use crate::lane::LaneError;
 use crate::lane::fault::{self, Faults, Injected};
@@ -234,12 +234,14 @@ impl Server {
             let (handle, inbox, wake) = LaneHandle::new(qid, info.queue_depth)
                 .map_err(|errno| DeviceError::setup("cannot make a lane", errno))?;
             let config = LaneConfig {
-                queue: QueueIdentity { device: self.id, qid, depth: info.queue_depth },
-                incarnation: Incarnation(0),
-                lend: plan.choice.mode,
-                slots: plan.slots,
-                geometry: plan.layout.geometry(),
-                deadline: config.io_timeout.map(as_ns),
+                engine: EngineConfig {
+                    queue: QueueIdentity { device: self.id, qid, depth: info.queue_depth },
+                    incarnation: Incarnation(0),
+                    lend: plan.choice.mode,
+                    slots: plan.slots,
+                    geometry: plan.layout.geometry(),
+                    deadline: config.io_timeout.map(as_ns),
+                },
                 io_lane: config.io_lane,
                 faults: plan.faults,
                 buffer_bytes: plan.layout.buffer_bytes,

@@ -64,9 +64,9 @@ impl IoLane {
         let end = Arc::new(end);
         let (ready, is_ready) = sync_channel(1);
         let (config, end_of_worker) = (config.clone(), Arc::clone(&end));
-        let incarnation = config.incarnation;
+        let incarnation = config.engine.incarnation;
         let thread = std::thread::Builder::new()
-            .name(format!("ublkb{}-io{}", config.queue.device, config.queue.qid.0))
+            .name(format!("ublkb{}-io{}", config.engine.queue.device, config.engine.queue.qid.0))
             .spawn(move || {
                 prepare_thread(&config);
                 let set_up = set_up(&config, &end_of_worker, pool);

@@ -9,7 +9,6 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender};
 use std::time::Duration;
 
-use bufreg::Incarnation;
 use nix::sys::eventfd::EventFd;
 use uring_ext::Errno;
 use uring_ext::iod::{IoDesc, IoDescArray};
@@ -20,12 +19,10 @@ use uring_ext::sqe::Sqe;
 use super::io_lane::IoLane;
 use super::message::{LaneMessage, LaneSnapshot};
 use crate::backing::Backing;
-use crate::engine::{EngineConfig, EngineStats, QueueIdentity, SlotTable};
+use crate::engine::{EngineConfig, EngineStats};
 use crate::lane::fault::{Faults, Injected};
 use crate::lane::{Handled, Lane, LaneError, LaneIo, RingRole, backing_file};
-use crate::lend::LendMode;
 use crate::plan::WINDOW_OPS;
-use crate::request::Geometry;
 use crate::target::AnyTarget;
 use crate::units::Tag;
 
@@ -35,18 +32,8 @@ pub(super) const REAP_BATCH: usize = 64;
 /// Everything that a lane needs to serve its queue.
 #[derive(Clone, Debug)]
 pub struct LaneConfig {
-    /// The queue.
-    pub queue: QueueIdentity,
-    /// Which life of the server this is.
-    pub incarnation: Incarnation,
-    /// How the device lends.
-    pub lend: LendMode,
-    /// The buffer table.
-    pub slots: SlotTable,
-    /// What requests have to keep to.
-    pub geometry: Geometry,
-    /// Nanoseconds after which an operation is cancelled.
-    pub deadline: Option<u64>,
+    /// What its engine is made for.
+    pub engine: EngineConfig,
     /// Issue operations from a lane of their own.
     pub io_lane: bool,
     /// Faults that a test asked for.
@@ -98,7 +85,7 @@ pub fn serve(
             return Err(error);
         }
     };
-    let io = RingIo { queues: ring.queues(), qid: config.queue.qid.0, parts };
+    let io = RingIo { queues: ring.queues(), qid: config.engine.queue.qid.0, parts };
     let mut thread =
         LaneThread { lane: new_lane(config, io), wake: Arc::clone(&config.wake), inbox };
     thread.lane.fetch_all();
@@ -111,16 +98,8 @@ pub fn serve(
 }
 
 fn new_lane<'ring>(config: &LaneConfig, io: RingIo<'ring>) -> Lane<AnyTarget, RingIo<'ring>> {
-    let engine = EngineConfig {
-        queue: config.queue,
-        incarnation: config.incarnation,
-        lend: config.lend,
-        slots: config.slots,
-        geometry: config.geometry,
-        deadline: config.deadline,
-    };
     let discards = config.backings.iter().map(Backing::discard_call).collect();
-    Lane::new(config.target.clone(), engine, discards, config.faults, io)
+    Lane::new(config.target.clone(), config.engine, discards, config.faults, io)
 }
 
 /// Properties of the thread. None of them is vital, so a failure is logged and no more.
@@ -128,13 +107,13 @@ pub(super) fn prepare_thread(config: &LaneConfig) {
     // Allocations that this thread causes in the kernel must not wait for writeback, which may
     // need this thread (`prctl(2)`, Linux 5.6).
     if let Err(errno) = uring_ext::task::set_io_flusher() {
-        log::warn!("lane {}: PR_SET_IO_FLUSHER: {errno}", config.queue.qid.0);
+        log::warn!("lane {}: PR_SET_IO_FLUSHER: {errno}", config.engine.queue.qid.0);
     }
     let mut set = nix::sched::CpuSet::new();
     let known = config.cpus.iter().filter(|cpu| set.set(**cpu).is_ok()).count();
     if known > 0 {
         if let Err(errno) = nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set) {
-            log::warn!("lane {}: cannot set its CPUs: {errno}", config.queue.qid.0);
+            log::warn!("lane {}: cannot set its CPUs: {errno}", config.engine.queue.qid.0);
         }
     }
 }
@@ -153,13 +132,13 @@ fn failed(doing: &'static str) -> impl Fn(Errno) -> LaneError {
 
 fn set_up(config: &LaneConfig) -> Result<(Ring, Parts), LaneError> {
     let ring = make_ring(config, config.wake.as_fd().as_raw_fd())?;
-    let pool = match config.slots.pool {
+    let pool = match config.engine.slots.pool {
         0 => None,
         count => Some(
             BufferPool::new(count, config.buffer_bytes).map_err(failed("allocating buffers"))?,
         ),
     };
-    let iods = IoDescArray::map(&config.cdev, config.queue.qid.0, config.queue.depth)
+    let iods = IoDescArray::map(&config.cdev, config.engine.queue.qid.0, config.engine.queue.depth)
         .map_err(failed("mapping the request descriptors"))?;
     // The buffer table belongs to the ring that issues the operations.
     let io_lane = if config.io_lane {
@@ -168,19 +147,19 @@ fn set_up(config: &LaneConfig) -> Result<(Ring, Parts), LaneError> {
         register_buffers(config, &ring, pool)?;
         None
     };
-    log::debug!("lane {}: ring {:?}", config.queue.qid.0, ring.mode());
+    log::debug!("lane {}: ring {:?}", config.engine.queue.qid.0, ring.mode());
     Ok((ring, Parts { iods, pool, cdev: Arc::clone(&config.cdev), io_lane }))
 }
 
 /// A commit, and a full window with its cancelling, of every tag.
 fn entries_in_flight(config: &LaneConfig) -> usize {
-    usize::from(config.queue.depth) * (2 * WINDOW_OPS + 2)
+    usize::from(config.engine.queue.depth) * (2 * WINDOW_OPS + 2)
 }
 
 /// A ring with the device, the backings and one more file as its fixed files. Its queues never
 /// overflow.
 pub(super) fn make_ring(config: &LaneConfig, last_file: RawFd) -> Result<Ring, LaneError> {
-    let depth = u32::from(config.queue.depth);
+    let depth = u32::from(config.engine.queue.depth);
     let completions = u32::try_from(entries_in_flight(config)).unwrap_or(u32::MAX);
     // A chain has three entries.
     let ring = Ring::new(3 * depth, completions + 8).map_err(failed("making the ring"))?;
@@ -202,7 +181,7 @@ pub(super) fn register_buffers(
     ring: &Ring,
     pool: Option<BufferPool>,
 ) -> Result<(), LaneError> {
-    let lent = config.slots.lent;
+    let lent = config.engine.slots.lent;
     match pool {
         None => ring.register_slots(lent.into()),
         Some(pool) => ring.register_slots_and_pool(lent, &pool),
