@@ -99,7 +99,6 @@ impl<P: Planner> Engine<P> {
             return self.finish(tag, port);
         };
         run.chain = Some(Chain::default());
-        run.next_op = 1;
         run.pending = 1;
         let deadline = deadline_of(self.config.deadline, self.now);
         let (borrow, cancel, retries) = (Some(borrow), Cancel::No, run.retries);
@@ -144,7 +143,6 @@ impl<P: Planner> Engine<P> {
                 self.registration_failed(tag, errno, port);
             }
         }
-        self.serve_waiting(port);
     }
 
     fn registration_failed(&mut self, tag: Tag, errno: Errno, port: &mut impl Port) {
@@ -181,7 +179,6 @@ impl<P: Planner> Engine<P> {
             // The slot was never filled, so what became of the other two says nothing, and the
             // operation is yet to be issued.
             self.registry.release(lease);
-            self.run(tag).next_op = 0;
             return self.registration_failed(tag, errno, port);
         }
         self.stats.registered += 1;
@@ -352,8 +349,7 @@ impl<P: Planner> Engine<P> {
                 return;
             }
             chain.unregistration = Some(res);
-            self.end_chain(tag, port);
-            return self.serve_waiting(port);
+            return self.end_chain(tag, port);
         }
         let lease = match state.run.take_held() {
             Held::Retiring(lease) => lease,

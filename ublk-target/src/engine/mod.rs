@@ -168,7 +168,6 @@ impl<P: Planner> Engine<P> {
         let need_reg_buf = iod.has(sys::UBLK_IO_F_NEED_REG_BUF);
         self.stats.need_reg_buf += u64::from(need_reg_buf);
         self.lend(tag, need_reg_buf, port);
-        self.serve_waiting(port);
     }
 
     /// The driver will deliver nothing more for the tag. Says whether that is so: it is not if the

@@ -1,0 +1,157 @@
+//! A server made by hand.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use ublk_sim::fault::Fault;
+use ublk_sim::kernel::{Ask, Kernel, Phase, QID, SimIo};
+use ublk_sim::mapping::Mapping;
+use ublk_sim::setup::{Hostility, Recovery, Setup};
+use ublk_sim::trace::Trace;
+use ublk_target::engine::{OpKey, SlotChoice, SlotTable, TagKey};
+use ublk_target::lane::event::Event;
+use ublk_target::lane::{CDEV, LaneIo, RingRole, backing_file};
+use ublk_target::lend::LendMode;
+use ublk_target::request::{Request, RequestKind};
+use ublk_target::target::{AnyTarget, LoopTarget};
+use ublk_target::units::Tag;
+use uring_ext::sqe::{Delivery, FixedBuffer, Sqe};
+
+/// A server that does by hand what it is told.
+pub struct Hand {
+    pub kernel: Rc<RefCell<Kernel>>,
+    pub io: SimIo,
+    lend: LendMode,
+}
+
+impl Hand {
+    /// A server that has fetched both its tags from a sound kernel.
+    pub fn new(lend: LendMode) -> Self {
+        let size = 1 << 16;
+        let from_zero = SlotChoice::From(0);
+        let mut setup = Setup::of(0, Hostility::None);
+        setup.depth = 2;
+        setup.lend = lend;
+        setup.slots = match lend {
+            LendMode::Fused | LendMode::Slot => SlotTable { lent: 3, pool: 1, choice: from_zero },
+            LendMode::UserCopy | LendMode::Copy => {
+                SlotTable { lent: 0, pool: 2, choice: from_zero }
+            }
+        };
+        setup.mapping = Mapping::Target(AnyTarget::Loop(LoopTarget { size }));
+        setup.backings = vec![size];
+        setup.geometry.size = size;
+        (setup.queue_entries, setup.io_lane) = (8, false);
+        setup.recovery = Recovery::Reissue;
+        let kernel = Rc::new(RefCell::new(Kernel::new(0, setup, Trace::new(false))));
+        let mut hand = Self { io: SimIo(Rc::clone(&kernel)), kernel, lend };
+        for tag in 0..2 {
+            let fetch = Sqe::fetch(CDEV, QID, tag, hand.delivery(tag));
+            hand.push(&[hand.named(fetch, Event::Fetched(key(tag)))]);
+        }
+        hand
+    }
+
+    pub fn delivery(&self, tag: u16) -> Delivery {
+        match self.lend {
+            LendMode::Fused => Delivery::AutoRegister { slot: tag },
+            LendMode::Slot | LendMode::UserCopy => Delivery::ByServer,
+            LendMode::Copy => Delivery::Copy(self.io.pool_addr(tag, 0)),
+        }
+    }
+
+    pub fn named(&self, sqe: Sqe, event: Event) -> Sqe {
+        sqe.user_data(event.encode(self.kernel.borrow().incarnation))
+    }
+
+    /// Pushes entries and has the kernel take them.
+    pub fn push(&mut self, sqes: &[Sqe]) {
+        assert_eq!(self.io.push(role(&sqes[0]), sqes), Ok(()));
+        let mut kernel = self.kernel.borrow_mut();
+        // As the checker does, which asks the engine whose operation it is.
+        for entry in kernel.queues[0].iter_mut().filter(|entry| entry.is_operation()) {
+            entry.tag = Some(0);
+        }
+        kernel.submit();
+    }
+
+    /// Has a tag deliver a request, and takes note of that.
+    pub fn deliver(&mut self, tag: u16, ask: Ask) {
+        let mut kernel = self.kernel.borrow_mut();
+        let model = &mut kernel.tags[usize::from(tag)];
+        model.ask = Some(ask);
+        model.data.fill(0x11);
+        kernel.deliver(tag);
+        kernel.posted.clear();
+        kernel.tags[usize::from(tag)].handled = true;
+    }
+
+    pub fn ask(&mut self, tag: u16, kind: RequestKind) {
+        let len = if kind == RequestKind::Flush { 0 } else { 1024 };
+        self.deliver(tag, Ask::sound(Request { kind, offset: 0, len }));
+    }
+
+    pub fn commit(&mut self, tag: u16, result: i32) {
+        let commit = Sqe::commit_and_fetch(CDEV, QID, tag, result, self.delivery(tag));
+        self.push(&[self.named(commit, Event::Fetched(key(tag)))]);
+    }
+
+    pub fn read(&self, slot: u16, offset: u32, at: u64) -> Sqe {
+        let buffer = FixedBuffer::Lent { slot, offset };
+        self.named(Sqe::read_fixed(backing_file(0), buffer, 1024, at), OP)
+    }
+
+    pub fn write(&self, slot: u16, dsync: bool) -> Sqe {
+        let buffer = FixedBuffer::Lent { slot, offset: 0 };
+        self.named(Sqe::write_fixed(backing_file(0), buffer, 1024, 0, dsync), OP)
+    }
+
+    pub fn register(&self, tag: u16, slot: u16) -> Sqe {
+        self.named(Sqe::register_buffer(CDEV, QID, tag, slot), Event::Registered(key(tag)))
+    }
+
+    pub fn unregister(&self, tag: u16, slot: u16) -> Sqe {
+        self.named(Sqe::unregister_buffer(CDEV, QID, tag, slot), Event::Unregistered(key(tag)))
+    }
+
+    /// Lets everything that was submitted come to its end; returns results by kind of event.
+    pub fn run(&mut self) -> Vec<(Event, i32)> {
+        let mut kernel = self.kernel.borrow_mut();
+        let count = kernel.running.iter().chain(&kernel.queued).count();
+        for _ in 0..3 * count {
+            if !kernel.queued.is_empty() {
+                kernel.start_one();
+            }
+            if !kernel.running.is_empty() {
+                kernel.finish(0);
+            }
+        }
+        let incarnation = kernel.incarnation;
+        let event = |user_data| Event::decode(user_data, incarnation).expect("an event of ours");
+        kernel.posted.drain(..).map(|it| (event(it.cqe.user_data), it.cqe.res)).collect()
+    }
+
+    pub fn phase(&self, tag: usize) -> Phase {
+        self.kernel.borrow().tags[tag].phase
+    }
+
+    /// From now on this fault strikes at every occasion, on behalf of tag 0.
+    pub fn always(&mut self, fault: Fault) {
+        let mut kernel = self.kernel.borrow_mut();
+        kernel.setup.hostile = true;
+        kernel.setup.rates.set(fault, 1024);
+    }
+}
+
+/// Fetches and commits (`_IOWR('u', 0x20 or 0x21)`) go to the ring that fetched.
+fn role(sqe: &Sqe) -> RingRole {
+    let (raw, commands) = (sqe.as_bytes(), [0x20, 0x21]);
+    let is_fetch = raw[0] == 46 && raw[9] == b'u' && commands.contains(&raw[8]);
+    if is_fetch { RingRole::Fetch } else { RingRole::Io }
+}
+
+pub const OP: Event = Event::Op(OpKey { place: 0, serial: 7 });
+
+pub fn key(tag: u16) -> TagKey {
+    TagKey { tag: Tag(tag), turn: 0 }
+}
