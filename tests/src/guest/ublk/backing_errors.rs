@@ -110,8 +110,8 @@ fn errors(ctx: &Ctx, lend: &str) -> Result<Outcome> {
 
 /// A device on a backing that can be made to hang.
 struct Hanging {
-    mapper: Mapper,
     device: Device,
+    mapper: Mapper,
 }
 
 const NAME: &str = "ublk-hang";
@@ -121,12 +121,13 @@ impl Hanging {
         let mapper = Mapper::with_bad_sectors(NAME, drive, &[])?;
         let device = Device::add_loop(&mapper.path(), options)?;
         process::run(&["udevadm", "settle"])?;
-        Ok(Self { mapper, device })
+        Ok(Self { device, mapper })
     }
 
-    /// Operations of the backing do not complete until [`resume`].
-    fn suspend(&self) -> Result<()> {
-        process::run(&["dmsetup", "suspend", "--noflush", "--nolockfs", NAME]).map(drop)
+    /// Operations of the backing do not complete while this lives.
+    fn suspend(&self) -> Result<Suspended> {
+        process::run(&["dmsetup", "suspend", "--noflush", "--nolockfs", NAME])?;
+        Ok(Suspended)
     }
 
     /// Reads a block, in another process.
@@ -148,8 +149,14 @@ impl Hanging {
     }
 }
 
-fn resume() -> Result<()> {
-    process::run(&["dmsetup", "resume", NAME]).map(drop)
+/// A backing that hangs, also for whoever would clean up after a test that failed.
+struct Suspended;
+
+impl Drop for Suspended {
+    fn drop(&mut self) {
+        // If that fails, the test does: it waits for what hangs.
+        let _ = process::run(&["dmsetup", "resume", NAME]);
+    }
 }
 
 fn hanging(ctx: &Ctx) -> Result<Outcome> {
@@ -157,9 +164,11 @@ fn hanging(ctx: &Ctx) -> Result<Outcome> {
         let drive = fresh_drive("drive0")?;
         let hanging = Hanging::new(&drive, &["--lend", lend, "--io-timeout", "0.3"])?;
         let mut block = Aligned::new(4096, 0x77);
-        direct::open(hanging.device.path()?)?.write_all_at(block.bytes(), 5 * 4096)?;
+        // Open until the end: when a writer closes a device, udev reads it, and would hang too.
+        let writer = direct::open(hanging.device.path()?)?;
+        writer.write_all_at(block.bytes(), 5 * 4096)?;
 
-        hanging.suspend()?;
+        let suspended = hanging.suspend()?;
         let read = ctx.directory().join("read");
         let mut reader = hanging.start_read(&format!("of={}", text(&read)?))?;
         let lane = wait_for("a slot in quarantine", Duration::from_secs(30), || {
@@ -172,11 +181,12 @@ fn hanging(ctx: &Ctx) -> Result<Outcome> {
         ensure!(lane["lent"][0]["borrowers"][0]["op"]["kind"] == "read", "{lane}");
         ensure!(reader.try_wait()?.is_none(), "answered while the drive may still write");
 
-        resume()?;
+        drop(suspended);
         ensure!(reader.wait()?.success(), "late is not wrong");
         ensure!(std::fs::read(&read)? == block.bytes(), "the data is what was written");
         let lane = hanging.lane()?;
         ensure!(lane["slots"]["quarantined"] == 0 && lane["in_flight"] == 0, "{lane}");
+        drop(writer);
         let counters = hanging.device.stop_and_count()?;
         for name in ["timed out", "cancelled", "lost ops"] {
             ensure!(counters.get(name) == 1, "{name}: {counters:?}");
@@ -198,7 +208,7 @@ fn signals(_ctx: &Ctx) -> Result<Outcome> {
             Ok(log.contains(line).then_some(()))
         })
     };
-    hanging.suspend()?;
+    let suspended = hanging.suspend()?;
     let mut reader = hanging.start_read("of=/dev/null")?;
     wait_for("the read", Duration::from_secs(30), || {
         Ok((hanging.lane()?["in_flight"] == 1).then_some(()))
@@ -209,7 +219,7 @@ fn signals(_ctx: &Ctx) -> Result<Outcome> {
     logged("SIGTERM again: cancelling")?;
     process::run(&["kill", "-TERM", &pid])?;
     logged("SIGTERM again: ending with I/O outstanding")?;
-    resume()?;
+    drop(suspended);
     reader.wait()?;
     hanging.device.delete()?;
     hanging.mapper.remove()?;
