@@ -62,7 +62,7 @@ impl Port for Last {
     fn copy(&mut self, _: Tag, _: SlotIndex, _: Direction, from: u32, to: u32) -> i32 {
         i32::try_from(to - from).unwrap_or(i32::MAX)
     }
-    fn cancel(&mut self, _key: OpKey) {}
+    fn cancel(&mut self, _key: OpKey, _op: &Op) {}
     fn now(&mut self) -> u64 {
         0
     }

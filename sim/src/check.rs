@@ -60,6 +60,12 @@ impl View<'_> {
                 self.check_slot(slot, held, backlogged, kernel);
             }
         }
+        let borrows = self.engine.registry().counts().borrows;
+        let transfers = self.engine.transfers_in_flight();
+        assert_eq!(
+            transfers, borrows as usize,
+            "every transfer in flight borrows, and nothing else"
+        );
         self.check_table(&held, kernel);
         self.check_totals(kernel);
         self.check_cancels(kernel);
@@ -271,8 +277,11 @@ impl View<'_> {
                 let overdue = |at| at + limit <= self.told;
                 entry.tag == Some(held.tag) && entry.cancelled_at.is_some_and(overdue)
             };
+            let blame = &kernel.tags[usize::from(held.tag)].blame;
+            // Where nobody is asked to cancel, only the request's age tells.
+            let aged = kernel.setup.polled && blame.since.saturating_add(limit) <= self.told;
             // It may be that the one that was lost has completed and others go on.
-            let given_up = all.any(lost) || kernel.tags[usize::from(held.tag)].blame.overdue;
+            let given_up = all.any(lost) || blame.overdue || aged;
             assert!(given_up, "the slot of tag {} is in quarantine before its time", held.tag);
         }
     }

@@ -6,6 +6,7 @@
 use ublk_target::plan::{Op, OpKind};
 use ublk_target::request::RequestKind;
 
+use crate::command::{self, Range};
 use crate::kernel::backing::Zeroing;
 
 const IOSQE_FIXED_FILE: u8 = 1 << 0;
@@ -142,6 +143,8 @@ pub struct Entry {
     pub skip_success: bool,
     /// The tag that the engine issued it for, once the checker has asked the engine.
     pub tag: Option<u16>,
+    /// It is a command to a drive: its result is 0 or a status.
+    pub command: bool,
     /// When it was pushed.
     pub pushed_at: u64,
     /// When its cancelling was pushed.
@@ -215,6 +218,29 @@ impl Entry {
             linked: flags & IOSQE_IO_HARDLINK != 0,
             skip_success: flags & IOSQE_CQE_SKIP_SUCCESS != 0,
             tag: None,
+            command: false,
+            pushed_at: 0,
+            cancelled_at: None,
+        }
+    }
+
+    /// Decodes an entry of both halves.
+    ///
+    /// # Panics
+    /// As [`Entry::decode`].
+    #[must_use]
+    pub fn decode_double(first: &[u8; 64], second: &[u8; 64], ranges: &[Range]) -> Self {
+        let (flags, user_data) = (first[1], u64_at(first, 32));
+        let known = IOSQE_FIXED_FILE | IOSQE_IO_HARDLINK;
+        assert_eq!(flags & !known, 0, "flags of a command");
+        assert_ne!(flags & IOSQE_FIXED_FILE, 0, "files are fixed");
+        Self {
+            work: command::decode(first, second, ranges),
+            user_data,
+            linked: flags & IOSQE_IO_HARDLINK != 0,
+            skip_success: false,
+            tag: None,
+            command: true,
             pushed_at: 0,
             cancelled_at: None,
         }
@@ -226,6 +252,20 @@ impl Entry {
     #[must_use]
     pub const fn is_operation(&self) -> bool {
         matches!(self.work, Work::Transfer(_) | Work::Flush { .. } | Work::Zero { .. })
+    }
+
+    /// Whether a polling ring takes it.
+    #[must_use]
+    pub const fn may_be_polled(&self) -> bool {
+        match self.work {
+            Work::Nop
+            | Work::Fetch(_)
+            | Work::Commit { .. }
+            | Work::Register { .. }
+            | Work::Unregister { .. }
+            | Work::Transfer(_) => true,
+            Work::Flush { .. } | Work::Zero { .. } | Work::Cancel { .. } => false,
+        }
     }
 
     /// Whether it reads or writes.
@@ -246,7 +286,7 @@ impl Entry {
             }
             Work::Zero { how, .. } => match kind {
                 RequestKind::Discard => how != Zeroing::ZeroRange,
-                RequestKind::WriteZeroes { may_unmap: true } => how == Zeroing::Punch,
+                RequestKind::WriteZeroes { may_unmap: true } => how != Zeroing::Discard,
                 RequestKind::WriteZeroes { may_unmap: false } => how == Zeroing::ZeroRange,
                 RequestKind::Read | RequestKind::Write { .. } | RequestKind::Flush => false,
             },
@@ -277,7 +317,10 @@ impl Entry {
             Work::Zero { backing, at, len, how } => {
                 let kind = match op.kind {
                     OpKind::Discard => matches!(how, Zeroing::Discard | Zeroing::Punch),
-                    OpKind::WriteZeroes { may_unmap: true } => how == Zeroing::Punch,
+                    // A drive whose deallocated blocks do not read as zeros keeps them.
+                    OpKind::WriteZeroes { may_unmap: true } => {
+                        how == Zeroing::Punch || self.command && how == Zeroing::ZeroRange
+                    }
                     OpKind::WriteZeroes { may_unmap: false } => how == Zeroing::ZeroRange,
                     OpKind::Read | OpKind::Write { .. } | OpKind::Flush => false,
                 };

@@ -22,6 +22,7 @@
 
 pub mod campaign;
 pub mod check;
+pub mod command;
 mod ending;
 pub mod entry;
 pub mod fault;

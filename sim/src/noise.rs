@@ -130,7 +130,7 @@ impl World {
         let event = Event::decode(user_data, incarnation);
         let has_meaning = match event {
             None => false,
-            Some(Event::Op(key) | Event::Injected(key)) => self.is_live(key),
+            Some(Event::Op(key) | Event::Command(key) | Event::Injected(key)) => self.is_live(key),
             Some(
                 Event::Fetched(TagKey { turn, .. })
                 | Event::Registered(TagKey { turn, .. })

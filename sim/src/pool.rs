@@ -4,14 +4,33 @@
 //! until the process ends. So there is one, which all seeds share; its memory is never touched,
 //! since the model keeps the bytes elsewhere.
 
+use std::cell::Cell;
 use std::sync::Mutex;
 
+use uring_ext::nvme::{Namespace, RangeAddr, Ranges};
 use uring_ext::pool::{BufferPool, PoolAddr};
 
 use crate::MAX_REQUEST;
-use crate::setup::MAX_POOL;
+use crate::setup::{MAX_DEPTH, MAX_POOL};
 
 static POOL: Mutex<Option<BufferPool>> = Mutex::new(None);
+
+thread_local! {
+    static RANGES: Cell<Option<Ranges>> = const { Cell::new(None) };
+}
+
+/// Writes down a range, in memory of this thread that is never unmapped.
+///
+/// # Panics
+/// If it, a few pages, cannot be mapped.
+#[must_use]
+pub fn range(place: u16, namespace: Namespace, offset: u64, len: u64) -> RangeAddr {
+    const PLACES: u16 = MAX_DEPTH * 8;
+    let new = || Ranges::new(PLACES).unwrap_or_else(|errno| panic!("ranges: {errno}"));
+    let mut ranges = RANGES.get().unwrap_or_else(new);
+    RANGES.set(Some(ranges));
+    ranges.set(place, namespace, offset, len)
+}
 
 /// Addresses in the pool, and back.
 #[derive(Clone, Copy, Debug)]

@@ -1,11 +1,14 @@
 //! What a seed chooses: the device, its lend mode and planner, and how hostile the kernel is.
 
-use ublk_target::backing::DiscardCall;
+use ublk_target::backing::{DiscardCall, Route};
 use ublk_target::engine::{SlotChoice, SlotTable};
 use ublk_target::lend::LendMode;
 use ublk_target::request::Geometry;
 
+use uring_ext::nvme::Namespace;
+
 use crate::MAX_REQUEST;
+use crate::command::{BLOCK_SHIFT, NSID};
 use crate::fault::{Fault, Rates};
 use crate::layout;
 use crate::mapping::Mapping;
@@ -68,8 +71,10 @@ pub struct Setup {
     pub queue_entries: usize,
     /// How readily the kernel takes what is in it.
     pub submit_weight: u32,
-    /// How each backing discards.
-    pub discards: Vec<DiscardCall>,
+    /// The first ring polls, and refuses much.
+    pub polled: bool,
+    /// How operations reach each backing.
+    pub routes: Vec<Route>,
     /// How likely each fault is.
     pub rates: Rates,
     /// Whether there are faults at all.
@@ -115,10 +120,7 @@ impl Setup {
         let slots = slot_table(&mut rng, lend, depth, hostile);
         let block = rng.pick(&[512, 512, 512, 1024, 4096]);
         let (mapping, size, backings) = layout::draw(&mut rng, hostile);
-        let discards = backings
-            .iter()
-            .map(|_| rng.pick(&[DiscardCall::BlockCommand, DiscardCall::PunchHole]))
-            .collect();
+        let routes = routes(&mut rng, backings.len());
         let deadline = (hostile && rng.chance(640)).then(|| u64::from(rng.below(900) + 100) * 1000);
         let port_faults = (hostile && rng.chance(100)).then(|| {
             rng.pick(&[
@@ -129,7 +131,7 @@ impl Setup {
                 "auto-register,short=4,again=7",
             ])
         });
-        Self {
+        let setup = Self {
             depth,
             lend,
             slots,
@@ -141,14 +143,16 @@ impl Setup {
             io_lane: lend != LendMode::Fused && rng.chance(300),
             queue_entries: rng.pick(&[4, 5, 8, 16, 64]),
             submit_weight: rng.pick(&[20, 20, 6, 1]),
-            discards,
+            polled: false,
+            routes,
             rates,
             hostile,
             kill_rate: if hostile { rng.pick(&[0, 1, 2, 4]) } else { 0 },
             recovery: rng.pick(&[Recovery::Reissue, Recovery::Fail, Recovery::Either]),
             port_faults,
             measure: rng.chance(16),
-        }
+        };
+        Self { polled: !setup.io_lane && rng.chance(256), ..setup }
     }
 
     /// How likely a fault is, out of 1024 chances.
@@ -156,6 +160,20 @@ impl Setup {
     pub const fn rate(&self, fault: Fault) -> u32 {
         self.rates.of(fault)
     }
+}
+
+/// Some devices have namespaces among their backings.
+fn routes(rng: &mut Rng, backings: usize) -> Vec<Route> {
+    let namespaces = rng.pick(&[0, 0, 512, 1024]);
+    let files = [DiscardCall::BlockCommand, DiscardCall::PunchHole];
+    let route = |_| {
+        if rng.chance(namespaces) {
+            let namespace = Namespace { nsid: NSID, block_shift: BLOCK_SHIFT };
+            return Route::Namespace { namespace, deallocates_zeroes: rng.chance(512) };
+        }
+        Route::File(rng.pick(&files))
+    };
+    (0..backings).map(route).collect()
 }
 
 fn slot_table(rng: &mut Rng, lend: LendMode, depth: u16, hostile: bool) -> SlotTable {

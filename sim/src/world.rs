@@ -6,7 +6,7 @@ use std::rc::Rc;
 use ublk_target::engine::{EngineConfig, QueueIdentity, Recorder};
 use ublk_target::lane::event::Event;
 use ublk_target::lane::fault::Faults;
-use ublk_target::lane::{Handled, Lane};
+use ublk_target::lane::{Handled, Lane, PortConfig};
 use ublk_target::units::Qid;
 use uring_ext::Errno;
 use uring_ext::ring::Cqe;
@@ -96,9 +96,9 @@ fn lane(kernel: &Rc<RefCell<Kernel>>) -> Lane<Mapping, SimIo> {
     let faults =
         setup.port_faults.map(|list| Faults::parse(list).unwrap_or_else(|error| panic!("{error}")));
     let (mapping, measure) = (setup.mapping.clone(), setup.measure);
-    let discards = setup.discards.as_slice().into();
+    let port = PortConfig { routes: setup.routes.as_slice().into(), polled: setup.polled, faults };
     drop(model);
-    let mut lane = Lane::new(mapping, config, discards, faults, SimIo(Rc::clone(kernel)));
+    let mut lane = Lane::new(mapping, config, port, SimIo(Rc::clone(kernel)));
     if measure {
         lane.engine_mut().measure(Some(Box::new(Recorder::new())));
     }
@@ -236,9 +236,10 @@ impl World {
             }
             Step::CancelAll => {
                 kernel.cancel_by_hand();
-                self.told = kernel.now;
+                let now = kernel.now;
                 drop(kernel);
-                self.lane.set_now(self.told);
+                self.tell(now);
+                self.kernel.borrow_mut().presume_cancelled(true);
                 self.lane.cancel_all();
             }
             Step::Kill => {
@@ -248,10 +249,18 @@ impl World {
         }
     }
 
+    /// Tells the lane the time.
+    fn tell(&mut self, now: u64) {
+        self.told = now;
+        self.kernel.borrow_mut().told = now;
+        self.lane.set_now(now);
+    }
+
     /// Before the lane submits.
     fn turn(&mut self) {
-        self.told = self.kernel.borrow().now;
-        self.lane.set_now(self.told);
+        let now = self.kernel.borrow().now;
+        self.tell(now);
+        self.kernel.borrow_mut().presume_cancelled(false);
         self.lane.before_submit();
     }
 
@@ -281,9 +290,9 @@ impl World {
                 kernel.refused = true;
             }
         }
-        self.told = kernel.now;
+        let now = kernel.now;
         drop(kernel);
-        self.lane.set_now(self.told);
+        self.tell(now);
         assert_eq!(self.lane.handle(cqe), Handled::Done, "nobody sends messages");
         if self.is_counted(cqe) {
             self.past.note(cqe);

@@ -132,7 +132,7 @@ pub struct Group {
 }
 
 /// The group of tests that need nothing special: three drives of 512-byte
-/// blocks, one of 4096, two poll queues.
+/// blocks; one of 4096, with a second namespace whose blocks have metadata; two poll queues.
 pub const DEFAULT: &str = "default";
 /// The group of tests that patch the running kernel (probes, trace points): on one CPU, since
 /// emulators are not to be trusted with code that changes under another CPU.
@@ -149,7 +149,11 @@ pub const GROUPS: &[Group] = &[
         about: "newest kernel, 2 CPUs, four NVMe drives",
         config: || {
             let mut config = VmConfig { poll_queues: 2, ..VmConfig::default() }.drives(3);
-            config.nvme.push(NvmeDrive::new("big-blocks", GIB).block_bytes(4096));
+            let mut metadata = Namespace { size_bytes: GIB, block_bytes: 512, properties: vec![] };
+            metadata.properties.push(("ms".into(), "8".into()));
+            let mut drive = NvmeDrive::new("big-blocks", GIB).block_bytes(4096);
+            drive.namespaces.push(metadata);
+            config.nvme.push(drive);
             config
         },
     },

@@ -20,6 +20,12 @@ impl KernelVersion {
     }
 }
 
+impl std::fmt::Display for KernelVersion {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}", self.0, self.1)
+    }
+}
+
 /// The release string of the running kernel, as `uname -r` shows it.
 #[must_use]
 pub fn release() -> Option<String> {

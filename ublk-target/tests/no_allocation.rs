@@ -8,17 +8,18 @@ use std::cell::Cell;
 use std::collections::VecDeque;
 
 use bufreg::Incarnation;
-use ublk_target::backing::DiscardCall;
+use ublk_target::backing::{DiscardCall, Route};
 use ublk_target::engine::{EngineConfig, EngineStats, QueueIdentity, Recorder};
 use ublk_target::engine::{SlotChoice, SlotTable};
-use ublk_target::lane::Lane;
 use ublk_target::lane::event::Event;
+use ublk_target::lane::{Lane, PortConfig};
 use ublk_target::lend::LendMode;
 use ublk_target::plan::Planner;
 use ublk_target::request::Geometry;
 use ublk_target::target::{LoopTarget, NullTarget};
 use ublk_target::units::Qid;
 use uring_ext::iod::IoDesc;
+use uring_ext::nvme::{Namespace, Ranges};
 use uring_ext::pool::BufferPool;
 use uring_ext::ring::Cqe;
 use uring_ext::{Errno, sys};
@@ -77,6 +78,7 @@ impl<P: Planner> Play<P> {
         };
         let room = usize::from(DEPTH) * 32;
         let io = Memory {
+            ranges: Ranges::new(DEPTH * 8).unwrap(),
             pool: BufferPool::new(slots.pool.max(1), BUFFER_BYTES).unwrap(),
             queue: VecDeque::with_capacity(room),
             full: false,
@@ -84,8 +86,11 @@ impl<P: Planner> Play<P> {
             copies: 0,
             now: 1,
         };
-        let discards = [DiscardCall::BlockCommand, DiscardCall::PunchHole].into();
-        let mut lane = Lane::new(planner, config, discards, None, io);
+        let namespace = Namespace { nsid: 1, block_shift: 9 };
+        let command = Route::Namespace { namespace, deallocates_zeroes: true };
+        let routes = [Route::File(DiscardCall::BlockCommand), command].into();
+        let port = PortConfig { routes, ..PortConfig::default() };
+        let mut lane = Lane::new(planner, config, port, io);
         lane.engine_mut().measure(Some(Box::new(Recorder::new())));
         lane.fetch_all();
         let held = Vec::with_capacity(room);
@@ -302,7 +307,8 @@ fn a_ring_that_takes_nothing_makes_nobody_allocate() {
         play.complete(entry, entry.len);
     }
     play.let_deadlines_pass();
-    let (waiting, per_tag) = (play.lane.backlog(), 7 + 7 + 7);
+    // Of the second window's operations four are commands, which are double entries.
+    let (waiting, per_tag) = (play.lane.backlog(), 7 + (3 + 2 * 4) + 7);
     assert_eq!(waiting, usize::from(DEPTH) * per_tag);
     assert_eq!(allocations() - before, 0);
     play.lane.io().full = false;

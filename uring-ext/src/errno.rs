@@ -53,6 +53,14 @@ impl Errno {
     pub const EFAULT: Self = Self(libc::EFAULT);
     /// Read-only file system.
     pub const EROFS: Self = Self(libc::EROFS);
+    /// The medium has an error (`BLK_STS_MEDIUM`).
+    pub const ENODATA: Self = Self(libc::ENODATA);
+    /// The drive refuses the range (`BLK_STS_TARGET`).
+    pub const EREMOTEIO: Self = Self(libc::EREMOTEIO);
+    /// Somebody else has reserved the drive (`BLK_STS_RESV_CONFLICT`).
+    pub const EBADE: Self = Self(libc::EBADE);
+    /// Protection information does not match (`BLK_STS_PROTECTION`).
+    pub const EILSEQ: Self = Self(libc::EILSEQ);
 
     /// From a positive error number.
     #[must_use]

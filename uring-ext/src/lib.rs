@@ -4,6 +4,7 @@
 //!   entries which this crate built, so that pushing one is safe.
 //! * [`sqe`]: builders for the ublk I/O commands (fetch, commit, register, unregister) and for
 //!   the secondary operations that borrow a lent buffer.
+//! * [`nvme`]: NVMe commands to a namespace's generic device, and what it says of itself.
 //! * [`pool`]: page-aligned memory for the copy modes, and the buffer table entries for it.
 //! * [`iod`]: the shared array of request descriptors that the driver fills.
 //! * [`control`]: commands to `/dev/ublk-control` and their parameters, with bounded waits.
@@ -16,6 +17,7 @@ pub mod control;
 pub mod errno;
 pub mod feature;
 pub mod iod;
+pub mod nvme;
 pub mod params;
 pub mod pool;
 pub mod ring;

@@ -141,6 +141,19 @@ impl BufferPool {
         u32::try_from(copied).map_err(|_negative| Errno::of(&std::io::Error::last_os_error()))
     }
 
+    /// Writes bytes into buffer `index` from byte `offset` on.
+    ///
+    /// # Panics
+    /// If the range is not of this pool.
+    pub(crate) fn write(&mut self, index: u16, offset: u32, bytes: &[u8]) {
+        let start = offset as usize;
+        assert!(index < self.count && start + bytes.len() <= self.buffer_bytes, "{index}+{offset}");
+        let to = std::ptr::with_exposed_provenance_mut(self.addr_of(index) + start);
+        // SAFETY: the range is mapped for ever, no reference into it is ever formed, and `bytes`
+        // is memory of somebody else.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
+    }
+
     /// The buffers as I/O vectors, for the ring's buffer table.
     pub(crate) fn iovecs(&self) -> Vec<libc::iovec> {
         (0..self.count)

@@ -10,6 +10,11 @@ use libublk::sys;
 
 use crate::pool::PoolAddr;
 
+/// `IORING_OP_URING_CMD128` (Linux 6.19).
+const URING_CMD128: u8 = 64;
+/// `IORING_URING_CMD_FIXED`.
+const URING_CMD_FIXED: u32 = 1;
+
 /// An index into the ring's table of registered files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FixedFile(pub u32);
@@ -78,17 +83,22 @@ pub enum FixedBuffer {
 }
 
 impl FixedBuffer {
-    fn slot(self) -> u16 {
+    pub(crate) fn slot(self) -> u16 {
         match self {
             Self::Lent { slot, .. } | Self::Pool { slot, .. } => slot,
         }
     }
 
-    fn pointer(self) -> *mut u8 {
-        let addr = match self {
+    /// The address of the first byte as the kernel takes it.
+    pub(crate) fn addr(self) -> u64 {
+        match self {
             Self::Lent { offset, .. } => u64::from(offset),
             Self::Pool { addr, .. } => addr.get(),
-        };
+        }
+    }
+
+    fn pointer(self) -> *mut u8 {
+        let addr = self.addr();
         // The kernel looks it up in the slot's range and never treats it as a bare address.
         std::ptr::with_exposed_provenance_mut(usize::try_from(addr).unwrap_or(usize::MAX))
     }
@@ -191,6 +201,29 @@ impl Sqe {
         Self(opcode::Fallocate::new(types::Fixed(file.0), len).offset(offset).mode(mode).build())
     }
 
+    /// A command with 80 bytes of payload, which is a double entry (`IORING_OP_URING_CMD128`, Linux
+    /// 6.19). `buffer` is the slot that addresses in the payload refer to
+    /// (`IORING_URING_CMD_FIXED`).
+    pub(crate) fn double_command(
+        file: FixedFile,
+        op: u32,
+        buffer: Option<u16>,
+        payload: &[u8; 80],
+    ) -> [Self; 2] {
+        let [mut first, mut second] = [[0; 64]; 2];
+        first[0] = URING_CMD128;
+        first[1] = squeue::Flags::FIXED_FILE.bits();
+        first[4..8].copy_from_slice(&file.0.to_ne_bytes());
+        first[8..12].copy_from_slice(&op.to_ne_bytes());
+        if let Some(slot) = buffer {
+            first[28..32].copy_from_slice(&URING_CMD_FIXED.to_ne_bytes());
+            first[40..42].copy_from_slice(&slot.to_ne_bytes());
+        }
+        first[48..64].copy_from_slice(&payload[..16]);
+        second.copy_from_slice(&payload[16..]);
+        [first, second].map(Self::from_bytes)
+    }
+
     /// `BLOCK_URING_CMD_DISCARD` (Linux 6.12, `block/ioctl.c`): discards a range of a block
     /// device without blocking the submitter.
     #[must_use]
@@ -255,12 +288,23 @@ impl Sqe {
         self.as_bytes()[1] & squeue::Flags::IO_HARDLINK.bits() != 0
     }
 
+    /// How many places of the queue it takes: 2 for the first half of a double entry.
+    #[must_use]
+    pub fn width(&self) -> usize {
+        if self.as_bytes()[0] == URING_CMD128 { 2 } else { 1 }
+    }
+
     /// The entry as the kernel reads it (`struct io_uring_sqe`).
     #[must_use]
     pub fn as_bytes(&self) -> &[u8; 64] {
         const { assert!(size_of::<squeue::Entry>() == 64) };
         // SAFETY: an entry is 64 bytes of plain integers, `repr(C)` and without padding.
         unsafe { &*std::ptr::from_ref(&self.0).cast() }
+    }
+
+    fn from_bytes(bytes: [u8; 64]) -> Self {
+        // SAFETY: an entry is 64 bytes of plain integers, `repr(C)` and without padding.
+        Self(unsafe { std::mem::transmute::<[u8; 64], squeue::Entry>(bytes) })
     }
 
     /// Sets what the completion will carry.

@@ -7,8 +7,9 @@ use std::process::Command;
 
 use libublk::sys;
 
-use crate::feature;
 use crate::params::Params;
+use crate::ring::{SetupParams, flag};
+use crate::{feature, nvme};
 
 /// A C expression and what it must be.
 struct Fact(String, u64);
@@ -114,6 +115,11 @@ fn facts() -> Vec<Fact> {
     for (field, offset) in SQE_FIELDS {
         facts.push(Fact(format!("offsetof(struct io_uring_sqe, {field})"), offset));
     }
+    for (name, value) in SETUP_FLAGS {
+        facts.push(Fact(format!("IORING_SETUP_{name}"), value.into()));
+    }
+    offsets!(facts, "io_uring_params", SetupParams, sq_entries, cq_entries, flags, sq_off, cq_off);
+    nvme::facts(|expression, value| facts.push(Fact(expression.into(), value)));
     for (name, value) in RING_CONSTANTS {
         facts.push(Fact(name.into(), value));
     }
@@ -126,7 +132,7 @@ fn facts() -> Vec<Fact> {
 }
 
 /// Byte offsets of an entry's fields, as the tests of `sqe` and the simulator read them.
-const SQE_FIELDS: [(&str, u64); 11] = [
+const SQE_FIELDS: [(&str, u64); 12] = [
     ("opcode", 0),
     ("flags", 1),
     ("fd", 4),
@@ -138,10 +144,11 @@ const SQE_FIELDS: [(&str, u64); 11] = [
     ("user_data", 32),
     ("buf_index", 40),
     ("poll32_events", 28),
+    ("uring_cmd_flags", 28),
 ];
 
 /// Opcodes and flags that the tests of `sqe` and the simulator know by number.
-const RING_CONSTANTS: [(&str, u64); 14] = [
+const RING_CONSTANTS: [(&str, u64); 18] = [
     ("IORING_OP_NOP", 0),
     ("IORING_OP_FSYNC", 3),
     ("IORING_OP_READ_FIXED", 4),
@@ -151,6 +158,10 @@ const RING_CONSTANTS: [(&str, u64); 14] = [
     ("IORING_OP_FALLOCATE", 17),
     ("IORING_OP_MSG_RING", 40),
     ("IORING_OP_URING_CMD", 46),
+    ("IORING_OP_URING_CMD128", 64),
+    ("IORING_URING_CMD_FIXED", 1),
+    ("IORING_CQE_F_SKIP", 1 << 5),
+    ("IORING_CQE_F_32", 1 << 15),
     ("IOSQE_FIXED_FILE", 1),
     ("IOSQE_IO_HARDLINK", 8),
     ("IOSQE_CQE_SKIP_SUCCESS", 64),
@@ -158,11 +169,26 @@ const RING_CONSTANTS: [(&str, u64); 14] = [
     ("sizeof(struct io_uring_sqe)", 64),
 ];
 
+const SETUP_FLAGS: [(&str, u32); 12] = [
+    ("IOPOLL", flag::IOPOLL),
+    ("CQSIZE", flag::CQSIZE),
+    ("CLAMP", flag::CLAMP),
+    ("SUBMIT_ALL", flag::SUBMIT_ALL),
+    ("COOP_TASKRUN", flag::COOP_TASKRUN),
+    ("TASKRUN_FLAG", flag::TASKRUN_FLAG),
+    ("SINGLE_ISSUER", flag::SINGLE_ISSUER),
+    ("DEFER_TASKRUN", flag::DEFER_TASKRUN),
+    ("NO_SQARRAY", flag::NO_SQARRAY),
+    ("HYBRID_IOPOLL", flag::HYBRID_IOPOLL),
+    ("CQE_MIXED", flag::CQE_MIXED),
+    ("SQE_MIXED", flag::SQE_MIXED),
+];
+
 /// A program whose exit code is the number of wrong facts.
 fn program(facts: &[Fact]) -> String {
     let mut text = String::from(
         "#include <errno.h>\n#include <stddef.h>\n#include <stdio.h>\n#include <linux/ublk_cmd.h>\n\
-         #include <linux/io_uring.h>\nint main(void) {\n\tint wrong = 0;\n",
+         #include <linux/io_uring.h>\n#include <linux/nvme_ioctl.h>\nint main(void) {\n\tint wrong = 0;\n",
     );
     for Fact(expression, value) in facts {
         let _ = writeln!(

@@ -1,6 +1,7 @@
 //! Entries that were submitted and have not completed.
 
 use super::{Buffer, Kernel, Posted};
+use crate::command::{INTERNAL_ERROR, NOT_READY};
 use crate::entry::{Entry, Work};
 use uring_ext::Errno;
 use uring_ext::ring::Cqe;
@@ -73,6 +74,7 @@ impl Kernel {
     /// of its chain comes, whatever the result.
     pub(super) fn complete(&mut self, mut flight: Flight, res: i32) {
         let entry = flight.entry;
+        let res = if entry.command { self.status(res) } else { res };
         self.trace.note(|| format!("complete {:#x} with {res}", entry.user_data));
         self.trace.mix(entry.user_data ^ u64::from(res.unsigned_abs()));
         if let Some(Buffer::Lent { tag }) = flight.buffer.take() {
@@ -96,6 +98,17 @@ impl Kernel {
             self.queued.push(flight);
         } else {
             self.start(flight);
+        }
+    }
+
+    /// The result of a command: nothing, a status of the drive, or an error of the kernel.
+    fn status(&mut self, res: i32) -> i32 {
+        let by_drive = self.rng.chance(512);
+        match Errno::from_result(res) {
+            Ok(_) => 0,
+            Err(Errno::EIO) if by_drive => INTERNAL_ERROR,
+            Err(Errno::EAGAIN) if by_drive => NOT_READY,
+            Err(_) => res,
         }
     }
 

@@ -25,14 +25,16 @@ use ublk_target::lane::{LaneIo, RingRole};
 use ublk_target::units::Tag;
 use uring_ext::Errno;
 use uring_ext::iod::IoDesc;
+use uring_ext::nvme::{Namespace, RangeAddr};
 use uring_ext::pool::{Direction, PoolAddr};
 use uring_ext::ring::Cqe;
 use uring_ext::sqe::Sqe;
 
 use crate::MAX_REQUEST;
+use crate::command::Range;
 use crate::entry::Entry;
 use crate::fault::{Fault, Tally};
-use crate::pool::Addresses;
+use crate::pool::{self, Addresses};
 use crate::rng::Rng;
 use crate::setup::Setup;
 use crate::trace::Trace;
@@ -69,6 +71,8 @@ pub struct Kernel {
     pub trace: Trace,
     /// Nanoseconds.
     pub now: u64,
+    /// The time that the lane was told last.
+    pub told: u64,
     /// The life of the server that owns the ring.
     pub incarnation: Incarnation,
     /// Pushed and not yet submitted, by ring. The second ring is used only if operations are
@@ -82,6 +86,8 @@ pub struct Kernel {
     pub posted: Vec<Posted>,
     /// The ring's buffer table.
     pub table: Vec<Option<Buffer>>,
+    /// Ranges that the lane has written down, by place.
+    pub ranges: Vec<Range>,
     /// The tags.
     pub tags: Vec<TagModel>,
     /// Why pushes fail, once the ring is broken.
@@ -128,12 +134,14 @@ impl Kernel {
             tally: Tally::default(),
             trace,
             now: 1_000_000,
+            told: 0,
             incarnation: Incarnation(u32::try_from(seed & 0xffff).unwrap_or(0)),
             queues: [VecDeque::with_capacity(64), VecDeque::with_capacity(64)],
             queued: Vec::with_capacity(64),
             running: Vec::with_capacity(64),
             posted: Vec::with_capacity(128),
             table: vec![None; usize::from(capacity)],
+            ranges: Vec::new(),
             tags: (0..depth).map(|_| TagModel::new()).collect(),
             broken: None,
             breakage_told: false,
@@ -179,6 +187,12 @@ impl Kernel {
         }
     }
 
+    /// The lane writes down a range. Nobody may be about to read what was there.
+    fn set_range(&mut self, range: Range) {
+        self.ranges.retain(|other| other.addr != range.addr);
+        self.ranges.push(range);
+    }
+
     /// Draws whether a fault happens; counts it if so.
     fn strikes(&mut self, fault: Fault) -> bool {
         let strikes = self.rng.chance(self.setup.rate(fault));
@@ -212,6 +226,12 @@ impl LaneIo for SimIo {
         let kernel = self.0.borrow();
         assert!(buffer < kernel.setup.slots.pool, "pool buffer {buffer}");
         kernel.addresses.of(buffer, offset)
+    }
+
+    fn range(&mut self, place: u16, namespace: Namespace, offset: u64, len: u64) -> RangeAddr {
+        let addr = pool::range(place, namespace, offset, len);
+        self.0.borrow_mut().set_range(Range { addr: addr.get(), at: offset, len });
+        addr
     }
 
     fn now(&mut self) -> u64 {

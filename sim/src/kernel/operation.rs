@@ -84,11 +84,13 @@ impl Kernel {
         let tag = flight.entry.tag.map(usize::from);
         match flight.entry.work {
             Work::Transfer(transfer) => {
-                if self.strikes(Fault::OpZero) {
+                // Commands are carried out whole or not at all.
+                let command = flight.entry.command;
+                if !command && self.strikes(Fault::OpZero) {
                     self.blame_hard(flight, Errno::EIO);
                     return 0;
                 }
-                let moved = self.shorten(transfer.len);
+                let moved = if command { transfer.len } else { self.shorten(transfer.len) };
                 self.transfer(flight, &transfer, moved);
                 if let Some(tag) = tag {
                     self.tags[tag].blame.transients_in_a_row = 0;

@@ -1,5 +1,6 @@
 //! The ring: pushing, submitting, cancelling.
 
+use ublk_target::backing::Route;
 use ublk_target::lane::RingRole;
 use ublk_target::lane::event::Event;
 use ublk_target::plan::WINDOW_OPS;
@@ -29,6 +30,7 @@ impl Kernel {
         let ring = match role {
             RingRole::Fetch => 0,
             RingRole::Io => self.io_ring(),
+            RingRole::Side => usize::from(self.setup.polled),
         };
         let full = self.queues[ring].len() + sqes.len() > self.setup.queue_entries;
         if full {
@@ -37,9 +39,17 @@ impl Kernel {
         if full || self.strikes(Fault::QueueFull) {
             return Err(Errno::EBUSY);
         }
-        for (number, sqe) in sqes.iter().enumerate() {
-            let entry = Entry { pushed_at: self.now, ..Entry::decode(sqe.as_bytes(), QID) };
-            assert_eq!(entry.linked, number + 1 < sqes.len(), "a chain is pushed whole");
+        let mut rest = sqes;
+        while let Some((sqe, others)) = rest.split_first() {
+            rest = &others[sqe.width() - 1..];
+            let decoded = match sqe.width() {
+                1 => Entry::decode(sqe.as_bytes(), QID),
+                _ => Entry::decode_double(sqe.as_bytes(), others[0].as_bytes(), &self.ranges),
+            };
+            let entry = Entry { pushed_at: self.told, ..decoded };
+            assert_eq!(entry.linked, !rest.is_empty(), "a chain is pushed whole");
+            let polled = self.setup.polled && role != RingRole::Side;
+            assert!(!polled || entry.may_be_polled(), "{entry:?} on a polling ring");
             let fetches = matches!(entry.work, Work::Fetch(_) | Work::Commit { .. });
             assert_eq!(fetches, role == RingRole::Fetch, "{entry:?} for ring {role:?}");
             self.trace.note(|| format!("push {:#x} {:?}", entry.user_data, entry.work));
@@ -72,12 +82,32 @@ impl Kernel {
         }
     }
 
+    /// On a polling ring nothing can be cancelled: the engine only knows that it wants the end of
+    /// transfers past their deadline, or of all.
+    pub fn presume_cancelled(&mut self, all: bool) {
+        if !self.setup.polled {
+            return;
+        }
+        let (told, limit) = (self.told, self.setup.deadline);
+        let is_late = |at: u64| all || limit.is_some_and(|limit| at + limit <= told);
+        let presume = |entry: &mut Entry| {
+            let is_op = entry.is_transfer() || entry.work == Work::Nop;
+            if is_op && is_late(entry.pushed_at) {
+                entry.cancelled_at.get_or_insert(told);
+            }
+        };
+        let completed = self.posted.iter_mut().filter_map(|posted| posted.of.as_mut());
+        completed.for_each(presume);
+        self.entries_mut().for_each(presume);
+    }
+
     /// How many entries wait in the lane for room.
     ///
     /// # Panics
     /// If they are more than the lane has set memory aside for.
     pub fn note_backlog(&mut self, entries: usize) {
-        let room = usize::from(self.setup.depth) * WINDOW_OPS * 3 + 8;
+        let doubles = self.setup.routes.iter().any(Route::is_namespace);
+        let room = usize::from(self.setup.depth) * WINDOW_OPS * (3 + usize::from(doubles)) + 8;
         assert!(entries <= room, "{entries} entries wait for room");
         if self.backlogged || entries > 0 {
             self.busy_at = self.now;
@@ -121,7 +151,9 @@ impl Kernel {
     pub fn not_before_registration(&self, at: usize) -> usize {
         let tag_of = |posted: &Posted| match Event::decode(posted.cqe.user_data, self.incarnation) {
             Some(Event::Unregistered(key)) => Some(key.tag.0),
-            Some(Event::Op(_) | Event::Injected(_)) => posted.of.and_then(|entry| entry.tag),
+            Some(Event::Op(_) | Event::Command(_) | Event::Injected(_)) => {
+                posted.of.and_then(|entry| entry.tag)
+            }
             _ => None,
         };
         let Some(tag) = tag_of(&self.posted[at]) else { return at };

@@ -8,6 +8,7 @@ use uring_ext::Errno;
 use super::backing::{Backing, MAX_BACKINGS};
 use super::operation::HARD;
 use super::{Kernel, Phase, Posted, TagModel};
+use crate::command::INTERNAL_ERROR;
 use crate::fault::Fault;
 
 /// What has gone wrong for a request, so that its answer can be judged.
@@ -207,7 +208,9 @@ impl Kernel {
     pub fn note_told(&mut self, posted: &Posted) {
         let Some(tag) = posted.of.and_then(|entry| entry.tag) else { return };
         let blame = &mut self.tags[usize::from(tag)].blame;
+        let command = posted.of.is_some_and(|entry| entry.command);
         let lasting = match Errno::from_result(posted.cqe.res) {
+            Ok(_) if command => (posted.cqe.res == INTERNAL_ERROR).then_some(Errno::EIO),
             Ok(0) if posted.of.is_some_and(|entry| entry.is_transfer()) => Some(Errno::EIO),
             Ok(_) => None,
             Err(errno) => HARD.contains(&errno).then_some(errno),

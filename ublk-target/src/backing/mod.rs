@@ -1,6 +1,7 @@
 //! Backings: the files and block devices where the bytes live.
 
 pub mod limits;
+mod namespace;
 pub mod sysfs;
 pub mod usage;
 
@@ -13,10 +14,12 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{Flock, FlockArg};
 use rustix::fs::{AtFlags, StatxFlags, statx};
 use uring_ext::Errno;
+use uring_ext::nvme::Namespace;
 
 use crate::kernel::KernelVersion;
 use crate::units::Bytes;
 use limits::{DiscardLimits, Limits};
+use namespace::NamespaceFiles;
 use sysfs::SysfsDevice;
 
 /// Why a path cannot be a backing. Each says what to do where something can be done.
@@ -46,6 +49,26 @@ pub enum BackingProblem {
     /// Its zones would need a zoned target.
     #[error("is a zoned device, which this target does not serve")]
     Zoned,
+    /// It is no whole NVMe namespace.
+    #[error(
+        "is not a whole NVMe namespace, which passthrough needs; give /dev/ngXnY or /dev/nvmeXnY, \
+         or leave out --passthru"
+    )]
+    NoNamespace,
+    /// Its blocks have metadata, which no request here carries.
+    #[error(
+        "is formatted with {0} bytes of metadata a block, which passthrough does not serve; format it \
+         without (`nvme format`), or serve its block device"
+    )]
+    Metadata(u16),
+    /// The kernel lacks what passthrough needs.
+    #[error("passthrough needs Linux {needs}, and this is {running}; serve the block device")]
+    TooOld {
+        /// The first version that has it.
+        needs: KernelVersion,
+        /// The one that runs.
+        running: KernelVersion,
+    },
     /// Its file system cannot do direct I/O.
     #[error("its file system does not support direct I/O (O_DIRECT); move it to one that does")]
     NoDirectIo,
@@ -78,6 +101,28 @@ pub enum DiscardCall {
     PunchHole,
 }
 
+/// How operations reach a backing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Route {
+    /// As reads, writes and so on of a file or block device.
+    File(DiscardCall),
+    /// As commands to a namespace's generic device.
+    Namespace {
+        /// Which, and how it counts.
+        namespace: Namespace,
+        /// Blocks deallocated by write-zeroes read as zeros.
+        deallocates_zeroes: bool,
+    },
+}
+
+impl Route {
+    /// Whether operations are commands to a namespace.
+    #[must_use]
+    pub const fn is_namespace(&self) -> bool {
+        matches!(self, Self::Namespace { .. })
+    }
+}
+
 /// What keeps a backing open, and exclusive.
 #[derive(Debug)]
 enum Handle {
@@ -85,6 +130,8 @@ enum Handle {
     Device(File),
     /// Locked with `flock`.
     File(Flock<File>),
+    /// Both devices of a namespace.
+    Namespace(NamespaceFiles),
 }
 
 /// An open backing.
@@ -94,29 +141,40 @@ pub struct Backing {
     handle: Handle,
     size: Bytes,
     limits: Limits,
-    discard_call: DiscardCall,
+    route: Route,
+    can_poll: bool,
 }
 
 impl Backing {
     /// Opens a block device (exclusively) or a regular file (locked) for direct I/O and reads its
     /// limits. One that refuses writes is opened for reading and has
-    /// [`Limits::read_only`] set.
+    /// [`Limits::read_only`] set. The generic device of an NVMe namespace is given commands, and
+    /// with `passthru` so is a block device, which must be such a namespace then.
     ///
     /// # Errors
     /// [`BackingError`]; nothing is left open.
-    pub fn open(path: &Path) -> Result<Self, BackingError> {
-        Self::try_open(path).map_err(|problem| BackingError { path: path.to_owned(), problem })
+    pub fn open(path: &Path, passthru: bool) -> Result<Self, BackingError> {
+        let opened = Self::try_open(path, passthru);
+        opened.map_err(|problem| BackingError { path: path.to_owned(), problem })
     }
 
-    fn try_open(path: &Path) -> Result<Self, BackingProblem> {
+    fn try_open(path: &Path, passthru: bool) -> Result<Self, BackingProblem> {
         let path = path.canonicalize().map_err(|error| match Errno::of(&error) {
             Errno::ENOENT => BackingProblem::Missing,
             errno => BackingProblem::Failed { doing: "cannot be looked up", errno },
         })?;
         let meta = path.metadata().map_err(failed("cannot be looked up"))?;
         let kind = meta.file_type();
-        if kind.is_block_device() {
+        if kind.is_block_device() && passthru {
+            let generic = namespace::generic_of(&path).ok_or(BackingProblem::NoNamespace)?;
+            namespace::open(Self::open_device(path, meta.rdev())?, generic)
+        } else if kind.is_block_device() {
             Self::open_device(path, meta.rdev())
+        } else if let Some(block) = namespace::block_of(&path).filter(|_| kind.is_char_device()) {
+            let meta = block.metadata().map_err(failed("its block device cannot be looked up"))?;
+            namespace::open(Self::open_device(block, meta.rdev())?, path)
+        } else if passthru {
+            Err(BackingProblem::NoNamespace)
         } else if kind.is_file() {
             Self::open_file(path)
         } else if kind.is_dir() {
@@ -150,7 +208,9 @@ impl Backing {
         // Punching a hole in a device writes zeroes with unmapping, and fails where it cannot.
         let can_discard = by_command || limits.max_write_zeroes > 0;
         let limits = Limits { discard: limits.discard.filter(|_| can_discard), ..limits };
-        Ok(Self { path, handle: Handle::Device(file), size, limits, discard_call })
+        let route = Route::File(discard_call);
+        let can_poll = sysfs.can_poll();
+        Ok(Self { path, handle: Handle::Device(file), size, limits, route, can_poll })
     }
 
     fn open_file(path: PathBuf) -> Result<Self, BackingProblem> {
@@ -174,7 +234,8 @@ impl Backing {
                     }
                 }
             })?;
-        let limits = Limits { read_only, ..limits_of_file(&file)? };
+        let below = device_below(&file)?;
+        let limits = Limits { read_only, ..limits_of_file(&file, below.as_ref())? };
         let size = size_of_open(&mut file, limits.logical_block)?;
         let tail = file.metadata().map_err(failed("cannot be looked up"))?.len() - size.0;
         if tail > 0 {
@@ -184,8 +245,9 @@ impl Backing {
                 path.display()
             );
         }
-        let discard_call = DiscardCall::PunchHole;
-        Ok(Self { path, handle: Handle::File(file), size, limits, discard_call })
+        let route = Route::File(DiscardCall::PunchHole);
+        let can_poll = below.is_some_and(|device| device.can_poll());
+        Ok(Self { path, handle: Handle::File(file), size, limits, route, can_poll })
     }
 
     /// `/dev/zero`, which fills the reads of targets without data.
@@ -202,7 +264,8 @@ impl Backing {
             handle: Handle::Device(file),
             size: Bytes(u64::MAX),
             limits: Limits::default(),
-            discard_call: DiscardCall::PunchHole,
+            route: Route::File(DiscardCall::PunchHole),
+            can_poll: false,
         })
     }
 
@@ -224,10 +287,16 @@ impl Backing {
         &self.limits
     }
 
-    /// How it discards.
+    /// How operations reach it.
     #[must_use]
-    pub const fn discard_call(&self) -> DiscardCall {
-        self.discard_call
+    pub const fn route(&self) -> Route {
+        self.route
+    }
+
+    /// Whether the drive has queues to be polled.
+    #[must_use]
+    pub const fn can_poll(&self) -> bool {
+        self.can_poll
     }
 }
 
@@ -236,6 +305,7 @@ impl AsRawFd for Backing {
         match &self.handle {
             Handle::Device(file) => file.as_raw_fd(),
             Handle::File(file) => file.as_raw_fd(),
+            Handle::Namespace(files) => files.as_raw_fd(),
         }
     }
 }
@@ -284,12 +354,18 @@ fn size_of_open(file: &mut File, block: u32) -> Result<Bytes, BackingProblem> {
     }
 }
 
-/// The limits of a regular file: what direct I/O on its file system wants (`STATX_DIOALIGN`,
-/// Linux 6.1), and the I/O size of the device below it.
-fn limits_of_file(file: &File) -> Result<Limits, BackingProblem> {
+/// The block device that a file's file system is on.
+fn device_below(file: &File) -> Result<Option<SysfsDevice>, BackingProblem> {
     let meta = file.metadata().map_err(failed("cannot be looked up"))?;
     let (major, minor) = usage::split_devt(meta.dev());
-    let below = SysfsDevice::find(Path::new("/sys"), major, minor).map(|device| device.limits());
+    Ok(SysfsDevice::find(Path::new("/sys"), major, minor))
+}
+
+/// The limits of a regular file: what direct I/O on its file system wants (`STATX_DIOALIGN`,
+/// Linux 6.1), and the I/O size of the device below it.
+fn limits_of_file(file: &File, below: Option<&SysfsDevice>) -> Result<Limits, BackingProblem> {
+    let meta = file.metadata().map_err(failed("cannot be looked up"))?;
+    let below = below.map(SysfsDevice::limits);
     let dio = statx(file.as_fd(), "", AtFlags::EMPTY_PATH, StatxFlags::from_bits_retain(DIOALIGN));
     let dio = dio.ok().filter(|stat| stat.stx_mask & DIOALIGN != 0);
     let (mem_align, offset_align) = match dio {
@@ -329,7 +405,7 @@ mod tests {
     use super::*;
 
     fn problem(path: &Path) -> BackingProblem {
-        Backing::open(path).unwrap_err().problem
+        Backing::open(path, false).unwrap_err().problem
     }
 
     #[test]
@@ -353,13 +429,15 @@ mod tests {
         let directory = tempfile::tempdir_in(".").unwrap();
         let path = directory.path().join("disk");
         File::create(&path).unwrap().set_len((1 << 20) + 100).unwrap();
-        let backing = Backing::open(&path).unwrap();
+        let backing = Backing::open(&path, false).unwrap();
         assert_eq!(backing.size(), Bytes(1 << 20));
         let limits = backing.limits();
         assert!(limits.volatile_cache && limits.fua && !limits.read_only);
         assert!(limits.logical_block.is_power_of_two() && limits.dma_alignment.is_power_of_two());
         assert!(matches!(problem(&path), BackingProblem::InUse(_)), "opened twice");
         drop(backing);
-        assert!(Backing::open(&path).is_ok());
+        assert!(Backing::open(&path, false).is_ok());
+        let passthru = Backing::open(&path, true).unwrap_err();
+        assert_eq!(passthru.problem, BackingProblem::NoNamespace);
     }
 }

@@ -57,6 +57,12 @@ impl SysfsDevice {
         self.text("zoned").is_some_and(|model| model != "none")
     }
 
+    /// Whether its driver has queues to be polled.
+    #[must_use]
+    pub fn can_poll(&self) -> bool {
+        self.text("io_poll").is_some_and(|on| on == "1")
+    }
+
     /// Whether the device refuses writes.
     #[must_use]
     pub fn is_read_only(&self) -> bool {

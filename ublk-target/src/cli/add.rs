@@ -36,6 +36,9 @@ pub fn add(target: &Target, verbose: u8) -> anyhow::Result<ExitCode> {
         first_slot: device.first_slot,
         io_lane: device.io_lane,
         io_timeout: device.io_timeout,
+        passthru: device.passthru,
+        polling: device.polling(),
+        unpolled: device.unpolled(),
         target,
     };
     if device.daemon {

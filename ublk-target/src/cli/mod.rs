@@ -10,10 +10,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use ublk_target::lend::LendRequest;
 use ublk_target::server::config::ExtentConfig;
+use ublk_target::server::polling;
 use ublk_target::units::Bytes;
+use uring_ext::ring::Polling;
 
 /// Serves Linux block devices (/dev/ublkbN) from user space, without copying their data.
 #[derive(Debug, Parser)]
@@ -132,6 +134,17 @@ struct Device {
     /// Cancel an operation on the backing after so many seconds, and fail its request
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     io_timeout: Option<Duration>,
+    /// Give NVMe commands to the backings, which are whole namespaces, past the block layer
+    /// (Linux 6.19). /dev/ngXnY always works so
+    #[arg(long)]
+    passthru: bool,
+    /// Ask drives for completions in place of waiting for interrupts; `hybrid` sleeps for half of
+    /// the time that operations take (Linux 7.1, and drives with queues for it)
+    #[arg(long, value_name = "HOW", num_args = 0..=1, default_missing_value = "busy")]
+    poll: Option<Poll>,
+    /// With --poll: what to do about a backing without queues for it
+    #[arg(long, value_name = "WHAT", default_value = "refuse", requires = "poll")]
+    unpolled: Unpolled,
     /// Stay in the foreground and log to the terminal
     #[arg(long)]
     foreground: bool,
@@ -141,6 +154,41 @@ struct Device {
     /// Serve in the background of the process that waits on the other end of standard output
     #[arg(long, hide = true)]
     daemon: bool,
+}
+
+/// How to ask drives for completions.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Poll {
+    /// Again and again
+    Busy,
+    /// After a sleep
+    Hybrid,
+}
+
+/// What to do about a backing that cannot be polled.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Unpolled {
+    /// Refuse to serve it
+    Refuse,
+    /// Let it interrupt
+    Interrupt,
+}
+
+impl Device {
+    fn polling(&self) -> Polling {
+        match self.poll {
+            None => Polling::Off,
+            Some(Poll::Busy) => Polling::Busy,
+            Some(Poll::Hybrid) => Polling::Hybrid,
+        }
+    }
+
+    fn unpolled(&self) -> polling::Unpolled {
+        match self.unpolled {
+            Unpolled::Refuse => polling::Unpolled::Refuse,
+            Unpolled::Interrupt => polling::Unpolled::Interrupt,
+        }
+    }
 }
 
 /// A number of seconds, whole or not, from 1 ms to a day.

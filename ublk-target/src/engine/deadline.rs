@@ -26,7 +26,7 @@ impl<P: Planner> Engine<P> {
                     self.stats.cancelled += 1;
                     inflight.cancel = Cancel::Asked;
                     inflight.deadline = deadline_of(self.config.deadline, self.now);
-                    port.cancel(key);
+                    port.cancel(key, &inflight.op);
                 }
                 Cancel::Asked => {
                     inflight.cancel = Cancel::Lost;
@@ -53,7 +53,7 @@ impl<P: Planner> Engine<P> {
             self.stats.cancelled += 1;
             inflight.cancel = Cancel::Asked;
             inflight.deadline = deadline_of(self.config.deadline, self.now);
-            port.cancel(key);
+            port.cancel(key, &inflight.op);
         }
     }
 }

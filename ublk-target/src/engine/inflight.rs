@@ -74,12 +74,13 @@ pub(super) struct InFlightTable {
     entries: Slab<Entry>,
     capacity: usize,
     next_serial: u32,
+    transfers: usize,
 }
 
 impl InFlightTable {
     pub fn new(depth: u16) -> Self {
         let capacity = usize::from(depth) * WINDOW_OPS;
-        Self { entries: Slab::with_capacity(capacity), capacity, next_serial: 0 }
+        Self { entries: Slab::with_capacity(capacity), capacity, next_serial: 0, transfers: 0 }
     }
 
     /// The key that the next operation added will have; `None` if the table is full.
@@ -94,6 +95,7 @@ impl InFlightTable {
     /// Adds an operation under [`InFlightTable::next_key`].
     pub fn insert(&mut self, inflight: InFlight) {
         let serial = self.take_serial();
+        self.transfers += usize::from(inflight.op.has_data());
         self.entries.insert(Entry { serial, inflight });
     }
 
@@ -116,7 +118,14 @@ impl InFlightTable {
 
     pub fn remove(&mut self, key: OpKey) -> Option<InFlight> {
         self.get_mut(key)?;
-        self.entries.try_remove(usize::from(key.place)).map(|entry| entry.inflight)
+        let entry = self.entries.try_remove(usize::from(key.place))?;
+        self.transfers -= usize::from(entry.inflight.op.has_data());
+        Some(entry.inflight)
+    }
+
+    /// How many read or write.
+    pub fn transfers(&self) -> usize {
+        self.transfers
     }
 
     /// All operations, for what happens rarely.

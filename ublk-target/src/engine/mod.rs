@@ -70,7 +70,7 @@ pub trait Port {
     /// Returns the number of bytes copied, or a negated error number.
     fn copy(&mut self, tag: Tag, slot: SlotIndex, direction: Direction, from: u32, to: u32) -> i32;
     /// Asks for the end of an operation.
-    fn cancel(&mut self, key: OpKey);
+    fn cancel(&mut self, key: OpKey, op: &Op);
     /// Nanoseconds of a monotonic clock. Asked only while latencies are measured.
     fn now(&mut self) -> u64;
 }
@@ -239,6 +239,17 @@ impl<P: Planner> Engine<P> {
             None => self.proceed(tag, port),
         }
         self.serve_waiting(port);
+    }
+
+    /// What [`Engine::completed`] is told of an operation that has been carried out as a whole.
+    pub fn whole(&mut self, key: OpKey) -> i32 {
+        let len = self.inflight.get_mut(key).map_or(0, |inflight| inflight.op.len);
+        i32::try_from(len).unwrap_or(i32::MAX)
+    }
+
+    /// How many reads and writes are in flight.
+    pub fn transfers_in_flight(&self) -> usize {
+        self.inflight.transfers()
     }
 
     /// Whether all tags have ended: nothing is in flight and nothing will come.

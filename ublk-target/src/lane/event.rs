@@ -12,6 +12,8 @@ pub enum Event {
     Fetched(TagKey),
     /// An operation.
     Op(OpKey),
+    /// An operation that is an NVMe command: its result is a status.
+    Command(OpKey),
     /// The registration of a buffer.
     Registered(TagKey),
     /// The unregistration of a buffer.
@@ -50,6 +52,7 @@ impl Event {
             Self::Wake => (6, 0),
             Self::Told => (7, 0),
             Self::Unsent => (8, 0),
+            Self::Command(key) => (9, of_op(key)),
         };
         let incarnation = u64::from(incarnation.0 & INCARNATION_MASK) << INCARNATION_SHIFT;
         (kind << KIND_SHIFT) | incarnation | payload
@@ -77,6 +80,7 @@ impl Event {
             6 => Some(Self::Wake),
             7 => Some(Self::Told),
             8 => Some(Self::Unsent),
+            9 => Some(Self::Command(of_op)),
             _ => None,
         }
     }
@@ -86,7 +90,7 @@ impl Event {
 mod tests {
     use super::*;
 
-    const EVENTS: [Event; 10] = [
+    const EVENTS: [Event; 11] = [
         Event::Fetched(TagKey { tag: Tag(4095), turn: u32::MAX }),
         Event::Op(OpKey { place: 0, serial: 0 }),
         Event::Op(OpKey { place: u16::MAX, serial: u32::MAX }),
@@ -97,6 +101,7 @@ mod tests {
         Event::Wake,
         Event::Told,
         Event::Unsent,
+        Event::Command(OpKey { place: 2047, serial: 1 }),
     ];
 
     #[test]

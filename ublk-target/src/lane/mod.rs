@@ -7,20 +7,20 @@ pub mod event;
 pub mod fault;
 mod port;
 
-pub use port::{CDEV, backing_file};
+pub use port::{CDEV, PortConfig, backing_file};
 
 use uring_ext::Errno;
 use uring_ext::iod::IoDesc;
+use uring_ext::nvme::{self, Namespace, RangeAddr};
 use uring_ext::pool::{Direction, PoolAddr};
 use uring_ext::ring::Cqe;
 use uring_ext::sqe::{FixedFile, Sqe};
 
-use crate::backing::DiscardCall;
 use crate::engine::{Engine, EngineConfig};
 use crate::plan::Planner;
 use crate::units::Tag;
 use event::Event;
-use fault::{Faults, Injected};
+use fault::Injected;
 use port::RingPort;
 
 /// Which ring an entry is for. They are the same one unless the lane issues its operations from a
@@ -31,6 +31,9 @@ pub enum RingRole {
     Fetch,
     /// The ring with the buffer table, which issues operations.
     Io,
+    /// A ring that takes what a polling one refuses, and wakes the lane: the first one, where that
+    /// does not poll.
+    Side,
 }
 
 /// What a lane asks of the kernel. None of it may block.
@@ -47,6 +50,9 @@ pub trait LaneIo {
     fn copy(&mut self, tag: Tag, buffer: u16, direction: Direction, from: u32, to: u32) -> i32;
     /// The address of a byte in a pool buffer.
     fn pool_addr(&self, buffer: u16, offset: u32) -> PoolAddr;
+    /// Writes down the range of a deallocation, for the time that its operation is in flight in a
+    /// place.
+    fn range(&mut self, place: u16, namespace: Namespace, offset: u64, len: u64) -> RangeAddr;
     /// Nanoseconds of the monotonic clock.
     fn now(&mut self) -> u64;
 }
@@ -95,15 +101,9 @@ pub struct Lane<P, Io> {
 }
 
 impl<P: Planner, Io: LaneIo> Lane<P, Io> {
-    /// A lane that has not fetched yet. `discards` says how each backing discards.
-    pub fn new(
-        planner: P,
-        config: EngineConfig,
-        discards: Box<[DiscardCall]>,
-        faults: Option<Faults>,
-        io: Io,
-    ) -> Self {
-        let port = RingPort::new(io, &config, discards, faults);
+    /// A lane that has not fetched yet.
+    pub fn new(planner: P, config: EngineConfig, port: PortConfig, io: Io) -> Self {
+        let port = RingPort::new(io, &config, port);
         Self { engine: Engine::new(planner, config), port, refused: None }
     }
 
@@ -140,6 +140,14 @@ impl<P: Planner, Io: LaneIo> Lane<P, Io> {
                 }
             },
             Event::Op(key) => engine.completed(key, cqe.res, port),
+            Event::Command(key) => {
+                let res = match nvme::error_of(cqe.res) {
+                    Some(errno) => errno.negated(),
+                    // Commands are carried out as a whole or not at all.
+                    None => engine.whole(key),
+                };
+                engine.completed(key, res, port);
+            }
             Event::Injected(key) => engine.completed(key, Errno::EAGAIN.negated(), port),
             Event::Registered(key) => engine.registered(key, cqe.res, port),
             Event::Unregistered(key) => engine.unregistered(key, cqe.res, port),
@@ -181,7 +189,7 @@ impl<P: Planner, Io: LaneIo> Lane<P, Io> {
     /// Asks for a [`Handled::Wake`] when a fixed file can be read.
     pub fn watch(&mut self, file: FixedFile) {
         let wake = Event::Wake.encode(self.engine.config().incarnation);
-        self.port.push(RingRole::Fetch, &[Sqe::poll_readable(file).user_data(wake)]);
+        self.port.push(RingRole::Side, &[Sqe::poll_readable(file).user_data(wake)]);
     }
 
     /// Cancels all operations in flight.

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 
 use bufreg::{Incarnation, SlotIndex};
+use uring_ext::nvme::Namespace;
 use uring_ext::pool::Direction;
 use uring_ext::sqe::{Delivery, FixedBuffer, FixedFile, Sqe};
 use uring_ext::{Errno, sys};
@@ -10,7 +11,7 @@ use uring_ext::{Errno, sys};
 use super::event::Event;
 use super::fault::{Fault, Faults};
 use super::{LaneIo, RingRole};
-use crate::backing::DiscardCall;
+use crate::backing::{DiscardCall, Route};
 use crate::engine::{EngineConfig, OpKey, Port, SlotTable, TagKey};
 use crate::lend::LendMode;
 use crate::plan::{Op, OpKind, WINDOW_OPS};
@@ -34,6 +35,40 @@ const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
 /// bounded by its greatest buffer.
 const _: () = assert!(sys::UBLK_IO_BUF_BITS < 32);
 
+/// What a port is made for.
+#[derive(Clone, Debug, Default)]
+pub struct PortConfig {
+    /// How operations reach each backing.
+    pub routes: Box<[Route]>,
+    /// The ring that issues operations polls for completions, and takes only those that have data.
+    pub polled: bool,
+    /// Faults that a test asked for.
+    pub faults: Option<Faults>,
+}
+
+/// An operation as entries of a ring.
+enum OpEntry {
+    Single([Sqe; 1]),
+    Double([Sqe; 2]),
+}
+
+impl OpEntry {
+    fn map(self, change: impl Fn(Sqe) -> Sqe) -> Self {
+        match self {
+            Self::Single([sqe]) => Self::Single([change(sqe)]),
+            // What is said of the whole is said in the first half.
+            Self::Double([first, second]) => Self::Double([change(first), second]),
+        }
+    }
+
+    fn sqes(&self) -> &[Sqe] {
+        match self {
+            Self::Single(sqes) => sqes,
+            Self::Double(sqes) => sqes,
+        }
+    }
+}
+
 /// The engine's decisions as entries of a ring.
 pub(super) struct RingPort<Io> {
     pub io: Io,
@@ -42,7 +77,8 @@ pub(super) struct RingPort<Io> {
     lend: LendMode,
     slots: SlotTable,
     block: u64,
-    discards: Box<[DiscardCall]>,
+    routes: Box<[Route]>,
+    polled: bool,
     pub faults: Option<Faults>,
     /// Entries that the ring had no room for, in order. It has room for all that a queue's tags
     /// can ask for.
@@ -52,15 +88,12 @@ pub(super) struct RingPort<Io> {
 }
 
 impl<Io: LaneIo> RingPort<Io> {
-    pub fn new(
-        io: Io,
-        config: &EngineConfig,
-        discards: Box<[DiscardCall]>,
-        faults: Option<Faults>,
-    ) -> Self {
+    pub fn new(io: Io, config: &EngineConfig, port: PortConfig) -> Self {
+        let PortConfig { routes, polled, faults } = port;
+        let places = if routes.iter().any(|route| route.is_namespace()) { 2 } else { 1 };
         // A command or a chain for every tag; or a window of operations and their cancelling, and
         // the cancelling of the window before, whose operations have completed meanwhile.
-        let room = usize::from(config.queue.depth) * WINDOW_OPS * 3 + 8;
+        let room = usize::from(config.queue.depth) * WINDOW_OPS * (2 + places) + 8;
         Self {
             io,
             qid: config.queue.qid.0,
@@ -68,7 +101,8 @@ impl<Io: LaneIo> RingPort<Io> {
             lend: config.lend,
             slots: config.slots,
             block: config.geometry.block.into(),
-            discards,
+            routes,
+            polled,
             faults,
             backlog: VecDeque::with_capacity(room),
             failure: None,
@@ -84,13 +118,12 @@ impl<Io: LaneIo> RingPort<Io> {
     pub fn drain_backlog(&mut self) {
         while let Some((role, _)) = self.backlog.front() {
             let role = *role;
-            let links = self.backlog.iter().take_while(|(_, sqe)| sqe.is_linked()).count();
             // A chain goes whole or not at all.
-            let group = &self.backlog.make_contiguous()[..=links];
-            let sqes: smallvec::SmallVec<[Sqe; 3]> =
-                group.iter().map(|(_, sqe)| sqe.clone()).collect();
+            let group = first_group(&self.backlog);
+            let sqes: smallvec::SmallVec<[Sqe; 4]> =
+                self.backlog.iter().take(group).map(|(_, sqe)| sqe.clone()).collect();
             match self.io.push(role, &sqes) {
-                Ok(()) => drop(self.backlog.drain(..=links)),
+                Ok(()) => drop(self.backlog.drain(..group)),
                 Err(Errno::EBUSY) => return,
                 Err(errno) => {
                     self.failure.get_or_insert(errno);
@@ -151,35 +184,87 @@ impl<Io: LaneIo> RingPort<Io> {
         self.named(sqe, Event::Unregistered(key))
     }
 
-    fn op_sqe(&mut self, key: OpKey, op: &Op, slot: Option<SlotIndex>) -> Sqe {
+    fn op_entry(&mut self, key: OpKey, op: &Op, slot: Option<SlotIndex>) -> OpEntry {
         let mut op = *op;
+        let route = self.routes[usize::from(op.backing.0)];
         if let Some(faults) = &mut self.faults {
-            match faults.next(op.has_data().then_some(op.len), self.block) {
+            // Commands are carried out as a whole or not at all.
+            let may_be_short = op.has_data() && !route.is_namespace();
+            match faults.next(may_be_short.then_some(op.len), self.block) {
                 Fault::None => {}
                 Fault::Short(len) => op.len = len,
-                Fault::Again => return self.named(Sqe::nop(), Event::Injected(key)),
+                Fault::Again => {
+                    return OpEntry::Single([self.named(Sqe::nop(), Event::Injected(key))]);
+                }
             }
         }
-        let index = usize::from(op.backing.0);
+        let buffer = self.buffer(slot.unwrap_or(SlotIndex(0)), op.buf_offset);
+        match route {
+            Route::File(discard) => {
+                OpEntry::Single([self.named(file_sqe(&op, buffer, discard), Event::Op(key))])
+            }
+            Route::Namespace { namespace, deallocates_zeroes } => {
+                let sqes = self.command(key, &op, buffer, namespace, deallocates_zeroes);
+                OpEntry::Double(sqes).map(|sqe| self.named(sqe, Event::Command(key)))
+            }
+        }
+    }
+
+    fn command(
+        &mut self,
+        key: OpKey,
+        op: &Op,
+        buffer: FixedBuffer,
+        namespace: Namespace,
+        deallocates_zeroes: bool,
+    ) -> [Sqe; 2] {
         let file = backing_file(op.backing.0);
         let len = u32::try_from(op.len).unwrap_or(u32::MAX);
-        let buffer = self.buffer(slot.unwrap_or(SlotIndex(0)), op.buf_offset);
-        let sqe = match op.kind {
-            OpKind::Read => Sqe::read_fixed(file, buffer, len, op.offset),
-            OpKind::Write { fua } => Sqe::write_fixed(file, buffer, len, op.offset, fua),
-            OpKind::Flush => Sqe::datasync(file),
-            OpKind::Discard => match self.discards[index] {
-                DiscardCall::BlockCommand => Sqe::discard(file, op.offset, op.len),
-                DiscardCall::PunchHole => Sqe::fallocate(file, PUNCH, op.offset, op.len),
-            },
-            OpKind::WriteZeroes { may_unmap: true } => {
-                Sqe::fallocate(file, PUNCH, op.offset, op.len)
+        match op.kind {
+            OpKind::Read => namespace.read(file, buffer, len, op.offset),
+            OpKind::Write { fua } => namespace.write(file, buffer, len, op.offset, fua),
+            OpKind::Flush => namespace.flush(file),
+            OpKind::Discard => {
+                namespace.deallocate(file, self.io.range(key.place, namespace, op.offset, op.len))
             }
-            OpKind::WriteZeroes { may_unmap: false } => {
-                Sqe::fallocate(file, ZERO, op.offset, op.len)
+            OpKind::WriteZeroes { may_unmap } => {
+                namespace.write_zeroes(file, op.offset, op.len, may_unmap && deallocates_zeroes)
             }
-        };
-        self.named(sqe, Event::Op(key))
+        }
+    }
+
+    /// The ring that an operation goes to.
+    fn role(&self, op: &Op) -> RingRole {
+        if self.polled && !op.has_data() { RingRole::Side } else { RingRole::Io }
+    }
+}
+
+/// How many entries at the front belong together: one, or a chain.
+fn first_group(backlog: &VecDeque<(RingRole, Sqe)>) -> usize {
+    let mut group = 0;
+    while let Some((_, sqe)) = backlog.get(group) {
+        // Only the first half of a double entry has flags.
+        group += sqe.width();
+        if !sqe.is_linked() {
+            break;
+        }
+    }
+    group
+}
+
+fn file_sqe(op: &Op, buffer: FixedBuffer, discard: DiscardCall) -> Sqe {
+    let file = backing_file(op.backing.0);
+    let len = u32::try_from(op.len).unwrap_or(u32::MAX);
+    match op.kind {
+        OpKind::Read => Sqe::read_fixed(file, buffer, len, op.offset),
+        OpKind::Write { fua } => Sqe::write_fixed(file, buffer, len, op.offset, fua),
+        OpKind::Flush => Sqe::datasync(file),
+        OpKind::Discard => match discard {
+            DiscardCall::BlockCommand => Sqe::discard(file, op.offset, op.len),
+            DiscardCall::PunchHole => Sqe::fallocate(file, PUNCH, op.offset, op.len),
+        },
+        OpKind::WriteZeroes { may_unmap: true } => Sqe::fallocate(file, PUNCH, op.offset, op.len),
+        OpKind::WriteZeroes { may_unmap: false } => Sqe::fallocate(file, ZERO, op.offset, op.len),
     }
 }
 
@@ -204,25 +289,38 @@ impl<Io: LaneIo> Port for RingPort<Io> {
     }
 
     fn submit(&mut self, key: OpKey, op: &Op, slot: Option<SlotIndex>) {
-        let sqe = self.op_sqe(key, op, slot);
-        self.push(RingRole::Io, &[sqe]);
+        let entry = self.op_entry(key, op, slot);
+        self.push(self.role(op), entry.sqes());
     }
 
     fn submit_chain(&mut self, tag: TagKey, slot: SlotIndex, key: OpKey, op: &Op) {
         // Hard links: the buffer is taken out again even if registration or operation fails.
         let register = self.register_sqe(tag, slot).hard_link().skip_success();
-        let op = self.op_sqe(key, op, Some(slot)).hard_link();
         let unregister = self.unregister_sqe(tag, slot);
-        self.push(RingRole::Io, &[register, op, unregister]);
+        match self.op_entry(key, op, Some(slot)).map(Sqe::hard_link) {
+            OpEntry::Single([op]) => self.push(RingRole::Io, &[register, op, unregister]),
+            OpEntry::Double([first, second]) => {
+                self.push(RingRole::Io, &[register, first, second, unregister]);
+            }
+        }
     }
 
     fn copy(&mut self, tag: Tag, slot: SlotIndex, direction: Direction, from: u32, to: u32) -> i32 {
         self.io.copy(tag, slot.0 - self.slots.lent, direction, from, to)
     }
 
-    fn cancel(&mut self, key: OpKey) {
-        let sqe = Sqe::cancel(Event::Op(key).encode(self.incarnation));
-        self.push(RingRole::Io, &[self.named(sqe, Event::Cancelled)]);
+    fn cancel(&mut self, key: OpKey, op: &Op) {
+        let role = self.role(op);
+        // A polling ring refuses to cancel, and a drive that polls has no way to.
+        if self.polled && role == RingRole::Io {
+            return;
+        }
+        let event = match self.routes[usize::from(op.backing.0)] {
+            Route::File(_) => Event::Op(key),
+            Route::Namespace { .. } => Event::Command(key),
+        };
+        let sqe = Sqe::cancel(event.encode(self.incarnation));
+        self.push(role, &[self.named(sqe, Event::Cancelled)]);
     }
 
     fn now(&mut self) -> u64 {

@@ -5,6 +5,9 @@ use std::time::Duration;
 
 use uring_ext::Errno;
 use uring_ext::control::ControlError;
+use uring_ext::ring::Polling;
+
+use super::polling::{CannotPoll, Unpolled};
 
 use crate::backing::BackingError;
 use crate::lane::LaneError;
@@ -31,6 +34,12 @@ pub struct DeviceConfig {
     pub io_lane: bool,
     /// How long an operation on a backing may take before it is cancelled.
     pub io_timeout: Option<Duration>,
+    /// Give NVMe commands to the backings, which are whole namespaces.
+    pub passthru: bool,
+    /// How completions of operations are found.
+    pub polling: Polling,
+    /// What to do about backings that cannot be polled.
+    pub unpolled: Unpolled,
     /// The target.
     pub target: TargetConfig,
 }
@@ -138,6 +147,12 @@ pub enum DeviceError {
         /// What to do.
         instead: &'static str,
     },
+    /// The device cannot poll.
+    #[error(transparent)]
+    Poll(#[from] CannotPoll),
+    /// There is no namespace to give commands to.
+    #[error("the null target has no drive to give commands to; leave --passthru out")]
+    NoPassthru,
     /// A test asked for a fault that there is not.
     #[error(transparent)]
     Fault(#[from] UnknownFault),

@@ -20,6 +20,7 @@ use super::config::{DeviceConfig, DeviceError};
 use super::lane::{self, LaneConfig, LaneReport};
 use super::layout::{Layout, slot_table};
 use super::message::{LaneHandle, LaneMessage};
+use super::polling;
 use super::signals::{Wake, Wakeups};
 use crate::engine::{EngineConfig, QueueIdentity, SlotTable};
 use crate::kernel;
@@ -113,6 +114,7 @@ impl Plan {
                 });
             }
         }
+        polling::check(config)?;
         let faults = match std::env::var(fault::VARIABLE) {
             Ok(list) => Some(Faults::parse(&list)?),
             Err(_) => None,
@@ -243,6 +245,7 @@ impl Server {
                     deadline: config.io_timeout.map(as_ns),
                 },
                 io_lane: config.io_lane,
+                polling: config.polling,
                 faults: plan.faults,
                 buffer_bytes: plan.layout.buffer_bytes,
                 target: plan.layout.target.clone(),

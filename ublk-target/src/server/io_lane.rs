@@ -13,7 +13,7 @@ use rtrb::{Consumer, Producer, RingBuffer};
 use smallvec::SmallVec;
 use uring_ext::Errno;
 use uring_ext::pool::BufferPool;
-use uring_ext::ring::{Cqe, Queues, Ring};
+use uring_ext::ring::{Cqe, Queues, Ring, RingSetup};
 use uring_ext::sqe::{FixedFile, Sqe};
 
 use super::lane::{LaneConfig, REAP_BATCH, make_ring, prepare_thread, register_buffers};
@@ -39,7 +39,7 @@ struct Worker<'ring> {
     entries: Consumer<Sqe>,
     completions: Producer<Cqe>,
     /// Taken from `entries`, not yet queued.
-    chain: SmallVec<[Sqe; 3]>,
+    chain: SmallVec<[Sqe; 4]>,
     /// The lane's ring, and what wakes the lane when rings do not work.
     lane: RawFd,
     wake: Arc<EventFd>,
@@ -146,7 +146,7 @@ fn end_file(config: &LaneConfig) -> FixedFile {
 }
 
 fn set_up(config: &LaneConfig, end: &EventFd, pool: Option<BufferPool>) -> Result<Ring, LaneError> {
-    let ring = make_ring(config, end.as_fd().as_raw_fd())?;
+    let ring = make_ring(config, &[end.as_fd().as_raw_fd()], RingSetup::default())?;
     register_buffers(config, &ring, pool)?;
     Ok(ring)
 }
@@ -196,9 +196,15 @@ impl Worker<'_> {
     /// Submits what the lane has handed over, chains whole.
     fn take_entries(&mut self) {
         loop {
-            while self.chain.last().is_none_or(Sqe::is_linked) {
+            // Nothing is left to do for a chain that there was no room for.
+            let mut is_whole = !self.chain.is_empty();
+            while !is_whole {
                 let Ok(sqe) = self.entries.pop() else { return };
+                let width = sqe.width();
+                is_whole = !sqe.is_linked();
                 self.chain.push(sqe);
+                // The second half of a double entry is handed over with the first.
+                self.chain.extend((1..width).filter_map(|_| self.entries.pop().ok()));
             }
             match self.queues.push(&self.chain) {
                 Ok(()) => self.chain.clear(),

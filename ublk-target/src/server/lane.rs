@@ -11,20 +11,21 @@ use std::time::Duration;
 
 use nix::sys::eventfd::EventFd;
 use uring_ext::Errno;
-use uring_ext::iod::{IoDesc, IoDescArray};
-use uring_ext::pool::{BufferPool, Direction, PoolAddr, RequestAddr};
-use uring_ext::ring::{Cqe, Queues, Ring};
-use uring_ext::sqe::Sqe;
+use uring_ext::iod::IoDescArray;
+use uring_ext::nvme::Ranges;
+use uring_ext::pool::BufferPool;
+use uring_ext::ring::{Cqe, Polling, Ring, RingSetup};
 
 use super::io_lane::IoLane;
 use super::message::{LaneMessage, LaneSnapshot};
+use super::ring_io::{Parts, RingIo};
+use super::side_ring::SideRing;
 use crate::backing::Backing;
 use crate::engine::{EngineConfig, EngineStats};
 use crate::lane::fault::{Faults, Injected};
-use crate::lane::{Handled, Lane, LaneError, LaneIo, RingRole, backing_file};
+use crate::lane::{Handled, Lane, LaneError, PortConfig, backing_file};
 use crate::plan::WINDOW_OPS;
 use crate::target::AnyTarget;
-use crate::units::Tag;
 
 /// Completions taken at a time, so that submissions are never held up for long.
 pub(super) const REAP_BATCH: usize = 64;
@@ -36,6 +37,8 @@ pub struct LaneConfig {
     pub engine: EngineConfig,
     /// Issue operations from a lane of their own.
     pub io_lane: bool,
+    /// How completions of operations are found.
+    pub polling: Polling,
     /// Faults that a test asked for.
     pub faults: Option<Faults>,
     /// Bytes of a request's buffer.
@@ -76,16 +79,15 @@ pub fn serve(
     ready: &SyncSender<Result<(), LaneError>>,
 ) -> Result<LaneReport, LaneError> {
     prepare_thread(config);
-    let set_up = set_up(config);
-    let (mut ring, parts) = match set_up {
-        Ok(parts) => parts,
-        Err(error) => {
-            // The receiver may have given up on another lane's error.
-            let _ = ready.send(Err(error));
-            return Err(error);
-        }
+    let refuse = |error| {
+        // The receiver may have given up on another lane's error.
+        let _ = ready.send(Err(error));
+        error
     };
-    let io = RingIo { queues: ring.queues(), qid: config.engine.queue.qid.0, parts };
+    let (mut ring, mut side, parts) = set_up(config).map_err(refuse)?;
+    let mut queues = ring.queues();
+    let side = side.as_mut().map(|side| side.queues(&mut queues)).transpose().map_err(refuse)?;
+    let io = RingIo { queues, side, qid: config.engine.queue.qid.0, parts };
     let mut thread =
         LaneThread { lane: new_lane(config, io), wake: Arc::clone(&config.wake), inbox };
     thread.lane.fetch_all();
@@ -98,8 +100,12 @@ pub fn serve(
 }
 
 fn new_lane<'ring>(config: &LaneConfig, io: RingIo<'ring>) -> Lane<AnyTarget, RingIo<'ring>> {
-    let discards = config.backings.iter().map(Backing::discard_call).collect();
-    Lane::new(config.target.clone(), config.engine, discards, config.faults, io)
+    let port = PortConfig {
+        routes: config.backings.iter().map(Backing::route).collect(),
+        polled: config.polling != Polling::Off,
+        faults: config.faults,
+    };
+    Lane::new(config.target.clone(), config.engine, port, io)
 }
 
 /// Properties of the thread. None of them is vital, so a failure is logged and no more.
@@ -118,20 +124,15 @@ pub(super) fn prepare_thread(config: &LaneConfig) {
     }
 }
 
-/// What a lane works with, beside its ring.
-struct Parts {
-    iods: IoDescArray,
-    pool: Option<BufferPool>,
-    cdev: Arc<File>,
-    io_lane: Option<IoLane>,
-}
-
 fn failed(doing: &'static str) -> impl Fn(Errno) -> LaneError {
     move |errno| LaneError::Setup { doing, errno }
 }
 
-fn set_up(config: &LaneConfig) -> Result<(Ring, Parts), LaneError> {
-    let ring = make_ring(config, config.wake.as_fd().as_raw_fd())?;
+fn set_up(config: &LaneConfig) -> Result<(Ring, Option<SideRing>, Parts), LaneError> {
+    let polling = config.polling;
+    let setup = RingSetup { polling, ..RingSetup::default() };
+    let ring = make_ring(config, &[config.wake.as_fd().as_raw_fd()], setup)?;
+    let side = (polling != Polling::Off).then(|| SideRing::new(config)).transpose()?;
     let pool = match config.engine.slots.pool {
         0 => None,
         count => Some(
@@ -147,8 +148,20 @@ fn set_up(config: &LaneConfig) -> Result<(Ring, Parts), LaneError> {
         register_buffers(config, &ring, pool)?;
         None
     };
-    log::debug!("lane {}: ring {:?}", config.engine.queue.qid.0, ring.mode());
-    Ok((ring, Parts { iods, pool, cdev: Arc::clone(&config.cdev), io_lane }))
+    let ranges = if has_namespace(config) {
+        // One for each place of the table of operations in flight.
+        let places = usize::from(config.engine.queue.depth) * WINDOW_OPS;
+        let places = u16::try_from(places).unwrap_or(u16::MAX);
+        Some(Ranges::new(places).map_err(failed("allocating ranges"))?)
+    } else {
+        None
+    };
+    log::debug!("lane {}: ring {:?}, {polling:?}", config.engine.queue.qid.0, ring.mode());
+    Ok((ring, side, Parts { iods, pool, ranges, cdev: Arc::clone(&config.cdev), io_lane }))
+}
+
+fn has_namespace(config: &LaneConfig) -> bool {
+    config.backings.iter().any(|backing| backing.route().is_namespace())
 }
 
 /// A commit, and a full window with its cancelling, of every tag.
@@ -156,16 +169,28 @@ fn entries_in_flight(config: &LaneConfig) -> usize {
     usize::from(config.engine.queue.depth) * (2 * WINDOW_OPS + 2)
 }
 
-/// A ring with the device, the backings and one more file as its fixed files. Its queues never
+/// A ring with the device, the backings and some more files as its fixed files. Its queues never
 /// overflow.
-pub(super) fn make_ring(config: &LaneConfig, last_file: RawFd) -> Result<Ring, LaneError> {
+pub(super) fn make_ring(
+    config: &LaneConfig,
+    last_files: &[RawFd],
+    setup: RingSetup,
+) -> Result<Ring, LaneError> {
     let depth = u32::from(config.engine.queue.depth);
     let completions = u32::try_from(entries_in_flight(config)).unwrap_or(u32::MAX);
     // A chain has three entries.
-    let ring = Ring::new(3 * depth, completions + 8).map_err(failed("making the ring"))?;
+    let setup = RingSetup {
+        sq_entries: 3 * depth,
+        cq_entries: completions + 8,
+        mixed_sizes: has_namespace(config),
+        ..setup
+    };
+    let ring = Ring::new(&setup).map_err(failed("making the ring"))?;
     let backings = config.backings.iter().map(AsRawFd::as_raw_fd);
-    let files: Vec<_> =
-        std::iter::once(config.cdev.as_raw_fd()).chain(backings).chain([last_file]).collect();
+    let files: Vec<_> = std::iter::once(config.cdev.as_raw_fd())
+        .chain(backings)
+        .chain(last_files.iter().copied())
+        .collect();
     ring.register_files(&files).map_err(failed("registering files"))?;
     Ok(ring)
 }
@@ -201,10 +226,11 @@ impl LaneThread<'_> {
         let mut batch = [Cqe::default(); REAP_BATCH];
         while !self.lane.engine().is_finished() {
             self.lane.before_submit();
-            let patience = self.lane.engine().patience();
-            self.lane.io().submit_and_wait(patience)?;
+            let engine = self.lane.engine();
+            let (patience, transfers) = (engine.patience(), engine.transfers_in_flight());
+            self.lane.io().submit_and_wait(patience, transfers)?;
             loop {
-                let count = self.lane.io().queues.reap(&mut batch);
+                let count = self.lane.io().reap(&mut batch);
                 let now = self.now();
                 self.lane.set_now(now);
                 for cqe in &batch[..count] {
@@ -274,73 +300,15 @@ impl LaneThread<'_> {
     }
 }
 
+/// The monotonic clock, to the nanosecond.
+pub(super) fn precise_now() -> u64 {
+    monotonic_ns(CLOCK)
+}
+
 const CLOCK: nix::time::ClockId = nix::time::ClockId::CLOCK_MONOTONIC;
 const CLOCK_COARSE: nix::time::ClockId = nix::time::ClockId::CLOCK_MONOTONIC_COARSE;
 
 fn monotonic_ns(clock: nix::time::ClockId) -> u64 {
     let now = nix::time::clock_gettime(clock).map_or(Duration::ZERO, Duration::from);
     u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
-}
-
-/// The lane's ring, or rings.
-struct RingIo<'ring> {
-    queues: Queues<'ring>,
-    qid: u16,
-    parts: Parts,
-}
-
-impl RingIo<'_> {
-    fn submit(&mut self) -> Result<(), LaneError> {
-        self.tell_io_lane()?;
-        self.queues.submit().map_err(LaneError::Ring)
-    }
-
-    fn submit_and_wait(&mut self, patience: Option<Duration>) -> Result<(), LaneError> {
-        self.tell_io_lane()?;
-        match patience {
-            None => self.queues.submit_and_wait(),
-            Some(limit) => self.queues.submit_and_wait_for(limit),
-        }
-        .map_err(LaneError::Ring)
-    }
-
-    fn tell_io_lane(&mut self) -> Result<(), LaneError> {
-        let message = self.parts.io_lane.as_mut().and_then(IoLane::message);
-        message.map_or(Ok(()), |sqe| self.queues.push(&[sqe]).map_err(LaneError::Ring))
-    }
-}
-
-impl LaneIo for RingIo<'_> {
-    fn push(&mut self, role: RingRole, sqes: &[Sqe]) -> Result<(), Errno> {
-        match (role, &mut self.parts.io_lane) {
-            (RingRole::Io, Some(io_lane)) => io_lane.push(sqes),
-            (RingRole::Fetch | RingRole::Io, _) => self.queues.push(sqes),
-        }
-    }
-
-    fn iod(&self, tag: Tag) -> IoDesc {
-        self.parts.iods.get(tag.0)
-    }
-
-    fn copy(&mut self, tag: Tag, buffer: u16, direction: Direction, from: u32, to: u32) -> i32 {
-        let Some(pool) = &self.parts.pool else { return Errno::EINVAL.negated() };
-        let request = RequestAddr { qid: self.qid, tag: tag.0 };
-        let cdev = self.parts.cdev.as_fd();
-        match pool.copy(cdev, request, direction, buffer, from, to - from) {
-            Ok(copied) => i32::try_from(copied).unwrap_or(i32::MAX),
-            Err(errno) => errno.negated(),
-        }
-    }
-
-    fn pool_addr(&self, buffer: u16, offset: u32) -> PoolAddr {
-        match &self.parts.pool {
-            Some(pool) => pool.addr(buffer, offset),
-            // The slot table says how many buffers there are, and they were made by it.
-            None => unreachable!("a table without a pool has no pool slots"),
-        }
-    }
-
-    fn now(&mut self) -> u64 {
-        monotonic_ns(CLOCK)
-    }
 }

@@ -8,6 +8,7 @@ use uring_ext::iod::page_size;
 use uring_ext::ring::MAX_BUFFER_SLOTS;
 
 use super::config::{DeviceConfig, DeviceError, ExtentConfig, ExtentProblem, TargetConfig};
+use super::polling;
 use crate::backing::Backing;
 use crate::backing::limits::Limits;
 use crate::engine::{SlotChoice, SlotTable};
@@ -35,12 +36,15 @@ pub(super) struct Layout {
 
 impl Layout {
     pub fn open(config: &DeviceConfig, lend: LendMode) -> Result<Self, DeviceError> {
+        let passthru = config.passthru;
         let Parts { name, target, backings, limits, size } = match &config.target {
+            TargetConfig::Null { .. } if passthru => return Err(DeviceError::NoPassthru),
             TargetConfig::Null { size } => null(*size)?,
-            TargetConfig::Loop { file } => one_to_one(file)?,
-            TargetConfig::Linear { extents } => linear(extents)?,
-            TargetConfig::Stripe { chunk, files } => stripe(*chunk, files)?,
+            TargetConfig::Loop { file } => one_to_one(file, passthru)?,
+            TargetConfig::Linear { extents } => linear(extents, passthru)?,
+            TargetConfig::Stripe { chunk, files } => stripe(*chunk, files, passthru)?,
         };
+        polling::check_backings(config, &backings)?;
         let page = u32::try_from(page_size()).unwrap_or(4096);
         let cap = match lend {
             LendMode::Fused | LendMode::Slot => u32::MAX,
@@ -103,14 +107,14 @@ fn null(size: Bytes) -> Result<Parts, DeviceError> {
     Ok(Parts { name: "null", target, backings: vec![backing], limits, size })
 }
 
-fn one_to_one(file: &Path) -> Result<Parts, DeviceError> {
-    let backing = Backing::open(file)?;
+fn one_to_one(file: &Path, passthru: bool) -> Result<Parts, DeviceError> {
+    let backing = Backing::open(file, passthru)?;
     let (limits, size) = (*backing.limits(), backing.size());
     let target = AnyTarget::Loop(LoopTarget { size: size.0 });
     Ok(Parts { name: "loop", target, backings: vec![backing], limits, size })
 }
 
-fn linear(extents: &[ExtentConfig]) -> Result<Parts, DeviceError> {
+fn linear(extents: &[ExtentConfig], passthru: bool) -> Result<Parts, DeviceError> {
     // A backing that has several extents is opened once.
     let mut files: Vec<PathBuf> = Vec::new();
     let mut placed = Vec::new();
@@ -122,7 +126,7 @@ fn linear(extents: &[ExtentConfig]) -> Result<Parts, DeviceError> {
         });
         placed.push((index, extent));
     }
-    let backings = files.iter().map(|file| Backing::open(file)).collect::<Result<Vec<_>, _>>()?;
+    let backings = open_all(&files, passthru)?;
     let limits = Limits::of_all(backings.iter().map(Backing::limits));
     let mut resolved: Vec<(BackingIndex, u64, u64)> = Vec::new();
     for (index, extent) in placed {
@@ -156,7 +160,12 @@ fn linear(extents: &[ExtentConfig]) -> Result<Parts, DeviceError> {
     Ok(Parts { name: "linear", target: AnyTarget::Linear(target), backings, limits, size })
 }
 
-fn stripe(chunk: Bytes, files: &[PathBuf]) -> Result<Parts, DeviceError> {
+fn open_all(files: &[PathBuf], passthru: bool) -> Result<Vec<Backing>, DeviceError> {
+    let opened = files.iter().map(|file| Backing::open(file, passthru));
+    Ok(opened.collect::<Result<_, _>>()?)
+}
+
+fn stripe(chunk: Bytes, files: &[PathBuf], passthru: bool) -> Result<Parts, DeviceError> {
     let mut known: Vec<PathBuf> = Vec::new();
     for file in files {
         let canonical = file.canonicalize().unwrap_or_else(|_| file.clone());
@@ -165,7 +174,7 @@ fn stripe(chunk: Bytes, files: &[PathBuf]) -> Result<Parts, DeviceError> {
         }
         known.push(canonical);
     }
-    let backings = files.iter().map(|file| Backing::open(file)).collect::<Result<Vec<_>, _>>()?;
+    let backings = open_all(files, passthru)?;
     let sizes: Vec<_> = backings.iter().map(|backing| backing.size().0).collect();
     let target = StripeTarget::new(chunk.0, &sizes)?;
     let common = Limits::of_all(backings.iter().map(Backing::limits));

@@ -6,4 +6,7 @@ mod io_lane;
 pub mod lane;
 mod layout;
 pub mod message;
+pub mod polling;
+mod ring_io;
+mod side_ring;
 mod signals;

@@ -7,6 +7,7 @@ use ublk_target::plan::{BackingIndex, Op, OpKind, Plan, Planner};
 use ublk_target::request::{Request, RequestKind};
 use ublk_target::units::Tag;
 use uring_ext::iod::IoDesc;
+use uring_ext::nvme::{Namespace, RangeAddr, Ranges};
 use uring_ext::pool::{BufferPool, Direction, PoolAddr};
 use uring_ext::sqe::Sqe;
 use uring_ext::{Errno, sys};
@@ -87,6 +88,7 @@ impl Entry {
 /// Keeps what was pushed in memory set aside before the measurement.
 pub struct Memory {
     pub pool: BufferPool,
+    pub ranges: Ranges,
     pub queue: VecDeque<Entry>,
     /// It takes nothing.
     pub full: bool,
@@ -100,7 +102,11 @@ impl LaneIo for Memory {
         if self.full || self.queue.len() + sqes.len() > self.queue.capacity() {
             return Err(Errno::EBUSY);
         }
-        self.queue.extend(sqes.iter().map(Entry::decode));
+        let mut rest = sqes;
+        while let Some(sqe) = rest.first() {
+            self.queue.push_back(Entry::decode(sqe));
+            rest = &rest[sqe.width()..];
+        }
         Ok(())
     }
 
@@ -122,6 +128,10 @@ impl LaneIo for Memory {
 
     fn pool_addr(&self, buffer: u16, offset: u32) -> PoolAddr {
         self.pool.addr(buffer, offset)
+    }
+
+    fn range(&mut self, place: u16, namespace: Namespace, offset: u64, len: u64) -> RangeAddr {
+        self.ranges.set(place, namespace, offset, len)
     }
 
     fn now(&mut self) -> u64 {

@@ -9,6 +9,8 @@ mod filesystem;
 mod lend_modes;
 mod lifecycle;
 mod old_kernel;
+mod passthrough;
+mod polled;
 mod splitting;
 mod stats;
 pub(crate) mod trace;
@@ -18,7 +20,7 @@ mod zero_copy;
 use super::TestCase;
 
 /// The tests of all modules here.
-pub const TABLES: [&[TestCase]; 11] = [
+pub const TABLES: [&[TestCase]; 13] = [
     arguments::TESTS,
     backing_errors::TESTS,
     commands::TESTS,
@@ -27,6 +29,8 @@ pub const TABLES: [&[TestCase]; 11] = [
     lend_modes::TESTS,
     lifecycle::TESTS,
     old_kernel::TESTS,
+    passthrough::TESTS,
+    polled::TESTS,
     splitting::TESTS,
     stats::TESTS,
     zero_copy::TESTS,

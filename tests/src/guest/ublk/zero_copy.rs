@@ -16,10 +16,10 @@ pub const TESTS: &[TestCase] = &[
     TestCase::guest("discard_and_write_zeroes_reach_the_drive", TRACING, deallocation).seconds(300),
 ];
 
-const REQUESTS: u64 = 2048;
+pub const REQUESTS: u64 = 2048;
 
 /// Reads and writes a fixed number of blocks.
-fn run_load(ctx: &Ctx, device: &str, rw: &str, block: &str) -> Result<()> {
+pub fn run_load(ctx: &Ctx, device: &str, rw: &str, block: &str) -> Result<()> {
     let filename = format!("filename={device}");
     let blocks = format!("number_ios={REQUESTS}");
     let (rw, block) = (format!("rw={rw}"), format!("bs={block}"));
@@ -90,7 +90,7 @@ fn pages(ctx: &Ctx) -> Result<Outcome> {
 }
 
 /// Counts the requests of a drive that have, and have not, a page of a ublk request.
-fn shared_pages(ctx: &Ctx, device: &Device, drive: &str, rw: &str) -> Result<(u64, u64)> {
+pub fn shared_pages(ctx: &Ctx, device: &Device, drive: &str, rw: &str) -> Result<(u64, u64)> {
     let number = |disk: &str| -> Result<(String, String)> {
         let devt = std::fs::read_to_string(format!("/sys/block/{disk}/dev"))?;
         let (major, minor) = devt.trim().split_once(':').context("a device number")?;
@@ -167,7 +167,7 @@ fn flush_and_fua(_ctx: &Ctx) -> Result<Outcome> {
 }
 
 /// Writes with the FUA bit: bit 30 of command dword 12, bit 14 of its control field.
-fn fua_writes(commands: &NvmeCommands) -> Result<usize> {
+pub fn fua_writes(commands: &NvmeCommands) -> Result<usize> {
     let writes = commands.lines()?.into_iter().filter(|line| line.contains("nvme_cmd_write "));
     let control = |line: String| {
         let rest = line.split("ctrl=0x").nth(1)?.to_owned();

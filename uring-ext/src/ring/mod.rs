@@ -1,6 +1,13 @@
 //! A lane's ring: set-up with fallback, the file and buffer tables, and a safe submission side.
 
-use std::os::fd::{AsRawFd, RawFd};
+mod setup;
+
+pub use setup::{Polling, RingMode, RingSetup};
+
+#[cfg(test)]
+pub(crate) use setup::{SetupParams, flag};
+
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::time::Duration;
 
 use io_uring::{CompletionQueue, IoUring, SubmissionQueue, Submitter, types};
@@ -11,20 +18,6 @@ use crate::sqe::Sqe;
 
 /// The greatest buffer table of a ring (`IORING_MAX_REG_BUFFERS`, `io_uring/rsrc.h`).
 pub const MAX_BUFFER_SLOTS: u32 = 1 << 14;
-
-/// How a ring was set up, best first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RingMode {
-    /// `SINGLE_ISSUER | DEFER_TASKRUN | NO_SQARRAY` (Linux 6.6).
-    DeferTaskrunNoSqarray,
-    /// `SINGLE_ISSUER | DEFER_TASKRUN` (Linux 6.1).
-    DeferTaskrun,
-    /// `COOP_TASKRUN` (Linux 5.19).
-    CoopTaskrun,
-}
-
-const MODES: [RingMode; 3] =
-    [RingMode::DeferTaskrunNoSqarray, RingMode::DeferTaskrun, RingMode::CoopTaskrun];
 
 /// The ring of one thread. Only the thread that made it may submit (`SINGLE_ISSUER`).
 #[derive(Debug)]
@@ -46,11 +39,12 @@ impl Ring {
     ///
     /// # Errors
     /// `ENOSYS` or `EPERM` where io_uring is absent or forbidden (`kernel.io_uring_disabled`),
-    /// `ENOMEM` where memory or the locked-memory limit does not suffice.
-    pub fn new(sq_entries: u32, cq_entries: u32) -> Result<Self, Errno> {
+    /// `EINVAL` where the kernel lacks what was asked for, `ENOMEM` where memory or the
+    /// locked-memory limit does not suffice.
+    pub fn new(setup: &RingSetup) -> Result<Self, Errno> {
         let mut last = Errno::EINVAL;
-        for mode in MODES {
-            match build(mode, sq_entries, cq_entries) {
+        for mode in RingMode::ALL {
+            match setup.build(mode) {
                 Ok(ring) => return Ok(Self { ring: RingInner(ring), mode }),
                 // Only an unknown flag is worth another try.
                 Err(error) if Errno::of(&error) == Errno::EINVAL => last = Errno::EINVAL,
@@ -104,7 +98,7 @@ impl Ring {
         let (mut submitter, sq, cq) = self.ring.0.split();
         // Older kernels lack it; then the plain descriptor serves.
         let _ = submitter.register_ring_fd();
-        Queues { submitter, sq, cq }
+        Queues { submitter, sq, cq, pushed: 0 }
     }
 }
 
@@ -113,23 +107,6 @@ impl AsRawFd for Ring {
     fn as_raw_fd(&self) -> RawFd {
         self.ring.0.as_raw_fd()
     }
-}
-
-fn build(mode: RingMode, sq_entries: u32, cq_entries: u32) -> std::io::Result<IoUring> {
-    let mut builder = IoUring::builder();
-    builder.setup_cqsize(cq_entries).setup_clamp().setup_submit_all();
-    match mode {
-        RingMode::DeferTaskrunNoSqarray => {
-            builder.setup_single_issuer().setup_defer_taskrun().setup_no_sqarray();
-        }
-        RingMode::DeferTaskrun => {
-            builder.setup_single_issuer().setup_defer_taskrun();
-        }
-        RingMode::CoopTaskrun => {
-            builder.setup_coop_taskrun();
-        }
-    }
-    builder.build(sq_entries)
 }
 
 /// A completion, as the kernel gave it.
@@ -141,11 +118,18 @@ pub struct Cqe {
     pub res: i32,
 }
 
+/// `IORING_CQE_F_SKIP`: fills the end of the queue, since a double completion has no gap.
+const CQE_SKIP: u32 = 1 << 5;
+/// `IORING_CQE_F_32`: a second half follows.
+const CQE_DOUBLE: u32 = 1 << 15;
+
 /// Submission and completion side of a [`Ring`].
 pub struct Queues<'ring> {
     submitter: Submitter<'ring>,
     sq: SubmissionQueue<'ring>,
     cq: CompletionQueue<'ring>,
+    /// Entries queued in this ring's life, to know which of them is at the end of the array.
+    pushed: usize,
 }
 
 impl Queues<'_> {
@@ -156,15 +140,29 @@ impl Queues<'_> {
     /// `EBUSY` if there is still no room, since the kernel did not take what was queued; otherwise
     /// that of `io_uring_enter(2)`.
     pub fn push(&mut self, sqes: &[Sqe]) -> Result<(), Errno> {
-        if self.sq.capacity() - self.sq.len() < sqes.len() {
+        let padding = padding(sqes, self.sq.capacity(), self.pushed);
+        let room = self.sq.capacity() - self.sq.len();
+        if room < padding + sqes.len() {
             self.enter(0)?;
+            if self.sq.capacity() - self.sq.len() < padding + sqes.len() {
+                return Err(Errno::EBUSY);
+            }
         }
+        for _ in 0..padding {
+            self.push_entries(&[Sqe::nop().skip_success()])?;
+        }
+        self.push_entries(sqes)
+    }
+
+    fn push_entries(&mut self, sqes: &[Sqe]) -> Result<(), Errno> {
         // SAFETY: an `Sqe` names memory only by slot or in a pool that is never unmapped.
         let pushed = unsafe { self.sq.push_multiple(Sqe::entries(sqes)) };
+        self.pushed = self.pushed.wrapping_add(sqes.len());
         pushed.map_err(|_full| Errno::EBUSY)
     }
 
-    /// Submits what is queued.
+    /// Submits what is queued. A ring that polls looks once for completions, and one that
+    /// [shows its work](RingSetup::show_work) does it. Does not wait.
     ///
     /// # Errors
     /// See [`Queues::submit_and_wait`].
@@ -216,12 +214,73 @@ impl Queues<'_> {
     pub fn reap(&mut self, into: &mut [Cqe]) -> usize {
         self.cq.sync();
         let mut count = 0;
-        for (slot, cqe) in into.iter_mut().zip(&mut self.cq) {
-            *slot = Cqe { user_data: cqe.user_data(), res: cqe.result() };
+        while count < into.len() {
+            let Some(cqe) = self.cq.next() else { break };
+            let flags = cqe.flags();
+            if flags & (CQE_SKIP | CQE_DOUBLE) != 0 {
+                if flags & CQE_SKIP != 0 {
+                    continue;
+                }
+                // The second half comes with the first; nothing in it is of use here.
+                let _ = self.cq.next();
+            }
+            into[count] = Cqe { user_data: cqe.user_data(), res: cqe.result() };
             count += 1;
         }
+        // Now, so that the kernel does not take what was reaped for news and refuse to wait.
+        self.cq.sync();
         count
     }
+
+    /// Whether entries wait to be submitted.
+    pub fn has_queued(&mut self) -> bool {
+        self.sq.sync();
+        !self.sq.is_empty()
+    }
+
+    /// Whether the kernel has work for this thread that [`Queues::submit`] would run, or
+    /// completions are there. Known only to rings that [show it](RingSetup::show_work).
+    pub fn has_news(&mut self) -> bool {
+        self.cq.sync();
+        self.sq.taskrun() || !self.cq.is_empty()
+    }
+
+    /// Registers an event descriptor that is written to when there is work or a completion, as
+    /// long as [`Queues::signal`] asks for that (`IORING_REGISTER_EVENTFD`).
+    ///
+    /// # Errors
+    /// `EBUSY` if there is one.
+    pub fn register_event(&mut self, event: BorrowedFd<'_>) -> Result<(), Errno> {
+        let registered = self.submitter.register_eventfd(event.as_raw_fd());
+        registered.map_err(|error| Errno::of(&error))
+    }
+
+    /// Turns the writing to the event descriptor on or off (`IORING_CQ_EVENTFD_DISABLED`, Linux
+    /// 5.8).
+    pub fn signal(&mut self, on: bool) {
+        if on {
+            self.cq.enable_eventfd();
+        } else {
+            self.cq.disable_eventfd();
+        }
+    }
+}
+
+/// How many entries to put in front of these, `pushed` having gone before, so that no double one
+/// lies across the end of the array, where the kernel does not take it.
+fn padding(sqes: &[Sqe], capacity: usize, pushed: usize) -> usize {
+    if sqes.len() == 1 {
+        return 0;
+    }
+    let left = capacity - pushed % capacity;
+    let mut at = 0;
+    while let Some(sqe) = sqes.get(at) {
+        if at < left && left < at + sqe.width() {
+            return left;
+        }
+        at += sqe.width();
+    }
+    0
 }
 
 #[cfg(test)]
@@ -231,6 +290,7 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     use super::*;
+    use crate::nvme::Namespace;
     use crate::sqe::{FixedBuffer, FixedFile};
 
     /// Pushes one entry and returns the result of its completion.
@@ -253,7 +313,7 @@ mod tests {
     fn pool_buffers_move_bytes_through_fixed_files() {
         let mut file: File = tempfile();
         file.write_all(&[7_u8; 8192]).unwrap();
-        let mut ring = Ring::new(4, 8).unwrap();
+        let mut ring = ring(4, 8);
         let pool = BufferPool::new(2, 4096).unwrap();
         ring.register_files(&[file.as_raw_fd()]).unwrap();
         ring.register_slots_and_pool(1, &pool).unwrap();
@@ -271,7 +331,7 @@ mod tests {
     #[test]
     fn an_empty_slot_is_an_error_of_the_operation() {
         let file = tempfile();
-        let mut ring = Ring::new(4, 8).unwrap();
+        let mut ring = ring(4, 8);
         ring.register_files(&[file.as_raw_fd()]).unwrap();
         ring.register_slots(4).unwrap();
         let mut queues = ring.queues();
@@ -283,7 +343,7 @@ mod tests {
     #[test]
     fn a_full_queue_is_submitted_and_nothing_is_lost() {
         let file = tempfile();
-        let mut ring = Ring::new(2, 64).unwrap();
+        let mut ring = ring(2, 64);
         ring.register_files(&[file.as_raw_fd()]).unwrap();
         let mut queues = ring.queues();
         for user_data in 0..20 {
@@ -300,6 +360,33 @@ mod tests {
                 assert!(!std::mem::replace(&mut seen[index], true));
             }
         }
+    }
+
+    #[test]
+    fn double_entries_do_not_lie_across_the_end() {
+        let [first, second] = Namespace { nsid: 1, block_shift: 9 }.flush(FixedFile(1));
+        let double = vec![first.clone(), second.clone()];
+        let chain = vec![Sqe::nop().hard_link(), first.hard_link(), second, Sqe::nop()];
+        let singles = vec![Sqe::nop(), Sqe::nop(), Sqe::nop()];
+        let table = [
+            (&singles, 7, 0),
+            (&double, 6, 0),
+            (&double, 7, 1),
+            (&double, 15, 1),
+            (&double, 8, 0),
+            (&chain, 4, 0),
+            // Its double entry would begin at the last place.
+            (&chain, 6, 2),
+            (&chain, 5, 0),
+            (&chain, 7, 0),
+        ];
+        for (sqes, pushed, expected) in table {
+            assert_eq!(padding(sqes, 8, pushed), expected, "{} after {pushed}", sqes.len());
+        }
+    }
+
+    fn ring(sq_entries: u32, cq_entries: u32) -> Ring {
+        Ring::new(&RingSetup { sq_entries, cq_entries, ..RingSetup::default() }).unwrap()
     }
 
     fn tempfile() -> File {

@@ -1,0 +1,123 @@
+//! What a lane asks of the kernel, on real rings.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use uring_ext::Errno;
+use uring_ext::iod::{IoDesc, IoDescArray};
+use uring_ext::nvme::{Namespace, RangeAddr, Ranges};
+use uring_ext::pool::{BufferPool, Direction, PoolAddr, RequestAddr};
+use uring_ext::ring::{Cqe, Queues};
+use uring_ext::sqe::Sqe;
+
+use super::io_lane::IoLane;
+use super::side_ring::SideQueues;
+use crate::lane::{LaneError, LaneIo, RingRole};
+use crate::units::Tag;
+
+/// What a lane works with, beside its rings.
+pub(super) struct Parts {
+    pub iods: IoDescArray,
+    pub pool: Option<BufferPool>,
+    pub ranges: Option<Ranges>,
+    pub cdev: Arc<File>,
+    pub io_lane: Option<IoLane>,
+}
+
+/// The lane's ring, or rings.
+pub(super) struct RingIo<'ring> {
+    pub queues: Queues<'ring>,
+    /// Where `queues` polls.
+    pub side: Option<SideQueues<'ring>>,
+    pub qid: u16,
+    pub parts: Parts,
+}
+
+impl RingIo<'_> {
+    /// Submits what is queued.
+    pub fn submit(&mut self) -> Result<(), LaneError> {
+        self.tell_io_lane()?;
+        match &mut self.side {
+            None => self.queues.submit(),
+            Some(side) => side.poll(&mut self.queues),
+        }
+        .map_err(LaneError::Ring)
+    }
+
+    /// Submits what is queued and waits for a completion, no longer than `patience`. Where the ring
+    /// polls and there are `transfers` in flight, it looks once and does not wait.
+    pub fn submit_and_wait(
+        &mut self,
+        patience: Option<Duration>,
+        transfers: usize,
+    ) -> Result<(), LaneError> {
+        self.tell_io_lane()?;
+        match (&mut self.side, patience) {
+            (Some(side), _) if transfers > 0 => side.poll(&mut self.queues),
+            (Some(side), limit) => side.sleep(&mut self.queues, limit),
+            (None, None) => self.queues.submit_and_wait(),
+            (None, Some(limit)) => self.queues.submit_and_wait_for(limit),
+        }
+        .map_err(LaneError::Ring)
+    }
+
+    /// Takes completions, as many as fit; returns how many.
+    pub fn reap(&mut self, into: &mut [Cqe]) -> usize {
+        let count = self.queues.reap(into);
+        match &mut self.side {
+            None => count,
+            Some(side) => count + side.reap(&mut into[count..]),
+        }
+    }
+
+    fn tell_io_lane(&mut self) -> Result<(), LaneError> {
+        let message = self.parts.io_lane.as_mut().and_then(IoLane::message);
+        message.map_or(Ok(()), |sqe| self.queues.push(&[sqe]).map_err(LaneError::Ring))
+    }
+}
+
+impl LaneIo for RingIo<'_> {
+    fn push(&mut self, role: RingRole, sqes: &[Sqe]) -> Result<(), Errno> {
+        match (role, &mut self.parts.io_lane, &mut self.side) {
+            (RingRole::Io, Some(io_lane), _) => io_lane.push(sqes),
+            (RingRole::Side, _, Some(side)) => side.push(sqes),
+            (RingRole::Fetch | RingRole::Io | RingRole::Side, _, _) => self.queues.push(sqes),
+        }
+    }
+
+    fn iod(&self, tag: Tag) -> IoDesc {
+        self.parts.iods.get(tag.0)
+    }
+
+    fn copy(&mut self, tag: Tag, buffer: u16, direction: Direction, from: u32, to: u32) -> i32 {
+        let Some(pool) = &self.parts.pool else { return Errno::EINVAL.negated() };
+        let request = RequestAddr { qid: self.qid, tag: tag.0 };
+        let cdev = self.parts.cdev.as_fd();
+        match pool.copy(cdev, request, direction, buffer, from, to - from) {
+            Ok(copied) => i32::try_from(copied).unwrap_or(i32::MAX),
+            Err(errno) => errno.negated(),
+        }
+    }
+
+    fn pool_addr(&self, buffer: u16, offset: u32) -> PoolAddr {
+        match &self.parts.pool {
+            Some(pool) => pool.addr(buffer, offset),
+            // The slot table says how many buffers there are, and they were made by it.
+            None => unreachable!("a table without a pool has no pool slots"),
+        }
+    }
+
+    fn range(&mut self, place: u16, namespace: Namespace, offset: u64, len: u64) -> RangeAddr {
+        match &mut self.parts.ranges {
+            Some(ranges) => ranges.set(place, namespace, offset, len),
+            // They are made for lanes that have a namespace among their backings.
+            None => unreachable!("a lane without a namespace deallocates nothing"),
+        }
+    }
+
+    fn now(&mut self) -> u64 {
+        super::lane::precise_now()
+    }
+}

@@ -1,0 +1,418 @@
+//! NVMe commands to a namespace's generic device (`/dev/ngXnY`), past the block layer.
+//!
+//! The kernel hands such a command to the drive as it is: it is never split, and fails with
+//! `EINVAL` if it is longer than `max_hw_sectors`. If its segments do not fit the queue's limits,
+//! the kernel copies silently (`blk_rq_map_user_iov`); devices that inherit all limits have no
+//! such requests. Numbers are those of the NVMe base and NVM command set specifications.
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use crate::Errno;
+use crate::pool::{BufferPool, PoolAddr};
+use crate::sqe::{FixedBuffer, FixedFile, Sqe};
+
+/// `NVME_URING_CMD_IO` (`include/uapi/linux/nvme_ioctl.h`, Linux 5.19).
+const URING_CMD_IO: u32 = 0xc048_4e80;
+/// `NVME_IOCTL_ID`.
+const IOCTL_ID: u32 = 0x4e40;
+/// `NVME_IOCTL_ADMIN_CMD`.
+const IOCTL_ADMIN_CMD: u32 = 0xc048_4e41;
+
+/// Most blocks of a read, write or write-zeroes command (its count has 16 bits).
+pub const MAX_BLOCKS: u64 = 1 << 16;
+
+/// `struct nvme_uring_cmd`; `struct nvme_passthru_cmd` is the same but for its last field, which
+/// is the result.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+struct Command {
+    opcode: u8,
+    flags: u8,
+    rsvd1: u16,
+    nsid: u32,
+    cdw2: u32,
+    cdw3: u32,
+    metadata: u64,
+    addr: u64,
+    metadata_len: u32,
+    data_len: u32,
+    cdw10: u32,
+    cdw11: u32,
+    cdw12: u32,
+    cdw13: u32,
+    cdw14: u32,
+    cdw15: u32,
+    timeout_ms: u32,
+    rsvd2: u32,
+}
+
+mod opcode {
+    pub const FLUSH: u8 = 0x00;
+    pub const WRITE: u8 = 0x01;
+    pub const READ: u8 = 0x02;
+    pub const WRITE_ZEROES: u8 = 0x08;
+    pub const DATASET_MANAGEMENT: u8 = 0x09;
+    /// Admin.
+    pub const IDENTIFY: u8 = 0x06;
+}
+
+/// Command dword 12: force unit access.
+const FUA: u32 = 1 << 30;
+/// Command dword 12 of write-zeroes: the blocks may be deallocated.
+const DEALLOCATE: u32 = 1 << 25;
+/// Command dword 11 of dataset management: deallocate the ranges.
+const AD: u32 = 1 << 2;
+
+/// Which namespace commands are for, and how it counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Namespace {
+    /// Its number.
+    pub nsid: u32,
+    /// Base-two logarithm of its block size.
+    pub block_shift: u8,
+}
+
+impl Namespace {
+    /// Number of the block that a byte is in.
+    fn block_of(self, offset: u64) -> u64 {
+        offset >> self.block_shift
+    }
+
+    /// A count of blocks, as the commands have it: less one.
+    fn count_less_one(self, len: u64) -> u32 {
+        u32::try_from((len >> self.block_shift).saturating_sub(1)).unwrap_or(u32::MAX)
+    }
+
+    fn command(self, opcode: u8) -> Command {
+        Command { opcode, nsid: self.nsid, ..Command::default() }
+    }
+
+    fn transfer(self, opcode: u8, buffer: FixedBuffer, len: u32, offset: u64) -> Command {
+        Command {
+            addr: buffer.addr(),
+            data_len: len,
+            cdw12: self.count_less_one(len.into()),
+            ..self.ranged(opcode, offset)
+        }
+    }
+
+    fn ranged(self, opcode: u8, offset: u64) -> Command {
+        let [cdw10, cdw11] = halves(self.block_of(offset));
+        Command { cdw10, cdw11, ..self.command(opcode) }
+    }
+
+    /// Reads `len` bytes at byte `offset` into a fixed buffer.
+    #[must_use]
+    pub fn read(self, file: FixedFile, buffer: FixedBuffer, len: u32, offset: u64) -> [Sqe; 2] {
+        entry(file, Some(buffer.slot()), self.transfer(opcode::READ, buffer, len, offset))
+    }
+
+    /// Writes `len` bytes from a fixed buffer at byte `offset`. With `fua` the data is on stable
+    /// storage at completion.
+    #[must_use]
+    pub fn write(
+        self,
+        file: FixedFile,
+        buffer: FixedBuffer,
+        len: u32,
+        offset: u64,
+        fua: bool,
+    ) -> [Sqe; 2] {
+        let mut command = self.transfer(opcode::WRITE, buffer, len, offset);
+        command.cdw12 |= if fua { FUA } else { 0 };
+        entry(file, Some(buffer.slot()), command)
+    }
+
+    /// Brings completed writes to stable storage.
+    #[must_use]
+    pub fn flush(self, file: FixedFile) -> [Sqe; 2] {
+        entry(file, None, self.command(opcode::FLUSH))
+    }
+
+    /// Makes at most [`MAX_BLOCKS`] blocks read as zeros; they may be deallocated.
+    #[must_use]
+    pub fn write_zeroes(
+        self,
+        file: FixedFile,
+        offset: u64,
+        len: u64,
+        deallocate: bool,
+    ) -> [Sqe; 2] {
+        let mut command = self.ranged(opcode::WRITE_ZEROES, offset);
+        command.cdw12 = self.count_less_one(len) | if deallocate { DEALLOCATE } else { 0 };
+        entry(file, None, command)
+    }
+
+    /// Deallocates the range that [`Ranges::set`] has written down.
+    #[must_use]
+    pub fn deallocate(self, file: FixedFile, range: RangeAddr) -> [Sqe; 2] {
+        let mut command = self.command(opcode::DATASET_MANAGEMENT);
+        command.addr = range.0.get();
+        command.data_len = RANGE_BYTES;
+        command.cdw11 = AD;
+        entry(file, None, command)
+    }
+}
+
+fn halves(number: u64) -> [u32; 2] {
+    let [a, b, c, d, e, f, g, h] = number.to_le_bytes();
+    [u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h])]
+}
+
+fn entry(file: FixedFile, buffer: Option<u16>, command: Command) -> [Sqe; 2] {
+    const { assert!(size_of::<Command>() == 72) };
+    // SAFETY: a command is 72 bytes of integers without padding.
+    let bytes = unsafe { std::mem::transmute::<Command, [u8; 72]>(command) };
+    let mut payload = [0; 80];
+    payload[..72].copy_from_slice(&bytes);
+    Sqe::double_command(file, URING_CMD_IO, buffer, &payload)
+}
+
+/// The errno that a command's result stands for: a negated one of the kernel, or the status of the
+/// drive as the block layer translates it (`nvme_error_status`); `None` for success.
+#[must_use]
+pub fn error_of(res: i32) -> Option<Errno> {
+    if let Err(errno) = Errno::from_result(res) {
+        return Some(errno);
+    }
+    // Type and code of the status; above them is advice.
+    match res & 0x7ff {
+        0 => None,
+        // Invalid opcode, field or namespace; bad attributes.
+        0x001 | 0x002 | 0x00b | 0x180 => Some(Errno::EOPNOTSUPP),
+        // Interrupted, not ready. The block layer tries again, and so may who asked.
+        0x021 | 0x082 => Some(Errno::EAGAIN),
+        // Beyond the end.
+        0x080 => Some(Errno::EREMOTEIO),
+        // Capacity exceeded.
+        0x081 => Some(Errno::ENOSPC),
+        // Reservation conflict.
+        0x083 => Some(Errno::EBADE),
+        // Protection information is invalid, or does not match.
+        0x181 | 0x282..=0x284 => Some(Errno::EILSEQ),
+        // Read-only, write fault, unrecovered read, comparing failed, access denied, deallocated.
+        0x182 | 0x280 | 0x281 | 0x285..=0x287 => Some(Errno::ENODATA),
+        _ => Some(Errno::EIO),
+    }
+}
+
+const RANGE_BYTES: u32 = 16;
+
+/// Memory for the ranges that dataset management commands read while they are in flight: one for
+/// each of a number of places. It stays mapped until the process ends.
+#[derive(Clone, Copy, Debug)]
+pub struct Ranges(BufferPool);
+
+/// A range in memory that stays mapped for ever.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RangeAddr(PoolAddr);
+
+impl RangeAddr {
+    /// The address as the kernel takes it.
+    #[must_use]
+    pub const fn get(self) -> u64 {
+        self.0.get()
+    }
+}
+
+impl Ranges {
+    /// Memory for `count` ranges.
+    ///
+    /// # Errors
+    /// `ENOMEM`; `EINVAL` for none.
+    pub fn new(count: u16) -> Result<Self, Errno> {
+        BufferPool::new(1, u32::from(count) * RANGE_BYTES).map(Self)
+    }
+
+    /// Writes down the range of `len` bytes at byte `offset` of a namespace.
+    ///
+    /// # Panics
+    /// If there is no such place.
+    pub fn set(&mut self, place: u16, namespace: Namespace, offset: u64, len: u64) -> RangeAddr {
+        let blocks = u32::try_from(len >> namespace.block_shift).unwrap_or(u32::MAX);
+        let mut range = [0; RANGE_BYTES as usize];
+        range[4..8].copy_from_slice(&blocks.to_le_bytes());
+        range[8..16].copy_from_slice(&namespace.block_of(offset).to_le_bytes());
+        let at = u32::from(place) * RANGE_BYTES;
+        self.0.write(0, at, &range);
+        RangeAddr(self.0.addr(0, at))
+    }
+}
+
+/// What a namespace says of itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// Its number and block size.
+    pub namespace: Namespace,
+    /// Its size in blocks.
+    pub blocks: u64,
+    /// Bytes of metadata of each block in its present format.
+    pub metadata_bytes: u16,
+    /// Blocks deallocated by write-zeroes read as zeros.
+    pub deallocates_zeroes: bool,
+}
+
+/// Asks the namespace behind a generic device or a block device for its format (`Identify`).
+///
+/// # Errors
+/// `ENOTTY` if it is no NVMe device, `EACCES` without permission, `EIO` if the drive refuses or
+/// says what makes no sense.
+pub fn identify(device: BorrowedFd<'_>) -> Result<Identity, Errno> {
+    // SAFETY: the request takes no argument.
+    let nsid = unsafe { libc::ioctl(device.as_raw_fd(), IOCTL_ID.into()) };
+    let nsid = u32::try_from(nsid).map_err(|_| last_errno())?;
+    let mut data = [0_u8; 4096];
+    let mut command = Command {
+        opcode: opcode::IDENTIFY,
+        nsid,
+        addr: data.as_mut_ptr().expose_provenance() as u64,
+        data_len: 4096,
+        ..Command::default()
+    };
+    // SAFETY: the command has the layout of `struct nvme_passthru_cmd`; it and the 4,096 bytes that
+    // it names outlive the call, after which the kernel uses neither.
+    let done = unsafe {
+        libc::ioctl(device.as_raw_fd(), IOCTL_ADMIN_CMD.into(), std::ptr::from_mut(&mut command))
+    };
+    match done {
+        0 => parse(nsid, &data).ok_or(Errno::EIO),
+        status => Err(if status < 0 { last_errno() } else { Errno::EIO }),
+    }
+}
+
+fn last_errno() -> Errno {
+    Errno::of(&std::io::Error::last_os_error())
+}
+
+/// Reads `Identify Namespace` data.
+fn parse(nsid: u32, data: &[u8; 4096]) -> Option<Identity> {
+    let blocks = u64::from_le_bytes(data[0..8].try_into().ok()?);
+    let (formats, current) = (data[25], data[26]);
+    // The index has two more bits above the flag of interleaved metadata.
+    let index = (current & 0xf) | (current >> 1 & 0x30);
+    if index > formats {
+        return None;
+    }
+    let format = 128 + 4 * usize::from(index);
+    let metadata_bytes = u16::from_le_bytes(data[format..format + 2].try_into().ok()?);
+    let block_shift = data[format + 2];
+    let behaviour = data[33];
+    (9..=16).contains(&block_shift).then_some(Identity {
+        namespace: Namespace { nsid, block_shift },
+        blocks,
+        metadata_bytes,
+        deallocates_zeroes: behaviour & 0x7 == 1 && behaviour & (1 << 3) != 0,
+    })
+}
+
+/// What the test against the kernel's headers compares.
+#[cfg(test)]
+pub(crate) fn facts(mut add: impl FnMut(&str, u64)) {
+    use std::mem::offset_of;
+    add("sizeof(struct nvme_uring_cmd)", 72);
+    add("sizeof(struct nvme_passthru_cmd)", 72);
+    add("offsetof(struct nvme_uring_cmd, nsid)", offset_of!(Command, nsid) as u64);
+    add("offsetof(struct nvme_uring_cmd, addr)", offset_of!(Command, addr) as u64);
+    add("offsetof(struct nvme_passthru_cmd, addr)", offset_of!(Command, addr) as u64);
+    add("offsetof(struct nvme_uring_cmd, data_len)", offset_of!(Command, data_len) as u64);
+    add("offsetof(struct nvme_uring_cmd, cdw10)", offset_of!(Command, cdw10) as u64);
+    add("offsetof(struct nvme_uring_cmd, timeout_ms)", offset_of!(Command, timeout_ms) as u64);
+    add("NVME_URING_CMD_IO", URING_CMD_IO.into());
+    add("NVME_IOCTL_ID", IOCTL_ID.into());
+    add("NVME_IOCTL_ADMIN_CMD", IOCTL_ADMIN_CMD.into());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NAMESPACE: Namespace = Namespace { nsid: 3, block_shift: 12 };
+
+    /// The 72 bytes of a command, from both halves of its entry.
+    fn command(entry: &[Sqe; 2]) -> Vec<u8> {
+        assert_eq!((entry[0].width(), entry[0].as_bytes()[0]), (2, 64), "IORING_OP_URING_CMD128");
+        [&entry[0].as_bytes()[48..], &entry[1].as_bytes()[..56]].concat()
+    }
+
+    fn dword(command: &[u8], at: usize) -> u32 {
+        u32::from_ne_bytes(command[at..at + 4].try_into().unwrap())
+    }
+
+    #[test]
+    fn transfers_name_slot_offset_and_blocks() {
+        let lent = FixedBuffer::Lent { slot: 9, offset: 512 };
+        let start = (5 << 44) | 0x3000;
+        let entry = NAMESPACE.write(FixedFile(2), lent, 8192, start, true);
+        let head = entry[0].as_bytes();
+        assert_eq!((head[1], head[4], head[28], head[40]), (1, 2, 1, 9), "fixed file and buffer");
+        assert_eq!(u32::from_ne_bytes(head[8..12].try_into().unwrap()), 0xc048_4e80);
+        let bytes = command(&entry);
+        assert_eq!((bytes[0], dword(&bytes, 4)), (1, 3), "write to namespace 3");
+        assert_eq!((dword(&bytes, 24), dword(&bytes, 36)), (512, 8192), "address and length");
+        assert_eq!((dword(&bytes, 40), dword(&bytes, 44)), (3, 5), "first block, two dwords");
+        assert_eq!(dword(&bytes, 48), (1 << 30) | 1, "FUA, and two blocks less one");
+        let bytes = command(&NAMESPACE.read(FixedFile(2), lent, 4096, 0));
+        assert_eq!((bytes[0], dword(&bytes, 48)), (2, 0));
+    }
+
+    #[test]
+    fn commands_without_data_have_no_buffer() {
+        let flush = NAMESPACE.flush(FixedFile(1));
+        assert_eq!((flush[0].as_bytes()[28], command(&flush)[0]), (0, 0));
+        let zeroes = command(&NAMESPACE.write_zeroes(FixedFile(1), 8192, 1 << 20, true));
+        assert_eq!((zeroes[0], dword(&zeroes, 40), dword(&zeroes, 48)), (8, 2, (1 << 25) | 255));
+        let kept = command(&NAMESPACE.write_zeroes(FixedFile(1), 0, MAX_BLOCKS << 12, false));
+        assert_eq!(dword(&kept, 48), 0xffff);
+        let mut ranges = Ranges::new(3).unwrap();
+        let range = ranges.set(2, NAMESPACE, 4096 * 7, 4096 * 100);
+        let entry = NAMESPACE.deallocate(FixedFile(1), range);
+        let bytes = command(&entry);
+        assert_eq!((bytes[0], dword(&bytes, 40), dword(&bytes, 44)), (9, 0, 4));
+        assert_eq!((entry[0].as_bytes()[28], dword(&bytes, 36)), (0, 16));
+        let addr =
+            std::ptr::with_exposed_provenance::<[u32; 4]>(usize::try_from(range.get()).unwrap());
+        // SAFETY: the range lies in memory that is never unmapped, and nobody writes to it now.
+        let written = unsafe { addr.read() };
+        assert_eq!(written, [0, 100, 7, 0], "attributes, blocks, first block");
+    }
+
+    #[test]
+    fn a_status_is_an_error_as_the_block_layer_has_it() {
+        let table = [
+            (0, None),
+            (-5, Some(Errno::EIO)),
+            (-libc::EAGAIN, Some(Errno::EAGAIN)),
+            (0x4002, Some(Errno::EOPNOTSUPP)),
+            (0x2080, Some(Errno::EREMOTEIO)),
+            (0x4081, Some(Errno::ENOSPC)),
+            (0x0281, Some(Errno::ENODATA)),
+            (0x0006, Some(Errno::EIO)),
+        ];
+        for (res, expected) in table {
+            assert_eq!(error_of(res), expected, "{res:#x}");
+        }
+    }
+
+    #[test]
+    fn the_format_in_use_is_read() {
+        let mut data = [0; 4096];
+        data[0..8].copy_from_slice(&1000_u64.to_le_bytes());
+        (data[25], data[26], data[33]) = (2, 0x11, 0x09);
+        data[128..132].copy_from_slice(&[0, 0, 9, 0]);
+        data[132..136].copy_from_slice(&[8, 0, 12, 0]);
+        let identity = Identity {
+            namespace: Namespace { nsid: 1, block_shift: 12 },
+            blocks: 1000,
+            metadata_bytes: 8,
+            deallocates_zeroes: true,
+        };
+        assert_eq!(parse(1, &data), Some(identity));
+        data[26] = 0;
+        assert_eq!(
+            parse(1, &data).map(|ns| (ns.namespace.block_shift, ns.metadata_bytes)),
+            Some((9, 0))
+        );
+        data[26] = 3;
+        assert_eq!(parse(1, &data), None, "a format that is not there");
+    }
+}
