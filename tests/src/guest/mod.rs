@@ -9,6 +9,7 @@ pub mod direct;
 pub mod dm;
 pub mod drives;
 pub mod fio;
+pub mod losetup;
 pub mod process;
 mod selftest;
 pub(crate) mod ublk;

@@ -142,7 +142,7 @@ struct Device {
     /// the time that operations take (Linux 7.1, and drives with queues for it)
     #[arg(long, value_name = "HOW", num_args = 0..=1, default_missing_value = "busy")]
     poll: Option<Poll>,
-    /// With --poll: what to do about a backing without queues for it
+    /// With --poll: what to do where a backing has no queues for it
     #[arg(long, value_name = "WHAT", default_value = "refuse", requires = "poll")]
     unpolled: Unpolled,
     /// Stay in the foreground and log to the terminal
@@ -165,12 +165,12 @@ enum Poll {
     Hybrid,
 }
 
-/// What to do about a backing that cannot be polled.
+/// What to do where a backing cannot be polled.
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum Unpolled {
-    /// Refuse to serve it
+    /// Refuse to serve the device
     Refuse,
-    /// Let it interrupt
+    /// Serve all of it by interrupt
     Interrupt,
 }
 

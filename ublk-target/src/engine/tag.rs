@@ -197,10 +197,34 @@ impl Run {
     /// What the request is answered with.
     pub fn result(&self) -> Result<i32, Errno> {
         match self.error {
+            // A client's io_uring would issue such a read or write again and again
+            // (`io_rw_should_reissue`).
+            Some(Errno::EOPNOTSUPP) if self.request.has_data() => Err(Errno::EIO),
             Some(errno) => Err(errno),
             // The driver takes any result of zero or more as full success of the other kinds.
             None if !self.request.has_data() => Ok(0),
             None => i32::try_from(self.request.len).map_err(|_| Errno::EINVAL),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_answer_makes_a_client_ask_for_ever() {
+        let read = RequestKind::Read;
+        let table = [
+            (read, Errno::EOPNOTSUPP, Errno::EIO),
+            (RequestKind::Write { fua: true }, Errno::EOPNOTSUPP, Errno::EIO),
+            (RequestKind::Discard, Errno::EOPNOTSUPP, Errno::EOPNOTSUPP),
+            (read, Errno::ENODATA, Errno::ENODATA),
+        ];
+        for (kind, error, answer) in table {
+            let mut run = Run::new(Request { kind, offset: 0, len: 512 }, Stamps::default());
+            run.fail(error);
+            assert_eq!(run.result(), Err(answer), "{kind:?}");
         }
     }
 }

@@ -38,7 +38,7 @@ pub struct DeviceConfig {
     pub passthru: bool,
     /// How completions of operations are found.
     pub polling: Polling,
-    /// What to do about backings that cannot be polled.
+    /// What to do where a backing cannot be polled.
     pub unpolled: Unpolled,
     /// The target.
     pub target: TargetConfig,

@@ -245,7 +245,7 @@ impl Server {
                     deadline: config.io_timeout.map(as_ns),
                 },
                 io_lane: config.io_lane,
-                polling: config.polling,
+                polling: plan.layout.polling,
                 faults: plan.faults,
                 buffer_bytes: plan.layout.buffer_bytes,
                 target: plan.layout.target.clone(),

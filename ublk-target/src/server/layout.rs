@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use uring_ext::feature::{Features, USER_COPY};
 use uring_ext::iod::page_size;
-use uring_ext::ring::MAX_BUFFER_SLOTS;
+use uring_ext::ring::{MAX_BUFFER_SLOTS, Polling};
 
 use super::config::{DeviceConfig, DeviceError, ExtentConfig, ExtentProblem, TargetConfig};
 use super::polling;
@@ -32,6 +32,7 @@ pub(super) struct Layout {
     pub limits: Limits,
     pub size: Bytes,
     pub buffer_bytes: u32,
+    pub polling: Polling,
 }
 
 impl Layout {
@@ -44,14 +45,15 @@ impl Layout {
             TargetConfig::Linear { extents } => linear(extents, passthru)?,
             TargetConfig::Stripe { chunk, files } => stripe(*chunk, files, passthru)?,
         };
-        polling::check_backings(config, &backings)?;
+        let polling = polling::choose(config, &backings)?;
         let page = u32::try_from(page_size()).unwrap_or(4096);
         let cap = match lend {
             LendMode::Fused | LendMode::Slot => u32::MAX,
             LendMode::UserCopy | LendMode::Copy => COPY_MAX_IO,
         };
         let buffer_bytes = limits.buffer_bytes(cap, page);
-        Ok(Self { name, target, backings: backings.into(), limits, size, buffer_bytes })
+        let backings = backings.into();
+        Ok(Self { name, target, backings, limits, size, buffer_bytes, polling })
     }
 
     /// What requests of the device have to keep to.

@@ -11,14 +11,14 @@ use crate::kernel::KernelVersion;
 /// The first kernel whose driver takes its commands on a ring that polls.
 const FIRST_KERNEL: KernelVersion = KernelVersion(7, 1);
 
-/// What to do about a backing whose drive has no queues to be polled.
+/// What to do where a backing has no queues to be polled. A polling ring cannot serve it: the block
+/// layer refuses what it cannot poll for with `EOPNOTSUPP` (`submit_bio_noacct`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Unpolled {
-    /// Refuse to serve it.
+    /// Refuse to serve the device.
     #[default]
     Refuse,
-    /// Let it interrupt. The lane looks for its completions like for the others', so it is busy as
-    /// long as any operation is in flight.
+    /// Serve all of it by interrupt.
     Interrupt,
 }
 
@@ -37,15 +37,9 @@ pub enum CannotPoll {
     /// A backing has no queues for it.
     #[error(
         "{} has no queues to be polled; give its driver some (nvme.poll_queues=N on the kernel's \
-         command line), or let it interrupt with `--unpolled interrupt`", .0.display()
+         command line), or let all backings interrupt with `--unpolled interrupt`", .0.display()
     )]
     NoQueues(PathBuf),
-    /// No backing has.
-    #[error(
-        "no backing has queues to be polled; give their driver some (nvme.poll_queues=N on the \
-         kernel's command line), or leave --poll out"
-    )]
-    Nothing,
 }
 
 /// What can be said before any backing is opened.
@@ -65,21 +59,19 @@ pub(super) fn check(config: &DeviceConfig) -> Result<(), CannotPoll> {
     }
 }
 
-/// Whether the backings are fit for it.
-pub(super) fn check_backings(
-    config: &DeviceConfig,
-    backings: &[Backing],
-) -> Result<(), CannotPoll> {
+/// How to find completions of operations on these backings.
+pub(super) fn choose(config: &DeviceConfig, backings: &[Backing]) -> Result<Polling, CannotPoll> {
     if config.polling == Polling::Off {
-        return Ok(());
+        return Ok(Polling::Off);
     }
-    let unpolled: Vec<_> = backings.iter().filter(|backing| !backing.can_poll()).collect();
-    match (unpolled.first(), config.unpolled) {
-        (None, _) => Ok(()),
-        (Some(_), Unpolled::Interrupt) if unpolled.len() == backings.len() => {
-            Err(CannotPoll::Nothing)
+    let Some(unpolled) = backings.iter().find(|backing| !backing.can_poll()) else {
+        return Ok(config.polling);
+    };
+    match config.unpolled {
+        Unpolled::Refuse => Err(CannotPoll::NoQueues(unpolled.path().to_owned())),
+        Unpolled::Interrupt => {
+            log::info!("{} cannot be polled: all backings interrupt", unpolled.path().display());
+            Ok(Polling::Off)
         }
-        (Some(_), Unpolled::Interrupt) => Ok(()),
-        (Some(backing), Unpolled::Refuse) => Err(CannotPoll::NoQueues(backing.path().to_owned())),
     }
 }

@@ -19,7 +19,7 @@ pub const TESTS: &[TestCase] = &[
 pub const REQUESTS: u64 = 2048;
 
 /// Reads and writes a fixed number of blocks.
-pub fn run_load(ctx: &Ctx, device: &str, rw: &str, block: &str) -> Result<()> {
+fn run_load(ctx: &Ctx, device: &str, rw: &str, block: &str) -> Result<()> {
     let filename = format!("filename={device}");
     let blocks = format!("number_ios={REQUESTS}");
     let (rw, block) = (format!("rw={rw}"), format!("bs={block}"));
@@ -78,7 +78,7 @@ fn pages(ctx: &Ctx) -> Result<Outcome> {
         for rw in ["randread", "randwrite"] {
             let device = Device::add_loop(&drive.path(), &["--lend", lend])?;
             process::run(&["udevadm", "settle"])?;
-            let (same, other) = shared_pages(ctx, &device, &drive.name, rw)?;
+            let (same, other) = shared_pages(ctx, &device, &drive.name, rw, "4k")?;
             println!("{lend} {rw}: {same} requests with the client's page, {other} with another");
             // Neighbours in a batch may be merged into one request.
             ensure!(same + other >= REQUESTS * 9 / 10, "too few requests were seen");
@@ -90,7 +90,13 @@ fn pages(ctx: &Ctx) -> Result<Outcome> {
 }
 
 /// Counts the requests of a drive that have, and have not, a page of a ublk request.
-pub fn shared_pages(ctx: &Ctx, device: &Device, drive: &str, rw: &str) -> Result<(u64, u64)> {
+pub fn shared_pages(
+    ctx: &Ctx,
+    device: &Device,
+    drive: &str,
+    rw: &str,
+    block: &str,
+) -> Result<(u64, u64)> {
     let number = |disk: &str| -> Result<(String, String)> {
         let devt = std::fs::read_to_string(format!("/sys/block/{disk}/dev"))?;
         let (major, minor) = devt.trim().split_once(':').context("a device number")?;
@@ -114,7 +120,7 @@ pub fn shared_pages(ctx: &Ctx, device: &Device, drive: &str, rw: &str) -> Result
     );
     let load = ctx.directory().join("load.sh");
     let fio = format!(
-        "#!/bin/sh\nexec fio --name=load --filename={} --rw={rw} --bs=4k --iodepth=16 --size=64m \
+        "#!/bin/sh\nexec fio --name=load --filename={} --rw={rw} --bs={block} --iodepth=16 --size=64m --io_size=1g \
          --number_ios={REQUESTS} --ioengine=io_uring --direct=1 --norandommap=1 --output=/dev/null\n",
         device.path()?
     );
