@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 
 use super::device::{Device, Mount, PROGRAM, fresh_drive, load_driver, text};
 use super::trace::NvmeCommands;
-use super::verify::{BLOCKS, verify};
+use super::verify::{BLOCKS, SHORTER, verify};
 use super::zero_copy::{REQUESTS, fua_writes, shared_pages};
 use crate::config::{DEFAULT, STABLE, TRACING};
 use crate::guest::drives::Drive;
@@ -37,7 +37,8 @@ fn modes(ctx: &Ctx) -> Result<Outcome> {
     let drive = fresh_drive("drive0")?;
     for lend in ["fused", "slot", "user-copy", "copy"] {
         let device = Device::add_loop(&drive.char_path(), &["--lend", lend, "-q", "2"])?;
-        let requests = verify(ctx, device.path()?, &BLOCKS)?;
+        let blocks = if lend == "fused" { &BLOCKS[..] } else { &SHORTER };
+        let requests = verify(ctx, device.path()?, blocks)?;
         tree(ctx, &device, "mkfs.ext4", &["e2fsck", "-f", "-n"])?;
         let counters = device.stop_and_count()?;
         counters.ensure_none(&QUIET)?;
@@ -85,7 +86,7 @@ fn split(ctx: &Ctx) -> Result<Outcome> {
         let stripe = [&stripe[..], &["--passthru", "--lend", lend]].concat();
         for arguments in [&linear[..], &stripe] {
             let device = Device::add(arguments)?;
-            verify(ctx, device.path()?, &[("bsrange=512-64k", 8), ("bs=1m", 32)])?;
+            verify(ctx, device.path()?, &SHORTER)?;
             tree(ctx, &device, "mkfs.ext4", &["e2fsck", "-f", "-n"])?;
             device.stop_and_count()?.ensure_none(&QUIET)?;
         }

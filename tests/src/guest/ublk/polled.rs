@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::device::wait_for_requests;
 use super::device::{Device, PROGRAM, fresh_drive, load_driver, start_load, text};
-use super::verify::{BLOCKS, verify};
+use super::verify::{BLOCKS, SHORTER, verify};
 use crate::config::DEFAULT;
 use crate::guest::drives::Drive;
 use crate::guest::losetup::KernelLoop;
@@ -30,7 +30,6 @@ const fn verified(name: &'static str, run: fn(&Ctx) -> Result<Outcome>) -> TestC
 }
 
 const QUIET: [&str; 6] = ["failed", "retries", "copied", "stale", "unexpected", "timed out"];
-const SHORTER: [(&str, u32); 2] = [("bsrange=512-64k", 8), ("bs=1m", 16)];
 
 fn modes(ctx: &Ctx) -> Result<Outcome> {
     let drive = fresh_drive("drive0")?;
@@ -43,7 +42,11 @@ fn modes(ctx: &Ctx) -> Result<Outcome> {
     ] {
         let options = ["--lend", lend, "--poll", poll, "-q", "2"];
         let device = Device::add_loop(&drive.path(), &options)?;
-        let blocks = if lend == "fused" { &BLOCKS[..] } else { &SHORTER };
+        let blocks = if options[..4] == ["--lend", "fused", "--poll", "busy"] {
+            &BLOCKS[..]
+        } else {
+            &SHORTER
+        };
         let requests = verify(ctx, device.path()?, blocks)?;
         fsck(&device)?;
         let counters = device.stop_and_count()?;
