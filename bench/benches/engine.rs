@@ -69,9 +69,9 @@ impl Port for Last {
 }
 
 fn request(criterion: &mut Criterion) {
-    let lent = SlotTable { lent: DEPTH, pool: 2, choice: SlotChoice::From(0) };
+    let lent = SlotTable { lent: DEPTH, pool: 2, scratch: 0, choice: SlotChoice::From(0) };
     let any = SlotTable { choice: SlotChoice::AnyFree, ..lent };
-    let pool = SlotTable { lent: 0, pool: DEPTH, choice: SlotChoice::From(0) };
+    let pool = SlotTable { lent: 0, pool: DEPTH, scratch: 0, choice: SlotChoice::From(0) };
     let modes = [
         (LendMode::Fused, lent),
         (LendMode::Slot, any),

@@ -52,7 +52,8 @@ impl Campaign {
         Ok(())
     }
 
-    fn add(&mut self, outcome: &Outcome) {
+    /// Adds what a run came to.
+    pub fn add(&mut self, outcome: &Outcome) {
         self.seeds += 1;
         self.requests += outcome.requests;
         self.succeeded += outcome.succeeded;

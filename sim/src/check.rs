@@ -96,7 +96,11 @@ impl View<'_> {
             let model = &kernel.tags[tag.index()];
             let request = model.ask.as_ref().and_then(|ask| ask.request);
             let serves = request.is_some_and(|request| entry.serves(request.kind));
-            assert!(serves, "{request:?} became {:?}", entry.work);
+            let copies = matches!(entry.work, Work::Transfer(it) if kernel.is_scratch(it.slot));
+            assert!(serves || copies, "{request:?} became {:?}", entry.work);
+            let begin = model.blame.since.saturating_add(model.blame.decision.delay_ns);
+            let early = entry.pushed_at < begin && !entry.is_delay();
+            assert!(!early, "{:?} is issued before {begin}", entry.work);
             let first = model.blame.first;
             // Unless it waited in the backlog.
             let failed = first.filter(|(_, told)| kernel.busy_at < *told);
@@ -109,7 +113,7 @@ impl View<'_> {
     fn check_entry(&self, entry: &mut Entry, held: &mut [Option<Held>; MAX_SLOTS]) -> bool {
         let slot = match entry.work {
             Work::Transfer(transfer) => Some(transfer.slot),
-            Work::Nop | Work::Flush { .. } | Work::Zero { .. } => None,
+            Work::Nop | Work::Flush { .. } | Work::Zero { .. } | Work::Timeout { .. } => None,
             Work::Fetch(_)
             | Work::Commit { .. }
             | Work::Register { .. }

@@ -3,6 +3,7 @@
 use ublk_target::engine::{EngineStats, STAGES};
 use ublk_target::request::RequestKind;
 
+use crate::cow::Cow;
 use crate::fault::{Fault, Tally};
 use crate::kernel::Kernel;
 use crate::world::World;
@@ -75,6 +76,9 @@ impl World {
         assert_eq!(holdings.slots.quarantined + holdings.slots.free, holdings.slots.capacity);
         assert_eq!(stats.commits, kernel.answered - self.answered_before, "commits");
         assert_eq!(kernel.asked, kernel.answered + kernel.failed_at_death, "answers");
+        kernel.check_snapshot();
+        let locked = engine.planner().snapshot().is_some_and(Cow::is_locked);
+        assert!(!locked, "a request has settled and its planner was not told");
         if !kernel.setup.hostile {
             assert_eq!(kernel.succeeded, kernel.asked, "a sound kernel's requests succeed");
             let troubles = [stats.failed, stats.retries, stats.partial, stats.stale];

@@ -17,6 +17,7 @@ const IORING_OP_NOP: u8 = 0;
 const IORING_OP_FSYNC: u8 = 3;
 const IORING_OP_READ_FIXED: u8 = 4;
 const IORING_OP_WRITE_FIXED: u8 = 5;
+const IORING_OP_TIMEOUT: u8 = 11;
 const IORING_OP_ASYNC_CANCEL: u8 = 14;
 const IORING_OP_FALLOCATE: u8 = 17;
 const IORING_OP_URING_CMD: u8 = 46;
@@ -79,6 +80,11 @@ pub enum Work {
         len: u64,
         /// Which.
         how: Zeroing,
+    },
+    /// Time to pass.
+    Timeout {
+        /// Nanoseconds.
+        ns: u64,
     },
     /// The end of another entry.
     Cancel {
@@ -180,7 +186,8 @@ impl Entry {
         let (opcode, flags, user_data) = (raw[0], raw[1], u64_at(raw, 32));
         let known = IOSQE_FIXED_FILE | IOSQE_IO_HARDLINK | IOSQE_CQE_SKIP_SUCCESS;
         assert_eq!(flags & !known, 0, "flags of an entry");
-        let takes_file = !matches!(opcode, IORING_OP_NOP | IORING_OP_ASYNC_CANCEL);
+        let without = [IORING_OP_NOP, IORING_OP_TIMEOUT, IORING_OP_ASYNC_CANCEL];
+        let takes_file = !without.contains(&opcode);
         assert_eq!(flags & IOSQE_FIXED_FILE != 0, takes_file, "files are fixed");
         let (off, addr, len, rw_flags) =
             (u64_at(raw, 8), u64_at(raw, 16), u32_at(raw, 24), u32_at(raw, 28));
@@ -199,6 +206,11 @@ impl Entry {
                 slot: u16_at(raw, 40),
                 addr,
             }),
+            IORING_OP_TIMEOUT => {
+                assert_eq!((off, rw_flags, flags), (0, 0, 0), "count and flags of a timeout");
+                // Until it is pushed to a ring, the time stands in the place of its address.
+                Work::Timeout { ns: addr }
+            }
             IORING_OP_ASYNC_CANCEL => Work::Cancel { user_data: addr },
             IORING_OP_FALLOCATE => {
                 Work::Zero { backing: backing(raw), at: off, len: addr, how: zeroing(len) }
@@ -248,10 +260,20 @@ impl Entry {
 }
 
 impl Entry {
-    /// Whether it is an operation on a backing, which somebody may want to cancel.
+    /// Whether it is an operation of a request, which somebody may want to cancel.
     #[must_use]
     pub const fn is_operation(&self) -> bool {
-        matches!(self.work, Work::Transfer(_) | Work::Flush { .. } | Work::Zero { .. })
+        self.is_transfer() || self.is_delay() || self.changes_cache()
+    }
+
+    const fn changes_cache(&self) -> bool {
+        matches!(self.work, Work::Flush { .. } | Work::Zero { .. })
+    }
+
+    /// Whether it only takes time.
+    #[must_use]
+    pub const fn is_delay(&self) -> bool {
+        matches!(self.work, Work::Timeout { .. })
     }
 
     /// Whether a polling ring takes it.
@@ -264,7 +286,9 @@ impl Entry {
             | Work::Register { .. }
             | Work::Unregister { .. }
             | Work::Transfer(_) => true,
-            Work::Flush { .. } | Work::Zero { .. } | Work::Cancel { .. } => false,
+            Work::Flush { .. } | Work::Zero { .. } | Work::Timeout { .. } | Work::Cancel { .. } => {
+                false
+            }
         }
     }
 
@@ -278,7 +302,7 @@ impl Entry {
     #[must_use]
     pub fn serves(&self, kind: RequestKind) -> bool {
         match self.work {
-            Work::Nop => true,
+            Work::Nop | Work::Timeout { .. } => true,
             Work::Transfer(it) if it.write => matches!(kind, RequestKind::Write { .. }),
             Work::Transfer(_) => kind == RequestKind::Read,
             Work::Flush { .. } => {
@@ -307,9 +331,14 @@ impl Entry {
             Work::Nop => true,
             Work::Transfer(it) => {
                 let kind = match op.kind {
-                    OpKind::Read => !it.write && !it.dsync,
-                    OpKind::Write { fua } => it.write && it.dsync == fua,
-                    OpKind::Flush | OpKind::Discard | OpKind::WriteZeroes { .. } => false,
+                    OpKind::Read | OpKind::ReadScratch => !it.write && !it.dsync,
+                    OpKind::Write { fua } | OpKind::WriteScratch { fua } => {
+                        it.write && it.dsync == fua
+                    }
+                    OpKind::Flush
+                    | OpKind::Discard
+                    | OpKind::WriteZeroes { .. }
+                    | OpKind::Delay => false,
                 };
                 kind && same(it.backing, it.at) && u64::from(it.len) <= op.len
             }
@@ -322,15 +351,38 @@ impl Entry {
                         how == Zeroing::Punch || self.command && how == Zeroing::ZeroRange
                     }
                     OpKind::WriteZeroes { may_unmap: false } => how == Zeroing::ZeroRange,
-                    OpKind::Read | OpKind::Write { .. } | OpKind::Flush => false,
+                    OpKind::Read
+                    | OpKind::Write { .. }
+                    | OpKind::Flush
+                    | OpKind::ReadScratch
+                    | OpKind::WriteScratch { .. }
+                    | OpKind::Delay => false,
                 };
                 kind && same(backing, at) && len == op.len
             }
+            Work::Timeout { ns } => op.kind == OpKind::Delay && ns == op.len,
             Work::Fetch(_)
             | Work::Commit { .. }
             | Work::Register { .. }
             | Work::Unregister { .. }
             | Work::Cancel { .. } => false,
+        }
+    }
+
+    /// The backing that it is about.
+    #[must_use]
+    pub const fn backing(&self) -> Option<usize> {
+        match self.work {
+            Work::Transfer(Transfer { backing, .. })
+            | Work::Flush { backing }
+            | Work::Zero { backing, .. } => Some(backing),
+            Work::Nop
+            | Work::Fetch(_)
+            | Work::Commit { .. }
+            | Work::Register { .. }
+            | Work::Unregister { .. }
+            | Work::Timeout { .. }
+            | Work::Cancel { .. } => None,
         }
     }
 

@@ -137,6 +137,12 @@ faults! {
     RingBroken = "ring broken", 0;
     /// The driver refuses a commit.
     CommitRefused = "commit refused", 1;
+    /// A request is answered short, and its rest asked for again.
+    ShortAnswer = "answered short by the planner", 0;
+    /// A request is answered with an error that the fault target has decided on.
+    ErrorAnswer = "error of the fault target", 0;
+    /// The planner is replaced while the device is live.
+    Replaced = "planner replaced", 0;
     /// The port was made to shorten a transfer.
     PortShort = "transfer shortened by the port", 0;
     /// The port was made to fail an operation with `EAGAIN`.

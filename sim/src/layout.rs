@@ -2,11 +2,13 @@
 
 use ublk_target::plan::BackingIndex;
 use ublk_target::target::{
-    AnyTarget, LinearTarget, LoopTarget, MIN_CHUNK, NullTarget, StripeTarget,
+    AnyTarget, FaultTarget, LinearTarget, LoopTarget, MIN_CHUNK, NullTarget, StripeTarget,
 };
 
 use crate::SECTOR;
+use crate::cow::Cow;
 use crate::mapping::{Mapping, Spread, Trap};
+use crate::mirror::Mirror;
 use crate::rng::Rng;
 
 /// Of what devices are made, so that they have whole blocks of any size.
@@ -14,8 +16,38 @@ const PAGE: u64 = 4096;
 
 /// Draws a planner; returns it with the sizes of the device and of each backing.
 pub fn draw(rng: &mut Rng, hostile: bool) -> (Mapping, u64, Vec<u64>) {
+    let (mapping, size, backings) = sound(rng, hostile);
+    let mapping = if rng.chance(300) { with_faults(rng, hostile, mapping) } else { mapping };
+    (mapping, size, backings)
+}
+
+/// Rules that leave requests with success, then some that do not. The errors are no others'.
+const RULES: [&str; 8] = [
+    "p=0.3,short",
+    "op=write,p=0.2,delay=40us",
+    "op=read,p=0.1,short,delay=15us",
+    "count=9,delay=150us",
+    "p=0.1,error=EILSEQ",
+    "op=write+write-zeroes,p=0.2,range=8K+24K,delay=30us,error=EREMOTEIO",
+    "op=flush+discard,p=0.3,error=ENODATA",
+    "op=read,p=0.2,delay=400us",
+];
+const GENTLE: usize = 4;
+
+/// Wraps a planner.
+pub fn with_faults(rng: &mut Rng, hostile: bool, inner: Mapping) -> Mapping {
+    let all = if hostile { &RULES[..] } else { &RULES[..GENTLE] };
+    let rules = (0..1 + rng.below(3)).map(|_| rng.pick(all).parse());
+    let rules = rules.map(|rule| rule.unwrap_or_else(|error| panic!("{error}")));
+    let rules: Vec<_> = rules.collect();
+    // Multiples of any block.
+    let block = u32::try_from(PAGE).unwrap_or(4096);
+    Mapping::Fault(Box::new(FaultTarget::new(rules, rng.next(), block, inner)))
+}
+
+fn sound(rng: &mut Rng, hostile: bool) -> (Mapping, u64, Vec<u64>) {
     let size = u64::from(rng.below(24) + 16) * PAGE;
-    match rng.below(14) {
+    match rng.below(17) {
         0..4 => (Mapping::Target(AnyTarget::Loop(LoopTarget { size })), size, vec![size]),
         4 => (Mapping::Target(AnyTarget::Null(NullTarget)), size, vec![size]),
         5 | 6 => linear(rng),
@@ -26,9 +58,15 @@ pub fn draw(rng: &mut Rng, hostile: bool) -> (Mapping, u64, Vec<u64>) {
             let bytes = size.div_ceil(row) * spread.chunk;
             (Mapping::Stripe(spread), size, vec![bytes; usize::from(spread.backings)])
         }
-        _ => {
+        12..15 => {
             let spread = spread(rng, hostile);
-            (Mapping::Mirror(spread), size, vec![size; usize::from(spread.backings)])
+            let backings = vec![size; usize::from(spread.backings)];
+            (Mapping::Mirror(Mirror::new(spread)), size, backings)
+        }
+        _ => {
+            let cow = Cow::new(PAGE << rng.below(2));
+            let backing = size.div_ceil(cow.chunk) * cow.chunk;
+            (Mapping::Cow(cow), size, vec![backing; 2])
         }
     }
 }

@@ -16,6 +16,7 @@
 //! * the ring (`io_uring/`): a submission queue of few entries, hard-linked chains, silent
 //!   successes, the buffer table, cancelling;
 //! * drives with a volatile cache, so that flushes and FUA can be checked;
+//! * the block layer, which asks again for the rest of what was answered short;
 //! * clients, whose requests never overlap while they are open.
 
 #![forbid(unsafe_code)]
@@ -23,12 +24,14 @@
 pub mod campaign;
 pub mod check;
 pub mod command;
+pub mod cow;
 mod ending;
 pub mod entry;
 pub mod fault;
 pub mod kernel;
 mod layout;
 pub mod mapping;
+pub mod mirror;
 mod noise;
 mod pool;
 pub mod rng;
@@ -37,7 +40,7 @@ pub mod trace;
 mod world;
 
 pub use ending::Outcome;
-pub use world::{Options, World, play};
+pub use world::{Options, World, play, play_setup};
 
 /// How many steps a seed has, unless somebody says otherwise.
 pub const DEFAULT_STEPS: u32 = 5000;

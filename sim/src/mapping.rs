@@ -1,12 +1,14 @@
 //! Planners of the simulation: the real targets, and some that need many operations, several stages
 //! and several windows.
 
-use ublk_target::plan::{BackingIndex, Op, OpKind, Plan, Planner, WINDOW_OPS};
+use ublk_target::plan::{BackingIndex, Op, OpKind, Plan, Planner, Verdict, WINDOW_OPS};
 use ublk_target::request::{Request, RequestKind};
-use ublk_target::target::AnyTarget;
+use ublk_target::target::{AnyTarget, FaultTarget};
 use uring_ext::Errno;
 
 use crate::SECTOR;
+use crate::cow::Cow;
+use crate::mirror::Mirror;
 
 /// Where a request's bytes go.
 #[derive(Clone, Debug)]
@@ -16,7 +18,11 @@ pub enum Mapping {
     /// Chunks in turn on several backings.
     Stripe(Spread),
     /// The same on several backings, piece by piece.
-    Mirror(Spread),
+    Mirror(Mirror),
+    /// A device with a snapshot.
+    Cow(Cow),
+    /// Another one with faults.
+    Fault(Box<FaultTarget<Mapping>>),
 }
 
 /// A layout over several backings.
@@ -48,32 +54,69 @@ impl Mapping {
     #[must_use]
     pub fn refusal(&self, request: &Request) -> Option<Errno> {
         match self {
-            Self::Target(_) => None,
-            Self::Stripe(spread) | Self::Mirror(spread) => {
-                let (byte, trap) = spread.trap?;
+            Self::Target(_) | Self::Cow(_) => None,
+            Self::Stripe(Spread { trap, .. })
+            | Self::Mirror(Mirror { spread: Spread { trap, .. }, .. }) => {
+                let (byte, trap) = (*trap)?;
                 let inside = (request.offset..request.offset + request.len).contains(&byte);
                 inside.then_some(match trap {
                     Trap::Refuse => Errno::ENOSPC,
                     Trap::Idle => Errno::EIO,
                 })
             }
+            Self::Fault(fault) => fault.inner().refusal(request),
+        }
+    }
+
+    /// The faults of this one, which are of its outside.
+    #[must_use]
+    pub fn faults(&self) -> Option<&FaultTarget<Self>> {
+        match self {
+            Self::Fault(fault) => Some(fault),
+            Self::Target(_) | Self::Stripe(_) | Self::Mirror(_) | Self::Cow(_) => None,
+        }
+    }
+
+    /// What is wrapped, or this.
+    #[must_use]
+    pub fn core(&self) -> &Self {
+        self.faults().map_or(self, |fault| fault.inner().core())
+    }
+
+    /// The snapshot, if there is one.
+    #[must_use]
+    pub fn snapshot(&self) -> Option<&Cow> {
+        match self.core() {
+            Self::Cow(cow) => Some(cow),
+            Self::Target(_) | Self::Stripe(_) | Self::Mirror(_) | Self::Fault(_) => None,
+        }
+    }
+
+    /// The mirror, which may succeed though operations have failed.
+    #[must_use]
+    pub fn mirror(&self) -> Option<&Mirror> {
+        match self.core() {
+            Self::Mirror(mirror) => Some(mirror),
+            Self::Target(_) | Self::Stripe(_) | Self::Cow(_) | Self::Fault(_) => None,
         }
     }
 
     /// Whether writes are forgotten, and all reads as zeros.
     #[must_use]
-    pub const fn is_null(&self) -> bool {
-        matches!(self, Self::Target(AnyTarget::Null(_)))
+    pub fn is_null(&self) -> bool {
+        matches!(self.core(), Self::Target(AnyTarget::Null(_)))
     }
 
-    /// How many operations of a request may be in flight.
+    /// How many operations of a request may be in flight, with all places where each is tried.
     #[must_use]
-    pub const fn at_once(&self) -> usize {
+    pub fn at_once(&self) -> usize {
         match self {
             Self::Target(AnyTarget::Loop(_) | AnyTarget::Null(_)) => 1,
-            Self::Target(AnyTarget::Linear(_) | AnyTarget::Stripe(_))
+            Self::Target(AnyTarget::Linear(_) | AnyTarget::Stripe(_) | AnyTarget::Fault(_))
             | Self::Stripe(_)
-            | Self::Mirror(_) => WINDOW_OPS,
+            | Self::Cow(_) => WINDOW_OPS,
+            Self::Mirror(mirror) => WINDOW_OPS * usize::from(mirror.spread.backings),
+            Self::Fault(fault) => fault.inner().at_once(),
         }
     }
 }
@@ -89,18 +132,36 @@ impl Planner for Mapping {
                 let offset = chunk / backings * spread.chunk + op.offset % spread.chunk;
                 plan.push(Op { backing, offset, ..op }).is_ok()
             }),
-            Self::Mirror(spread) => spread.plan(request, from, plan, |plan, op| {
-                if op.kind == OpKind::Read {
-                    let leg = op.offset / SECTOR % u64::from(spread.backings);
-                    let backing = BackingIndex(u16::try_from(leg).unwrap_or(0));
-                    return plan.push(Op { backing, ..op }).is_ok();
-                }
-                if plan.len() + usize::from(spread.backings) > WINDOW_OPS {
-                    return false;
-                }
-                let mut legs = (0..spread.backings).map(BackingIndex);
-                legs.all(|backing| plan.push(Op { backing, ..op }).is_ok())
-            }),
+            Self::Mirror(mirror) => mirror.plan(request, from, plan),
+            Self::Cow(cow) => cow.plan(request, from, plan),
+            Self::Fault(fault) => fault.plan(request, from, plan),
+        }
+    }
+
+    fn scratch_bytes(&self) -> u32 {
+        match self {
+            Self::Target(target) => target.scratch_bytes(),
+            Self::Stripe(_) | Self::Mirror(_) => 0,
+            Self::Cow(cow) => cow.scratch_bytes(),
+            Self::Fault(fault) => fault.scratch_bytes(),
+        }
+    }
+
+    fn failed(&self, request: &Request, op: &Op, errno: Errno) -> Verdict {
+        match self {
+            Self::Target(target) => target.failed(request, op, errno),
+            Self::Stripe(_) | Self::Cow(_) => Verdict::Fail,
+            Self::Mirror(mirror) => mirror.failed(request, op, errno),
+            Self::Fault(fault) => fault.failed(request, op, errno),
+        }
+    }
+
+    fn settled(&self, request: &Request, result: Result<(), Errno>) {
+        match self {
+            Self::Target(target) => target.settled(request, result),
+            Self::Stripe(_) | Self::Mirror(_) => {}
+            Self::Cow(cow) => cow.settled(request, result),
+            Self::Fault(fault) => fault.settled(request, result),
         }
     }
 }
@@ -108,7 +169,7 @@ impl Planner for Mapping {
 impl Spread {
     /// Cuts the rest of the request at the chunks' borders and has each piece placed, as many as
     /// the window takes.
-    fn plan(
+    pub(crate) fn plan(
         &self,
         request: &Request,
         from: u64,

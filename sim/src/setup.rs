@@ -3,6 +3,7 @@
 use ublk_target::backing::{DiscardCall, Route};
 use ublk_target::engine::{SlotChoice, SlotTable};
 use ublk_target::lend::LendMode;
+use ublk_target::plan::Planner;
 use ublk_target::request::Geometry;
 
 use uring_ext::nvme::Namespace;
@@ -21,9 +22,9 @@ const MAX_FIRST: u16 = 3;
 /// Greatest number of spare buffers.
 const MAX_SPARE: u16 = 2;
 /// Slots of the largest table.
-pub const MAX_SLOTS: usize = (MAX_DEPTH + MAX_FIRST + MAX_SPARE) as usize;
-/// Buffers of the largest pool.
-pub const MAX_POOL: u16 = MAX_DEPTH + MAX_SPARE;
+pub const MAX_SLOTS: usize = (2 * MAX_DEPTH + MAX_FIRST + MAX_SPARE) as usize;
+/// Buffers of the largest pool, scratch buffers included.
+pub const MAX_POOL: u16 = 2 * MAX_DEPTH + MAX_SPARE;
 
 /// Which faults there are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -87,6 +88,10 @@ pub struct Setup {
     pub port_faults: Option<&'static str>,
     /// Whether latencies are measured.
     pub measure: bool,
+    /// Whether the planner is replaced now and then.
+    pub swaps: bool,
+    /// A backing on which nothing succeeds.
+    pub dead_leg: Option<usize>,
 }
 
 impl Setup {
@@ -117,10 +122,13 @@ impl Setup {
             LendMode::UserCopy,
             LendMode::Copy,
         ]);
-        let slots = slot_table(&mut rng, lend, depth, hostile);
+        let mut slots = slot_table(&mut rng, lend, depth, hostile);
         let block = rng.pick(&[512, 512, 512, 1024, 4096]);
         let (mapping, size, backings) = layout::draw(&mut rng, hostile);
         let routes = routes(&mut rng, backings.len());
+        if mapping.scratch_bytes() > 0 {
+            slots.scratch = depth;
+        }
         let deadline = (hostile && rng.chance(640)).then(|| u64::from(rng.below(900) + 100) * 1000);
         let port_faults = (hostile && rng.chance(100)).then(|| {
             rng.pick(&[
@@ -151,6 +159,8 @@ impl Setup {
             recovery: rng.pick(&[Recovery::Reissue, Recovery::Fail, Recovery::Either]),
             port_faults,
             measure: rng.chance(16),
+            swaps: rng.chance(200),
+            dead_leg: None,
         };
         Self { polled: !setup.io_lane && rng.chance(256), ..setup }
     }
@@ -179,7 +189,8 @@ fn routes(rng: &mut Rng, backings: usize) -> Vec<Route> {
 fn slot_table(rng: &mut Rng, lend: LendMode, depth: u16, hostile: bool) -> SlotTable {
     let spare = rng.pick(&[0, 1, MAX_SPARE]);
     let first = rng.pick(&[0, 1, MAX_FIRST]);
-    let from = SlotTable { lent: first + depth, pool: spare, choice: SlotChoice::From(first) };
+    let from =
+        SlotTable { lent: first + depth, pool: spare, scratch: 0, choice: SlotChoice::From(first) };
     match lend {
         LendMode::Fused => from,
         LendMode::Slot if rng.chance(512) => from,
@@ -187,10 +198,10 @@ fn slot_table(rng: &mut Rng, lend: LendMode, depth: u16, hostile: bool) -> SlotT
             // With fewer slots than tags the rest has to be copied.
             let scarce = hostile && spare > 0 && depth > 2 && rng.chance(256);
             let lent = if scarce { depth - 2 } else { depth };
-            SlotTable { lent, pool: spare, choice: SlotChoice::AnyFree }
+            SlotTable { lent, pool: spare, scratch: 0, choice: SlotChoice::AnyFree }
         }
         LendMode::UserCopy | LendMode::Copy => {
-            SlotTable { lent: 0, pool: depth, choice: SlotChoice::From(0) }
+            SlotTable { lent: 0, pool: depth, scratch: 0, choice: SlotChoice::From(0) }
         }
     }
 }

@@ -15,6 +15,7 @@ use crate::check::View;
 use crate::ending::Outcome;
 use crate::fault::Fault;
 use crate::kernel::{Kernel, Phase, QID, SimIo};
+use crate::layout;
 use crate::mapping::Mapping;
 use crate::noise::Past;
 use crate::setup::{Hostility, Setup};
@@ -66,6 +67,7 @@ enum Step {
     BreakRing,
     Kill,
     LetTimePass,
+    Replace,
 }
 
 /// Plays a seed.
@@ -74,7 +76,16 @@ enum Step {
 /// If a promise is broken.
 #[must_use]
 pub fn play(seed: u64, options: &Options) -> Outcome {
-    let mut world = World::new(seed, options);
+    play_setup(seed, Setup::of(seed, options.hostility), options)
+}
+
+/// Plays a seed with another set-up than it would choose.
+///
+/// # Panics
+/// If a promise is broken.
+#[must_use]
+pub fn play_setup(seed: u64, setup: Setup, options: &Options) -> Outcome {
+    let mut world = World::new(seed, setup, options);
     for _ in 0..options.steps {
         world.step();
     }
@@ -107,8 +118,7 @@ fn lane(kernel: &Rc<RefCell<Kernel>>) -> Lane<Mapping, SimIo> {
 }
 
 impl World {
-    fn new(seed: u64, options: &Options) -> Self {
-        let setup = Setup::of(seed, options.hostility);
+    fn new(seed: u64, setup: Setup, options: &Options) -> Self {
         let trace = Trace::new(options.trace);
         trace.note(|| format!("{setup:#?}"));
         let kernel = Rc::new(RefCell::new(Kernel::new(seed, setup, trace)));
@@ -171,6 +181,7 @@ impl World {
             (Step::Noise, 3 * hostile),
             (Step::Unstick, hostile),
             (Step::LetTimePass, if_any(setup.deadline.is_some(), 1)),
+            (Step::Replace, if_any(setup.swaps, 1)),
         ];
         let rare = kernel.rng.next();
         if setup.hostile && !kernel.closing {
@@ -246,6 +257,32 @@ impl World {
                 drop(kernel);
                 self.kill();
             }
+            Step::Replace => {
+                drop(kernel);
+                self.replace_planner();
+            }
+        }
+    }
+
+    /// An interposer comes or goes while the device is live, if no request is in hand.
+    fn replace_planner(&mut self) {
+        let mut kernel = self.kernel.borrow_mut();
+        let engine = self.lane.engine_mut();
+        let (present, is_idle) = (engine.planner().clone(), engine.holdings().requests == 0);
+        let other = match present.faults() {
+            Some(fault) => fault.inner().clone(),
+            None => {
+                let hostile = kernel.setup.hostile;
+                layout::with_faults(&mut kernel.rng, hostile, present)
+            }
+        };
+        let replaced = engine.replace_planner(other.clone());
+        assert_eq!(replaced.is_ok(), is_idle, "replaced with {:?}", engine.holdings());
+        if is_idle {
+            kernel.tally.note(Fault::Replaced);
+            kernel.trace.note(|| format!("replace the planner by {other:?}"));
+            kernel.setup.mapping = other;
+            kernel.begin_shadow();
         }
     }
 
@@ -286,6 +323,7 @@ impl World {
                 model.handled = true;
                 self.delivered += 1;
                 model.blame.since = now;
+                kernel.decide(key.tag.0);
             } else if cqe.res != Errno::ENODEV.negated() {
                 kernel.refused = true;
             }

@@ -35,6 +35,24 @@ pub enum OpKind {
         /// Space may be given back.
         may_unmap: bool,
     },
+    /// Read from the backing into the scratch buffer of the request's tag.
+    ReadScratch,
+    /// Write from the scratch buffer of the request's tag to the backing.
+    WriteScratch {
+        /// Complete only when the data is on stable storage.
+        fua: bool,
+    },
+    /// Let time pass; no backing is concerned.
+    Delay,
+}
+
+/// A buffer that operations move bytes to or from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Buffer {
+    /// That of the request.
+    Request,
+    /// The scratch buffer of its tag.
+    Scratch,
 }
 
 /// One operation on a backing.
@@ -46,17 +64,33 @@ pub struct Op {
     pub backing: BackingIndex,
     /// First byte on the backing.
     pub offset: u64,
-    /// Length in bytes.
+    /// Length in bytes; of a delay, in nanoseconds.
     pub len: u64,
-    /// For reads and writes: its first byte in the request's buffer.
+    /// For reads and writes: its first byte in the buffer.
     pub buf_offset: u32,
 }
 
 impl Op {
-    /// Whether it borrows the request's buffer.
+    /// The buffer that it borrows.
+    #[must_use]
+    pub const fn buffer(&self) -> Option<Buffer> {
+        match self.kind {
+            OpKind::Read | OpKind::Write { .. } => Some(Buffer::Request),
+            OpKind::ReadScratch | OpKind::WriteScratch { .. } => Some(Buffer::Scratch),
+            OpKind::Flush | OpKind::Discard | OpKind::WriteZeroes { .. } | OpKind::Delay => None,
+        }
+    }
+
+    /// Whether it moves bytes to or from a buffer.
     #[must_use]
     pub const fn has_data(&self) -> bool {
-        matches!(self.kind, OpKind::Read | OpKind::Write { .. })
+        self.buffer().is_some()
+    }
+
+    /// Whether it fills a buffer.
+    #[must_use]
+    pub const fn is_read(&self) -> bool {
+        matches!(self.kind, OpKind::Read | OpKind::ReadScratch)
     }
 }
 
@@ -70,7 +104,25 @@ pub struct WindowFull;
 pub struct Plan {
     ops: SmallVec<[(u8, Op); WINDOW_OPS]>,
     stage: u8,
+    /// There is something in `marks`.
+    marked: bool,
     next: Option<u64>,
+    marks: Marks,
+}
+
+/// What a planner says of a window beside its operations; most say nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Marks {
+    /// Nanoseconds before anything is issued.
+    pub delay_ns: u64,
+    /// The request is answered with so many bytes.
+    pub short: Option<u64>,
+    /// The request is to wait for another one, and the planner asked again from here.
+    pub wait_at: Option<u64>,
+    /// What the request is answered with after the delay.
+    pub failure: Option<Errno>,
+    /// There was a delay, and it is over.
+    pub delayed: bool,
 }
 
 impl Plan {
@@ -79,6 +131,9 @@ impl Plan {
         self.ops.clear();
         self.stage = 0;
         self.next = None;
+        if std::mem::take(&mut self.marked) {
+            self.marks = Marks::default();
+        }
     }
 
     /// Adds an operation to the current stage. Operations of one stage may run side by side.
@@ -102,6 +157,72 @@ impl Plan {
     /// than this one's and whose meaning is the planner's own.
     pub fn continue_at(&mut self, cursor: u64) {
         self.next = Some(cursor);
+    }
+
+    /// Holds the window back for so many nanoseconds more, and the error too if planning it fails.
+    pub fn delay(&mut self, ns: u64) {
+        self.marks.delay_ns = self.marks.delay_ns.saturating_add(ns);
+        self.marked |= ns > 0;
+    }
+
+    /// How long the window is held back, in nanoseconds.
+    #[must_use]
+    pub const fn delay_ns(&self) -> u64 {
+        self.marks.delay_ns
+    }
+
+    /// Says that a read or write is answered with its first `bytes` only; the driver delivers the
+    /// rest again. For the first window, whose operations must move these bytes and no others:
+    /// whole blocks, fewer than all. From the next window on, the request is as long as that.
+    pub fn answer_only(&mut self, bytes: u64) {
+        self.marks.short = Some(self.marks.short.map_or(bytes, |short| short.min(bytes)));
+        self.marked = true;
+    }
+
+    /// With how many bytes the request is answered, if not with all.
+    #[must_use]
+    pub const fn short(&self) -> Option<u64> {
+        self.marks.short
+    }
+
+    /// Says that the request has to wait until another one has settled. The planner is then asked
+    /// again, from `cursor` on. For the first window, and only while the planner has accepted a
+    /// request that has not settled; operations of the window are not issued.
+    pub fn wait_at(&mut self, cursor: u64) {
+        self.marks.wait_at = Some(cursor);
+        self.marked = true;
+    }
+
+    /// From where the planner is asked again when another request has settled.
+    #[must_use]
+    pub const fn waits_at(&self) -> Option<u64> {
+        self.marks.wait_at
+    }
+
+    pub(crate) const fn is_marked(&self) -> bool {
+        self.marked
+    }
+
+    /// What is said beside the operations.
+    pub(crate) const fn marks_mut(&mut self) -> &mut Marks {
+        &mut self.marks
+    }
+
+    /// All that is said beside the operations has been heeded.
+    pub(crate) fn unmark(&mut self) {
+        self.marked = false;
+        self.marks = Marks::default();
+    }
+
+    /// Whether the request is neither to wait nor to fail.
+    pub(crate) const fn is_accepting(&self) -> bool {
+        !self.marked || self.marks.wait_at.is_none() && self.marks.failure.is_none()
+    }
+
+    /// Forgets the operations, not what is said beside them.
+    pub(crate) fn drop_ops(&mut self) {
+        self.ops.clear();
+        self.next = None;
     }
 
     /// Where the next window begins; `None` if this one is the last.
@@ -132,7 +253,7 @@ impl Plan {
     #[must_use]
     pub fn single(&self) -> Option<Op> {
         match self.ops.as_slice() {
-            [(_, op)] if self.next.is_none() => Some(*op),
+            [(_, op)] if self.next.is_none() && !self.marked => Some(*op),
             _ => None,
         }
     }
@@ -150,12 +271,52 @@ impl Plan {
     }
 }
 
+/// What is to be done about an operation that has failed for good.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// The request fails with the operation's error.
+    Fail,
+    /// The request goes on without it. Not for reads: their buffer is not filled.
+    Ignore,
+    /// The same, elsewhere: what is left of the operation is issued there.
+    Instead {
+        /// The other backing.
+        backing: BackingIndex,
+        /// First byte there.
+        offset: u64,
+    },
+}
+
 /// The mapping policy of a device.
+///
+/// A planner does no I/O and reads no clock. What it remembers, it changes only when it is asked
+/// or told something. A queue has a planner of its own, which one thread calls.
 pub trait Planner {
     /// Plans the window of `request` that begins at the cursor `from`: 0 for the first one, then
-    /// what the window before has passed to [`Plan::continue_at`]. The plan is empty on entry.
+    /// what the window before has passed to [`Plan::continue_at`], once all operations of that
+    /// have succeeded. The plan is empty on entry.
     ///
     /// # Errors
     /// What the request is to be answered with; nothing of the window is then issued.
     fn plan(&self, request: &Request, from: u64, plan: &mut Plan) -> Result<(), Errno>;
+
+    /// Bytes of scratch buffer that a request may need, 0 for none. Each tag has its own.
+    #[inline]
+    fn scratch_bytes(&self) -> u32 {
+        0
+    }
+
+    /// What is left of an operation of `request` has failed for good, or was cancelled. Told of
+    /// every such operation, also when the request has failed already and the verdict is not
+    /// heeded. An operation is issued elsewhere so often at most as the engine allows
+    /// ([`MAX_SUBSTITUTES`](crate::engine::MAX_SUBSTITUTES)).
+    #[inline]
+    fn failed(&self, _request: &Request, _op: &Op, _errno: Errno) -> Verdict {
+        Verdict::Fail
+    }
+
+    /// A request is about to be answered. Told exactly once of each request whose first window
+    /// was planned without an error and without [`Plan::wait_at`].
+    #[inline]
+    fn settled(&self, _request: &Request, _result: Result<(), Errno>) {}
 }

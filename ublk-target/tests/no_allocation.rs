@@ -24,7 +24,7 @@ use uring_ext::pool::BufferPool;
 use uring_ext::ring::Cqe;
 use uring_ext::{Errno, sys};
 
-use memory::{Entry, Kind, Memory, Sectors};
+use memory::{Entry, Kind, Memory, Sectors, Turns, faults};
 
 thread_local! {
     static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
@@ -79,7 +79,7 @@ impl<P: Planner> Play<P> {
         let room = usize::from(DEPTH) * 32;
         let io = Memory {
             ranges: Ranges::new(DEPTH * 8).unwrap(),
-            pool: BufferPool::new(slots.pool.max(1), BUFFER_BYTES).unwrap(),
+            pool: BufferPool::new(slots.buffers().max(1), BUFFER_BYTES).unwrap(),
             queue: VecDeque::with_capacity(room),
             full: false,
             iods: [IoDesc { op_flags: 0, nr_sectors: 0, start_sector: 0 }; DEPTH as usize],
@@ -166,7 +166,8 @@ impl<P: Planner> Play<P> {
                 _ => 0,
             },
             Kind::Transfer if self.unregistered => Errno::EFAULT.negated(),
-            Kind::Transfer | Kind::Other => match turn % 19 {
+            Kind::Delay if turn % 5 > 0 => Errno::ETIME.negated(),
+            Kind::Transfer | Kind::Delay | Kind::Other => match turn % 19 {
                 0 => return self.held.push(entry),
                 1 | 2 => Errno::EAGAIN.negated(),
                 3 => Errno::EIO.negated(),
@@ -245,9 +246,9 @@ fn play(planner: impl Planner, lend: LendMode, slots: SlotTable) -> EngineStats 
 /// The ways to lend, each with its buffer table.
 fn modes() -> [(LendMode, SlotTable); 5] {
     let from_zero = SlotChoice::From(0);
-    let own = SlotTable { lent: DEPTH, pool: 1, choice: from_zero };
+    let own = SlotTable { lent: DEPTH, pool: 1, scratch: 0, choice: from_zero };
     let any = SlotTable { choice: SlotChoice::AnyFree, ..own };
-    let pool = SlotTable { lent: 0, pool: DEPTH, choice: from_zero };
+    let pool = SlotTable { lent: 0, pool: DEPTH, scratch: 0, choice: from_zero };
     [
         (LendMode::Fused, own),
         (LendMode::Slot, own),
@@ -264,6 +265,8 @@ fn serving_requests_allocates_nothing() {
             play(LoopTarget { size: 1 << 20 }, lend, slots),
             play(NullTarget, lend, slots),
             play(Sectors, lend, slots),
+            play(faults(), lend, slots),
+            play(Turns::default(), lend, SlotTable { scratch: DEPTH, ..slots }),
         ];
         // It was what it says: retries, short transfers, errors, deadlines and what follows.
         for stats in &all {
@@ -273,6 +276,9 @@ fn serving_requests_allocates_nothing() {
             assert!(stats.stale > 0, "{lend}: {stats}");
         }
         let sum = |count: fn(&EngineStats) -> u64| all.iter().map(count).sum::<u64>();
+        assert!(sum(|stats| stats.delays) > 0 && sum(|stats| stats.planned_short) > 0, "{lend}");
+        assert!(sum(|stats| stats.planned_errors) > 0 && sum(|stats| stats.deferred) > 0, "{lend}");
+        assert!(sum(|stats| stats.substituted) > 0 && sum(|stats| stats.ignored) > 0, "{lend}");
         if lend.is_zero_copy() {
             assert!(sum(|stats| stats.registered) > 0 && sum(|stats| stats.copied) > 0, "{lend}");
             assert!(sum(|stats| stats.failed_registrations) > 0, "{lend}");
@@ -287,7 +293,7 @@ fn serving_requests_allocates_nothing() {
 /// a window are cancelled but complete, those of the next one follow, and are cancelled too.
 #[test]
 fn a_ring_that_takes_nothing_makes_nobody_allocate() {
-    let slots = SlotTable { lent: DEPTH, pool: 0, choice: SlotChoice::From(0) };
+    let slots = SlotTable { lent: DEPTH, pool: 0, scratch: 0, choice: SlotChoice::From(0) };
     let mut play = Play::new(Sectors, LendMode::Fused, slots);
     let mut turn = 0;
     play.serve(&mut turn);

@@ -254,6 +254,28 @@ impl Sqe {
         Self(opcode::Nop::new().build())
     }
 
+    /// `IORING_OP_TIMEOUT`: completes with `-ETIME` after so many nanoseconds. Until the entry is
+    /// pushed to a ring, which has memory for it, the time itself stands where the kernel will look
+    /// for its address. Such an entry is part of no chain.
+    #[must_use]
+    pub fn delay(ns: u64) -> Self {
+        let ns = std::ptr::without_provenance(usize::try_from(ns).unwrap_or(usize::MAX));
+        Self(opcode::Timeout::new(ns).build())
+    }
+
+    /// The time of a [`delay`](Self::delay) that has not been pushed, in nanoseconds.
+    #[must_use]
+    pub fn delay_ns(&self) -> Option<u64> {
+        let raw = self.as_bytes();
+        let ns = || raw[16..24].iter().rev().fold(0, |ns, byte| ns << 8 | u64::from(*byte));
+        (raw[0] == opcode::Timeout::CODE).then(ns)
+    }
+
+    /// A delay whose time the kernel finds at an address.
+    pub(crate) fn delay_at(&self, time: *const types::Timespec) -> Self {
+        Self(opcode::Timeout::new(time).build().user_data(self.0.get_user_data()))
+    }
+
     /// Completes once when `file` can be read, without reading it.
     #[must_use]
     pub fn poll_readable(file: FixedFile) -> Self {
@@ -402,6 +424,9 @@ mod tests {
         assert!(register.is_linked() && !Sqe::nop().is_linked());
         let cancel = bytes(&Sqe::cancel(0x77).user_data(9));
         assert_eq!((cancel[0], u64_at(&cancel, 16), u64_at(&cancel, 32)), (14, 0x77, 9));
+        let delay = Sqe::delay(0x1234_5678_9abc).user_data(3);
+        assert_eq!((bytes(&delay)[0], bytes(&delay)[1]), (11, 0), "IORING_OP_TIMEOUT");
+        assert_eq!((delay.delay_ns(), Sqe::nop().delay_ns()), (Some(0x1234_5678_9abc), None));
         let poll = bytes(&Sqe::poll_readable(FixedFile(3)));
         assert_eq!((poll[0], poll[1], u32_at(&poll, 28)), (6, FIXED_FILE, 1));
         let message = bytes(&Sqe::message(5, 0x99));

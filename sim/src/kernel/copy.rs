@@ -100,6 +100,7 @@ impl Kernel {
             | Work::Unregister { .. }
             | Work::Flush { .. }
             | Work::Zero { .. }
+            | Work::Timeout { .. }
             | Work::Cancel { .. } => false,
         });
         assert!(!uses, "a copy to or from buffer {buffer} while an operation uses it");

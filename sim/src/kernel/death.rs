@@ -32,6 +32,7 @@ impl Kernel {
         (self.broken, self.breakage_told) = (None, false);
         (self.backlogged, self.refused) = (false, false);
         self.incarnation = Incarnation::next(self.incarnation);
+        self.begin_shadow();
         self.posted.drain(..).map(|posted| posted.cqe)
     }
 

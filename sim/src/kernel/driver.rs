@@ -1,6 +1,7 @@
 //! The ublk driver: what each tag is doing.
 
 use ublk_target::lend::LendMode;
+use ublk_target::request::{Request, RequestKind};
 use uring_ext::iod::IoDesc;
 use uring_ext::ring::Cqe;
 use uring_ext::{Errno, sys};
@@ -84,6 +85,14 @@ impl TagModel {
     #[must_use]
     pub const fn has_data(&self) -> bool {
         matches!(self.iod.op(), sys::UBLK_IO_OP_READ | sys::UBLK_IO_OP_WRITE)
+    }
+
+    /// How many bytes of the buffer the request may claim: fewer than all if the planner has made
+    /// it shorter.
+    #[must_use]
+    pub fn claimed(&self) -> usize {
+        let short = self.blame.decision.short.and_then(|bytes| usize::try_from(bytes).ok());
+        short.unwrap_or(self.len)
     }
 
     /// The slot that the driver has registered the buffer in, and will take it out of.
@@ -229,6 +238,24 @@ impl Kernel {
         if self.stopping {
             self.end_fetch(tag);
         }
+    }
+
+    /// A request was answered short: its rest is a request again (`__ublk_complete_rq`), unless the
+    /// device is being stopped, which fails it.
+    pub(super) fn requeue_rest(&mut self, tag: u16, request: &Request, done: u64) {
+        self.tally.note(Fault::ShortAnswer);
+        let (offset, len) = (request.offset + done, request.len - done);
+        let rest = Ask::sound(Request { offset, len, ..*request });
+        if self.stopping {
+            if request.kind != RequestKind::Read {
+                self.oracle.forget(rest.sectors());
+            }
+            return;
+        }
+        let model = &mut self.tags[usize::from(tag)];
+        model.ask = Some(rest);
+        model.data.copy_within(usize::try_from(done).unwrap_or(usize::MAX).., 0);
+        self.asked += 1;
     }
 
     /// Stops the device: no requests any more, and all fetches end.

@@ -143,6 +143,10 @@ impl Kernel {
                 self.complete(flight, res);
             }
             Work::Transfer(_) | Work::Flush { .. } | Work::Zero { .. } => self.run(flight),
+            Work::Timeout { ns } => {
+                let held_until = self.now + ns;
+                self.running.push(Flight { held_until, ..flight });
+            }
         }
     }
 }

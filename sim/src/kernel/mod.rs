@@ -13,6 +13,7 @@ mod flight;
 mod operation;
 mod oracle;
 mod ring;
+mod snapshot;
 mod table;
 mod verdict;
 
@@ -22,6 +23,7 @@ use std::rc::Rc;
 
 use bufreg::Incarnation;
 use ublk_target::lane::{LaneIo, RingRole};
+use ublk_target::target::FaultTarget;
 use ublk_target::units::Tag;
 use uring_ext::Errno;
 use uring_ext::iod::IoDesc;
@@ -34,6 +36,7 @@ use crate::MAX_REQUEST;
 use crate::command::Range;
 use crate::entry::Entry;
 use crate::fault::{Fault, Tally};
+use crate::mapping::Mapping;
 use crate::pool::{self, Addresses};
 use crate::rng::Rng;
 use crate::setup::Setup;
@@ -116,6 +119,8 @@ pub struct Kernel {
     pool: Vec<Box<[u8]>>,
     addresses: Addresses,
     oracle: Oracle,
+    /// Decides as the planner's faults do, which depend on the requests only.
+    pub(crate) shadow: Option<FaultTarget<Mapping>>,
 }
 
 impl Kernel {
@@ -123,10 +128,16 @@ impl Kernel {
     #[must_use]
     pub fn new(seed: u64, setup: Setup, trace: Trace) -> Self {
         let null = setup.mapping.is_null();
-        let backings = setup.backings.iter().map(|bytes| Backing::new(*bytes, null)).collect();
+        let mut backings: Vec<_> =
+            setup.backings.iter().map(|bytes| Backing::new(*bytes, null)).collect();
         let buffer = || vec![0; MAX_REQUEST as usize].into_boxed_slice();
-        let pool = (0..setup.slots.pool).map(|_| buffer()).collect();
-        let oracle = Oracle::new(setup.geometry.size, null);
+        let pool = (0..setup.slots.buffers()).map(|_| buffer()).collect();
+        let mut oracle = Oracle::new(setup.geometry.size, null);
+        if setup.mapping.snapshot().is_some() {
+            let first = snapshot::first_contents(setup.geometry.size);
+            oracle.begin_with(&first);
+            backings[0].begin_with(&first);
+        }
         let (depth, capacity) = (setup.depth, setup.slots.capacity());
         let mut kernel = Self {
             rng: Rng::new(seed),
@@ -158,8 +169,10 @@ impl Kernel {
             pool,
             addresses: Addresses::of_process(),
             oracle,
+            shadow: None,
         };
         kernel.fill_table();
+        kernel.begin_shadow();
         kernel
     }
 
@@ -177,6 +190,22 @@ impl Kernel {
         let rings =
             self.pushed().count() + self.queued.len() + self.running.len() + self.posted.len();
         self.tags.iter().all(is_settled) && (in_a_hurry || rings == 0 && !self.backlogged)
+    }
+
+    /// The planner is a new one.
+    pub(crate) fn begin_shadow(&mut self) {
+        self.shadow = self.setup.mapping.faults().cloned();
+    }
+
+    /// The engine is about to plan a tag's request.
+    pub(crate) fn decide(&mut self, tag: u16) {
+        let model = &mut self.tags[usize::from(tag)];
+        let request = model.ask.and_then(|ask| ask.request);
+        if let Some((shadow, request)) = self.shadow.as_ref().zip(request) {
+            let decision = shadow.decide(&request);
+            model.blame.decision = decision;
+            self.trace.note(|| format!("decision on tag {tag}: {decision:?}"));
+        }
     }
 
     /// Everything is about to be cancelled.
@@ -224,7 +253,7 @@ impl LaneIo for SimIo {
 
     fn pool_addr(&self, buffer: u16, offset: u32) -> PoolAddr {
         let kernel = self.0.borrow();
-        assert!(buffer < kernel.setup.slots.pool, "pool buffer {buffer}");
+        assert!(buffer < kernel.setup.slots.buffers(), "pool buffer {buffer}");
         kernel.addresses.of(buffer, offset)
     }
 

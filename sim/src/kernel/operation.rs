@@ -32,6 +32,7 @@ impl Kernel {
             | Work::Register { .. }
             | Work::Unregister { .. }
             | Work::Zero { .. }
+            | Work::Timeout { .. }
             | Work::Cancel { .. } => {}
         }
         let patience = self.setup.deadline.unwrap_or(200_000);
@@ -50,13 +51,15 @@ impl Kernel {
             Buffer::Lent { tag: lent } => {
                 assert!(tag.is_none_or(|tag| tag == lent), "a foreign buffer");
                 let start = usize::try_from(transfer.addr).unwrap_or(usize::MAX);
-                let len = self.tags[usize::from(lent)].len;
+                let len = self.tags[usize::from(lent)].claimed();
                 assert!(end(start) <= len, "bytes {start}..{} of {len}", end(start));
             }
             Buffer::Pool { index } => {
                 let (found, offset) = self.addresses.find(transfer.addr);
                 assert_eq!(found, index, "an address in another buffer of the pool");
-                let len = self.pool[usize::from(index)].len();
+                let whole = self.pool[usize::from(index)].len();
+                let tag = tag.filter(|_| index < self.setup.slots.pool);
+                let len = tag.map_or(whole, |tag| self.tags[usize::from(tag)].claimed());
                 assert!(end(offset) <= len, "bytes {offset}..{} of {len}", end(offset));
             }
         }
@@ -77,6 +80,9 @@ impl Kernel {
 
     /// How an operation ends; what it has done by then is done.
     fn outcome(&mut self, flight: &Flight) -> i32 {
+        if flight.entry.is_delay() {
+            return Errno::ETIME.negated();
+        }
         if let Some(errno) = self.failure(flight) {
             self.spoil(flight);
             return errno.negated();
@@ -111,12 +117,20 @@ impl Kernel {
             | Work::Commit { .. }
             | Work::Register { .. }
             | Work::Unregister { .. }
+            | Work::Timeout { .. }
             | Work::Cancel { .. } => unreachable!("it does not run"),
         }
     }
 
     /// Whether an operation fails, and how.
     fn failure(&mut self, flight: &Flight) -> Option<Errno> {
+        let on_dead_leg =
+            self.setup.dead_leg.is_some() && self.setup.dead_leg == flight.entry.backing();
+        if on_dead_leg {
+            self.tally.note(Fault::OpError);
+            self.blame_hard(flight, Errno::EIO);
+            return Some(Errno::EIO);
+        }
         if !self.setup.hostile {
             return None;
         }
@@ -149,7 +163,8 @@ impl Kernel {
         if let Some(tag) = flight.entry.tag {
             let blame = &mut self.tags[usize::from(tag)].blame;
             blame.allow(errno);
-            blame.must_fail = true;
+            // A mirror may go on without it: whether rightly is seen by what is read later.
+            blame.must_fail |= self.setup.mapping.mirror().is_none();
         }
     }
 
@@ -203,6 +218,7 @@ impl Kernel {
             | Work::Register { .. }
             | Work::Unregister { .. }
             | Work::Flush { .. }
+            | Work::Timeout { .. }
             | Work::Cancel { .. } => return,
         }
         self.tally.note(Fault::EffectAfterDeath);

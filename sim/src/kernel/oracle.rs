@@ -24,6 +24,11 @@ impl Oracle {
         Self { bytes, known: vec![true; sectors], null, acknowledged: [0; MAX_BACKINGS] }
     }
 
+    /// The device reads as this from the start.
+    pub(super) fn begin_with(&mut self, bytes: &[u8]) {
+        self.bytes.copy_from_slice(bytes);
+    }
+
     pub(super) fn forget(&mut self, sectors: std::ops::Range<usize>) {
         if !self.null {
             self.known[sectors].fill(false);

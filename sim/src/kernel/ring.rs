@@ -203,7 +203,8 @@ impl Kernel {
     fn cancelled(&mut self, flight: Flight) {
         self.tally.note(Fault::Cancelled);
         // Without its registration it is yet to be issued in earnest.
-        if let Some(tag) = flight.entry.tag.filter(|_| !flight.unregistered) {
+        let forgiven = self.setup.mapping.mirror().is_some() && !flight.entry.is_delay();
+        if let Some(tag) = flight.entry.tag.filter(|_| !flight.unregistered && !forgiven) {
             self.tags[usize::from(tag)].blame.must_fail = true;
         }
         self.spoil(&flight);

@@ -33,6 +33,13 @@ impl Kernel {
         }
     }
 
+    /// Whether a slot has a scratch buffer.
+    #[must_use]
+    pub fn is_scratch(&self, slot: u16) -> bool {
+        let slots = &self.setup.slots;
+        (slots.lent + slots.pool..slots.capacity()).contains(&slot)
+    }
+
     /// Puts the buffer of a tag's request into a slot.
     pub(super) fn insert(&mut self, tag: u16, slot: u16) -> Result<(), Errno> {
         match self.table.get_mut(usize::from(slot)) {

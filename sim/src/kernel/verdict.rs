@@ -2,12 +2,13 @@
 //! be answered with.
 
 use ublk_target::engine::MAX_RETRIES;
-use ublk_target::request::RequestKind;
+use ublk_target::request::{Request, RequestKind};
+use ublk_target::target::Decision;
 use uring_ext::Errno;
 
-use super::backing::{Backing, MAX_BACKINGS};
+use super::backing::MAX_BACKINGS;
 use super::operation::HARD;
-use super::{Kernel, Phase, Posted, TagModel};
+use super::{Ask, Kernel, Phase, Posted, TagModel};
 use crate::command::INTERNAL_ERROR;
 use crate::fault::Fault;
 
@@ -50,6 +51,8 @@ pub struct Blame {
     pub storm_unregister: bool,
     /// Copies do.
     pub storm_copy: bool,
+    /// What the fault target has decided.
+    pub decision: Decision,
     /// Its newest write to each backing that is not on stable storage by itself.
     pub writes: [u64; MAX_BACKINGS],
 }
@@ -122,17 +125,26 @@ impl Kernel {
         assert_eq!(ask.refusal, None, "{:?} was not refused", ask.iod);
         let Some(request) = ask.request else { return };
         assert!(!model.blame.must_fail, "{request:?} succeeded in spite of an error");
-        assert_eq!(self.setup.mapping.refusal(&request), None, "{request:?} was planned");
-        let moved = if request.has_data() { request.len } else { 0 };
-        assert_eq!(u64::try_from(result), Ok(moved), "{request:?}");
-        let is_durable = |(backing, write): (&Backing, &u64)| backing.is_durable(*write);
+        let Decision { delay_ns, error, short } = model.blame.decision;
+        assert_eq!(error, None, "{request:?} was to fail");
+        let early = delay_ns > 0 && self.now < model.blame.since.saturating_add(delay_ns);
+        assert!(!early, "{request:?} was to be held back");
+        let claimed = Request { len: short.unwrap_or(request.len), ..request };
+        assert_eq!(self.setup.mapping.refusal(&claimed), None, "{request:?} was planned");
+        let moved = if request.has_data() { claimed.len } else { 0 };
+        assert_eq!(u64::try_from(result), Ok(moved), "{request:?}, of which {short:?}");
+        let is_durable = |writes: &[u64; MAX_BACKINGS]| {
+            let mut legs = (0..).zip(self.backings.iter().zip(writes));
+            let is_out = |leg| self.setup.mapping.mirror().is_some_and(|it| it.is_out(leg));
+            legs.all(|(leg, (backing, write))| backing.is_durable(*write) || is_out(leg))
+        };
         match request.kind {
             RequestKind::Write { fua: true } => {
-                let durable = self.backings.iter().zip(&model.blame.writes).all(is_durable);
+                let durable = is_durable(&model.blame.writes);
                 assert!(durable, "{request:?} is not on stable storage");
             }
             RequestKind::Flush => {
-                let durable = self.backings.iter().zip(&ask.flush_to).all(is_durable);
+                let durable = is_durable(&ask.flush_to);
                 assert!(durable || self.oracle.null, "a flush has not reached all writes");
             }
             RequestKind::Read
@@ -149,7 +161,14 @@ impl Kernel {
             assert_eq!(errno, refusal, "{:?}", ask.iod);
             return;
         }
-        let planned = ask.request.and_then(|request| self.setup.mapping.refusal(&request));
+        let Decision { delay_ns, error, short } = model.blame.decision;
+        if error == Some(errno) {
+            assert!(model.blame.since + delay_ns <= self.now, "{:?} failed early", ask.request);
+            self.tally.note(Fault::ErrorAnswer);
+            return;
+        }
+        let claimed = |request: Request| Request { len: short.unwrap_or(request.len), ..request };
+        let planned = ask.request.and_then(|it| self.setup.mapping.refusal(&claimed(it)));
         if planned == Some(errno) {
             let idle = errno == Errno::EIO;
             self.tally.note(if idle { Fault::PlannerIdles } else { Fault::PlannerRefuses });
@@ -183,13 +202,20 @@ impl Kernel {
             }
             return;
         }
-        let len = usize::try_from(request.len).unwrap_or(usize::MAX);
+        // What is claimed, and no more.
+        let result = u64::try_from(model.result).unwrap_or(0);
+        let done = if request.has_data() { result } else { request.len };
+        let len = usize::try_from(done).unwrap_or(usize::MAX);
+        let sectors = Ask::sound(Request { len: done, ..request }).sectors();
         match request.kind {
-            RequestKind::Read => return self.oracle.check(sectors, &model.data[..len]),
+            RequestKind::Read => self.oracle.check(sectors, &model.data[..len]),
             RequestKind::Write { .. } => self.oracle.learn(sectors, Some(&model.data[..len])),
             RequestKind::Discard => return self.oracle.forget(sectors),
             RequestKind::WriteZeroes { .. } => self.oracle.learn(sectors, None),
             RequestKind::Flush => return,
+        }
+        if done < request.len {
+            self.requeue_rest(tag, &request, done);
         }
         let writes = self.tags[usize::from(tag)].blame.writes;
         for (newest, write) in self.oracle.acknowledged.iter_mut().zip(writes) {
@@ -215,6 +241,8 @@ impl Kernel {
             Ok(_) => None,
             Err(errno) => HARD.contains(&errno).then_some(errno),
         };
+        // A mirror may go on after it.
+        let lasting = lasting.filter(|_| self.setup.mapping.mirror().is_none());
         blame.first = blame.first.or(lasting.map(|errno| (errno, self.now)));
         let limit = self.setup.deadline.unwrap_or(u64::MAX);
         let cancelled_at = posted.of.and_then(|entry| entry.cancelled_at);

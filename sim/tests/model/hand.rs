@@ -13,7 +13,7 @@ use ublk_target::lane::event::Event;
 use ublk_target::lane::{CDEV, LaneIo, RingRole, backing_file};
 use ublk_target::lend::LendMode;
 use ublk_target::request::{Request, RequestKind};
-use ublk_target::target::{AnyTarget, LoopTarget};
+use ublk_target::target::{AnyTarget, Decision, LoopTarget};
 use ublk_target::units::Tag;
 use uring_ext::sqe::{Delivery, FixedBuffer, Sqe};
 
@@ -33,9 +33,11 @@ impl Hand {
         setup.depth = 2;
         setup.lend = lend;
         setup.slots = match lend {
-            LendMode::Fused | LendMode::Slot => SlotTable { lent: 3, pool: 1, choice: from_zero },
+            LendMode::Fused | LendMode::Slot => {
+                SlotTable { lent: 3, pool: 1, scratch: 0, choice: from_zero }
+            }
             LendMode::UserCopy | LendMode::Copy => {
-                SlotTable { lent: 0, pool: 2, choice: from_zero }
+                SlotTable { lent: 0, pool: 2, scratch: 0, choice: from_zero }
             }
         };
         setup.mapping = Mapping::Target(AnyTarget::Loop(LoopTarget { size }));
@@ -89,6 +91,14 @@ impl Hand {
     pub fn ask(&mut self, tag: u16, kind: RequestKind) {
         let len = if kind == RequestKind::Flush { 0 } else { 1024 };
         self.deliver(tag, Ask::sound(Request { kind, offset: 0, len }));
+    }
+
+    /// What the fault target is taken to have decided on a tag's request, which came just now.
+    pub fn decide(&mut self, tag: usize, decision: Decision) {
+        let mut kernel = self.kernel.borrow_mut();
+        let now = kernel.now;
+        let blame = &mut kernel.tags[tag].blame;
+        (blame.decision, blame.since) = (decision, now);
     }
 
     pub fn commit(&mut self, tag: u16, result: i32) {

@@ -9,7 +9,8 @@ use ublk_sim::kernel::{Ask, Phase, QID};
 use ublk_target::lane::event::Event;
 use ublk_target::lane::{CDEV, LaneIo, RingRole, backing_file};
 use ublk_target::lend::LendMode;
-use ublk_target::request::RequestKind;
+use ublk_target::request::{Request, RequestKind};
+use ublk_target::target::Decision;
 use ublk_target::units::Tag;
 use uring_ext::Errno;
 use uring_ext::iod::IoDesc;
@@ -226,6 +227,67 @@ fn success_in_spite_of_an_error_is_found_out() {
     hand.always(Fault::OpZero);
     assert_eq!(hand.run(), [(OP, 0)]);
     hand.commit(0, 1024);
+}
+
+#[test]
+fn what_is_left_of_a_short_request_is_asked_for_again() {
+    let mut hand = Hand::new(LendMode::Fused);
+    hand.ask(0, WRITE);
+    hand.push(&[hand.write(0, false)]);
+    hand.run();
+    hand.decide(0, Decision { short: Some(512), ..Decision::default() });
+    hand.commit(0, 512);
+    let kernel = hand.kernel.borrow();
+    let rest = kernel.tags[0].ask.and_then(|ask| ask.request);
+    assert_eq!(rest, Some(Request { kind: WRITE, offset: 512, len: 512 }));
+    assert_eq!((kernel.answered, kernel.asked), (1, 1), "the rest counts as another");
+}
+
+#[test]
+#[should_panic(expected = "of which None")]
+fn a_short_answer_that_nobody_wanted_is_found_out() {
+    let mut hand = Hand::new(LendMode::Fused);
+    hand.ask(0, WRITE);
+    hand.push(&[hand.write(0, false)]);
+    hand.run();
+    hand.commit(0, 512);
+}
+
+#[test]
+#[should_panic(expected = "bytes 0..1024 of 512")]
+fn an_operation_beyond_what_is_claimed_is_found_out() {
+    let mut hand = Hand::new(LendMode::Fused);
+    hand.ask(0, READ);
+    hand.decide(0, Decision { short: Some(512), ..Decision::default() });
+    hand.push(&[hand.read(0, 0, 0)]);
+    hand.run();
+}
+
+#[test]
+#[should_panic(expected = "was to fail")]
+fn success_instead_of_an_injected_error_is_found_out() {
+    let mut hand = Hand::new(LendMode::Fused);
+    hand.ask(0, RequestKind::Flush);
+    hand.decide(0, Decision { error: Some(Errno::EIO), ..Decision::default() });
+    hand.commit(0, 0);
+}
+
+#[test]
+#[should_panic(expected = "was to be held back")]
+fn an_answer_before_its_time_is_found_out() {
+    let mut hand = Hand::new(LendMode::Fused);
+    hand.ask(0, RequestKind::Flush);
+    hand.decide(0, Decision { delay_ns: 1000, ..Decision::default() });
+    hand.commit(0, 0);
+}
+
+#[test]
+fn delays_take_their_time() {
+    let mut hand = Hand::new(LendMode::Fused);
+    hand.push(&[hand.named(Sqe::delay(5000), OP)]);
+    assert_eq!(hand.run(), []);
+    hand.kernel.borrow_mut().now += 5000;
+    assert_eq!(hand.run(), [(OP, Errno::ETIME.negated())]);
 }
 
 #[test]

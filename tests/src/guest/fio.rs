@@ -31,6 +31,26 @@ pub struct Direction {
     pub requests: u64,
     /// Requests a second.
     pub iops: f64,
+    /// How long they took, from before their submission. The time from when that has returned
+    /// (`clat`) may leave out some of what was done for them.
+    #[serde(default)]
+    pub lat_ns: Latency,
+}
+
+/// Latencies in nanoseconds; 0 where there are none.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Deserialize)]
+pub struct Latency {
+    /// The least.
+    pub min: u64,
+}
+
+impl Latency {
+    fn least(self, other: Self) -> Self {
+        match (self.min, other.min) {
+            (0, min) | (min, 0) => Self { min },
+            (one, other) => Self { min: one.min(other) },
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -106,6 +126,7 @@ pub fn parse(text: &str) -> Result<Report> {
             bytes: a.bytes + b.bytes,
             requests: a.requests + b.requests,
             iops: a.iops + b.iops,
+            lat_ns: a.lat_ns.least(b.lat_ns),
         })
     };
     Ok(Report {
@@ -124,14 +145,15 @@ mod tests {
     fn reports_are_summed_over_jobs() {
         let direction = r#"{"io_bytes": 8192, "total_ios": 2, "iops": 10.5, "bw": 1}"#;
         let job = |error: i32| {
-            format!(
-                r#"{{"error": {error}, "read": {direction}, "write": {direction}, "trim": {direction}}}"#
-            )
+            let latency = format!(r#""iops": 10.5, "lat_ns": {{"min": {}, "max": 9}}"#, 7 - error);
+            let read = direction.replace(r#""iops": 10.5"#, &latency);
+            format!(r#"{{"error": {error}, "read": {read}, "write": {direction}, "trim": {read}}}"#)
         };
         let text = format!("fio: warning\n{{\"jobs\": [{}, {}]}}", job(0), job(5));
         let report = parse(&text).unwrap();
         assert_eq!((report.read.bytes, report.read.requests, report.error), (16384, 4, 5));
         assert!((report.write.iops - 21.0).abs() < 1e-9);
+        assert_eq!((report.read.lat_ns.min, report.write.lat_ns.min), (2, 0));
         assert!(parse("no report").is_err());
         assert!(parse(r#"{"jobs": [{}]}"#).is_err());
     }

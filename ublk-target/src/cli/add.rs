@@ -13,17 +13,7 @@ use super::{Device, Target, daemon, start_log};
 
 /// Adds a device and serves it, here or in a process of its own.
 pub fn add(target: &Target, verbose: u8) -> anyhow::Result<ExitCode> {
-    let (target, device) = match target {
-        Target::Null { size, device } => (TargetConfig::Null { size: *size }, device),
-        Target::Loop { file, device } => (TargetConfig::Loop { file: file.clone() }, device),
-        Target::Linear { file, device } => {
-            let extents = file.iter().map(|extent| extent.0.clone()).collect();
-            (TargetConfig::Linear { extents }, device)
-        }
-        Target::Stripe { file, chunk, device } => {
-            (TargetConfig::Stripe { chunk: *chunk, files: file.clone() }, device)
-        }
-    };
+    let (target, device) = resolve(target);
     if !device.foreground && !device.daemon {
         return daemon::start_server();
     }
@@ -52,6 +42,26 @@ pub fn add(target: &Target, verbose: u8) -> anyhow::Result<ExitCode> {
         announce(device, description, choice)
     })?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// The target, and the options of the device.
+fn resolve(target: &Target) -> (TargetConfig, &Device) {
+    match target {
+        Target::Null { size, device } => (TargetConfig::Null { size: *size }, device),
+        Target::Loop { file, device } => (TargetConfig::Loop { file: file.clone() }, device),
+        Target::Linear { file, device } => {
+            let extents = file.iter().map(|extent| extent.0.clone()).collect();
+            (TargetConfig::Linear { extents }, device)
+        }
+        Target::Stripe { file, chunk, device } => {
+            (TargetConfig::Stripe { chunk: *chunk, files: file.clone() }, device)
+        }
+        Target::Fault { rule, seed, target } => {
+            let (target, device) = resolve(target);
+            let target = Box::new(target);
+            (TargetConfig::Fault { rules: rule.clone(), seed: *seed, target }, device)
+        }
+    }
 }
 
 /// Tells the user that the device is live. A server in the background has its log by then.

@@ -14,6 +14,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use ublk_target::lend::LendRequest;
 use ublk_target::server::config::ExtentConfig;
 use ublk_target::server::polling;
+use ublk_target::target::Rule;
 use ublk_target::units::Bytes;
 use uring_ext::ring::Polling;
 
@@ -50,7 +51,9 @@ enum Command {
     },
 }
 
+// One may be within another, so they are made only as far as they are asked for.
 #[derive(Debug, Subcommand)]
+#[command(defer = true)]
 enum Target {
     /// A device that forgets what is written to it and reads as zeros
     Null {
@@ -88,7 +91,36 @@ enum Target {
         #[command(flatten)]
         device: Device,
     },
+    /// Another target, some of whose requests fail, are answered short, or are held back
+    #[command(after_help = FAULT_HELP, subcommand_value_name = "TARGET", subcommand_help_heading = "Targets")]
+    Fault {
+        /// Which requests meet what, see below; the first rule that applies decides
+        #[arg(long, value_name = "RULE", required = true)]
+        rule: Vec<Rule>,
+        /// The same seed and requests meet the same faults
+        #[arg(long, value_name = "N", default_value = "0")]
+        seed: u64,
+        #[command(subcommand)]
+        target: Box<Target>,
+    },
 }
+
+const FAULT_HELP: &str = "\
+Which requests a rule concerns:
+  op=KIND+KIND…     read, write, flush, discard, write-zeroes [default: all that the effect fits]
+  range=START-END   those that touch these bytes of the device; also START+LENGTH, with K, M, G, T
+  p=P               with this probability [default: 1]
+  count=N           at most N of each queue
+What it does to them, one or more:
+  error=NAME        answers with this error: EIO, ENOSPC, ETIMEDOUT, EOPNOTSUPP, ENOLINK, EREMOTEIO,
+                    EBADE, ENODATA, EILSEQ, ENODEV or ETIME; nothing is read or written
+  short             reads or writes only part of them, from the start; the kernel asks again for the rest
+  delay=TIME        holds them for so long first: a number with ns, us, ms or s
+
+The options of the device (-n, -q, -d, --lend, …) follow the target:
+  ublk-target add fault --rule p=0.01,error=EIO loop -f /dev/nvme1n1 -n 3
+  ublk-target add fault --rule op=write,range=1G+4K,count=1,error=ENOSPC --rule op=read,delay=10ms \\
+      stripe -f /dev/nvme1n1 -f /dev/nvme2n1 --lend slot";
 
 /// A part of a backing: `PATH[,OFFSET[,LENGTH]]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -326,8 +358,16 @@ mod tests {
 
     #[test]
     fn the_command_line_is_consistent() {
-        use clap::CommandFactory;
-        Cli::command().debug_assert();
+        let targets = ["null", "loop", "linear", "stripe", "fault", "fault --rule short fault"];
+        let targets = targets.map(|target| format!("add {target}"));
+        let commands = ["", "add", "del", "list", "stats", "features", "stop-device"];
+        let commands = commands.into_iter().chain(targets.iter().map(String::as_str));
+        for command in commands {
+            // Clap looks for contradictions in the commands that it comes by.
+            let line = format!("ublk-target {command} --help");
+            let error = Cli::try_parse_from(line.split_whitespace()).unwrap_err();
+            assert_eq!(error.kind(), clap::error::ErrorKind::DisplayHelp, "{line}: {error}");
+        }
     }
 
     #[test]
@@ -344,8 +384,23 @@ mod tests {
     }
 
     #[test]
+    fn targets_are_wrapped() {
+        let line = "ublk-target add fault --rule short --rule delay=1ms fault --rule error=EIO \
+                    --seed 7 linear -f disk,1M -n 3 -q 2 -d 64 --lend slot";
+        let cli = Cli::try_parse_from(line.split_whitespace()).unwrap();
+        let Command::Add(Target::Fault { rule, seed: 0, target }) = cli.command else {
+            panic!("{line}")
+        };
+        assert_eq!(rule.len(), 2);
+        let Target::Fault { rule, seed: 7, target } = *target else { panic!("{line}") };
+        assert_eq!(rule, ["error=EIO".parse().unwrap()]);
+        let Target::Linear { device, .. } = *target else { panic!("{line}") };
+        assert_eq!((device.id, device.queues, device.depth), (Some(3), 2, 64));
+    }
+
+    #[test]
     fn wrong_arguments_are_one_line() {
-        let table: [(&[&str], &str); 11] = [
+        let table: [(&[&str], &str); 16] = [
             (&["add", "loop"], "--file"),
             (&["add", "null", "-q", "0"], "0 is not in 1..=4096"),
             (&["add", "null", "-d", "4097"], "4097 is not in 1..=4096"),
@@ -355,6 +410,11 @@ mod tests {
             (&["add", "linear", "-f", "a,1M,2M,3M"], "more than a path"),
             (&["add", "linear", "-f", "a,start"], "is not a size"),
             (&["add", "stripe"], "--file"),
+            (&["add", "fault", "null"], "--rule"),
+            (&["add", "fault", "--rule", "short"], "requires a subcommand"),
+            (&["add", "fault", "--rule", "p=2,short", "null"], "`2` is no probability"),
+            (&["add", "fault", "--rule", "error=EAGAIN", "null"], "use EIO or ETIMEDOUT"),
+            (&["add", "fault", "--rule", "short", "teapot"], "teapot"),
             (&["stats"], "--id"),
             (&["stats", "-n", "0", "--interval", "0.01"], "seconds from 0.1 to 86400"),
         ];

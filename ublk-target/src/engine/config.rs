@@ -35,6 +35,8 @@ pub struct SlotTable {
     /// Buffers of the server. In the copy modes there is one a tag; else a few, for requests whose
     /// buffer could not be registered, and none where the device has no user copy.
     pub pool: u16,
+    /// Scratch buffers, behind those of the pool: one a tag if the planner wants any, else none.
+    pub scratch: u16,
     /// How slots for lent buffers are chosen.
     pub choice: SlotChoice,
 }
@@ -43,7 +45,13 @@ impl SlotTable {
     /// Number of slots.
     #[must_use]
     pub const fn capacity(&self) -> u16 {
-        self.lent.saturating_add(self.pool)
+        self.lent.saturating_add(self.buffers())
+    }
+
+    /// Number of the server's own buffers.
+    #[must_use]
+    pub const fn buffers(&self) -> u16 {
+        self.pool.saturating_add(self.scratch)
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::inflight::Cancel;
 use super::tag::Held;
 use super::{Engine, Port, deadline_of};
-use crate::plan::Planner;
+use crate::plan::{Buffer, Planner};
 
 impl<P: Planner> Engine<P> {
     /// How long to wait for completions before [`Engine::check_deadlines`] is due; `None` for as
@@ -33,7 +33,11 @@ impl<P: Planner> Engine<P> {
                     inflight.deadline = u64::MAX;
                     self.stats.lost_ops += 1;
                     let run = &mut self.tags[inflight.tag.index()].run;
-                    run.held = match run.take_held() {
+                    let held = match inflight.op.buffer() {
+                        Some(Buffer::Scratch) => &mut run.scratch,
+                        Some(Buffer::Request) | None => &mut run.held,
+                    };
+                    *held = match held.take() {
                         Held::Active(lease) => Held::Quarantined(self.registry.quarantine(lease)),
                         // It has no buffer, or one that another operation has put there before.
                         held @ (Held::Nothing

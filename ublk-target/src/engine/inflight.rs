@@ -38,12 +38,26 @@ pub(super) struct InFlight {
     pub op: Op,
     pub borrow: Option<Borrow>,
     pub retries: u8,
+    /// How many operations have failed in whose place it was issued.
+    pub substitutes: u8,
     pub cancel: Cancel,
     /// When it is cancelled, or given up for lost.
     pub deadline: u64,
 }
 
 impl InFlight {
+    /// Goes back to the start of the block that it has come to, for somebody else to go on with: a
+    /// drive may take whole blocks only.
+    pub fn rewind(&mut self, block: u32) {
+        if !self.op.has_data() {
+            return;
+        }
+        let into = self.op.buf_offset % block;
+        self.op.offset -= u64::from(into);
+        self.op.buf_offset -= into;
+        self.op.len += u64::from(into);
+    }
+
     /// Takes note of `moved` bytes (0 for what moves none).
     pub fn advance(&mut self, moved: u32) -> Progress {
         if !self.op.has_data() {
@@ -169,7 +183,8 @@ mod tests {
     fn inflight(kind: OpKind) -> InFlight {
         let op = Op { kind, backing: BackingIndex(0), offset: 1000, len: 4096, buf_offset: 512 };
         let (tag, cancel) = (Tag(0), Cancel::No);
-        InFlight { tag, op, borrow: None, retries: 3, cancel, deadline: u64::MAX }
+        let (borrow, retries, substitutes) = (None, 3, 0);
+        InFlight { tag, op, borrow, retries, substitutes, cancel, deadline: u64::MAX }
     }
 
     fn insert(table: &mut InFlightTable) -> Option<OpKey> {
@@ -185,6 +200,16 @@ mod tests {
         assert_eq!((read.op.offset, read.op.buf_offset, read.op.len), (2024, 1536, 3072));
         assert_eq!(read.retries, 0, "progress renews the retries");
         assert_eq!(read.advance(3072), Progress::Done);
+    }
+
+    #[test]
+    fn others_go_on_at_a_block() {
+        let mut read = inflight(OpKind::Read);
+        assert_eq!(read.advance(600), Progress::Again);
+        read.rewind(512);
+        assert_eq!((read.op.offset, read.op.buf_offset, read.op.len), (1512, 1024, 3584));
+        read.rewind(512);
+        assert_eq!(read.op.buf_offset, 1024, "once");
     }
 
     #[test]

@@ -1,14 +1,13 @@
 //! How a request comes to its buffer and gives it back, whatever the lend mode.
 
-use bufreg::{Lease, Owner, Reserved, Retiring, SlotIndex};
+use bufreg::{Lease, Owner, Registry, Reserved, Retiring, SlotIndex};
 use uring_ext::Errno;
 use uring_ext::pool::Direction;
 
-use super::inflight::{Cancel, InFlight, Progress};
-use super::tag::{Chain, Held, Phase, Run, TagState, Way};
-use super::{Engine, MAX_RETRIES, Port, SlotChoice, TagKey, deadline_of, is_transient};
+use super::tag::{Held, Phase, Run, TagState, Way};
+use super::{Engine, EngineStats, MAX_RETRIES, Port, SlotChoice, TagKey, is_transient};
 use crate::lend::LendMode;
-use crate::plan::{Op, Planner};
+use crate::plan::Planner;
 use crate::request::RequestKind;
 use crate::units::Tag;
 
@@ -22,17 +21,32 @@ impl<P: Planner> Engine<P> {
         }
     }
 
-    /// Gets the request its buffer in the way of the lend mode.
-    pub(super) fn lend(&mut self, tag: Tag, need_reg_buf: bool, port: &mut impl Port) {
-        match self.config.lend {
-            LendMode::Fused if need_reg_buf => self.lend_registered(tag, port),
-            LendMode::Fused | LendMode::Copy => self.lend_delivered(tag, port),
-            LendMode::Slot => self.lend_registered(tag, port),
-            LendMode::UserCopy => self.lend_copied(tag, port),
+    /// Gets the request its buffer in the way of the lend mode. While it waits for another one, it
+    /// has no other than the driver has delivered.
+    #[inline(always)]
+    pub(super) fn lend(&mut self, tag: Tag, port: &mut impl Port) {
+        let TagState { run, plan, .. } = &self.tags[tag.index()];
+        let (need_reg_buf, waits) = (run.need_reg_buf, !plan.is_accepting());
+        let is_delivered = match self.config.lend {
+            LendMode::Fused => !need_reg_buf,
+            LendMode::Copy => true,
+            LendMode::Slot | LendMode::UserCopy => false,
+        };
+        if is_delivered && matches!(run.held, Held::Nothing) {
+            return self.lend_delivered(tag, port);
         }
+        // It has what was delivered since it was planned for the first time.
+        if is_delivered || waits {
+            return self.proceed(tag, port);
+        }
+        if self.config.lend == LendMode::UserCopy {
+            return self.lend_copied(tag, port);
+        }
+        self.stats.need_reg_buf += u64::from(need_reg_buf);
+        self.lend_registered(tag, port);
     }
 
-    fn run(&mut self, tag: Tag) -> &mut Run {
+    pub(super) fn run(&mut self, tag: Tag) -> &mut Run {
         &mut self.tags[tag.index()].run
     }
 
@@ -48,7 +62,7 @@ impl<P: Planner> Engine<P> {
         self.proceed(tag, port);
     }
 
-    fn lend_registered(&mut self, tag: Tag, port: &mut impl Port) {
+    pub(super) fn lend_registered(&mut self, tag: Tag, port: &mut impl Port) {
         self.run(tag).way = Way::Registered;
         let Some(lease) = self.reserve_for_registration(tag) else {
             // Only a quarantined slot is in the way; copying does without.
@@ -82,37 +96,15 @@ impl<P: Planner> Engine<P> {
         }
     }
 
-    /// Register, operation and unregister in one submission.
-    fn submit_chain(&mut self, tag: Tag, lease: Lease<Reserved>, op: Op, port: &mut impl Port) {
-        // The ring's order makes the registration precede the use.
-        let lease = self.registry.activate(lease);
-        let slot = lease.slot();
-        let key = self.inflight.next_key();
-        let borrow = key.and_then(|key| self.registry.borrow(&lease, key.borrower()).ok());
-        let run = &mut self.tags[tag.index()].run;
-        run.held = Held::Active(lease);
-        let (Some(key), Some(borrow)) = (key, borrow) else {
-            // The table holds a window for every tag, so it has room.
-            self.stats.unexpected += 1;
-            run.way = Way::Delivered;
-            run.fail(Errno::EIO);
-            return self.finish(tag, port);
-        };
-        run.chain = Some(Chain::default());
-        run.pending = 1;
-        let deadline = deadline_of(self.config.deadline, self.now);
-        let (borrow, cancel, retries) = (Some(borrow), Cancel::No, run.retries);
-        self.inflight.insert(InFlight { tag, op, borrow, retries, cancel, deadline });
-        self.stats.ops += 1;
-        self.stamp_issue(tag, port);
-        port.submit_chain(self.next_turn(tag), slot, key, &op);
-    }
-
     /// The answer to [`Port::register`], or word that the registration of a chain has failed.
     pub fn registered(&mut self, key: TagKey, res: i32, port: &mut impl Port) {
-        if !self.believes(key) {
-            return;
+        if self.believes(key) {
+            self.on_registered(key, res, port);
+            self.serve_deferred(port);
         }
+    }
+
+    fn on_registered(&mut self, key: TagKey, res: i32, port: &mut impl Port) {
         let tag = key.tag;
         let state = &mut self.tags[tag.index()];
         if let Some(chain) = state.chain() {
@@ -122,7 +114,7 @@ impl<P: Planner> Engine<P> {
             }
             return;
         }
-        let lease = match state.run.take_held() {
+        let lease = match state.run.held.take() {
             Held::Reserved(lease) => lease,
             held @ (Held::Nothing | Held::Active(_) | Held::Retiring(_) | Held::Quarantined(_)) => {
                 state.run.held = held;
@@ -145,7 +137,7 @@ impl<P: Planner> Engine<P> {
         }
     }
 
-    fn registration_failed(&mut self, tag: Tag, errno: Errno, port: &mut impl Port) {
+    pub(super) fn registration_failed(&mut self, tag: Tag, errno: Errno, port: &mut impl Port) {
         let run = self.run(tag);
         if is_transient(errno) && run.tries < MAX_RETRIES {
             run.tries += 1;
@@ -157,63 +149,12 @@ impl<P: Planner> Engine<P> {
     }
 
     /// Copies what could not be lent, where the device has user copy.
-    fn copy_instead(&mut self, tag: Tag, errno: Errno, port: &mut impl Port) {
+    pub(super) fn copy_instead(&mut self, tag: Tag, errno: Errno, port: &mut impl Port) {
         if self.config.slots.pool == 0 {
             return self.commit(tag, Err(errno), port);
         }
         self.stats.copied += 1;
         self.lend_copied(tag, port);
-    }
-
-    /// Goes on once operation and unregistration of a chain have both been answered.
-    pub(super) fn end_chain(&mut self, tag: Tag, port: &mut impl Port) {
-        let Some(chain) = self.tags[tag.index()].chain().copied() else { return };
-        let Chain { registration, operation: Some((outcome, ended)), unregistration: Some(res) } =
-            chain
-        else {
-            return;
-        };
-        let Ok(Some(lease)) = self.retire(tag) else { return };
-        self.run(tag).chain = None;
-        if let Some(errno) = registration {
-            // The slot was never filled, so what became of the other two says nothing, and the
-            // operation is yet to be issued.
-            self.registry.release(lease);
-            return self.registration_failed(tag, errno, port);
-        }
-        self.stats.registered += 1;
-        let unregistered = Errno::from_result(res);
-        match unregistered {
-            Ok(_) => self.registry.release(lease),
-            // Alone it may succeed; unless there is a rest, which is better copied.
-            Err(errno) if is_transient(errno) && outcome != Progress::Again => {
-                let run = self.run(tag);
-                if let Progress::Failed(errno) = outcome {
-                    run.fail(errno);
-                }
-                run.tries = 0;
-                self.stats.retries += 1;
-                return self.unregister(tag, lease, port);
-            }
-            Err(_) => self.quarantine(tag, lease),
-        }
-        let TagState { run, plan, .. } = &mut self.tags[tag.index()];
-        match outcome {
-            Progress::Again => {
-                run.tries = 0;
-                run.replan(plan, ended);
-                match unregistered {
-                    Ok(_) => self.lend_registered(tag, port),
-                    // A tag has one slot in quarantine at most, so that slots do not run out.
-                    Err(errno) => self.copy_instead(tag, errno, port),
-                }
-            }
-            Progress::Done => self.answer(tag, port),
-            Progress::Failed(errno) => {
-                run.fail(errno);
-                self.answer(tag, port);
-            }
-        }
     }
 
     /// Copies through a buffer of the pool, or waits for one. Whoever waits holds nothing, and
@@ -237,7 +178,8 @@ impl<P: Planner> Engine<P> {
 
     fn reserve_pooled(&mut self, tag: Tag) -> Option<Lease<Reserved>> {
         let owner = self.owner(tag);
-        let mut pool = self.config.slots.lent..self.config.slots.capacity();
+        let slots = &self.config.slots;
+        let mut pool = slots.lent..slots.lent.saturating_add(slots.pool);
         pool.find_map(|slot| self.registry.reserve(SlotIndex(slot), owner, self.now).ok())
     }
 
@@ -303,7 +245,10 @@ impl<P: Planner> Engine<P> {
         if self.recorder.is_some() {
             self.run(tag).stamps.done = port.now();
         }
-        let lease = match self.retire(tag) {
+        if !matches!(self.run(tag).scratch, Held::Nothing) && self.drop_scratch(tag).is_err() {
+            return;
+        }
+        let lease = match self.retire_held(tag) {
             Ok(Some(lease)) => lease,
             Ok(None) => return self.answer(tag, port),
             Err(StillInUse) => return,
@@ -329,7 +274,7 @@ impl<P: Planner> Engine<P> {
         self.answer(tag, port);
     }
 
-    fn unregister(&mut self, tag: Tag, lease: Lease<Retiring>, port: &mut impl Port) {
+    pub(super) fn unregister(&mut self, tag: Tag, lease: Lease<Retiring>, port: &mut impl Port) {
         port.unregister(self.next_turn(tag), lease.slot());
         let state = &mut self.tags[tag.index()];
         state.run.held = Held::Retiring(lease);
@@ -338,9 +283,13 @@ impl<P: Planner> Engine<P> {
 
     /// The answer to [`Port::unregister`], alone or at the end of a chain.
     pub fn unregistered(&mut self, key: TagKey, res: i32, port: &mut impl Port) {
-        if !self.believes(key) {
-            return;
+        if self.believes(key) {
+            self.on_unregistered(key, res, port);
+            self.serve_deferred(port);
         }
+    }
+
+    fn on_unregistered(&mut self, key: TagKey, res: i32, port: &mut impl Port) {
         let tag = key.tag;
         let state = &mut self.tags[tag.index()];
         if let Some(chain) = state.chain() {
@@ -351,7 +300,7 @@ impl<P: Planner> Engine<P> {
             chain.unregistration = Some(res);
             return self.end_chain(tag, port);
         }
-        let lease = match state.run.take_held() {
+        let lease = match state.run.held.take() {
             Held::Retiring(lease) => lease,
             held @ (Held::Nothing | Held::Active(_) | Held::Reserved(_) | Held::Quarantined(_)) => {
                 state.run.held = held;
@@ -371,7 +320,7 @@ impl<P: Planner> Engine<P> {
         self.answer(tag, port);
     }
 
-    fn answer(&mut self, tag: Tag, port: &mut impl Port) {
+    pub(super) fn answer(&mut self, tag: Tag, port: &mut impl Port) {
         let run = &mut self.tags[tag.index()].run;
         if let Some(recorder) = &mut self.recorder {
             let now = port.now();
@@ -384,29 +333,16 @@ impl<P: Planner> Engine<P> {
         self.commit(tag, result, port);
     }
 
-    /// Ends the borrowing of what the request holds, if it holds something.
-    fn retire(&mut self, tag: Tag) -> Result<Option<Lease<Retiring>>, StillInUse> {
-        let run = &mut self.tags[tag.index()].run;
-        run.held = match run.take_held() {
-            Held::Nothing => return Ok(None),
-            Held::Active(lease) => match self.registry.retire(lease) {
-                Ok(lease) => return Ok(Some(lease)),
-                Err(still) => Held::Active(still.lease),
-            },
-            Held::Quarantined(lease) => match self.registry.settle(lease) {
-                Ok(lease) => return Ok(Some(lease)),
-                Err(still) => Held::Quarantined(still.lease),
-            },
-            held @ (Held::Reserved(_) | Held::Retiring(_)) => held,
-        };
-        // Unreachable while `pending` counts right: a borrowed buffer is never given back.
-        self.stats.unexpected += 1;
-        Err(StillInUse)
+    /// Ends the borrowing of the slot with the request's bytes, if it has one.
+    #[inline]
+    pub(super) fn retire_held(&mut self, tag: Tag) -> Result<Option<Lease<Retiring>>, StillInUse> {
+        let held = &mut self.tags[tag.index()].run.held;
+        retire(&mut self.registry, &mut self.stats, held)
     }
 
     /// The kernel may still have the buffer in the slot, and the driver keeps the request until
     /// it is gone; so the tag's next request proves that it is.
-    fn quarantine(&mut self, tag: Tag, lease: Lease<Retiring>) {
+    pub(super) fn quarantine(&mut self, tag: Tag, lease: Lease<Retiring>) {
         self.stats.failed_unregistrations += 1;
         self.tags[tag.index()].quarantined = Some(self.registry.quarantine(lease));
     }
@@ -422,12 +358,36 @@ impl<P: Planner> Engine<P> {
         }
     }
 
-    fn owner(&self, tag: Tag) -> Owner {
+    pub(super) fn owner(&self, tag: Tag) -> Owner {
         let queue = &self.config.queue;
         Owner { device: queue.device, qid: queue.qid.0, tag: tag.0 }
     }
 }
 
+/// Ends the borrowing of what is held, if something is.
+#[inline]
+pub(super) fn retire(
+    registry: &mut Registry,
+    stats: &mut EngineStats,
+    place: &mut Held,
+) -> Result<Option<Lease<Retiring>>, StillInUse> {
+    *place = match place.take() {
+        Held::Nothing => return Ok(None),
+        Held::Active(lease) => match registry.retire(lease) {
+            Ok(lease) => return Ok(Some(lease)),
+            Err(still) => Held::Active(still.lease),
+        },
+        Held::Quarantined(lease) => match registry.settle(lease) {
+            Ok(lease) => return Ok(Some(lease)),
+            Err(still) => Held::Quarantined(still.lease),
+        },
+        held @ (Held::Reserved(_) | Held::Retiring(_)) => held,
+    };
+    // Unreachable while `pending` counts right: a borrowed buffer is never given back.
+    stats.unexpected += 1;
+    Err(StillInUse)
+}
+
 /// An operation still borrows the buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct StillInUse;
+pub(super) struct StillInUse;

@@ -8,21 +8,29 @@
 //!
 //! * Every delivered request is committed exactly once, and only when all its operations have
 //!   completed and its buffer has no borrow left.
-//! * A read or write that commits success has moved every byte. Short transfers are continued;
-//!   what cannot be continued is an error.
+//! * A read or write that commits success has moved every byte that it claims: all, unless the
+//!   planner has shortened the request. Short transfers are continued; what cannot be continued
+//!   is an error, unless the planner knows another place or can do without.
 //! * The first error of a request is its answer; no further operation of it is issued.
+//! * The planner is told once that a request which it has accepted settles. A request that it makes
+//!   wait holds nothing but what the driver has delivered, and there is always one that it waits
+//!   for.
 //! * Retries are bounded. A completion that belongs to nothing in flight changes nothing and is
 //!   counted.
 //! * A descriptor that is unknown or does not fit the device is refused and counted.
 //! * After construction it allocates nothing: all that a tag's request can need is there from
 //!   the start.
 
+mod chain;
 mod config;
 mod deadline;
 mod inflight;
+mod issue;
 mod key;
 mod latency;
 mod lending;
+mod planning;
+mod scratch;
 mod stats;
 mod tag;
 
@@ -38,11 +46,12 @@ use uring_ext::iod::IoDesc;
 use uring_ext::pool::Direction;
 use uring_ext::{Errno, sys};
 
-use crate::plan::{Op, Plan, Planner};
+use crate::plan::{Op, OpKind, Planner};
 use crate::request::{Refusal, Request};
 use crate::units::Tag;
-use inflight::{Cancel, InFlight, InFlightTable, Progress};
-use tag::{Held, Phase, Run, TagState};
+use inflight::{Cancel, InFlightTable, Progress};
+pub use planning::MAX_SUBSTITUTES;
+use tag::{Phase, Run, TagState};
 
 /// How often an operation or a registration is tried again after `EAGAIN`, `EINTR` or `ENOMEM`,
 /// without progress in between.
@@ -60,7 +69,8 @@ pub trait Port {
     fn register(&mut self, key: TagKey, slot: SlotIndex);
     /// Takes the buffer of the tag's request out of a slot.
     fn unregister(&mut self, key: TagKey, slot: SlotIndex);
-    /// Issues an operation. `slot` is where its bytes are, if it has any.
+    /// Issues an operation. `slot` is where its bytes are, if it has any. A delay completes with
+    /// `-ETIME` when its time is over.
     fn submit(&mut self, key: OpKey, op: &Op, slot: Option<SlotIndex>);
     /// Registers the buffer of the tag's request, issues an operation that uses it, and takes the
     /// buffer out again, each when the one before has completed, even if that failed. The
@@ -96,6 +106,10 @@ pub struct Engine<P> {
     inflight: InFlightTable,
     /// Tags that wait for a buffer of the pool, first come first served.
     waiting: VecDeque<Tag>,
+    /// Tags that the planner makes wait until another request has settled, in order.
+    deferred: VecDeque<Tag>,
+    /// A request has settled and `deferred` has not been asked for since.
+    settled: bool,
     /// Tags that the driver will not deliver to again.
     ended: u16,
     now: u64,
@@ -114,6 +128,8 @@ impl<P: Planner> Engine<P> {
             tags: (0..depth).map(|_| TagState::new()).collect(),
             inflight: InFlightTable::new(config.queue.depth),
             waiting: VecDeque::with_capacity(depth),
+            deferred: VecDeque::with_capacity(depth),
+            settled: false,
             ended: 0,
             now: 0,
             recorder: None,
@@ -154,20 +170,10 @@ impl<P: Planner> Engine<P> {
         self.stats.requests[request.kind.index()] += 1;
         self.stats.bytes[request.kind.index()] += request.len;
         let stamps = self.stamps(port);
-        let TagState { phase, run, plan, .. } = &mut self.tags[tag.index()];
-        *phase = Phase::Running;
-        *run = Run::new(request, stamps);
-        plan.clear();
-        if let Err(errno) = plan_window(&self.planner, run, plan) {
-            run.fail(errno);
-        }
-        let needs_buffer = !run.is_complete(plan) || plan.ops().any(Op::has_data);
-        if run.failed() || !request.has_data() || !needs_buffer {
-            return self.proceed(tag, port);
-        }
-        let need_reg_buf = iod.has(sys::UBLK_IO_F_NEED_REG_BUF);
-        self.stats.need_reg_buf += u64::from(need_reg_buf);
-        self.lend(tag, need_reg_buf, port);
+        let state = &mut self.tags[tag.index()];
+        state.run = Run::new(request, iod.has(sys::UBLK_IO_F_NEED_REG_BUF), stamps);
+        self.begin(tag, port);
+        self.serve_deferred(port);
     }
 
     /// The driver will deliver nothing more for the tag. Says whether that is so: it is not if the
@@ -195,6 +201,7 @@ impl<P: Planner> Engine<P> {
         let cancelled = op.cancel != Cancel::No;
         let outcome = match Errno::from_result(res) {
             Ok(moved) => op.advance(moved),
+            Err(Errno::ETIME) if op.op.kind == OpKind::Delay => Progress::Done,
             Err(_) if cancelled => Progress::Failed(Errno::ETIMEDOUT),
             Err(errno) if is_transient(errno) && op.retries < MAX_RETRIES => {
                 op.retries += 1;
@@ -223,11 +230,6 @@ impl<P: Planner> Engine<P> {
         }
         let Some(ended) = self.inflight.remove(key) else { return };
         run.pending -= 1;
-        if let Progress::Failed(errno) = outcome {
-            if run.chain.is_none() {
-                run.fail(errno);
-            }
-        }
         let chained = run.chain.as_mut().map(|chain| chain.operation = Some((outcome, ended)));
         if let Some(borrow) = ended.borrow {
             if self.registry.give_back(borrow).is_err() {
@@ -236,9 +238,15 @@ impl<P: Planner> Engine<P> {
         }
         match chained {
             Some(()) => self.end_chain(tag, port),
-            None => self.proceed(tag, port),
+            None => {
+                if let Progress::Failed(errno) = outcome {
+                    self.op_failed(tag, &ended, errno, port);
+                }
+                self.proceed(tag, port);
+            }
         }
         self.serve_waiting(port);
+        self.serve_deferred(port);
     }
 
     /// What [`Engine::completed`] is told of an operation that has been carried out as a whole.
@@ -355,70 +363,29 @@ impl<P: Planner> Engine<P> {
             if *phase != Phase::Running || run.pending > 0 {
                 return;
             }
+            if plan.is_marked() && !run.failed() {
+                self.heed_marks(tag, port);
+                continue;
+            }
             if run.failed() || run.is_complete(plan) {
                 return self.finish(tag, port);
             }
-            let advanced = if run.window_done(plan) {
+            if run.window_done(plan) {
                 run.next_window(plan);
-                plan_window(&self.planner, run, plan)
-            } else {
-                self.issue_stage(tag, port)
-            };
-            if let Err(errno) = advanced {
+                self.plan_next(tag);
+            } else if let Err(errno) = self.issue_stage(tag, port) {
                 self.tags[tag.index()].run.fail(errno);
             }
         }
     }
 
-    /// Issues the operations of the next stage of the window.
-    fn issue_stage(&mut self, tag: Tag, port: &mut impl Port) -> Result<(), Errno> {
-        self.stamp_issue(tag, port);
-        let TagState { run, plan, .. } = &mut self.tags[tag.index()];
-        let Some((stage, _)) = plan.op(run.next_op) else { return Ok(()) };
-        while let Some((_, op)) = plan.op(run.next_op).filter(|(of, _)| *of == stage) {
-            // The table holds a window for every tag, so it has room.
-            let key = self.inflight.next_key().ok_or(Errno::EIO)?;
-            let borrow = match &run.held {
-                _ if !op.has_data() => None,
-                Held::Active(lease) => {
-                    let borrow = self.registry.borrow(lease, key.borrower());
-                    Some(borrow.map_err(|_| Errno::EIO)?)
-                }
-                // An operation was given up and has completed after all.
-                Held::Quarantined(_) => return Err(Errno::ETIMEDOUT),
-                Held::Nothing | Held::Reserved(_) | Held::Retiring(_) => return Err(Errno::EINVAL),
-            };
-            let deadline = deadline_of(self.config.deadline, self.now);
-            let cancel = Cancel::No;
-            self.inflight.insert(InFlight { tag, op, borrow, retries: 0, cancel, deadline });
-            run.next_op += 1;
-            run.pending += 1;
-            self.stats.ops += 1;
-            port.submit(key, &op, borrow.map(|borrow| borrow.slot()));
-        }
-        Ok(())
-    }
-
-    /// Issues what is left of an operation.
-    fn submit_again(&mut self, key: OpKey, port: &mut impl Port) {
-        let (key, inflight) = self.inflight.renew(key);
-        if let Some(borrow) = inflight.borrow {
-            if self.registry.relabel(borrow, key.borrower()).is_err() {
-                self.stats.unexpected += 1;
-            }
-        }
-        port.submit(key, &inflight.op, inflight.borrow.map(|borrow| borrow.slot()));
-    }
-
-    fn stamp_issue(&mut self, tag: Tag, port: &mut impl Port) {
-        let stamps = &mut self.tags[tag.index()].run.stamps;
-        if self.recorder.is_some() && stamps.issued == 0 {
-            stamps.issued = port.now();
-        }
-    }
-
     fn commit(&mut self, tag: Tag, result: Result<i32, Errno>, port: &mut impl Port) {
-        self.tags[tag.index()].phase = Phase::WithDriver;
+        let TagState { phase, run, .. } = &mut self.tags[tag.index()];
+        *phase = Phase::WithDriver;
+        if std::mem::take(&mut run.accepted) {
+            self.planner.settled(&run.request, result.map(drop));
+            self.settled = true;
+        }
         self.stats.commits += 1;
         let result = match result {
             Ok(bytes) => bytes,
@@ -432,13 +399,6 @@ impl<P: Planner> Engine<P> {
         let slot = self.tag_slot(tag);
         port.commit(self.next_turn(tag), result, slot);
     }
-}
-
-/// Plans the next window of a request.
-fn plan_window(planner: &impl Planner, run: &Run, plan: &mut Plan) -> Result<(), Errno> {
-    planner.plan(&run.request, run.cursor, plan)?;
-    // A planner that makes no progress would go round for ever.
-    if plan.next().is_some_and(|next| next <= run.cursor) { Err(Errno::EIO) } else { Ok(()) }
 }
 
 fn deadline_of(limit: Option<u64>, now: u64) -> u64 {

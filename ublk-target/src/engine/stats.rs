@@ -26,6 +26,18 @@ pub struct EngineStats {
     pub retries: u64,
     /// Partial transfers that were continued.
     pub partial: u64,
+    /// Requests that the planner has answered with an error.
+    pub planned_errors: u64,
+    /// Requests that the planner has shortened.
+    pub planned_short: u64,
+    /// Windows that the planner has held back.
+    pub delays: u64,
+    /// Times that the planner has made a request wait for another one.
+    pub deferred: u64,
+    /// Operations that had failed and were issued elsewhere.
+    pub substituted: u64,
+    /// Operations that had failed and that the planner could do without.
+    pub ignored: u64,
     /// Requests whose automatic registration failed (`UBLK_IO_F_NEED_REG_BUF`).
     pub need_reg_buf: u64,
     /// Buffers that the server registered by commands of its own.
@@ -59,7 +71,7 @@ impl EngineStats {
 
     /// The counters by name, but for those by kind, in the order that they are shown.
     #[must_use]
-    pub fn named(&self) -> [(&'static str, u64); 18] {
+    pub fn named(&self) -> [(&'static str, u64); 24] {
         [
             ("commits", self.commits),
             ("failed", self.failed),
@@ -68,6 +80,12 @@ impl EngineStats {
             ("ops", self.ops),
             ("retries", self.retries),
             ("partial", self.partial),
+            ("planned_errors", self.planned_errors),
+            ("planned_short", self.planned_short),
+            ("delays", self.delays),
+            ("deferred", self.deferred),
+            ("substituted", self.substituted),
+            ("ignored", self.ignored),
             ("need_reg_buf", self.need_reg_buf),
             ("registered", self.registered),
             ("failed_registrations", self.failed_registrations),

@@ -15,6 +15,9 @@ pub(super) enum Phase {
     WithDriver,
     /// The engine; the request waits for a buffer of the pool and holds nothing meanwhile.
     Waiting,
+    /// The engine; the request waits until another one has settled and holds nothing meanwhile
+    /// but what the driver has delivered.
+    Deferred,
     /// The engine; the buffer is being registered.
     Registering,
     /// The engine; the request is being carried out.
@@ -45,7 +48,7 @@ impl TagState {
         Self {
             phase: Phase::WithDriver,
             turn: 0,
-            run: Run::new(nothing, Stamps::default()),
+            run: Run::new(nothing, false, Stamps::default()),
             plan: Plan::default(),
             quarantined: None,
         }
@@ -55,20 +58,18 @@ impl TagState {
     pub fn is_open(&self) -> bool {
         match self.phase {
             Phase::WithDriver | Phase::Ended => false,
-            Phase::Waiting | Phase::Registering | Phase::Running | Phase::Unregistering => true,
+            Phase::Waiting
+            | Phase::Deferred
+            | Phase::Registering
+            | Phase::Running
+            | Phase::Unregistering => true,
         }
     }
 
     /// The leases that the tag holds.
     pub fn lease_keys(&self) -> impl Iterator<Item = LeaseKey> {
-        let held = match &self.run.held {
-            Held::Nothing => None,
-            Held::Reserved(lease) => Some(lease.key()),
-            Held::Active(lease) => Some(lease.key()),
-            Held::Retiring(lease) => Some(lease.key()),
-            Held::Quarantined(lease) => Some(lease.key()),
-        };
-        held.into_iter().chain(self.quarantined.as_ref().map(Lease::key))
+        let held = self.run.held.key().into_iter().chain(self.run.scratch.key());
+        held.chain(self.quarantined.as_ref().map(Lease::key))
     }
 
     /// The chain that is under way.
@@ -103,6 +104,24 @@ pub(super) enum Held {
     Quarantined(Lease<Quarantined>),
 }
 
+impl Held {
+    /// The key of its lease.
+    fn key(&self) -> Option<LeaseKey> {
+        match self {
+            Self::Nothing => None,
+            Self::Reserved(lease) => Some(lease.key()),
+            Self::Active(lease) => Some(lease.key()),
+            Self::Retiring(lease) => Some(lease.key()),
+            Self::Quarantined(lease) => Some(lease.key()),
+        }
+    }
+
+    /// What was held; nothing is from now on.
+    pub fn take(&mut self) -> Self {
+        std::mem::replace(self, Self::Nothing)
+    }
+}
+
 /// Register, operation and unregister, submitted as one hard-linked chain: what is known of it.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Chain {
@@ -119,12 +138,21 @@ pub(super) struct Chain {
 pub(super) struct Run {
     pub request: Request,
     pub way: Way,
+    /// The slot with the request's bytes.
     pub held: Held,
+    /// The slot of the tag's scratch buffer, from the first operation that uses it on.
+    pub scratch: Held,
     pub chain: Option<Chain>,
+    /// The planner has accepted the request, and will be told when it settles.
+    pub accepted: bool,
+    /// The driver could not register the buffer.
+    pub need_reg_buf: bool,
     /// Registrations or unregistrations tried without success.
     pub tries: u8,
     /// How often the operation of a chain has been tried without progress.
     pub retries: u8,
+    /// How often it has been issued elsewhere.
+    pub substitutes: u8,
     /// Bytes of the request's start that went another way before copying began.
     pub copied_from: u32,
     /// Where the window begins, in the planner's terms.
@@ -138,14 +166,18 @@ pub(super) struct Run {
 }
 
 impl Run {
-    pub fn new(request: Request, stamps: Stamps) -> Self {
+    pub fn new(request: Request, need_reg_buf: bool, stamps: Stamps) -> Self {
         Self {
             request,
             way: Way::Delivered,
             held: Held::Nothing,
+            scratch: Held::Nothing,
             chain: None,
+            accepted: false,
+            need_reg_buf,
             tries: 0,
             retries: 0,
+            substitutes: 0,
             copied_from: 0,
             cursor: 0,
             next_op: 0,
@@ -164,11 +196,6 @@ impl Run {
         self.error.is_some()
     }
 
-    /// What it held; it holds nothing from now on.
-    pub fn take_held(&mut self) -> Held {
-        std::mem::replace(&mut self.held, Held::Nothing)
-    }
-
     /// Whether all operations of the window have been issued.
     pub fn window_done(&self, plan: &Plan) -> bool {
         self.next_op >= plan.len()
@@ -184,6 +211,7 @@ impl Run {
         plan.replace_single(rest.op);
         self.next_op = 0;
         self.retries = rest.retries;
+        self.substitutes = rest.substitutes;
         self.copied_from = rest.op.buf_offset;
     }
 
@@ -222,7 +250,8 @@ mod tests {
             (read, Errno::ENODATA, Errno::ENODATA),
         ];
         for (kind, error, answer) in table {
-            let mut run = Run::new(Request { kind, offset: 0, len: 512 }, Stamps::default());
+            let request = Request { kind, offset: 0, len: 512 };
+            let mut run = Run::new(request, false, Stamps::default());
             run.fail(error);
             assert_eq!(run.result(), Err(answer), "{kind:?}");
         }

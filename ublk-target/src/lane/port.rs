@@ -200,12 +200,12 @@ impl<Io: LaneIo> RingPort<Io> {
         }
         let buffer = self.buffer(slot.unwrap_or(SlotIndex(0)), op.buf_offset);
         match route {
-            Route::File(discard) => {
-                OpEntry::Single([self.named(file_sqe(&op, buffer, discard), Event::Op(key))])
-            }
-            Route::Namespace { namespace, deallocates_zeroes } => {
+            Route::Namespace { namespace, deallocates_zeroes } if op.kind != OpKind::Delay => {
                 let sqes = self.command(key, &op, buffer, namespace, deallocates_zeroes);
                 OpEntry::Double(sqes).map(|sqe| self.named(sqe, Event::Command(key)))
+            }
+            Route::File(_) | Route::Namespace { .. } => {
+                OpEntry::Single([self.named(file_sqe(&op, buffer, route), Event::Op(key))])
             }
         }
     }
@@ -221,9 +221,12 @@ impl<Io: LaneIo> RingPort<Io> {
         let file = backing_file(op.backing.0);
         let len = u32::try_from(op.len).unwrap_or(u32::MAX);
         match op.kind {
-            OpKind::Read => namespace.read(file, buffer, len, op.offset),
-            OpKind::Write { fua } => namespace.write(file, buffer, len, op.offset, fua),
-            OpKind::Flush => namespace.flush(file),
+            OpKind::Read | OpKind::ReadScratch => namespace.read(file, buffer, len, op.offset),
+            OpKind::Write { fua } | OpKind::WriteScratch { fua } => {
+                namespace.write(file, buffer, len, op.offset, fua)
+            }
+            // No delay comes here.
+            OpKind::Flush | OpKind::Delay => namespace.flush(file),
             OpKind::Discard => {
                 namespace.deallocate(file, self.io.range(key.place, namespace, op.offset, op.len))
             }
@@ -252,17 +255,20 @@ fn first_group(backlog: &VecDeque<(RingRole, Sqe)>) -> usize {
     group
 }
 
-fn file_sqe(op: &Op, buffer: FixedBuffer, discard: DiscardCall) -> Sqe {
+fn file_sqe(op: &Op, buffer: FixedBuffer, route: Route) -> Sqe {
     let file = backing_file(op.backing.0);
     let len = u32::try_from(op.len).unwrap_or(u32::MAX);
     match op.kind {
-        OpKind::Read => Sqe::read_fixed(file, buffer, len, op.offset),
-        OpKind::Write { fua } => Sqe::write_fixed(file, buffer, len, op.offset, fua),
+        OpKind::Read | OpKind::ReadScratch => Sqe::read_fixed(file, buffer, len, op.offset),
+        OpKind::Write { fua } | OpKind::WriteScratch { fua } => {
+            Sqe::write_fixed(file, buffer, len, op.offset, fua)
+        }
         OpKind::Flush => Sqe::datasync(file),
-        OpKind::Discard => match discard {
-            DiscardCall::BlockCommand => Sqe::discard(file, op.offset, op.len),
-            DiscardCall::PunchHole => Sqe::fallocate(file, PUNCH, op.offset, op.len),
-        },
+        OpKind::Delay => Sqe::delay(op.len),
+        OpKind::Discard if route == Route::File(DiscardCall::BlockCommand) => {
+            Sqe::discard(file, op.offset, op.len)
+        }
+        OpKind::Discard => Sqe::fallocate(file, PUNCH, op.offset, op.len),
         OpKind::WriteZeroes { may_unmap: true } => Sqe::fallocate(file, PUNCH, op.offset, op.len),
         OpKind::WriteZeroes { may_unmap: false } => Sqe::fallocate(file, ZERO, op.offset, op.len),
     }
@@ -316,8 +322,8 @@ impl<Io: LaneIo> Port for RingPort<Io> {
             return;
         }
         let event = match self.routes[usize::from(op.backing.0)] {
-            Route::File(_) => Event::Op(key),
-            Route::Namespace { .. } => Event::Command(key),
+            Route::Namespace { .. } if op.kind != OpKind::Delay => Event::Command(key),
+            Route::File(_) | Route::Namespace { .. } => Event::Op(key),
         };
         let sqe = Sqe::cancel(event.encode(self.incarnation));
         self.push(role, &[self.named(sqe, Event::Cancelled)]);

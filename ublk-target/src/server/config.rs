@@ -13,7 +13,7 @@ use crate::backing::BackingError;
 use crate::lane::LaneError;
 use crate::lane::fault::UnknownFault;
 use crate::lend::{CannotLend, LendMode, LendRequest};
-use crate::target::{BadExtents, BadStripe};
+use crate::target::{BadExtents, BadStripe, Rule};
 use crate::units::{Bytes, Qid};
 
 /// What a device is made of.
@@ -68,6 +68,15 @@ pub enum TargetConfig {
         chunk: Bytes,
         /// The backings.
         files: Vec<PathBuf>,
+    },
+    /// Another target, some of whose requests fail, are answered short, or are held back.
+    Fault {
+        /// The first one that applies to a request decides.
+        rules: Vec<Rule>,
+        /// What chance draws from.
+        seed: u64,
+        /// The other target.
+        target: Box<TargetConfig>,
     },
 }
 

@@ -119,8 +119,8 @@ impl Plan {
             Ok(list) => Some(Faults::parse(&list)?),
             Err(_) => None,
         };
-        let slots = slot_table(config, &choice)?;
         let layout = Layout::open(config, choice.mode)?;
+        let slots = slot_table(config, &choice, &layout.target)?;
         layout.check_memory(config.queues, config.depth, choice.mode, &slots)?;
         Ok(Self { choice, layout, slots, faults })
     }
@@ -193,7 +193,7 @@ impl Server {
         self.start_lanes(&added, config, plan, &cdev)?;
         let (layout, lend) = (&plan.layout, plan.choice.mode);
         self.control.set_params(self.id, layout.limits.params(layout.size, layout.buffer_bytes))?;
-        StateFile::new(self.id, layout.name, lend, layout.backing_paths())
+        StateFile::new(self.id, &layout.name, lend, layout.backing_paths())
             .write(Path::new(RUN_DIR))
             .map_err(|error| {
                 DeviceError::setup(format!("cannot write to {RUN_DIR}"), Errno::of(&error))
@@ -247,8 +247,8 @@ impl Server {
                 io_lane: config.io_lane,
                 polling: plan.layout.polling,
                 faults: plan.faults,
-                buffer_bytes: plan.layout.buffer_bytes,
-                target: plan.layout.target.clone(),
+                buffer_bytes: plan.layout.pool_bytes(),
+                target: plan.layout.target.for_queue(qid),
                 cdev: Arc::clone(cdev),
                 backings: Arc::clone(&plan.layout.backings),
                 cpus: self.control.queue_affinity(self.id, qid.0).unwrap_or_default(),

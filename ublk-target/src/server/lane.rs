@@ -41,7 +41,7 @@ pub struct LaneConfig {
     pub polling: Polling,
     /// Faults that a test asked for.
     pub faults: Option<Faults>,
-    /// Bytes of a request's buffer.
+    /// Bytes of each of the server's buffers.
     pub buffer_bytes: u32,
     /// The mapping policy.
     pub target: AnyTarget,
@@ -133,7 +133,7 @@ fn set_up(config: &LaneConfig) -> Result<(Ring, Option<SideRing>, Parts), LaneEr
     let setup = RingSetup { polling, ..RingSetup::default() };
     let ring = make_ring(config, &[config.wake.as_fd().as_raw_fd()], setup)?;
     let side = (polling != Polling::Off).then(|| SideRing::new(config)).transpose()?;
-    let pool = match config.engine.slots.pool {
+    let pool = match config.engine.slots.buffers() {
         0 => None,
         count => Some(
             BufferPool::new(count, config.buffer_bytes).map_err(failed("allocating buffers"))?,

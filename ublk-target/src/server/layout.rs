@@ -13,9 +13,9 @@ use crate::backing::Backing;
 use crate::backing::limits::Limits;
 use crate::engine::{SlotChoice, SlotTable};
 use crate::lend::{Choice, LendMode};
-use crate::plan::BackingIndex;
+use crate::plan::{BackingIndex, Planner};
 use crate::request::Geometry;
-use crate::target::{AnyTarget, LinearTarget, LoopTarget, NullTarget, StripeTarget};
+use crate::target::{AnyTarget, FaultTarget, LinearTarget, LoopTarget, NullTarget, StripeTarget};
 use crate::units::Bytes;
 
 /// The greatest request in the copy modes, whose buffers take memory.
@@ -26,7 +26,7 @@ const SPARE_BUFFERS: u16 = 2;
 
 /// Target, backings and limits of a device.
 pub(super) struct Layout {
-    pub name: &'static str,
+    pub name: String,
     pub target: AnyTarget,
     pub backings: Arc<[Backing]>,
     pub limits: Limits,
@@ -37,14 +37,8 @@ pub(super) struct Layout {
 
 impl Layout {
     pub fn open(config: &DeviceConfig, lend: LendMode) -> Result<Self, DeviceError> {
-        let passthru = config.passthru;
-        let Parts { name, target, backings, limits, size } = match &config.target {
-            TargetConfig::Null { .. } if passthru => return Err(DeviceError::NoPassthru),
-            TargetConfig::Null { size } => null(*size)?,
-            TargetConfig::Loop { file } => one_to_one(file, passthru)?,
-            TargetConfig::Linear { extents } => linear(extents, passthru)?,
-            TargetConfig::Stripe { chunk, files } => stripe(*chunk, files, passthru)?,
-        };
+        let Parts { name, target, backings, limits, size } =
+            Parts::of(&config.target, config.passthru)?;
         let polling = polling::choose(config, &backings)?;
         let page = u32::try_from(page_size()).unwrap_or(4096);
         let cap = match lend {
@@ -62,6 +56,11 @@ impl Layout {
         Geometry { size, block, max_bytes: self.buffer_bytes }
     }
 
+    /// Bytes of each of the server's buffers.
+    pub fn pool_bytes(&self) -> u32 {
+        self.buffer_bytes.max(self.target.scratch_bytes())
+    }
+
     /// Buffers that do not fit would bring the machine down instead of failing.
     pub fn check_memory(
         &self,
@@ -70,7 +69,7 @@ impl Layout {
         lend: LendMode,
         slots: &SlotTable,
     ) -> Result<(), DeviceError> {
-        let needed = u64::from(queues) * u64::from(slots.pool) * u64::from(self.buffer_bytes);
+        let needed = u64::from(queues) * u64::from(slots.buffers()) * u64::from(self.pool_bytes());
         let Some(available) = available_memory() else { return Ok(()) };
         if needed > available / 2 {
             let (needed, available) = (Bytes(needed), Bytes(available));
@@ -81,22 +80,37 @@ impl Layout {
 
     /// The paths that the user gave, canonical.
     pub fn backing_paths(&self) -> Vec<PathBuf> {
-        match self.target {
-            AnyTarget::Null(_) => Vec::new(),
-            AnyTarget::Loop(_) | AnyTarget::Linear(_) | AnyTarget::Stripe(_) => {
-                self.backings.iter().map(|b| b.path().to_owned()).collect()
-            }
-        }
+        let backings = self.backings.iter().filter(|_| !self.target.is_null());
+        backings.map(|backing| backing.path().to_owned()).collect()
     }
 }
 
 /// What a target is made of.
 struct Parts {
-    name: &'static str,
+    name: String,
     target: AnyTarget,
     backings: Vec<Backing>,
     limits: Limits,
     size: Bytes,
+}
+
+impl Parts {
+    fn of(config: &TargetConfig, passthru: bool) -> Result<Self, DeviceError> {
+        match config {
+            TargetConfig::Null { .. } if passthru => Err(DeviceError::NoPassthru),
+            TargetConfig::Null { size } => null(*size),
+            TargetConfig::Loop { file } => one_to_one(file, passthru),
+            TargetConfig::Linear { extents } => linear(extents, passthru),
+            TargetConfig::Stripe { chunk, files } => stripe(*chunk, files, passthru),
+            TargetConfig::Fault { rules, seed, target } => {
+                let parts = Self::of(target, passthru)?;
+                let block = parts.limits.logical_block;
+                let target = FaultTarget::new(rules.clone(), *seed, block, parts.target);
+                let name = format!("fault({})", parts.name);
+                Ok(Self { name, target: AnyTarget::Fault(Box::new(target)), ..parts })
+            }
+        }
+    }
 }
 
 fn null(size: Bytes) -> Result<Parts, DeviceError> {
@@ -106,14 +120,14 @@ fn null(size: Bytes) -> Result<Parts, DeviceError> {
     let backing = Backing::zero()?;
     let limits = Limits { discard: None, physical_block: 512, io_min: 512, ..*backing.limits() };
     let target = AnyTarget::Null(NullTarget);
-    Ok(Parts { name: "null", target, backings: vec![backing], limits, size })
+    Ok(Parts { name: "null".to_owned(), target, backings: vec![backing], limits, size })
 }
 
 fn one_to_one(file: &Path, passthru: bool) -> Result<Parts, DeviceError> {
     let backing = Backing::open(file, passthru)?;
     let (limits, size) = (*backing.limits(), backing.size());
     let target = AnyTarget::Loop(LoopTarget { size: size.0 });
-    Ok(Parts { name: "loop", target, backings: vec![backing], limits, size })
+    Ok(Parts { name: "loop".to_owned(), target, backings: vec![backing], limits, size })
 }
 
 fn linear(extents: &[ExtentConfig], passthru: bool) -> Result<Parts, DeviceError> {
@@ -159,7 +173,13 @@ fn linear(extents: &[ExtentConfig], passthru: bool) -> Result<Parts, DeviceError
     }
     let target = LinearTarget::new(resolved)?;
     let size = Bytes(target.size());
-    Ok(Parts { name: "linear", target: AnyTarget::Linear(target), backings, limits, size })
+    Ok(Parts {
+        name: "linear".to_owned(),
+        target: AnyTarget::Linear(target),
+        backings,
+        limits,
+        size,
+    })
 }
 
 fn open_all(files: &[PathBuf], passthru: bool) -> Result<Vec<Backing>, DeviceError> {
@@ -187,24 +207,36 @@ fn stripe(chunk: Bytes, files: &[PathBuf], passthru: bool) -> Result<Parts, Devi
         ..common
     };
     let size = Bytes(target.size());
-    Ok(Parts { name: "stripe", target: AnyTarget::Stripe(target), backings, limits, size })
+    Ok(Parts {
+        name: "stripe".to_owned(),
+        target: AnyTarget::Stripe(target),
+        backings,
+        limits,
+        size,
+    })
 }
 
-/// The buffer table of each lane.
-pub(super) fn slot_table(config: &DeviceConfig, choice: &Choice) -> Result<SlotTable, DeviceError> {
+/// The buffer table of each lane, for a target that wants scratch buffers or does not.
+pub(super) fn slot_table(
+    config: &DeviceConfig,
+    choice: &Choice,
+    target: &AnyTarget,
+) -> Result<SlotTable, DeviceError> {
     let depth = config.depth;
+    let scratch = if target.scratch_bytes() > 0 { depth } else { 0 };
     let spare = if Features(choice.flags).has(USER_COPY) { SPARE_BUFFERS } else { 0 };
     let table = match (choice.mode, config.first_slot) {
         (LendMode::Slot, None) => {
-            SlotTable { lent: depth, pool: spare, choice: SlotChoice::AnyFree }
+            SlotTable { lent: depth, pool: spare, scratch, choice: SlotChoice::AnyFree }
         }
         (LendMode::Fused | LendMode::Slot, first) => {
             let first = first.unwrap_or(0);
-            let lent = first
-                .checked_add(depth)
-                .filter(|lent| u32::from(*lent) + u32::from(spare) <= MAX_BUFFER_SLOTS);
+            let lent = first.checked_add(depth).filter(|lent| {
+                let slots = u32::from(*lent) + u32::from(spare) + u32::from(scratch);
+                slots <= MAX_BUFFER_SLOTS
+            });
             let lent = lent.ok_or(DeviceError::TooManySlots { first, depth })?;
-            SlotTable { lent, pool: spare, choice: SlotChoice::From(first) }
+            SlotTable { lent, pool: spare, scratch, choice: SlotChoice::From(first) }
         }
         (lend @ (LendMode::UserCopy | LendMode::Copy), Some(_)) => {
             return Err(DeviceError::Mismatch {
@@ -215,7 +247,7 @@ pub(super) fn slot_table(config: &DeviceConfig, choice: &Choice) -> Result<SlotT
             });
         }
         (LendMode::UserCopy | LendMode::Copy, None) => {
-            SlotTable { lent: 0, pool: depth, choice: SlotChoice::From(0) }
+            SlotTable { lent: 0, pool: depth, scratch, choice: SlotChoice::From(0) }
         }
     };
     Ok(table)

@@ -47,7 +47,7 @@ pub(super) fn check(config: &DeviceConfig) -> Result<(), CannotPoll> {
     if config.polling == Polling::Off {
         return Ok(());
     }
-    if matches!(config.target, TargetConfig::Null { .. }) {
+    if is_null(&config.target) {
         return Err(CannotPoll::NoDrive);
     }
     if config.io_lane {
@@ -56,6 +56,16 @@ pub(super) fn check(config: &DeviceConfig) -> Result<(), CannotPoll> {
     match KernelVersion::running() {
         running if running < FIRST_KERNEL => Err(CannotPoll::TooOld(running)),
         _ => Ok(()),
+    }
+}
+
+fn is_null(target: &TargetConfig) -> bool {
+    match target {
+        TargetConfig::Null { .. } => true,
+        TargetConfig::Fault { target, .. } => is_null(target),
+        TargetConfig::Loop { .. } | TargetConfig::Linear { .. } | TargetConfig::Stripe { .. } => {
+            false
+        }
     }
 }
 

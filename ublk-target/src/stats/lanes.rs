@@ -36,8 +36,8 @@ impl Lanes {
     /// What is known of each lane now, but for those that have ended. The index is the lane's.
     pub fn snapshots(&self, slots: bool) -> Result<Vec<(usize, Box<LaneSnapshot>)>, Silent> {
         let answers = self.ask(|_, lane, reply| {
-            // A tag has its own slot, and at times one of the pool.
-            let room = if slots { 2 * usize::from(lane.depth) } else { 0 };
+            // A tag has its own slot, at times one of the pool, and perhaps one for scratch.
+            let room = if slots { 3 * usize::from(lane.depth) } else { 0 };
             let snapshot = Box::new(LaneSnapshot::new(lane.qid, room));
             LaneMessage::Snapshot { snapshot, reply }
         })?;

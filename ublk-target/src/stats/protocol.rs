@@ -226,7 +226,8 @@ pub struct Borrower {
 /// What is left to be done of an operation on a backing.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Operation {
-    /// `read`, `write`, `write-fua`, `flush`, `discard` or `write-zeroes`.
+    /// `read`, `write`, `write-fua`, `flush`, `discard`, `write-zeroes`, `read-scratch`,
+    /// `write-scratch` or `delay`.
     pub kind: String,
     /// Index of the backing.
     pub backing: u16,

@@ -89,6 +89,9 @@ fn operation(op: &Op) -> Operation {
         OpKind::Flush => "flush",
         OpKind::Discard => "discard",
         OpKind::WriteZeroes { .. } => "write-zeroes",
+        OpKind::ReadScratch => "read-scratch",
+        OpKind::WriteScratch { .. } => "write-scratch",
+        OpKind::Delay => "delay",
     };
     Operation { kind: kind.to_owned(), backing: op.backing.0, offset: op.offset, len: op.len }
 }

@@ -1,5 +1,7 @@
 //! Targets: pure planners.
 
+mod fault;
+mod fault_rule;
 mod linear;
 mod loop_target;
 mod null_target;
@@ -7,6 +9,8 @@ mod null_target;
 mod oracle;
 mod stripe;
 
+pub use fault::{Decision, FaultTarget};
+pub use fault_rule::{BadRule, Rule};
 pub use linear::{BadExtents, LinearTarget};
 pub use loop_target::LoopTarget;
 pub use null_target::NullTarget;
@@ -14,8 +18,9 @@ pub use stripe::{BACKINGS as STRIPE_BACKINGS, BadStripe, MIN_CHUNK, StripeTarget
 
 use uring_ext::Errno;
 
-use crate::plan::{BackingIndex, Op, OpKind, Plan, Planner};
+use crate::plan::{BackingIndex, Op, OpKind, Plan, Planner, Verdict};
 use crate::request::{Request, RequestKind};
+use crate::units::Qid;
 
 /// Any of the targets, told apart without a virtual call.
 #[derive(Clone, Debug)]
@@ -28,6 +33,33 @@ pub enum AnyTarget {
     Linear(LinearTarget),
     /// See [`StripeTarget`].
     Stripe(StripeTarget),
+    /// See [`FaultTarget`].
+    Fault(Box<FaultTarget<AnyTarget>>),
+}
+
+impl AnyTarget {
+    /// Whether it forgets what is written; it has no backings of the user's then.
+    #[must_use]
+    pub fn is_null(&self) -> bool {
+        match self {
+            Self::Null(_) => true,
+            Self::Loop(_) | Self::Linear(_) | Self::Stripe(_) => false,
+            Self::Fault(fault) => fault.inner().is_null(),
+        }
+    }
+
+    /// The target for a queue: what is random differs from queue to queue, and from a target to
+    /// the one that it wraps.
+    #[must_use]
+    pub fn for_queue(&self, qid: Qid) -> Self {
+        let target = self.clone();
+        let (mut wrapped, mut stream) = (&target, u64::from(qid.0));
+        while let Self::Fault(fault) = wrapped {
+            fault.begin_stream(stream);
+            (wrapped, stream) = (fault.inner(), stream + (1 << 32));
+        }
+        target
+    }
 }
 
 impl Planner for AnyTarget {
@@ -37,6 +69,29 @@ impl Planner for AnyTarget {
             Self::Loop(target) => target.plan(request, from, plan),
             Self::Linear(target) => target.plan(request, from, plan),
             Self::Stripe(target) => target.plan(request, from, plan),
+            Self::Fault(target) => target.plan(request, from, plan),
+        }
+    }
+
+    fn scratch_bytes(&self) -> u32 {
+        match self {
+            Self::Null(_) | Self::Loop(_) | Self::Linear(_) | Self::Stripe(_) => 0,
+            Self::Fault(target) => target.scratch_bytes(),
+        }
+    }
+
+    fn failed(&self, request: &Request, op: &Op, errno: Errno) -> Verdict {
+        match self {
+            Self::Null(_) | Self::Loop(_) | Self::Linear(_) | Self::Stripe(_) => Verdict::Fail,
+            Self::Fault(target) => target.failed(request, op, errno),
+        }
+    }
+
+    #[inline]
+    fn settled(&self, request: &Request, result: Result<(), Errno>) {
+        match self {
+            Self::Null(_) | Self::Loop(_) | Self::Linear(_) | Self::Stripe(_) => {}
+            Self::Fault(target) => target.settled(request, result),
         }
     }
 }

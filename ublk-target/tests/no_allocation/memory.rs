@@ -1,10 +1,12 @@
 //! A ring, a driver and a planner that allocate nothing themselves.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 
 use ublk_target::lane::{LaneIo, RingRole};
-use ublk_target::plan::{BackingIndex, Op, OpKind, Plan, Planner};
+use ublk_target::plan::{BackingIndex, Op, OpKind, Plan, Planner, Verdict};
 use ublk_target::request::{Request, RequestKind};
+use ublk_target::target::FaultTarget;
 use ublk_target::units::Tag;
 use uring_ext::iod::IoDesc;
 use uring_ext::nvme::{Namespace, RangeAddr, Ranges};
@@ -48,6 +50,53 @@ impl Planner for Sectors {
     }
 }
 
+/// Short answers, errors and delays on [`Sectors`].
+pub fn faults() -> FaultTarget<Sectors> {
+    let rules = ["p=0.2,short", "p=0.3,delay=1ms", "p=0.1,delay=1ms,error=EIO", "p=0.1,error=EIO"];
+    let rules: Vec<_> = rules.iter().map(|rule| rule.parse().unwrap()).collect();
+    FaultTarget::new(rules, 1, 512, Sectors)
+}
+
+/// Copies on write, one request at a time; what fails is tried elsewhere, or ignored.
+#[derive(Clone, Debug, Default)]
+pub struct Turns {
+    taken: Cell<bool>,
+}
+
+impl Planner for Turns {
+    fn plan(&self, request: &Request, from: u64, plan: &mut Plan) -> Result<(), Errno> {
+        if matches!(request.kind, RequestKind::Write { .. }) {
+            if self.taken.replace(true) {
+                plan.wait_at(from);
+                return Ok(());
+            }
+            let (backing, offset, buf_offset) = (BackingIndex(0), request.offset, 0);
+            for kind in [OpKind::ReadScratch, OpKind::WriteScratch { fua: true }] {
+                plan.push(Op { kind, backing, offset, len: 512, buf_offset }).unwrap();
+                plan.next_stage();
+            }
+        }
+        Sectors.plan(&Request { len: request.len.min(512), ..*request }, from, plan)
+    }
+
+    fn scratch_bytes(&self) -> u32 {
+        512
+    }
+
+    fn failed(&self, _: &Request, op: &Op, _: Errno) -> Verdict {
+        match op.backing {
+            BackingIndex(0) => Verdict::Instead { backing: BackingIndex(1), offset: op.offset },
+            _ => Verdict::Ignore,
+        }
+    }
+
+    fn settled(&self, request: &Request, _: Result<(), Errno>) {
+        if matches!(request.kind, RequestKind::Write { .. }) {
+            self.taken.set(false);
+        }
+    }
+}
+
 /// What an entry is, as far as its answer depends on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -55,6 +104,7 @@ pub enum Kind {
     Register,
     Unregister,
     Transfer,
+    Delay,
     Other,
     Cancel { user_data: u64 },
 }
@@ -77,6 +127,7 @@ impl Entry {
             (46, sys::UBLK_U_IO_REGISTER_IO_BUF) => Kind::Register,
             (46, sys::UBLK_U_IO_UNREGISTER_IO_BUF) => Kind::Unregister,
             (4 | 5, _) => Kind::Transfer,
+            (11, _) => Kind::Delay,
             (14, _) => Kind::Cancel { user_data: u64_at(16) },
             _ => Kind::Other,
         };

@@ -24,6 +24,9 @@ pub const MAX_BUFFER_SLOTS: u32 = 1 << 14;
 pub struct Ring {
     ring: RingInner,
     mode: RingMode,
+    /// Where the kernel finds the times of delays that are queued; one for each entry. It comes
+    /// behind the ring, which is dropped first.
+    times: Box<[types::Timespec]>,
 }
 
 struct RingInner(IoUring);
@@ -45,7 +48,10 @@ impl Ring {
         let mut last = Errno::EINVAL;
         for mode in RingMode::ALL {
             match setup.build(mode) {
-                Ok(ring) => return Ok(Self { ring: RingInner(ring), mode }),
+                Ok(ring) => {
+                    let times = vec![types::Timespec::new(); ring.params().sq_entries() as usize];
+                    return Ok(Self { ring: RingInner(ring), mode, times: times.into() });
+                }
                 // Only an unknown flag is worth another try.
                 Err(error) if Errno::of(&error) == Errno::EINVAL => last = Errno::EINVAL,
                 Err(error) => return Err(Errno::of(&error)),
@@ -98,7 +104,8 @@ impl Ring {
         let (mut submitter, sq, cq) = self.ring.0.split();
         // Older kernels lack it; then the plain descriptor serves.
         let _ = submitter.register_ring_fd();
-        Queues { submitter, sq, cq, pushed: 0 }
+        let times = &mut self.times;
+        Queues { submitter, sq, cq, pushed: 0, times, next_time: 0 }
     }
 }
 
@@ -130,6 +137,8 @@ pub struct Queues<'ring> {
     cq: CompletionQueue<'ring>,
     /// Entries queued in this ring's life, to know which of them is at the end of the array.
     pushed: usize,
+    times: &'ring mut [types::Timespec],
+    next_time: usize,
 }
 
 impl Queues<'_> {
@@ -148,6 +157,11 @@ impl Queues<'_> {
                 return Err(Errno::EBUSY);
             }
         }
+        if let [sqe] = sqes {
+            if let Some(ns) = sqe.delay_ns() {
+                return self.push_delay(sqe, ns);
+            }
+        }
         for _ in 0..padding {
             self.push_entries(&[Sqe::nop().skip_success()])?;
         }
@@ -159,6 +173,26 @@ impl Queues<'_> {
         let pushed = unsafe { self.sq.push_multiple(Sqe::entries(sqes)) };
         self.pushed = self.pushed.wrapping_add(sqes.len());
         pushed.map_err(|_full| Errno::EBUSY)
+    }
+
+    /// Queues a delay, whose time the kernel reads when it takes the entry.
+    #[cold]
+    fn push_delay(&mut self, sqe: &Sqe, ns: u64) -> Result<(), Errno> {
+        // Entries are taken in order, and there are as many times as entries: when the turn comes
+        // to this one again, the entry that it was for has been taken.
+        if self.sq.is_full() {
+            return Err(Errno::EBUSY);
+        }
+        let time = &mut self.times[self.next_time];
+        *time = types::Timespec::from(Duration::from_nanos(ns));
+        let entry = sqe.delay_at(time);
+        // SAFETY: the time is the ring's, which outlives its queue, and it is not written to until
+        // the kernel has read it; see above.
+        let pushed = unsafe { self.sq.push_multiple(Sqe::entries(&[entry])) };
+        self.pushed = self.pushed.wrapping_add(1);
+        pushed.map_err(|_full| Errno::EBUSY)?;
+        self.next_time = (self.next_time + 1) % self.times.len();
+        Ok(())
     }
 
     /// Submits what is queued. A ring that polls looks once for completions, and one that
@@ -383,6 +417,34 @@ mod tests {
         for (sqes, pushed, expected) in table {
             assert_eq!(padding(sqes, 8, pushed), expected, "{} after {pushed}", sqes.len());
         }
+    }
+
+    #[test]
+    fn delays_take_their_time_and_can_be_cancelled() {
+        let mut ring = ring(2, 64);
+        let mut queues = ring.queues();
+        let began = std::time::Instant::now();
+        // More than the queue holds, the shortest last.
+        let times = [90, 70, 50, 30, 10];
+        for (user_data, ms) in (0..).zip(times) {
+            queues.push(&[Sqe::delay(ms * 1_000_000).user_data(user_data)]).unwrap();
+        }
+        queues.push(&[Sqe::delay(3600 * 1_000_000_000).user_data(9)]).unwrap();
+        queues.push(&[Sqe::cancel(9).user_data(8)]).unwrap();
+        let (mut seen, mut cqes) = (Vec::new(), [Cqe::default(); 8]);
+        while seen.len() < times.len() + 2 {
+            queues.submit_and_wait().unwrap();
+            let count = queues.reap(&mut cqes);
+            for cqe in &cqes[..count] {
+                seen.push((cqe.user_data, cqe.res));
+                if let Some(ms) = usize::try_from(cqe.user_data).ok().and_then(|n| times.get(n)) {
+                    assert!(began.elapsed() >= Duration::from_millis(*ms), "{cqe:?}");
+                }
+            }
+        }
+        seen[..2].sort_unstable();
+        let over = [4, 3, 2, 1, 0].map(|user_data| (user_data, -libc::ETIME));
+        assert_eq!(seen, [&[(8, 0), (9, -libc::ECANCELED)], &over[..]].concat());
     }
 
     fn ring(sq_entries: u32, cq_entries: u32) -> Ring {

@@ -5,6 +5,7 @@ mod backing_errors;
 mod commands;
 mod data;
 mod device;
+mod fault_target;
 mod filesystem;
 mod lend_modes;
 mod lifecycle;
@@ -20,11 +21,12 @@ mod zero_copy;
 use super::TestCase;
 
 /// The tests of all modules here.
-pub const TABLES: [&[TestCase]; 13] = [
+pub const TABLES: [&[TestCase]; 14] = [
     arguments::TESTS,
     backing_errors::TESTS,
     commands::TESTS,
     data::TESTS,
+    fault_target::TESTS,
     filesystem::TESTS,
     lend_modes::TESTS,
     lifecycle::TESTS,

@@ -1,0 +1,73 @@
+//! Planners that say more than where bytes go: a mirror, copy on write, and faults.
+
+use ublk_sim::campaign::Campaign;
+use ublk_sim::setup::{Hostility, Setup};
+use ublk_sim::{Options, play_setup};
+
+/// Plays seeds whose set-up a test has changed; which of them is its to say.
+fn campaign(
+    hostility: Hostility,
+    seeds: std::ops::Range<u64>,
+    mut change: impl FnMut(&mut Setup) -> bool,
+) -> Campaign {
+    let options = Options { steps: 1500, hostility, trace: false };
+    let mut campaign = Campaign::default();
+    for seed in seeds {
+        let mut setup = Setup::of(seed, hostility);
+        if change(&mut setup) {
+            campaign.add(&play_setup(seed, setup, &options));
+        }
+    }
+    campaign
+}
+
+fn counter(campaign: &Campaign, name: &str) -> u64 {
+    let found = campaign.counters.iter().find(|(known, _)| *known == name);
+    found.unwrap_or_else(|| panic!("no counter {name}")).1
+}
+
+#[test]
+fn a_mirror_serves_without_the_leg_that_fails() {
+    // Nothing else goes wrong, so every request succeeds, and rightly.
+    let campaign = campaign(Hostility::None, 0..240, |setup| {
+        let legs = setup.mapping.mirror().map(|mirror| mirror.spread.backings);
+        setup.dead_leg = legs.map(|legs| usize::from(legs) - 1);
+        legs.is_some()
+    });
+    assert!(campaign.seeds > 15, "{} seeds", campaign.seeds);
+    assert_eq!(campaign.succeeded, campaign.requests);
+    let counted = |name| counter(&campaign, name);
+    assert!(counted("substituted") > 0, "reads went to another leg");
+    assert!(counted("ignored") > 0, "writes did without");
+    assert_eq!((counted("failed"), counted("unexpected")), (0, 0));
+}
+
+#[test]
+fn a_mirror_survives_a_hostile_kernel() {
+    let campaign = campaign(Hostility::All, 0..200, |setup| setup.mapping.mirror().is_some());
+    assert!(campaign.seeds > 15, "{} seeds", campaign.seeds);
+    assert!(counter(&campaign, "substituted") > 0 && counter(&campaign, "ignored") > 0);
+}
+
+#[test]
+fn a_snapshot_keeps_what_was_there_first() {
+    for hostility in [Hostility::None, Hostility::All] {
+        let campaign = campaign(hostility, 0..200, |setup| {
+            setup.swaps = false;
+            setup.mapping.snapshot().is_some()
+        });
+        assert!(campaign.seeds > 15, "{} seeds", campaign.seeds);
+        assert!(counter(&campaign, "deferred") > 0, "requests to the same chunk have waited");
+        let all = hostility == Hostility::None;
+        assert!(!all || campaign.succeeded == campaign.requests);
+    }
+}
+
+#[test]
+fn faults_are_those_that_were_decided_on() {
+    let campaign = campaign(Hostility::All, 0..100, |setup| setup.mapping.faults().is_some());
+    assert!(campaign.seeds > 15, "{} seeds", campaign.seeds);
+    for name in ["planned_errors", "planned_short", "delays"] {
+        assert!(counter(&campaign, name) > 20, "{name}");
+    }
+}

@@ -1,0 +1,117 @@
+//! Chains: register, operation and unregister in one hard-linked submission.
+
+use bufreg::{Lease, Reserved};
+use uring_ext::Errno;
+
+use super::inflight::{Cancel, InFlight, Progress};
+use super::tag::{Chain, Held, TagState, Way};
+use super::{Engine, Port, deadline_of, is_transient};
+use crate::plan::{Op, Planner, Verdict};
+use crate::units::Tag;
+
+impl<P: Planner> Engine<P> {
+    /// Register, operation and unregister in one submission.
+    pub(super) fn submit_chain(
+        &mut self,
+        tag: Tag,
+        lease: Lease<Reserved>,
+        op: Op,
+        port: &mut impl Port,
+    ) {
+        // The ring's order makes the registration precede the use.
+        let lease = self.registry.activate(lease);
+        let slot = lease.slot();
+        let key = self.inflight.next_key();
+        let borrow = key.and_then(|key| self.registry.borrow(&lease, key.borrower()).ok());
+        let run = &mut self.tags[tag.index()].run;
+        run.held = Held::Active(lease);
+        let (Some(key), Some(borrow)) = (key, borrow) else {
+            // The table holds a window for every tag, so it has room.
+            self.stats.unexpected += 1;
+            run.way = Way::Delivered;
+            run.fail(Errno::EIO);
+            return self.finish(tag, port);
+        };
+        run.chain = Some(Chain::default());
+        run.pending = 1;
+        let deadline = deadline_of(self.config.deadline, self.now);
+        let (borrow, cancel) = (Some(borrow), Cancel::No);
+        let (retries, substitutes) = (run.retries, run.substitutes);
+        self.inflight.insert(InFlight { tag, op, borrow, retries, substitutes, cancel, deadline });
+        self.stats.ops += 1;
+        self.stamp_issue(tag, port);
+        port.submit_chain(self.next_turn(tag), slot, key, &op);
+    }
+
+    /// Goes on once operation and unregistration of a chain have both been answered.
+    pub(super) fn end_chain(&mut self, tag: Tag, port: &mut impl Port) {
+        let Some(chain) = self.tags[tag.index()].chain().copied() else { return };
+        let Chain { registration, operation: Some((outcome, ended)), unregistration: Some(res) } =
+            chain
+        else {
+            return;
+        };
+        let Ok(Some(lease)) = self.retire_held(tag) else { return };
+        self.run(tag).chain = None;
+        if let Some(errno) = registration {
+            // The slot was never filled, so what became of the other two says nothing, and the
+            // operation is yet to be issued.
+            self.registry.release(lease);
+            return self.registration_failed(tag, errno, port);
+        }
+        self.stats.registered += 1;
+        let (outcome, ended) = self.judge_chain(tag, outcome, ended);
+        let unregistered = Errno::from_result(res);
+        match unregistered {
+            Ok(_) => self.registry.release(lease),
+            // Alone it may succeed; unless there is a rest, which is better copied.
+            Err(errno) if is_transient(errno) && outcome != Progress::Again => {
+                let run = self.run(tag);
+                if let Progress::Failed(errno) = outcome {
+                    run.fail(errno);
+                }
+                run.tries = 0;
+                self.stats.retries += 1;
+                return self.unregister(tag, lease, port);
+            }
+            Err(_) => self.quarantine(tag, lease),
+        }
+        let TagState { run, plan, .. } = &mut self.tags[tag.index()];
+        match outcome {
+            Progress::Again => {
+                run.tries = 0;
+                run.replan(plan, ended);
+                match unregistered {
+                    Ok(_) => self.lend_registered(tag, port),
+                    // A tag has one slot in quarantine at most, so that slots do not run out.
+                    Err(errno) => self.copy_instead(tag, errno, port),
+                }
+            }
+            Progress::Done => self.answer(tag, port),
+            Progress::Failed(errno) => {
+                run.fail(errno);
+                self.answer(tag, port);
+            }
+        }
+    }
+
+    /// How a chain's operation has ended, once the planner was asked about a failure.
+    fn judge_chain(
+        &mut self,
+        tag: Tag,
+        outcome: Progress,
+        mut ended: InFlight,
+    ) -> (Progress, InFlight) {
+        let Progress::Failed(errno) = outcome else { return (outcome, ended) };
+        ended.rewind(self.config.geometry.block);
+        match self.verdict(tag, &ended, errno) {
+            Verdict::Fail => (outcome, ended),
+            Verdict::Ignore => (Progress::Done, ended),
+            Verdict::Instead { backing, offset } => {
+                ended.op = Op { backing, offset, ..ended.op };
+                (ended.retries, ended.substitutes) = (0, ended.substitutes + 1);
+                (Progress::Again, ended)
+            }
+        }
+    }
+}

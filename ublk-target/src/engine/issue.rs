@@ -1,0 +1,97 @@
+//! Issuing operations: each has a place in the table and its borrow until it completes.
+
+use uring_ext::Errno;
+
+use super::inflight::{Cancel, InFlight};
+use super::key::OpKey;
+use super::tag::{Held, TagState};
+use super::{Engine, Port, deadline_of};
+use crate::plan::{Buffer, Op, Planner};
+use crate::units::Tag;
+
+impl<P: Planner> Engine<P> {
+    /// Issues the operations of the next stage of the window.
+    pub(super) fn issue_stage(&mut self, tag: Tag, port: &mut impl Port) -> Result<(), Errno> {
+        self.stamp_issue(tag, port);
+        let TagState { run, plan, .. } = &self.tags[tag.index()];
+        let Some((stage, _)) = plan.op(run.next_op) else { return Ok(()) };
+        loop {
+            let TagState { run, plan, .. } = &self.tags[tag.index()];
+            let op = plan.op(run.next_op).filter(|(of, _)| *of == stage);
+            let Some((_, op)) = op else { return Ok(()) };
+            self.issue(tag, op, 0, port)?;
+            self.tags[tag.index()].run.next_op += 1;
+            self.stats.ops += 1;
+        }
+    }
+
+    /// Issues an operation beside those of the window.
+    #[cold]
+    pub(super) fn issue_another(
+        &mut self,
+        tag: Tag,
+        op: Op,
+        substitutes: u8,
+        port: &mut impl Port,
+    ) -> Result<(), Errno> {
+        self.issue(tag, op, substitutes, port)
+    }
+
+    /// Issues one operation, in the place of so many that have failed.
+    #[inline(always)]
+    pub(super) fn issue(
+        &mut self,
+        tag: Tag,
+        op: Op,
+        substitutes: u8,
+        port: &mut impl Port,
+    ) -> Result<(), Errno> {
+        // The table holds a window for every tag, so it has room.
+        let key = self.inflight.next_key().ok_or(Errno::EIO)?;
+        if op.buffer() == Some(Buffer::Scratch) {
+            self.hold_scratch(tag)?;
+        }
+        let run = &mut self.tags[tag.index()].run;
+        let held = match op.buffer() {
+            None => None,
+            Some(Buffer::Request) => Some(&run.held),
+            Some(Buffer::Scratch) => Some(&run.scratch),
+        };
+        let borrow = match held {
+            None => None,
+            Some(Held::Active(lease)) => {
+                let borrow = self.registry.borrow(lease, key.borrower());
+                Some(borrow.map_err(|_| Errno::EIO)?)
+            }
+            // An operation was given up and has completed after all.
+            Some(Held::Quarantined(_)) => return Err(Errno::ETIMEDOUT),
+            Some(Held::Nothing | Held::Reserved(_) | Held::Retiring(_)) => {
+                return Err(Errno::EINVAL);
+            }
+        };
+        let deadline = deadline_of(self.config.deadline, self.now);
+        let (retries, cancel) = (0, Cancel::No);
+        self.inflight.insert(InFlight { tag, op, borrow, retries, substitutes, cancel, deadline });
+        run.pending += 1;
+        port.submit(key, &op, borrow.map(|borrow| borrow.slot()));
+        Ok(())
+    }
+
+    /// Issues what is left of an operation.
+    pub(super) fn submit_again(&mut self, key: OpKey, port: &mut impl Port) {
+        let (key, inflight) = self.inflight.renew(key);
+        if let Some(borrow) = inflight.borrow {
+            if self.registry.relabel(borrow, key.borrower()).is_err() {
+                self.stats.unexpected += 1;
+            }
+        }
+        port.submit(key, &inflight.op, inflight.borrow.map(|borrow| borrow.slot()));
+    }
+
+    pub(super) fn stamp_issue(&mut self, tag: Tag, port: &mut impl Port) {
+        let stamps = &mut self.tags[tag.index()].run.stamps;
+        if self.recorder.is_some() && stamps.issued == 0 {
+            stamps.issued = port.now();
+        }
+    }
+}

@@ -1,0 +1,307 @@
+//! The fault target: another target, some of whose requests fail, are answered short, or are held
+//! back.
+
+use std::cell::Cell;
+use std::sync::Arc;
+
+use uring_ext::Errno;
+
+use super::fault_rule::{Answer, Rule};
+use crate::plan::{Op, Plan, Planner, Verdict};
+use crate::request::Request;
+
+/// Wraps a target. What it decides depends only on its seed, the stream (one for each queue), and
+/// the requests in their order.
+#[derive(Clone, Debug)]
+pub struct FaultTarget<P> {
+    inner: P,
+    rules: Arc<[Rule]>,
+    /// How often each rule may still apply.
+    left: Box<[Cell<u64>]>,
+    seed: u64,
+    random: Cell<u64>,
+    /// Logical block in bytes; what is answered short is a multiple of it.
+    block: u32,
+}
+
+/// What is to become of a request.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Decision {
+    /// Nanoseconds before anything is done for it.
+    pub delay_ns: u64,
+    /// The error that it is answered with.
+    pub error: Option<Errno>,
+    /// It is answered with so many bytes only.
+    pub short: Option<u64>,
+}
+
+impl<P> FaultTarget<P> {
+    /// Wraps a target of a device with blocks of `block` bytes. The first rule that applies to a
+    /// request decides.
+    #[must_use]
+    pub fn new(rules: impl Into<Arc<[Rule]>>, seed: u64, block: u32, inner: P) -> Self {
+        let rules = rules.into();
+        let left = rules.iter().map(|rule| Cell::new(rule.count)).collect();
+        let target = Self { inner, rules, left, seed, random: Cell::new(0), block };
+        target.begin_stream(0);
+        target
+    }
+
+    /// Draws from this stream of its seed from now on.
+    pub fn begin_stream(&self, stream: u64) {
+        self.random.set(mix(self.seed) ^ mix(!stream));
+    }
+
+    /// The target that is wrapped.
+    pub const fn inner(&self) -> &P {
+        &self.inner
+    }
+
+    /// What is to become of the next request.
+    pub fn decide(&self, request: &Request) -> Decision {
+        let block = u64::from(self.block);
+        for (rule, left) in self.rules.iter().zip(&self.left) {
+            let concerned = left.get() > 0 && rule.concerns(request, block);
+            if !concerned || !rule.chance.strikes(|| self.draw()) {
+                continue;
+            }
+            left.set(left.get() - 1);
+            let (error, short) = match rule.answer {
+                Answer::Whole => (None, None),
+                Answer::Error(errno) => (Some(errno), None),
+                // At least one block, and not all of them.
+                Answer::Short => {
+                    (None, Some((1 + self.draw() % (request.len / block - 1)) * block))
+                }
+            };
+            return Decision { delay_ns: rule.delay_ns, error, short };
+        }
+        Decision::default()
+    }
+
+    /// splitmix64.
+    fn draw(&self) -> u64 {
+        self.random.set(self.random.get().wrapping_add(0x9e37_79b9_7f4a_7c15));
+        mix(self.random.get())
+    }
+}
+
+/// The output function of splitmix64.
+const fn mix(state: u64) -> u64 {
+    let z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// The cursor is 0 for a request that is to be decided on, and one more than that of the wrapped
+/// target afterwards. An answer that is short makes the request itself shorter, so nothing need
+/// be remembered.
+impl<P: Planner> Planner for FaultTarget<P> {
+    fn plan(&self, request: &Request, from: u64, plan: &mut Plan) -> Result<(), Errno> {
+        let decision = if from == 0 { self.decide(request) } else { Decision::default() };
+        let Decision { delay_ns, error, short } = decision;
+        let request = Request { len: short.unwrap_or(request.len), ..*request };
+        let planned = match error {
+            Some(errno) => Err(errno),
+            None => self.inner.plan(&request, from.saturating_sub(1), plan),
+        };
+        plan.delay(delay_ns);
+        if let Some(bytes) = short {
+            plan.answer_only(bytes);
+        }
+        planned?;
+        if let Some(next) = plan.next() {
+            plan.continue_at(next + 1);
+        }
+        if let Some(cursor) = plan.waits_at() {
+            plan.wait_at(cursor + 1);
+        }
+        Ok(())
+    }
+
+    fn scratch_bytes(&self) -> u32 {
+        self.inner.scratch_bytes()
+    }
+
+    fn failed(&self, request: &Request, op: &Op, errno: Errno) -> Verdict {
+        self.inner.failed(request, op, errno)
+    }
+
+    fn settled(&self, request: &Request, result: Result<(), Errno>) {
+        self.inner.settled(request, result);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::oracle::{self, Geometry};
+    use super::super::{LinearTarget, LoopTarget, StripeTarget};
+    use super::*;
+    use crate::plan::BackingIndex;
+    use crate::request::RequestKind;
+
+    const BLOCK: u32 = 512;
+
+    fn target<P>(rules: &[&str], seed: u64, inner: P) -> FaultTarget<P> {
+        let rules: Vec<Rule> = rules.iter().map(|rule| rule.parse().unwrap()).collect();
+        FaultTarget::new(rules, seed, BLOCK, inner)
+    }
+
+    fn read(offset: u64, len: u64) -> Request {
+        Request { kind: RequestKind::Read, offset, len }
+    }
+
+    fn decisions(target: &FaultTarget<LoopTarget>) -> Vec<Decision> {
+        (0..200).map(|number| target.decide(&read(number * 8192, 8192))).collect()
+    }
+
+    #[test]
+    fn decisions_are_determined_by_seed_and_stream() {
+        let rules = ["p=0.2,error=EIO", "p=0.3,short,delay=1ms", "p=0.5,count=9,delay=2ms"];
+        let with = |seed, stream| {
+            let target = target(&rules, seed, LoopTarget { size: 1 << 30 });
+            target.begin_stream(stream);
+            decisions(&target)
+        };
+        assert_eq!(with(1, 0), with(1, 0));
+        let streams = [with(1, 0), with(2, 0), with(1, 1), with(2, 1), with(1, 1 << 32)];
+        for (number, one) in streams.iter().enumerate() {
+            assert!(streams[..number].iter().all(|other| one != other), "stream {number}");
+            let count = |is: fn(&Decision) -> bool| one.iter().filter(|it| is(it)).count();
+            assert!((20..65).contains(&count(|it| it.error == Some(Errno::EIO))));
+            assert!((25..75).contains(&count(|it| it.short.is_some() && it.delay_ns == 1_000_000)));
+            assert_eq!(count(|it| it.delay_ns == 2_000_000), 9, "no more than the count");
+            let shorts: Vec<_> = one.iter().filter_map(|it| it.short).collect();
+            assert!(shorts.iter().all(|bytes| (512..8192).contains(bytes) && bytes % 512 == 0));
+            assert!(shorts.contains(&512) && shorts.contains(&7680), "{shorts:?}");
+        }
+    }
+
+    #[test]
+    fn a_clone_begins_where_its_original_is() {
+        let one = target(&["p=0.5,count=80,error=EIO"], 3, LoopTarget { size: 1 << 30 });
+        decisions(&one);
+        let other = one.clone();
+        assert_eq!(decisions(&one), decisions(&other));
+        assert!(one.left[0].get() == 0 && other.left[0].get() == 0, "counts are not shared");
+    }
+
+    #[test]
+    fn the_first_rule_that_applies_decides() {
+        let rules = ["range=0-8K,count=1,error=ENOSPC", "op=write,error=EILSEQ", "short"];
+        let target = target(&rules, 0, LoopTarget { size: 1 << 30 });
+        let error = |request: &Request| target.decide(request).error;
+        assert_eq!(error(&read(4096, 8192)), Some(Errno::ENOSPC));
+        assert_eq!(target.decide(&read(4096, 1024)).short, Some(512));
+        assert_eq!(target.decide(&read(4096, 512)), Decision::default(), "one block is not short");
+        let write = Request { kind: RequestKind::Write { fua: true }, ..read(0, 4096) };
+        assert_eq!(error(&write), Some(Errno::new(libc::EILSEQ)));
+        let flush = Request { kind: RequestKind::Flush, offset: 0, len: 0 };
+        assert_eq!(target.decide(&flush), Decision::default());
+    }
+
+    #[test]
+    fn a_request_is_decided_on_once() {
+        // Windows of a stripe behind a decision that is drawn anew with each.
+        let stripe = StripeTarget::new(4096, &[1 << 20; 2]).unwrap();
+        let target = target(&["delay=5us,error=EIO,count=1", "delay=7us,short"], 9, stripe);
+        let (mut plan, long) = (Plan::default(), read(0, 80 << 10));
+        assert_eq!(target.plan(&long, 0, &mut plan), Err(Errno::EIO));
+        assert_eq!(plan.delay_ns(), 5000);
+        // One that is long enough for several windows.
+        let short = loop {
+            plan.clear();
+            target.plan(&long, 0, &mut plan).unwrap();
+            if plan.next().is_some() {
+                break plan.short().unwrap();
+            }
+        };
+        assert_eq!(plan.delay_ns(), 7000);
+        let (mut ops, rest) = (plan.len(), read(0, short));
+        while let Some(next) = plan.next() {
+            plan.clear();
+            target.plan(&rest, next, &mut plan).unwrap();
+            assert_eq!((plan.delay_ns(), plan.short()), (0, None));
+            ops += plan.len();
+        }
+        assert_eq!(ops as u64, short.div_ceil(4096));
+    }
+
+    #[test]
+    fn targets_can_be_wrapped_again() {
+        let inner = target(&["delay=1ms", "error=EIO"], 0, LoopTarget { size: 1 << 20 });
+        let outer = target(&["delay=2ms,short,count=1", "delay=3ms,error=ENOSPC"], 0, inner);
+        let mut plan = Plan::default();
+        outer.plan(&read(0, 1024), 0, &mut plan).unwrap();
+        assert_eq!((plan.delay_ns(), plan.short()), (3_000_000, Some(512)));
+        plan.clear();
+        assert_eq!(outer.plan(&read(0, 1024), 0, &mut plan), Err(Errno::ENOSPC));
+        assert_eq!(plan.delay_ns(), 3_000_000, "the wrapped target has nothing to decide");
+    }
+
+    /// Rules of all kinds, some of which seldom apply.
+    fn rules() -> impl Strategy<Value = Vec<&'static str>> {
+        let rules = vec![
+            "p=0.3,error=EIO",
+            "op=write+discard,p=0.4,error=ENOSPC",
+            "p=0.5,short",
+            "op=read,range=4K+8K,short",
+            "op=flush,p=0.5,error=ETIMEDOUT",
+            "count=2,delay=1ms",
+            "p=0.2,delay=1ms,short",
+        ];
+        prop::sample::subsequence(rules, 1..6).prop_shuffle()
+    }
+
+    /// As the wrapped target, but for what was decided.
+    fn check<P: Planner + Clone>(
+        geometry: Geometry<P>,
+        rules: &[&str],
+        requests: &[oracle::Asked],
+    ) -> Result<(), TestCaseError> {
+        let Geometry { target: inner, size, backings } = geometry;
+        let target = target(rules, 7, inner);
+        let shadow = target.clone();
+        let geometry = Geometry { target, size, backings };
+        oracle::check_answers(&geometry, requests, |request| {
+            let Decision { error, short, .. } = shadow.decide(request);
+            let len = short.unwrap_or(request.len);
+            let inside = request.offset + len <= size;
+            error.map_or(if inside { Ok(len) } else { Err(Errno::EIO) }, Err)
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn a_linear_device_with_faults_agrees_with_an_array(
+            lens in prop::collection::vec(1..30_u64, 1..24),
+            rules in rules(),
+            requests in oracle::requests(),
+        ) {
+            let extents = lens.iter().scan([0_u64; 3], |free, len| {
+                let backing = usize::try_from(len % 3).unwrap();
+                let start = free[backing];
+                free[backing] += len;
+                Some((BackingIndex(u16::try_from(backing).unwrap()), start * 512, len * 512))
+            });
+            let target = LinearTarget::new(extents).unwrap();
+            let size = target.size();
+            let backings = 0..=lens.iter().map(|len| len % 3).max().unwrap();
+            let backings = backings.map(|_| size).collect();
+            check(Geometry { target, size, backings }, &rules, &requests)?;
+        }
+
+        #[test]
+        fn a_striped_device_with_faults_agrees_with_an_array(
+            sizes in prop::collection::vec(4096..40_000_u64, 2..12),
+            rules in rules(),
+            requests in oracle::requests(),
+        ) {
+            let target = StripeTarget::new(4096, &sizes).unwrap();
+            let size = target.size();
+            check(Geometry { target, size, backings: sizes }, &rules, &requests)?;
+        }
+    }
+}
