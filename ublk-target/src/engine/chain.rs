@@ -36,8 +36,9 @@ impl<P: Planner> Engine<P> {
         run.pending = 1;
         let deadline = deadline_of(self.config.deadline, self.now);
         let (borrow, cancel) = (Some(borrow), Cancel::No);
-        let (retries, substitutes) = (run.retries, run.substitutes);
-        self.inflight.insert(InFlight { tag, op, borrow, retries, substitutes, cancel, deadline });
+        let (retries, substitutes, moved) = (run.retries, run.substitutes, run.moved);
+        let inflight = InFlight { tag, op, moved, borrow, retries, substitutes, cancel, deadline };
+        self.inflight.insert(inflight);
         self.stats.ops += 1;
         self.stamp_issue(tag, port);
         port.submit_chain(self.next_turn(tag), slot, key, &op);
@@ -60,7 +61,7 @@ impl<P: Planner> Engine<P> {
             return self.registration_failed(tag, errno, port);
         }
         self.stats.registered += 1;
-        let (outcome, ended) = self.judge_chain(tag, outcome, ended);
+        let (outcome, mut ended) = self.judge_chain(tag, outcome, ended);
         let unregistered = Errno::from_result(res);
         match unregistered {
             Ok(_) => self.registry.release(lease),
@@ -80,6 +81,10 @@ impl<P: Planner> Engine<P> {
         match outcome {
             Progress::Again => {
                 run.tries = 0;
+                if unregistered.is_err() {
+                    // What is copied begins at a block.
+                    ended.rewind(self.config.geometry.block);
+                }
                 run.replan(plan, ended);
                 match unregistered {
                     Ok(_) => self.lend_registered(tag, port),

@@ -36,6 +36,8 @@ pub(super) struct InFlight {
     pub tag: Tag,
     /// What is left of it.
     pub op: Op,
+    /// Bytes moved so far.
+    pub moved: u32,
     pub borrow: Option<Borrow>,
     pub retries: u8,
     /// How many operations have failed in whose place it was issued.
@@ -49,13 +51,11 @@ impl InFlight {
     /// Goes back to the start of the block that it has come to, for somebody else to go on with: a
     /// drive may take whole blocks only.
     pub fn rewind(&mut self, block: u32) {
-        if !self.op.has_data() {
-            return;
-        }
-        let into = self.op.buf_offset % block;
+        let into = self.moved % block;
         self.op.offset -= u64::from(into);
         self.op.buf_offset -= into;
         self.op.len += u64::from(into);
+        self.moved = 0;
     }
 
     /// Takes note of `moved` bytes (0 for what moves none).
@@ -70,6 +70,7 @@ impl InFlight {
         }
         self.op.offset += moved_bytes;
         self.op.buf_offset += moved;
+        self.moved += moved;
         self.op.len -= moved_bytes;
         self.retries = 0;
         if self.op.len == 0 { Progress::Done } else { Progress::Again }
@@ -184,7 +185,8 @@ mod tests {
         let op = Op { kind, backing: BackingIndex(0), offset: 1000, len: 4096, buf_offset: 512 };
         let (tag, cancel) = (Tag(0), Cancel::No);
         let (borrow, retries, substitutes) = (None, 3, 0);
-        InFlight { tag, op, borrow, retries, substitutes, cancel, deadline: u64::MAX }
+        let deadline = u64::MAX;
+        InFlight { tag, op, moved: 0, borrow, retries, substitutes, cancel, deadline }
     }
 
     fn insert(table: &mut InFlightTable) -> Option<OpKey> {

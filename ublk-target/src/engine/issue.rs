@@ -70,8 +70,9 @@ impl<P: Planner> Engine<P> {
             }
         };
         let deadline = deadline_of(self.config.deadline, self.now);
-        let (retries, cancel) = (0, Cancel::No);
-        self.inflight.insert(InFlight { tag, op, borrow, retries, substitutes, cancel, deadline });
+        let (moved, retries, cancel) = (0, 0, Cancel::No);
+        let inflight = InFlight { tag, op, moved, borrow, retries, substitutes, cancel, deadline };
+        self.inflight.insert(inflight);
         run.pending += 1;
         port.submit(key, &op, borrow.map(|borrow| borrow.slot()));
         Ok(())

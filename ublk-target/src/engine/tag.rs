@@ -151,6 +151,8 @@ pub(super) struct Run {
     pub tries: u8,
     /// How often the operation of a chain has been tried without progress.
     pub retries: u8,
+    /// How many bytes the operation of a chain has moved since it began at a block.
+    pub moved: u32,
     /// How often it has been issued elsewhere.
     pub substitutes: u8,
     /// Bytes of the request's start that went another way before copying began.
@@ -177,6 +179,7 @@ impl Run {
             need_reg_buf,
             tries: 0,
             retries: 0,
+            moved: 0,
             substitutes: 0,
             copied_from: 0,
             cursor: 0,
@@ -212,6 +215,7 @@ impl Run {
         self.next_op = 0;
         self.retries = rest.retries;
         self.substitutes = rest.substitutes;
+        self.moved = rest.moved;
         self.copied_from = rest.op.buf_offset;
     }
 
