@@ -112,8 +112,8 @@ Which requests a rule concerns:
   p=P               with this probability [default: 1]
   count=N           at most N of each queue
 What it does to them, one or more:
-  error=NAME        answers with this error: EIO, ENOSPC, ETIMEDOUT, EOPNOTSUPP, ENOLINK, EREMOTEIO,
-                    EBADE, ENODATA, EILSEQ, ENODEV or ETIME; nothing is read or written
+  error=NAME        answers with this error: EIO, ENOSPC, ETIMEDOUT, ENOLINK, EREMOTEIO, EBADE,
+                    ENODATA, EILSEQ, ENODEV or ETIME; nothing is read or written
   short             reads or writes only part of them, from the start; the kernel asks again for the rest
   delay=TIME        holds them for so long first: a number with ns, us, ms or s
 

@@ -60,11 +60,10 @@ impl Rule {
 
 /// Errors that the block layer has a status for (`blk_errors` in `block/blk-core.c`), and that are
 /// an answer. All others would reach the user as `EIO`.
-const ERRORS: [(&str, i32); 11] = [
+const ERRORS: [(&str, i32); 10] = [
     ("EIO", libc::EIO),
     ("ENOSPC", libc::ENOSPC),
     ("ETIMEDOUT", libc::ETIMEDOUT),
-    ("EOPNOTSUPP", libc::EOPNOTSUPP),
     ("ENOLINK", libc::ENOLINK),
     ("EREMOTEIO", libc::EREMOTEIO),
     ("EBADE", libc::EBADE),
@@ -74,8 +73,9 @@ const ERRORS: [(&str, i32); 11] = [
     ("ETIME", libc::ETIME),
 ];
 
-/// Those that ask whoever sees them to try again.
-const AGAIN: [&str; 6] = ["EAGAIN", "EWOULDBLOCK", "EINTR", "EBUSY", "ENOMEM", "EREMCHG"];
+/// Those that make whoever sees them try again.
+const AGAIN: [&str; 7] =
+    ["EAGAIN", "EWOULDBLOCK", "EINTR", "EBUSY", "ENOMEM", "EREMCHG", "EOPNOTSUPP"];
 
 /// Why a rule is not understood, and what to do.
 #[non_exhaustive]
@@ -342,6 +342,7 @@ mod tests {
             ("delay=infs", "is no delay"),
             ("error=EAGAIN", "EAGAIN asks for another try"),
             ("error=ENOMEM", "use EIO or ETIMEDOUT"),
+            ("error=EOPNOTSUPP", "asks for another try"),
             ("error=EPERM", "no status for `EPERM`; use one of EIO, ENOSPC"),
             ("error=5", "no status for `5`"),
             ("error=EIO,short", "exclude each other"),
