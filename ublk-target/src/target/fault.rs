@@ -274,6 +274,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(oracle::config())]
+
         #[test]
         fn a_linear_device_with_faults_agrees_with_an_array(
             lens in prop::collection::vec(1..30_u64, 1..24),

@@ -36,6 +36,8 @@ mod tests {
     use super::*;
 
     proptest! {
+        #![proptest_config(oracle::config())]
+
         #[test]
         fn agrees_with_an_array_of_bytes(
             sectors in 1..200_u64,

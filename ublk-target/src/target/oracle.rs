@@ -30,7 +30,16 @@ fn kinds() -> impl Strategy<Value = RequestKind> {
     ]
 }
 
-/// Random requests, some of them beyond the end.
+/// How many cases to play: in the long run so many that each target is asked for a million requests.
+pub fn config() -> ProptestConfig {
+    let usual = ProptestConfig::default();
+    match std::env::var("UBLK_VM_LONG").as_deref() {
+        Ok("1") => ProptestConfig { cases: 70_000, ..usual },
+        Ok(_) | Err(_) => usual,
+    }
+}
+
+/// Random requests, some of them beyond the end: 16 on average.
 pub fn requests() -> impl Strategy<Value = Vec<Asked>> {
     prop::collection::vec((kinds(), 0.0..1.05_f64, 0.0..1.0_f64, 1..=255_u8), 1..32)
 }
@@ -41,7 +50,7 @@ fn request<P>(geometry: &Geometry<P>, asked: Asked) -> Request {
     let sectors = (geometry.size / 512) as f64;
     let offset = (sectors * place) as u64 * 512;
     // Most requests are short, some are as long as the device.
-    let len = ((sectors * length * length * length) as u64 + 1) * 512;
+    let len = ((sectors * length.powi(6)) as u64 + 1) * 512;
     match kind {
         RequestKind::Flush => Request { kind, offset: 0, len: 0 },
         RequestKind::Read

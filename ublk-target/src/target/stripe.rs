@@ -224,6 +224,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(oracle::config())]
+
         #[test]
         fn agrees_with_an_array_of_bytes(
             geometry in geometry(),
