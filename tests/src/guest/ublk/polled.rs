@@ -64,17 +64,30 @@ fn fsck(device: &Device) -> Result<()> {
     process::run(&["e2fsck", "-f", "-n", device.path()?]).map(drop)
 }
 
+/// Linear over three drives and stripe over four, one of which has greater blocks.
 fn split(ctx: &Ctx) -> Result<Outcome> {
-    let drives = [fresh_drive("drive0")?, fresh_drive("drive1")?];
-    let [one, two] = [drives[0].path(), drives[1].path()];
-    let (one, two) = (text(&one)?, text(&two)?);
-    let extent = format!("{one},512,1049088");
-    let linear = ["linear", "-f", &extent, "-f", two, "--poll"];
-    let stripe = ["stripe", "-c", "4K", "-f", one, "-f", two, "--poll"];
-    let hybrid = ["stripe", "-c", "64K", "-f", one, "-f", two, "--poll", "hybrid", "--passthru"];
-    for arguments in [&linear[..], &stripe, &hybrid] {
-        let device = Device::add(arguments)?;
-        verify(ctx, device.path()?, &SHORTER)?;
+    let drives = ["drive0", "drive1", "drive2", "big-blocks"];
+    let drives = drives.into_iter().map(fresh_drive).collect::<Result<Vec<_>>>()?;
+    let paths: Vec<_> = drives.iter().map(Drive::path).collect();
+    let paths = paths.iter().map(|path| text(path)).collect::<Result<Vec<_>>>()?;
+    let extents = [format!("{},512,1049088", paths[0]), format!("{},7168,4194816", paths[1])];
+    let linear = ["linear", "-f", &extents[0], "-f", &extents[1], "-f", paths[2]];
+    let stripe = |chunk| {
+        let files = paths.iter().flat_map(|path| ["-f", *path]);
+        ["stripe", "-c", chunk].into_iter().chain(files).collect::<Vec<_>>()
+    };
+    for (target, how) in [
+        (linear.to_vec(), &["--poll"][..]),
+        (linear.to_vec(), &["--poll", "hybrid", "--lend", "slot"]),
+        (linear.to_vec(), &["--poll", "--passthru", "--lend", "copy"]),
+        (stripe("4K"), &["--poll"]),
+        (stripe("64K"), &["--poll", "hybrid", "--passthru"]),
+        (stripe("4K"), &["--poll", "--passthru", "--lend", "slot"]),
+        (stripe("64K"), &["--poll", "--lend", "copy"]),
+    ] {
+        let device = Device::add(&[&target, how].concat())?;
+        let block = if target[0] == "stripe" { "bs=4k" } else { "bsrange=512-64k" };
+        verify(ctx, device.path()?, &[(block, 4), ("bs=1m", 8)])?;
         fsck(&device)?;
         device.stop_and_count()?.ensure_none(&QUIET)?;
     }
