@@ -137,6 +137,8 @@ pub const DEFAULT: &str = "default";
 /// The group of tests that patch the running kernel (probes, trace points): on one CPU, since
 /// emulators are not to be trusted with code that changes under another CPU.
 pub const TRACING: &str = "tracing";
+/// The group of tests of devices on devices, under memory pressure.
+pub const STACKS: &str = "stacks";
 /// The group of tests on the release's own kernel.
 pub const STABLE: &str = "stable";
 /// The group of tests with deterministic time.
@@ -159,8 +161,13 @@ pub const GROUPS: &[Group] = &[
     },
     Group {
         name: TRACING,
-        about: "newest kernel, 1 CPU, one NVMe drive",
-        config: || VmConfig { cpus: 1, ..VmConfig::default() }.drives(1),
+        about: "newest kernel, 1 CPU, four NVMe drives",
+        config: || VmConfig { cpus: 1, ..VmConfig::default() }.drives(4),
+    },
+    Group {
+        name: STACKS,
+        about: "newest kernel, 2 CPUs, 512 MiB of memory, four NVMe drives",
+        config: || VmConfig { memory_mib: 512, ..VmConfig::default() }.drives(4),
     },
     Group {
         name: STABLE,

@@ -225,7 +225,9 @@ impl Sqe {
     }
 
     /// `BLOCK_URING_CMD_DISCARD` (Linux 6.12, `block/ioctl.c`): discards a range of a block
-    /// device without blocking the submitter.
+    /// device. Starts on an io-wq thread, since what the submitter itself starts is `REQ_NOWAIT`,
+    /// which the block layer answers with `EOPNOTSUPP` where a driver cannot promise not to wait
+    /// (`submit_bio_noacct`; dm-crypt is such a one), and nobody tries again.
     #[must_use]
     pub fn discard(file: FixedFile, offset: u64, len: u64) -> Self {
         // `_IO(0x12, 0)`; the start is in `sqe->addr`, the length in `sqe->addr3`, which is where
@@ -237,7 +239,8 @@ impl Sqe {
             opcode::UringCmd16::new(types::Fixed(file.0), BLOCK_URING_CMD_DISCARD)
                 .cmd(cmd)
                 .addr(Some(offset))
-                .build(),
+                .build()
+                .flags(squeue::Flags::ASYNC),
         )
     }
 
@@ -413,6 +416,7 @@ mod tests {
         let raw = bytes(&Sqe::discard(FixedFile(1), 1 << 20, 1 << 16));
         assert_eq!((raw[0], u32_at(&raw, 8)), (URING_CMD, 0x1200));
         assert_eq!((u64_at(&raw, 16), u64_at(&raw, 48)), (1 << 20, 1 << 16));
+        assert_eq!(raw[1], FIXED_FILE | 1 << 4, "IOSQE_ASYNC");
     }
 
     #[test]

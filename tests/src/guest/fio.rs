@@ -1,6 +1,9 @@
 //! Runs fio and reads its report.
 
-use std::fs;
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
@@ -16,6 +19,10 @@ pub struct Report {
     pub write: Direction,
     /// Discarding.
     pub trim: Direction,
+    /// The longest that a request took, from its submission to its completion.
+    pub longest_request: Duration,
+    /// The longest that an fsync took.
+    pub longest_sync: Duration,
     /// First error number, 0 if none.
     pub error: i32,
 }
@@ -41,15 +48,20 @@ pub struct Direction {
 #[derive(Debug, Clone, Copy, PartialEq, Default, Deserialize)]
 pub struct Latency {
     /// The least.
+    #[serde(default)]
     pub min: u64,
+    /// The greatest.
+    #[serde(default)]
+    pub max: u64,
 }
 
 impl Latency {
-    fn least(self, other: Self) -> Self {
-        match (self.min, other.min) {
-            (0, min) | (min, 0) => Self { min },
-            (one, other) => Self { min: one.min(other) },
-        }
+    fn of_both(self, other: Self) -> Self {
+        let min = match (self.min, other.min) {
+            (0, min) | (min, 0) => min,
+            (one, other) => one.min(other),
+        };
+        Self { min, max: self.max.max(other.max) }
     }
 }
 
@@ -65,6 +77,14 @@ struct JobReport {
     read: Direction,
     write: Direction,
     trim: Direction,
+    #[serde(default)]
+    sync: Syncs,
+}
+
+#[derive(Default, Deserialize)]
+struct Syncs {
+    #[serde(default)]
+    lat_ns: Latency,
 }
 
 /// Runs fio with `options` (without their dashes, `rw=randread`), in one job
@@ -73,17 +93,59 @@ struct JobReport {
 /// # Errors
 /// When fio fails or its report cannot be read; the message holds its output.
 pub fn run(ctx: &Ctx, options: &[&str]) -> Result<Report> {
-    let path = ctx.directory().join("fio.json");
-    let output = format!("--output={}", path.display());
-    let options: Vec<String> = options.iter().map(|option| format!("--{option}")).collect();
-    let mut argv = vec!["fio", "--name=test", "--output-format=json", &output];
-    argv.extend(options.iter().map(String::as_str));
-    let result = process::run(&argv);
-    let text = fs::read_to_string(&path).unwrap_or_default();
-    result.with_context(|| format!("fio reported:\n{}", text.trim()))?;
-    let report = parse(&text)?;
-    ensure!(report.error == 0, "fio reported error {}", report.error);
-    Ok(report)
+    start(ctx, "test", options)?.finish()
+}
+
+/// A fio that runs beside the test; it is killed with its handle.
+#[derive(Debug)]
+pub struct Running {
+    child: Child,
+    report: PathBuf,
+    said: PathBuf,
+}
+
+/// Starts fio with `options` as [`run`] does, in a job of this name, of which the test has one at a
+/// time.
+///
+/// # Errors
+/// When it cannot be started.
+pub fn start(ctx: &Ctx, name: &str, options: &[&str]) -> Result<Running> {
+    let report = ctx.directory().join(format!("{name}.json"));
+    let said = ctx.directory().join(format!("{name}.stderr"));
+    let child = Command::new("fio")
+        .args([format!("--name={name}"), format!("--output={}", report.display())])
+        .arg("--output-format=json")
+        .args(options.iter().map(|option| format!("--{option}")))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(File::create(&said)?)
+        .spawn()
+        .context("start fio")?;
+    Ok(Running { child, report, said })
+}
+
+impl Running {
+    /// Waits for its end, and reads its report.
+    ///
+    /// # Errors
+    /// When fio fails or its report cannot be read; the message holds its output.
+    pub fn finish(mut self) -> Result<Report> {
+        let status = self.child.wait()?;
+        let text = fs::read_to_string(&self.report).unwrap_or_default();
+        let said = fs::read_to_string(&self.said).unwrap_or_default();
+        ensure!(status.success(), "fio: {status}\n{}\nit reported:\n{}", said.trim(), text.trim());
+        let report = parse(&text)?;
+        ensure!(report.error == 0, "fio reported error {}", report.error);
+        Ok(report)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Both fail when it has ended, which is the usual case.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
 /// Runs fio like [`run`], on a device of which some requests fail. Returns how many did.
@@ -126,13 +188,17 @@ pub fn parse(text: &str) -> Result<Report> {
             bytes: a.bytes + b.bytes,
             requests: a.requests + b.requests,
             iops: a.iops + b.iops,
-            lat_ns: a.lat_ns.least(b.lat_ns),
+            lat_ns: a.lat_ns.of_both(b.lat_ns),
         })
     };
+    let [read, write, trim] = [sum(|job| job.read), sum(|job| job.write), sum(|job| job.trim)];
+    let longest = |nanoseconds: Option<u64>| Duration::from_nanos(nanoseconds.unwrap_or(0));
     Ok(Report {
-        read: sum(|job| job.read),
-        write: sum(|job| job.write),
-        trim: sum(|job| job.trim),
+        read,
+        write,
+        trim,
+        longest_request: longest([read, write, trim].iter().map(|each| each.lat_ns.max).max()),
+        longest_sync: longest(whole.jobs.iter().map(|job| job.sync.lat_ns.max).max()),
         error: whole.jobs.iter().map(|job| job.error).find(|error| *error != 0).unwrap_or(0),
     })
 }
@@ -143,17 +209,27 @@ mod tests {
 
     #[test]
     fn reports_are_summed_over_jobs() {
-        let direction = r#"{"io_bytes": 8192, "total_ios": 2, "iops": 10.5, "bw": 1}"#;
+        let direction = |max: u64| {
+            format!(
+                r#"{{"io_bytes": 8192, "total_ios": 2, "iops": 10.5, "bw": 1, "lat_ns": {{"min": 1, "max": {max}}}}}"#
+            )
+        };
         let job = |error: i32| {
-            let latency = format!(r#""iops": 10.5, "lat_ns": {{"min": {}, "max": 9}}"#, 7 - error);
-            let read = direction.replace(r#""iops": 10.5"#, &latency);
-            format!(r#"{{"error": {error}, "read": {read}, "write": {direction}, "trim": {read}}}"#)
+            format!(
+                r#"{{"error": {error}, "read": {}, "write": {}, "trim": {}, "sync": {{"lat_ns": {{"max": {}}}}}}}"#,
+                direction(7),
+                direction(3000 + u64::from(error.unsigned_abs())),
+                direction(0),
+                if error == 0 { 40 } else { 8 },
+            )
         };
         let text = format!("fio: warning\n{{\"jobs\": [{}, {}]}}", job(0), job(5));
         let report = parse(&text).unwrap();
         assert_eq!((report.read.bytes, report.read.requests, report.error), (16384, 4, 5));
         assert!((report.write.iops - 21.0).abs() < 1e-9);
-        assert_eq!((report.read.lat_ns.min, report.write.lat_ns.min), (2, 0));
+        assert_eq!((report.read.lat_ns.min, report.read.lat_ns.max), (1, 7));
+        assert_eq!(report.longest_request, Duration::from_nanos(3005));
+        assert_eq!(report.longest_sync, Duration::from_nanos(40));
         assert!(parse("no report").is_err());
         assert!(parse(r#"{"jobs": [{}]}"#).is_err());
     }

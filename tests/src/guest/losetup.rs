@@ -1,10 +1,20 @@
 //! The kernel's own loop devices.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use super::process;
+use super::{process, wait_for};
+
+/// How the driver gets at its file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Caching {
+    /// Through the page cache.
+    Buffered,
+    /// By direct I/O.
+    Direct,
+}
 
 /// A loop device that is detached with its handle.
 #[derive(Debug)]
@@ -14,14 +24,18 @@ pub struct KernelLoop {
 }
 
 impl KernelLoop {
-    /// Attaches a file, which the driver reads and writes through the page cache.
+    /// Attaches a file.
     ///
     /// # Errors
     /// When the kernel does not take it.
-    pub fn attach(file: &Path) -> Result<Self> {
+    pub fn attach(file: &Path, caching: Caching) -> Result<Self> {
         process::run(&["modprobe", "loop"])?;
         let file = file.to_str().context("a path that is not UTF-8")?;
-        let printed = process::run(&["losetup", "--find", "--show", file])?.stdout;
+        let direct = match caching {
+            Caching::Buffered => "--direct-io=off",
+            Caching::Direct => "--direct-io=on",
+        };
+        let printed = process::run(&["losetup", "--find", "--show", direct, file])?.stdout;
         Ok(Self { path: PathBuf::from(printed.trim()), detached: false })
     }
 
@@ -30,13 +44,18 @@ impl KernelLoop {
         &self.path
     }
 
-    /// Detaches it.
+    /// Detaches it, and waits until that is done: while udev has it open, it is put off.
     ///
     /// # Errors
-    /// When the kernel refuses. A device that is in use is detached later.
+    /// When somebody goes on using it.
     pub fn detach(mut self) -> Result<()> {
         self.detached = true;
-        detach(&self.path)
+        detach(&self.path)?;
+        let name = self.path.file_name().context("a device name")?;
+        let attached = Path::new("/sys/block").join(name).join("loop/backing_file");
+        wait_for("the loop device to be detached", Duration::from_secs(30), || {
+            Ok((!attached.exists()).then_some(()))
+        })
     }
 }
 

@@ -10,6 +10,7 @@ pub mod dm;
 pub mod drives;
 pub mod fio;
 pub mod losetup;
+pub mod pressure;
 pub mod process;
 mod selftest;
 pub(crate) mod ublk;
@@ -27,6 +28,9 @@ pub const SKIP_EXIT_CODE: u8 = 77;
 
 /// Variable that is set to 1 when the user asked for long tests.
 pub const LONG_VARIABLE: &str = "UBLK_VM_LONG";
+
+/// How a line begins, on a test's standard output, that is shown with its result even if it passes.
+pub const FIGURE: &str = "figure: ";
 
 /// How a test that did not fail ended.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -10,7 +10,7 @@ use super::Selection;
 use super::report::{Ending, Report};
 use crate::cleanup::RunDir;
 use crate::config::{GROUPS, Group};
-use crate::guest::{self, Code, LONG_VARIABLE, Outcome, SKIP_EXIT_CODE, TestCase};
+use crate::guest::{self, Code, FIGURE, LONG_VARIABLE, Outcome, SKIP_EXIT_CODE, TestCase};
 use crate::hosted::HostCtx;
 use crate::image::{self, Image};
 use crate::klog::{self, Finding};
@@ -41,8 +41,14 @@ pub fn run(selection: &Selection, report: &mut Report) -> Result<()> {
     payload::make_disk(&programs, &disk)?;
     for group in GROUPS {
         let tests: Vec<_> = selected.iter().copied().filter(|t| t.group == group.name).collect();
-        let mut runner =
-            Runner { group, image: &image, payload: &disk, long: selection.long, vm: None };
+        let mut runner = Runner {
+            group,
+            image: &image,
+            payload: &disk,
+            long: selection.long,
+            vm: None,
+            figures: Vec::new(),
+        };
         for (n, test) in tests.iter().enumerate() {
             if report.stopped() {
                 break;
@@ -51,6 +57,9 @@ pub fn run(selection: &Selection, report: &mut Report) -> Result<()> {
             let started = Instant::now();
             let ending = runner.run(test);
             report.add(test.name, &ending, Some(started.elapsed()));
+            if ending == Ending::Passed {
+                runner.figures.iter().for_each(|line| ui::out(&format!("     | {line}")));
+            }
         }
         if let Some(vm) = runner.vm.take() {
             ui::status(&format!("{}: powering off", group.name));
@@ -70,6 +79,8 @@ struct Runner<'a> {
     payload: &'a Path,
     long: bool,
     vm: Option<Vm>,
+    /// What the last test measured.
+    figures: Vec<String>,
 }
 
 /// An emulated drive that did not see its doorbell (see `vm::emulator`): the guest's driver gave
@@ -116,6 +127,7 @@ impl Runner<'_> {
         };
         vm.kernel_log()?; // what came before is not this test's
         let (verdict, output) = self.judge(test, &mut vm)?;
+        self.figures = figures(&output);
         let (left, stuck) = vm.leaks()?;
         let log = vm.kernel_log()?;
         if stuck.is_empty() {
@@ -222,6 +234,10 @@ fn verdict(
     }
 }
 
+fn figures(output: &str) -> Vec<String> {
+    output.lines().filter_map(|line| line.strip_prefix(FIGURE)).map(str::to_owned).collect()
+}
+
 fn failed(reason: &str, details: &str) -> Ending {
     Ending::Failed(reason.to_owned(), details.to_owned())
 }
@@ -306,6 +322,11 @@ mod tests {
         assert_eq!(of(ExitState::Signal(11), "", ""), Err("killed by SIGSEGV".into()));
         let late = verdict(ExitState::Signal(9), true, &test(), "", "");
         assert_eq!(late, Err("killed after 120 s".into()));
+    }
+
+    #[test]
+    fn figures_are_picked_from_the_output() {
+        assert_eq!(figures("noise\nfigure: 3 s\nmore figure: 4\n"), ["3 s"]);
     }
 
     fn log_problems(test: &TestCase, texts: &[&str]) -> Vec<String> {

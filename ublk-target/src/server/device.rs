@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use bufreg::Incarnation;
 use nix::poll::PollTimeout;
+use nix::sys::mman::{MlockAllFlags, mlockall};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use uring_ext::control::{Control, ControlError, Pending};
 use uring_ext::feature::Features;
@@ -74,6 +75,7 @@ pub fn serve(
     }
     let control = Control::open()?;
     let plan = Plan::make(config, &control)?;
+    lock_memory();
     log::info!("lend mode {}: {}", plan.choice.mode, plan.choice.reason);
     let wakeups =
         Wakeups::new().map_err(|errno| DeviceError::setup("cannot wait for signals", errno))?;
@@ -89,6 +91,20 @@ pub fn serve(
     });
     let ended = server.take_down();
     served.and(ended)
+}
+
+/// Keeps the program in memory. When memory is short and all that could be freed is dirty, pages
+/// come free by writing through devices such as ours; a server whose own code was evicted could not
+/// run to write them. What is mapped later (stacks of threads) is locked as it is used.
+///
+/// Not vital, so a failure is logged and no more.
+fn lock_memory() {
+    let on_fault = MlockAllFlags::from_bits_retain(libc::MCL_ONFAULT);
+    let locked = mlockall(MlockAllFlags::MCL_CURRENT)
+        .and_then(|()| mlockall(MlockAllFlags::MCL_FUTURE | on_fault));
+    if let Err(errno) = locked {
+        log::warn!("cannot lock the server's memory: {errno}");
+    }
 }
 
 /// What is decided before the driver is asked for anything.

@@ -1,11 +1,10 @@
 //! What is written is read back: fio with checksums over block sizes, queue depths, queues, lend
-//! modes and kinds of backing; discard and write zeroes.
+//! modes and kinds of backing.
 
-use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 
 use super::device::{Device, file_on_drive, fresh_drive, text};
 use super::verify::{BLOCKS, verify, verify_at_length};
@@ -24,8 +23,6 @@ pub const TESTS: &[TestCase] = &[
     TestCase::guest("verify_nvme_of_4096_byte_blocks", DEFAULT, big_blocks).seconds(600),
     TestCase::guest("verify_a_partition", DEFAULT, partition).seconds(300),
     TestCase::guest("null_reads_as_zeros", DEFAULT, null).seconds(300),
-    TestCase::guest("discard_and_write_zeroes_on_nvme", DEFAULT, zeroing_nvme).seconds(300),
-    TestCase::guest("discard_and_write_zeroes_on_a_file", DEFAULT, zeroing_file).seconds(300),
     TestCase::guest("limits_are_inherited_from_nvme", DEFAULT, limits),
     TestCase::guest("read_only_backings_are_served_read_only", DEFAULT, read_only),
 ];
@@ -98,67 +95,6 @@ fn null(ctx: &Ctx) -> Result<Outcome> {
         device.delete()?;
     }
     Ok(Outcome::Pass)
-}
-
-fn zeroing_nvme(_ctx: &Ctx) -> Result<Outcome> {
-    for lend in MODES {
-        let drive = fresh_drive("drive0")?;
-        zeroing(&drive.path(), lend)?;
-    }
-    Ok(Outcome::Pass)
-}
-
-fn zeroing_file(ctx: &Ctx) -> Result<Outcome> {
-    for lend in MODES {
-        let (mount, file) = file_on_drive(ctx, "drive1", 64)?;
-        let allocated = |file: &Path| -> Result<u64> {
-            use std::os::unix::fs::MetadataExt;
-            File::open(file)?.sync_all()?;
-            Ok(std::fs::metadata(file)?.blocks() * 512)
-        };
-        zeroing(&file, lend)?;
-        let before = allocated(&file)?;
-        let device = Device::add_loop(&file, &["--lend", lend])?;
-        process::run(&["blkdiscard", device.path()?])?;
-        device.delete()?;
-        let after = allocated(&file)?;
-        ensure!(before > 0 && after == 0, "a discard gives space back: {before} to {after} bytes");
-        mount.unmount()?;
-    }
-    Ok(Outcome::Pass)
-}
-
-/// Writes, then zeroes a part in each way, and compares every byte around it.
-fn zeroing(backing: &Path, lend: &str) -> Result<()> {
-    const SIZE: usize = 4 << 20;
-    let device = Device::add_loop(backing, &["--lend", lend])?;
-    let path = device.path()?;
-    for (how, must_be_zero) in [
-        // Of what a discard leaves nothing is promised, but that its neighbours stay.
-        (["blkdiscard", "-o", "1052672", "-l", "1048576"].as_slice(), false),
-        (&["blkdiscard", "-z", "-o", "1049088", "-l", "1050624"], true),
-        (&["fallocate", "--zero-range", "-n", "-o", "1049088", "-l", "1050624"], true),
-        (&["fallocate", "--punch-hole", "-o", "1052672", "-l", "1048576"], true),
-    ] {
-        let block = direct::open(path)?;
-        let mut buffer = Aligned::new(SIZE, 0x5a);
-        block.write_all_at(buffer.bytes(), 0)?;
-        process::run(&[how, &[path]].concat())?;
-        block.read_exact_at(buffer.bytes(), 0)?;
-        let number = |flag: &str| -> usize {
-            let at = how.iter().position(|word| *word == flag);
-            at.and_then(|at| how[at + 1].parse().ok()).unwrap_or(0)
-        };
-        let range = number("-o")..number("-o") + number("-l");
-        for (at, byte) in buffer.bytes().iter().enumerate() {
-            match (range.contains(&at), *byte) {
-                (true, 0) | (false, 0x5a) => {}
-                (true, _) if !must_be_zero => {}
-                (inside, byte) => bail!("{how:?}: byte {at} is {byte:#x}, inside: {inside}"),
-            }
-        }
-    }
-    device.delete()
 }
 
 /// Each limit of the device is the drive's.

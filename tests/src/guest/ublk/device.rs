@@ -189,6 +189,11 @@ pub fn fresh_drive(serial: &str) -> Result<Drive> {
     Ok(drive)
 }
 
+/// The drives `drive0`, `drive1` and so on, wiped.
+pub fn fresh_drives(count: u32) -> Result<Vec<Drive>> {
+    (0..count).map(|number| fresh_drive(&format!("drive{number}"))).collect()
+}
+
 /// A mounted file system that is unmounted with its handle.
 #[derive(Debug)]
 pub struct Mount {

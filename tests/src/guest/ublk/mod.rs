@@ -3,6 +3,7 @@
 mod arguments;
 mod backing_errors;
 mod commands;
+mod crossing;
 mod data;
 mod device;
 mod fault_target;
@@ -12,19 +13,23 @@ mod lifecycle;
 mod old_kernel;
 mod passthrough;
 mod polled;
+mod reaching;
 mod splitting;
+mod stacks;
 mod stats;
 pub(crate) mod trace;
 mod verify;
 mod zero_copy;
+mod zeroing;
 
 use super::TestCase;
 
 /// The tests of all modules here.
-pub const TABLES: [&[TestCase]; 14] = [
+pub const TABLES: [&[TestCase]; 18] = [
     arguments::TESTS,
     backing_errors::TESTS,
     commands::TESTS,
+    crossing::TESTS,
     data::TESTS,
     fault_target::TESTS,
     filesystem::TESTS,
@@ -33,7 +38,10 @@ pub const TABLES: [&[TestCase]; 14] = [
     old_kernel::TESTS,
     passthrough::TESTS,
     polled::TESTS,
+    reaching::TESTS,
     splitting::TESTS,
+    stacks::TESTS,
     stats::TESTS,
     zero_copy::TESTS,
+    zeroing::TESTS,
 ];

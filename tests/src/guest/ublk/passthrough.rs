@@ -230,7 +230,7 @@ fn commands(_ctx: &Ctx) -> Result<Outcome> {
     let output = format!("of={}", device.path()?);
     let argv = ["dd", "if=/dev/zero", output.as_str(), "bs=4k", "count=10", "status=none"];
     let recorded = |argv: &[&str]| -> Result<NvmeCommands> {
-        let commands = NvmeCommands::record(&drive.name)?;
+        let commands = NvmeCommands::record(&[&drive.name])?;
         process::run(argv)?;
         Ok(commands)
     };

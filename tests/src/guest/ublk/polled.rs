@@ -10,7 +10,7 @@ use super::device::{Device, PROGRAM, fresh_drive, load_driver, start_load, text}
 use super::verify::{BLOCKS, SHORTER, verify};
 use crate::config::DEFAULT;
 use crate::guest::drives::Drive;
-use crate::guest::losetup::KernelLoop;
+use crate::guest::losetup::{Caching, KernelLoop};
 use crate::guest::{Ctx, Outcome, TestCase, fio, process};
 
 pub const TESTS: &[TestCase] = &[
@@ -241,7 +241,7 @@ fn mixed(ctx: &Ctx) -> Result<Outcome> {
     let drive = fresh_drive("drive0")?;
     let file = ctx.directory().join("file");
     std::fs::File::create(&file)?.set_len(256 << 20)?;
-    let attached = KernelLoop::attach(&file)?;
+    let attached = KernelLoop::attach(&file, Caching::Direct)?;
     let other = text(attached.path())?;
     let path = drive.path();
     let arguments = ["stripe", "-f", text(&path)?, "-f", other, "--poll"];

@@ -4,7 +4,7 @@
 use anyhow::{Result, ensure};
 
 use super::backing_errors::QuietUdev;
-use super::device::{Device, fresh_drive, text};
+use super::device::{Device, fresh_drives, text};
 use super::verify::verify;
 use crate::config::DEFAULT;
 use crate::guest::direct::{self, Aligned};
@@ -18,7 +18,8 @@ pub const TESTS: &[TestCase] = &[
     splitting("verify_linear_over_3_drives", linear),
     splitting("verify_stripe_of_4k_over_2_drives", |ctx| stripe(ctx, "4K", 2)),
     splitting("verify_stripe_of_64k_over_3_drives", |ctx| stripe(ctx, "64K", 3)),
-    splitting("errors_of_a_leg_hit_the_requests_that_touch_it", leg),
+    splitting("errors_of_a_leg_hit_the_requests_that_touch_it_stripe", stripe_leg),
+    splitting("errors_of_a_leg_hit_the_requests_that_touch_it_linear", linear_leg),
     splitting("linear_and_stripe_refuse_what_makes_no_device", refused),
 ];
 
@@ -29,14 +30,10 @@ const fn splitting(name: &'static str, run: fn(&Ctx) -> Result<Outcome>) -> Test
 const MODES: [&str; 4] = ["fused", "slot", "user-copy", "copy"];
 const BLOCKS: [(&str, u32); 3] = [("bsrange=512-64k", 8), ("bs=64k", 8), ("bs=1m", 32)];
 
-fn drives(count: u32) -> Result<Vec<Drive>> {
-    (0..count).map(|number| fresh_drive(&format!("drive{number}"))).collect()
-}
-
 /// Extents that begin and end at odd sectors, two of them on one drive, all small, so that
 /// requests cross them.
 fn linear(ctx: &Ctx) -> Result<Outcome> {
-    let drives = drives(3)?;
+    let drives = fresh_drives(3)?;
     let [one, two, three] = [0, 1, 2].map(|number: usize| drives[number].path());
     let (one, two, three) = (text(&one)?, text(&two)?, text(&three)?);
     let extents = [
@@ -59,7 +56,7 @@ fn linear(ctx: &Ctx) -> Result<Outcome> {
 }
 
 fn stripe(ctx: &Ctx, chunk: &str, width: u32) -> Result<Outcome> {
-    let drives = drives(width)?;
+    let drives = fresh_drives(width)?;
     for lend in MODES {
         let paths: Vec<_> = drives.iter().map(Drive::path).collect();
         let mut arguments = vec!["stripe", "--chunk", chunk, "--lend", lend];
@@ -89,37 +86,41 @@ fn fsck(device: &Device) -> Result<()> {
     process::run(&["e2fsck", "-f", "-n", device.path()?]).map(drop)
 }
 
-/// The second leg has a bad sector: of all requests, those that touch it fail.
-fn leg(_ctx: &Ctx) -> Result<Outcome> {
-    let drives = drives(2)?;
-    // In the third chunk of 4 KiB behind 4 MiB of its drive, which is the sixth behind 8 MiB of the
-    // device, where nobody looks for signatures.
-    const BASE: u64 = 8 << 20;
-    let mapper = Mapper::with_bad_sectors("ublk-leg", &drives[1], &[(BASE / 2 / 512 + 19, 1)])?;
-    let (first, second) = (drives[0].path(), mapper.path());
+/// Where on the device requests are sent to a leg with a bad sector: behind where anybody looks for
+/// signatures.
+const BASE: u64 = 8 << 20;
+/// The bad sector's first byte on the device.
+const BAD: u64 = BASE + 5 * 4096 + 3 * 512;
+
+/// In the third chunk of 4 KiB behind 4 MiB of its drive, which is the sixth behind 8 MiB of the
+/// device.
+fn stripe_leg(_ctx: &Ctx) -> Result<Outcome> {
+    leg(BASE / 2 / 512 + 19, |first, second| {
+        let arguments = ["stripe", "-c", "4K", "-f", first, "-f", second];
+        arguments.map(str::to_owned).to_vec()
+    })
+}
+
+/// The second extent begins 3 sectors before the bad one, amid what is read and written.
+fn linear_leg(_ctx: &Ctx) -> Result<Outcome> {
+    const START: u64 = BASE + 512;
+    leg(START / 512 + 3, |first, second| {
+        let first = format!("{first},1M,{}", BAD - 3 * 512);
+        ["linear", "-f", &first, "-f", &format!("{second},{START}")].map(str::to_owned).to_vec()
+    })
+}
+
+/// The second of two drives has a bad sector, which is byte [`BAD`] of the device that `arguments`
+/// make of both: of all requests, those that touch it fail.
+fn leg(sector: u64, arguments: fn(&str, &str) -> Vec<String>) -> Result<Outcome> {
+    let drives = fresh_drives(2)?;
+    let mapper = Mapper::with_bad_sectors("ublk-leg", &drives[1], &[(sector, 1)])?;
+    let arguments = arguments(text(&drives[0].path())?, text(&mapper.path())?);
+    let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
     for lend in MODES {
-        let arguments = ["stripe", "-c", "4K", "-f", text(&first)?, "-f", text(&second)?];
         let device = Device::add(&[&arguments[..], &["--lend", lend]].concat())?;
         let udev = QuietUdev::new()?;
-        let file = direct::open(device.path()?)?;
-        let bad = BASE + 5 * 4096 + 3 * 512;
-        let mut failed = 0;
-        for (len, step) in [(512, 512), (4096, 4096), (6144, 2048), (32 << 10, 4096)] {
-            let mut buffer = Aligned::new(len, 0x3c);
-            for offset in (0..16_u64).map(|number| BASE + number * step) {
-                let end = offset + u64::try_from(len)?;
-                let touches = offset <= bad && bad < end;
-                let written = file.write_all_at(buffer.bytes(), offset);
-                let read = file.read_exact_at(buffer.bytes(), offset);
-                for result in [written, read] {
-                    let errno = result.err().and_then(|error| error.raw_os_error());
-                    let expected = touches.then_some(5);
-                    ensure!(errno == expected, "{lend}: {len} bytes at {offset}: {errno:?}");
-                    failed += u64::from(touches);
-                }
-            }
-        }
-        drop(file);
+        let failed = touch(&device, lend)?;
         let counters = device.stop_and_count();
         drop(udev);
         let counters = counters?;
@@ -129,9 +130,32 @@ fn leg(_ctx: &Ctx) -> Result<Outcome> {
     Ok(Outcome::Pass)
 }
 
+/// Writes and reads around the bad sector, in requests of several sizes. Returns how many failed.
+fn touch(device: &Device, lend: &str) -> Result<u64> {
+    let file = direct::open(device.path()?)?;
+    let mut failed = 0;
+    for (len, step) in [(512, 512), (4096, 4096), (6144, 2048), (32 << 10, 4096_u64)] {
+        let mut buffer = Aligned::new(len, 0x3c);
+        let first = BAD - BAD % step - 9 * step;
+        for offset in (0..12).map(|number| first + number * step) {
+            let end = offset + u64::try_from(len)?;
+            let touches = offset <= BAD && BAD < end;
+            let written = file.write_all_at(buffer.bytes(), offset);
+            let read = file.read_exact_at(buffer.bytes(), offset);
+            for result in [written, read] {
+                let errno = result.err().and_then(|error| error.raw_os_error());
+                let expected = touches.then_some(5);
+                ensure!(errno == expected, "{lend}: {len} bytes at {offset}: {errno:?}");
+                failed += u64::from(touches);
+            }
+        }
+    }
+    Ok(failed)
+}
+
 fn refused(_ctx: &Ctx) -> Result<Outcome> {
     super::device::load_driver()?;
-    let drives = drives(2)?;
+    let drives = fresh_drives(2)?;
     let (one, two) = (drives[0].path(), drives[1].path());
     let (one, two) = (text(&one)?, text(&two)?);
     let table: [(&[&str], String, &str); 8] = [

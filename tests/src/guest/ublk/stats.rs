@@ -1,7 +1,7 @@
 //! `stats`: exact counters, latencies while somebody looks, its socket, and what it says when there
 //! is nothing to be had.
 
-mod reports;
+pub mod reports;
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};

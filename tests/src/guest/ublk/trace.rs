@@ -15,18 +15,19 @@ fn write(file: impl AsRef<Path>, text: &str) -> Result<()> {
         .with_context(|| format!("{text} > {}", path.display()))
 }
 
-/// The NVMe commands that a drive is given, from the trace point `nvme_setup_cmd`.
+/// The NVMe commands that drives are given, from the trace point `nvme_setup_cmd`.
 #[derive(Debug)]
 pub struct NvmeCommands {
     event: PathBuf,
 }
 
 impl NvmeCommands {
-    /// Starts to record the commands of one drive (`nvme1n1`).
-    pub fn record(disk: &str) -> Result<Self> {
+    /// Starts to record the commands of some drives (`nvme1n1`).
+    pub fn record(disks: &[&str]) -> Result<Self> {
         let event = PathBuf::from("events/nvme/nvme_setup_cmd");
+        let conditions: Vec<_> = disks.iter().map(|disk| format!("disk == \"{disk}\"")).collect();
         write("buffer_size_kb", "16384")?;
-        write(event.join("filter"), &format!("disk == \"{disk}\""))?;
+        write(event.join("filter"), &conditions.join(" || "))?;
         fs::write(Path::new(TRACING).join("trace"), "")?;
         write(event.join("enable"), "1")?;
         Ok(Self { event })

@@ -147,7 +147,7 @@ fn flush_and_fua(_ctx: &Ctx) -> Result<Outcome> {
             process::run(&argv).map(drop)
         };
 
-        let commands = NvmeCommands::record(&drive.name)?;
+        let commands = NvmeCommands::record(&[&drive.name])?;
         dd("oflag=direct")?;
         let flushes = commands.count(&["nvme_cmd_flush"])?;
         ensure!(flushes == 0, "{flushes} flushes without a request for one");
@@ -155,13 +155,13 @@ fn flush_and_fua(_ctx: &Ctx) -> Result<Outcome> {
         ensure!(fua_writes(&commands)? == 0, "FUA without a request for it");
         drop(commands);
 
-        let commands = NvmeCommands::record(&drive.name)?;
+        let commands = NvmeCommands::record(&[&drive.name])?;
         process::run(&["sync", device.path()?])?;
         let flushes = commands.count(&["nvme_cmd_flush"])?;
         ensure!(flushes >= 1, "a sync did not flush the drive: {:#?}", commands.lines()?);
         drop(commands);
 
-        let commands = NvmeCommands::record(&drive.name)?;
+        let commands = NvmeCommands::record(&[&drive.name])?;
         dd("oflag=direct,dsync")?;
         let (fua, flushes) = (fua_writes(&commands)?, commands.count(&["nvme_cmd_flush"])?);
         println!("{lend}: 10 synchronous writes became {fua} FUA writes and {flushes} flushes");
@@ -187,7 +187,7 @@ fn deallocation(_ctx: &Ctx) -> Result<Outcome> {
     for lend in ["fused", "copy"] {
         let device = Device::add_loop(&drive.path(), &["--lend", lend])?;
         process::run(&["udevadm", "settle"])?;
-        let commands = NvmeCommands::record(&drive.name)?;
+        let commands = NvmeCommands::record(&[&drive.name])?;
         process::run(&["blkdiscard", "-l", "1M", device.path()?])?;
         ensure!(commands.count(&["nvme_cmd_dsm"])? >= 1, "{:#?}", commands.lines()?);
         ensure!(commands.count(&["nvme_cmd_write_zeroes"])? == 0, "a discard wrote zeroes");
