@@ -9,6 +9,7 @@
 
 pub mod agent;
 pub mod artifact;
+pub mod bench;
 pub mod cleanup;
 pub mod config;
 pub mod demo;
@@ -17,6 +18,7 @@ pub mod hosted;
 pub mod image;
 pub mod klog;
 pub mod libtest;
+pub mod numbers;
 pub mod paths;
 pub mod payload;
 pub mod proto;

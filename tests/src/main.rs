@@ -7,7 +7,7 @@ use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use vm_harness::config::{Kernel, VmConfig};
 use vm_harness::runner::{self, Selection};
-use vm_harness::{cleanup, demo, image, setup, shell, ui};
+use vm_harness::{bench, cleanup, demo, image, setup, shell, ui};
 
 /// VM harness of ublk-target.
 ///
@@ -52,6 +52,8 @@ enum Command {
     },
     /// Show ublk-target at work
     Demo(demo::DemoArgs),
+    /// Count instructions for each request, rivals and ublk-target side by side
+    Bench(bench::BenchArgs),
 }
 
 #[derive(Args)]
@@ -145,6 +147,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Demo(args) if args.native => {}
         Command::Test(_)
         | Command::Demo(_)
+        | Command::Bench(_)
         | Command::Image { .. }
         | Command::Shell(_)
         | Command::Run { .. } => setup::ensure()?,
@@ -172,5 +175,6 @@ fn run(command: Command) -> Result<ExitCode> {
             shell::run(&guest.config(), command, timeout.map(Duration::from_secs))
         }
         Command::Demo(args) => demo::run(&args),
+        Command::Bench(args) => bench::run(&args),
     }
 }

@@ -32,6 +32,11 @@ const PROGRAMS: &[Program] = &[
         source: "tests/src/bin/guest-tests.rs",
     },
     Program { package: "vm-harness", binary: "demo-guest", source: "tests/src/bin/demo-guest.rs" },
+    Program {
+        package: "vm-harness",
+        binary: "bench-guest",
+        source: "tests/src/bin/bench-guest.rs",
+    },
     Program { package: "ublk-target", binary: "ublk-target", source: "ublk-target/src/main.rs" },
     Program { package: "ublk-bench", binary: "ublk-bench", source: "bench/src/main.rs" },
 ];
@@ -47,15 +52,20 @@ pub fn build() -> Result<Vec<PathBuf>> {
         PROGRAMS.iter().filter(|program| workspace.join(program.source).is_file()).collect();
     ui::step("building the programs for the guest");
     let mut command = release_build();
-    command.args(["--target", TARGET, "--config"]);
-    command.arg(format!("target.{TARGET}.rustflags=[\"-C\", \"target-feature=+crt-static\"]"));
+    link_statically(&mut command);
     for program in &programs {
         command.args(["-p", program.package, "--bin", program.binary]);
     }
-    // These would take the place of the flags above.
-    command.env_remove("RUSTFLAGS").env_remove("CARGO_ENCODED_RUSTFLAGS");
     let built = run_cargo(command)?;
     programs.iter().map(|program| pick(&built, program.binary)).collect()
+}
+
+/// Has a build of cargo's make programs for the guest.
+pub fn link_statically(command: &mut Command) {
+    command.args(["--target", TARGET, "--config"]);
+    command.arg(format!("target.{TARGET}.rustflags=[\"-C\", \"target-feature=+crt-static\"]"));
+    // These would take the place of the flags above.
+    command.env_remove("RUSTFLAGS").env_remove("CARGO_ENCODED_RUSTFLAGS");
 }
 
 /// Builds a program for this machine, of the package of the same name, and returns where it is.

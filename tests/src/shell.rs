@@ -1,6 +1,7 @@
 //! `vm run` and `vm shell`: one program, or a terminal, in a fresh guest.
 
 use std::io::{IsTerminal, Read};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -25,9 +26,18 @@ const SIZE_INTERVAL_MS: u16 = 500;
 ///
 /// # Errors
 /// When the image or the programs cannot be made.
-pub fn prepare() -> Result<(Image, RunDir, std::path::PathBuf)> {
+pub fn prepare() -> Result<(Image, RunDir, PathBuf)> {
+    prepare_with(&[])
+}
+
+/// The same, with more programs on the payload disk.
+///
+/// # Errors
+/// As [`prepare()`].
+pub fn prepare_with(more: &[PathBuf]) -> Result<(Image, RunDir, PathBuf)> {
     let image = image::ensure_image()?;
-    let programs = payload::build()?;
+    let mut programs = payload::build()?;
+    programs.extend_from_slice(more);
     let directory = RunDir::create(&paths::cache()?.join("run"))?;
     let disk = directory.path().join("payload.img");
     payload::make_disk(&programs, &disk)?;

@@ -1,8 +1,9 @@
 //! What the demonstration showed and what it does not prove, in plain words.
 
-use super::figures::{count, range};
+use super::figures::range;
 use super::measure::Shares;
 use super::place::Place;
+use crate::numbers::count;
 
 /// What the closing words are about.
 #[derive(Debug, Default)]

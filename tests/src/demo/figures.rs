@@ -1,5 +1,7 @@
 //! Figures as a reader wants them.
 
+use crate::numbers::{decimal, group, percent};
+
 /// IOPS of a drive in the rounds of one workload.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Series {
@@ -43,58 +45,12 @@ fn best(rounds: &[f64]) -> f64 {
     rounds.iter().copied().fold(0.0, f64::max)
 }
 
-/// A part of one as a percentage.
-pub fn percent(part: f64) -> String {
-    format!("{:.0}%", part * 100.0)
-}
-
 /// The lowest and the highest, as `60-90%`.
 pub fn range(parts: &[f64]) -> String {
     let low = parts.iter().copied().fold(f64::INFINITY, f64::min);
     let high = parts.iter().copied().fold(0.0, f64::max);
     let (low, high) = (format!("{:.0}", low * 100.0), format!("{:.0}", high * 100.0));
     if low == high { format!("{low}%") } else { format!("{low} to {high}%") }
-}
-
-/// A number without decimals, in groups of three digits.
-pub fn group(number: f64) -> String {
-    let digits = format!("{number:.0}");
-    let mut text = String::new();
-    for (n, digit) in digits.chars().enumerate() {
-        if n > 0 && (digits.len() - n) % 3 == 0 {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
-}
-
-/// A number with one decimal.
-fn decimal(number: f64) -> String {
-    let text = format!("{number:.1}");
-    let (whole, tenth) = text.split_once('.').unwrap_or((&text, "0"));
-    whole.parse().map_or_else(|_| text.clone(), |whole| format!("{}.{tenth}", group(whole)))
-}
-
-/// A count, in groups of three digits.
-pub fn count(number: u64) -> String {
-    // Exact up to 2^53, and nothing counted here comes near.
-    #[allow(clippy::cast_precision_loss)]
-    group(number as f64)
-}
-
-/// Bytes in a unit that suits them.
-pub fn size(bytes: u64) -> String {
-    let (unit, shift) = match bytes {
-        0x4000_0000.. => ("GiB", 30),
-        _ => ("MiB", 20),
-    };
-    let whole = bytes >> shift;
-    let tenth = ((bytes - (whole << shift)) * 10) >> shift;
-    if tenth == 0 {
-        return format!("{} {unit}", count(whole));
-    }
-    format!("{}.{tenth} {unit}", count(whole))
 }
 
 #[cfg(test)]
@@ -137,21 +93,5 @@ mod tests {
         assert_eq!(ratio(&[], &[]), None);
         assert_eq!(range(&[0.604, 0.9]), "60 to 90%");
         assert_eq!(range(&[0.601, 0.602]), "60%");
-    }
-
-    #[test]
-    fn numbers_are_grouped() {
-        for (number, text) in [(0, "0"), (999, "999"), (1000, "1,000"), (1_234_567, "1,234,567")] {
-            assert_eq!(count(number), text);
-        }
-        assert_eq!(group(21_999.6), "22,000");
-        assert_eq!((decimal(2830.06), decimal(999.96)), ("2,830.1".into(), "1,000.0".into()));
-    }
-
-    #[test]
-    fn sizes_have_units() {
-        assert_eq!(size(2 << 30), "2 GiB");
-        assert_eq!(size((31 << 20) + (1 << 19)), "31.5 MiB");
-        assert_eq!(size(5 << 40), "5,120 GiB");
     }
 }

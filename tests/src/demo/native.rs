@@ -10,9 +10,9 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::DemoArgs;
 use super::device::claim;
-use super::figures::size;
 use super::place::{DemoTarget, Place};
 use super::show::show;
+use crate::numbers::size;
 use crate::{paths, payload, setup, ui};
 
 /// The least that the demonstration fits on.

@@ -7,11 +7,11 @@ use anyhow::{Context, Result, bail, ensure};
 use super::closing::{Shown, closing};
 use super::commands::Commands;
 use super::device::{self, Device, text};
-use super::figures::{count, size};
 use super::measure::{self, ROUNDS};
 use super::place::{DemoTarget, Place};
 use super::witness::Witness;
 use super::{files, undo};
+use crate::numbers::{count, size};
 use crate::ui;
 
 /// Requests of which the driver's copies are counted.

@@ -1,7 +1,7 @@
 //! Runs fio and reads its report.
 
 use std::fs::{self, File};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -38,6 +38,9 @@ pub struct Direction {
     pub requests: u64,
     /// Requests a second.
     pub iops: f64,
+    /// Milliseconds from the first request to the end of the last, of the job that took longest.
+    #[serde(rename = "runtime", default)]
+    pub runtime_ms: u64,
     /// How long they took, from before their submission. The time from when that has returned
     /// (`clat`) may leave out some of what was done for them.
     #[serde(default)]
@@ -93,7 +96,15 @@ struct Syncs {
 /// # Errors
 /// When fio fails or its report cannot be read; the message holds its output.
 pub fn run(ctx: &Ctx, options: &[&str]) -> Result<Report> {
-    start(ctx, "test", options)?.finish()
+    run_in(ctx.directory(), options)
+}
+
+/// The same, with the report in a directory.
+///
+/// # Errors
+/// As [`run()`].
+pub fn run_in(directory: &Path, options: &[impl AsRef<str>]) -> Result<Report> {
+    start_in(directory, "test", options)?.finish()
 }
 
 /// A fio that runs beside the test; it is killed with its handle.
@@ -110,12 +121,16 @@ pub struct Running {
 /// # Errors
 /// When it cannot be started.
 pub fn start(ctx: &Ctx, name: &str, options: &[&str]) -> Result<Running> {
-    let report = ctx.directory().join(format!("{name}.json"));
-    let said = ctx.directory().join(format!("{name}.stderr"));
+    start_in(ctx.directory(), name, options)
+}
+
+fn start_in(directory: &Path, name: &str, options: &[impl AsRef<str>]) -> Result<Running> {
+    let report = directory.join(format!("{name}.json"));
+    let said = directory.join(format!("{name}.stderr"));
     let child = Command::new("fio")
         .args([format!("--name={name}"), format!("--output={}", report.display())])
         .arg("--output-format=json")
-        .args(options.iter().map(|option| format!("--{option}")))
+        .args(options.iter().map(|option| format!("--{}", option.as_ref())))
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(File::create(&said)?)
@@ -189,6 +204,7 @@ pub fn parse(text: &str) -> Result<Report> {
             requests: a.requests + b.requests,
             iops: a.iops + b.iops,
             lat_ns: a.lat_ns.of_both(b.lat_ns),
+            runtime_ms: a.runtime_ms.max(b.runtime_ms),
         })
     };
     let [read, write, trim] = [sum(|job| job.read), sum(|job| job.write), sum(|job| job.trim)];
@@ -211,7 +227,7 @@ mod tests {
     fn reports_are_summed_over_jobs() {
         let direction = |max: u64| {
             format!(
-                r#"{{"io_bytes": 8192, "total_ios": 2, "iops": 10.5, "bw": 1, "lat_ns": {{"min": 1, "max": {max}}}}}"#
+                r#"{{"io_bytes": 8192, "total_ios": 2, "iops": 10.5, "runtime": 190, "lat_ns": {{"min": 1, "max": {max}}}}}"#
             )
         };
         let job = |error: i32| {
@@ -230,6 +246,7 @@ mod tests {
         assert_eq!((report.read.lat_ns.min, report.read.lat_ns.max), (1, 7));
         assert_eq!(report.longest_request, Duration::from_nanos(3005));
         assert_eq!(report.longest_sync, Duration::from_nanos(40));
+        assert_eq!(report.trim.runtime_ms, 190);
         assert!(parse("no report").is_err());
         assert!(parse(r#"{"jobs": [{}]}"#).is_err());
     }

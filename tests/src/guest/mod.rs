@@ -14,6 +14,7 @@ pub mod pressure;
 pub mod process;
 mod selftest;
 pub(crate) mod ublk;
+pub mod udev;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

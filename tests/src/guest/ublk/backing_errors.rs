@@ -13,6 +13,7 @@ use crate::config::DEFAULT;
 use crate::guest::direct::{self, Aligned};
 use crate::guest::dm::Mapper;
 use crate::guest::drives::Drive;
+use crate::guest::udev::QuietUdev;
 use crate::guest::{Ctx, Outcome, TestCase, fio, process, wait_for};
 
 pub const TESTS: &[TestCase] = &[
@@ -31,23 +32,6 @@ const fn failing(name: &'static str, run: fn(&Ctx) -> Result<Outcome>) -> TestCa
 /// First sector and number of sectors, in order: one block, three sectors in two blocks, a MiB.
 /// None is where udev looks for signatures.
 const BAD: [(u64, u64); 3] = [(5000, 8), (10_007, 3), (16_384, 2048)];
-
-/// Keeps udev from reading devices that were written to, so that every request is the test's own.
-pub struct QuietUdev;
-
-impl QuietUdev {
-    pub fn new() -> Result<Self> {
-        process::run(&["udevadm", "settle"])?;
-        process::run(&["udevadm", "control", "--stop-exec-queue"])?;
-        Ok(Self)
-    }
-}
-
-impl Drop for QuietUdev {
-    fn drop(&mut self) {
-        let _ = process::run(&["udevadm", "control", "--start-exec-queue"]);
-    }
-}
 
 /// How many blocks of so many bytes, of the first `span` bytes, meet a bad sector.
 fn bad_blocks(block: u64, span: u64) -> u64 {

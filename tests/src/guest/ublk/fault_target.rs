@@ -6,12 +6,12 @@ use std::os::unix::fs::FileExt;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::backing_errors::QuietUdev;
 use super::device::{Counters, Device, PROGRAM, fresh_drive, text};
 use super::verify::verify;
 use crate::config::DEFAULT;
 use crate::guest::direct::{self, Aligned};
 use crate::guest::drives::Drive;
+use crate::guest::udev::QuietUdev;
 use crate::guest::{Ctx, Outcome, TestCase, fio, process};
 
 pub const TESTS: &[TestCase] = &[

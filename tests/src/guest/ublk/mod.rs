@@ -5,7 +5,7 @@ mod backing_errors;
 mod commands;
 mod crossing;
 mod data;
-mod device;
+pub(crate) mod device;
 mod fault_target;
 mod filesystem;
 mod lend_modes;

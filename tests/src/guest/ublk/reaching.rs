@@ -3,11 +3,11 @@
 
 use anyhow::{Result, ensure};
 
-use super::backing_errors::QuietUdev;
 use super::device::{Device, fresh_drives, text};
 use super::trace::NvmeCommands;
 use crate::config::TRACING;
 use crate::guest::drives::Drive;
+use crate::guest::udev::QuietUdev;
 use crate::guest::{Ctx, Outcome, TestCase, process};
 
 pub const TESTS: &[TestCase] = &[

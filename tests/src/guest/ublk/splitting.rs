@@ -3,13 +3,13 @@
 
 use anyhow::{Result, ensure};
 
-use super::backing_errors::QuietUdev;
 use super::device::{Device, fresh_drives, text};
 use super::verify::verify;
 use crate::config::DEFAULT;
 use crate::guest::direct::{self, Aligned};
 use crate::guest::dm::Mapper;
 use crate::guest::drives::Drive;
+use crate::guest::udev::QuietUdev;
 use crate::guest::{Ctx, Outcome, TestCase, process};
 
 use std::os::unix::fs::FileExt;

@@ -1,0 +1,137 @@
+//! `vm bench`: instructions for each request, of rivals and of ublk-target, side by side.
+
+mod column;
+mod guest;
+mod host;
+mod ratios;
+mod report;
+mod results;
+mod row;
+mod rublk;
+mod stack;
+
+use std::path::Path;
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result};
+use clap::Args;
+use clap::builder::PossibleValuesParser;
+
+use crate::{paths, shell, ui};
+pub use guest::in_guest;
+use host::Bench;
+use results::{Results, RowResult};
+use row::{ROWS, Row, Subject};
+
+/// Where the tables are kept, below the workspace.
+const DIRECTORY: &str = "docs/bench";
+const NAME: &str = "instructions";
+
+/// Options of the measurement.
+#[derive(Debug, Clone, Default, Args)]
+pub struct BenchArgs {
+    /// Measure these rows only, and write no files
+    #[arg(long, value_name = "ROWS", value_delimiter = ',', value_parser = names())]
+    pub only: Vec<String>,
+    /// Make an eighth of the requests, and write no files: the figures are coarse
+    #[arg(long)]
+    pub quick: bool,
+}
+
+fn names() -> PossibleValuesParser {
+    PossibleValuesParser::new(ROWS.iter().map(|row| row.name))
+}
+
+/// Measures, prints the tables, and writes them to `docs/bench` if they are whole.
+///
+/// # Errors
+/// When the guest cannot be made. A row that fails is told in its place, and in the exit code.
+pub fn run(args: &BenchArgs) -> Result<ExitCode> {
+    let rows = row::chosen(&args.only);
+    let rublk = rows.iter().any(|row| row.subject == Subject::RublkLoop).then(rublk::ensure_built);
+    let (rublk, without_rublk) = match rublk {
+        Some(Ok(program)) => (vec![program], None),
+        Some(Err(error)) => (Vec::new(), Some(format!("it could not be built: {error:#}"))),
+        None => (Vec::new(), None),
+    };
+    let (image, _directory, payload) = shell::prepare_with(&rublk)?;
+    let mut bench = Bench::new(image, payload, args.quick);
+    let results = measure(&mut bench, &rows, without_rublk.as_deref())?;
+    bench.finish()?;
+    report::summary(&results).iter().for_each(|line| ui::out(line));
+    if args.only.is_empty() && !args.quick {
+        write(&paths::workspace().join(DIRECTORY), &results)?;
+        ui::out(&format!("Written: {DIRECTORY}/{NAME}.md and {NAME}.json."));
+    }
+    let has_failed = results.rows.iter().any(|result| result.failure.is_some());
+    Ok(if has_failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn measure(bench: &mut Bench, rows: &[&Row], without_rublk: Option<&str>) -> Result<Results> {
+    bench.boot()?;
+    ui::out("Instructions for each request, the load generator's included:");
+    report::heading().iter().for_each(|line| ui::out(line));
+    let mut results = Results { unit: "instructions per request", ..Results::default() };
+    for row in rows {
+        let result = match without_rublk {
+            Some(why) if row.subject == Subject::RublkLoop => {
+                RowResult { row: row.name, cells: Vec::new(), failure: Some(why.to_owned()) }
+            }
+            _ => bench.measure(row),
+        };
+        report::figures(&result).iter().for_each(|line| ui::out(line));
+        results.rows.push(result);
+    }
+    [results.kernel, results.fio, results.ublk_target] = bench.versions.clone().unwrap_or_default();
+    results.rublk = rublk::VERSION.into();
+    results.qemu = qemu_version().context("the emulator's version")?;
+    Ok(results)
+}
+
+/// `QEMU emulator version 7.2.22 (Debian …)`, without what follows.
+fn qemu_version() -> Result<String> {
+    let output = Command::new("qemu-system-x86_64").arg("--version").output()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let line = text.lines().next().unwrap_or_default();
+    Ok(line.replace("emulator version ", ""))
+}
+
+fn write(directory: &Path, results: &Results) -> Result<()> {
+    std::fs::create_dir_all(directory)?;
+    let files = [("md", report::document(results)), ("json", results.json()?)];
+    for (extension, text) in files {
+        let path = directory.join(format!("{NAME}.{extension}"));
+        std::fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_files_are_written() {
+        let scratch = tempfile::tempdir().unwrap();
+        let directory = scratch.path().join("docs/bench");
+        let results = results::tests::flat(&[("raw", 7249)]);
+        write(&directory, &results).unwrap();
+        let read = |name: &str| std::fs::read_to_string(directory.join(name)).unwrap();
+        assert!(read("instructions.md").contains("| null_blk itself | 7,249 |"));
+        let json: serde_json::Value = serde_json::from_str(&read("instructions.json")).unwrap();
+        assert_eq!(json["rows"][0]["cells"][3]["runs"][0], 7249);
+    }
+
+    #[test]
+    fn rows_are_named_on_the_command_line() {
+        use clap::Parser;
+        #[derive(Parser)]
+        struct Cli {
+            #[command(flatten)]
+            args: BenchArgs,
+        }
+        let args = Cli::try_parse_from(["x", "--only", "raw,loop", "--quick"]).unwrap().args;
+        assert_eq!(args.only, ["raw", "loop"]);
+        assert!(args.quick && Cli::try_parse_from(["x", "--only", "rew"]).is_err());
+    }
+}
