@@ -170,7 +170,7 @@ fn names(_ctx: &Ctx) -> Result<Outcome> {
 
 fn short(ctx: &Ctx, width: u32) -> Result<Outcome> {
     let drives = drives(width)?;
-    let blocks = [("bsrange=512-64k", 8), ("bs=64k", 8), ("bs=1m", 32)];
+    let blocks = [("bsrange=512-64k", 4), ("bs=1m", 8)];
     for lend in MODES {
         let rules = ["p=0.2,short", "p=0.05,short,delay=100us", "op=write,p=0.1,delay=200us"];
         let device = add(&rules, &[], &drives, lend)?;
