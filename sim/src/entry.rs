@@ -11,6 +11,7 @@ use crate::kernel::backing::Zeroing;
 
 const IOSQE_FIXED_FILE: u8 = 1 << 0;
 const IOSQE_IO_HARDLINK: u8 = 1 << 3;
+const IOSQE_ASYNC: u8 = 1 << 4;
 const IOSQE_CQE_SKIP_SUCCESS: u8 = 1 << 6;
 
 const IORING_OP_NOP: u8 = 0;
@@ -184,8 +185,11 @@ impl Entry {
     #[must_use]
     pub fn decode(raw: &[u8; 64], qid: u16) -> Self {
         let (opcode, flags, user_data) = (raw[0], raw[1], u64_at(raw, 32));
+        let discards = opcode == IORING_OP_URING_CMD && u32_at(raw, 8) == BLOCK_URING_CMD_DISCARD;
+        // The submitter's own discards may not wait, which some drivers refuse.
+        let needed = if discards { IOSQE_ASYNC } else { 0 };
         let known = IOSQE_FIXED_FILE | IOSQE_IO_HARDLINK | IOSQE_CQE_SKIP_SUCCESS;
-        assert_eq!(flags & !known, 0, "flags of an entry");
+        assert_eq!(flags & !known, needed, "flags of an entry");
         let without = [IORING_OP_NOP, IORING_OP_TIMEOUT, IORING_OP_ASYNC_CANCEL];
         let takes_file = !without.contains(&opcode);
         assert_eq!(flags & IOSQE_FIXED_FILE != 0, takes_file, "files are fixed");

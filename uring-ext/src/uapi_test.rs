@@ -148,7 +148,7 @@ const SQE_FIELDS: [(&str, u64); 12] = [
 ];
 
 /// Opcodes and flags that the tests of `sqe` and the simulator know by number.
-const RING_CONSTANTS: [(&str, u64); 18] = [
+const RING_CONSTANTS: [(&str, u64); 19] = [
     ("IORING_OP_NOP", 0),
     ("IORING_OP_FSYNC", 3),
     ("IORING_OP_READ_FIXED", 4),
@@ -164,6 +164,7 @@ const RING_CONSTANTS: [(&str, u64); 18] = [
     ("IORING_CQE_F_32", 1 << 15),
     ("IOSQE_FIXED_FILE", 1),
     ("IOSQE_IO_HARDLINK", 8),
+    ("IOSQE_ASYNC", 16),
     ("IOSQE_CQE_SKIP_SUCCESS", 64),
     ("IORING_FSYNC_DATASYNC", 1),
     ("sizeof(struct io_uring_sqe)", 64),
