@@ -9,7 +9,8 @@ use ublk_target::server::device::serve;
 use ublk_target::state::{Description, log_path};
 use uring_ext::Errno;
 
-use super::{Device, Target, daemon, start_log};
+use super::device::Device;
+use super::{Target, daemon, start_log};
 
 /// Adds a device and serves it, here or in a process of its own.
 pub fn add(target: &Target, verbose: u8) -> anyhow::Result<ExitCode> {

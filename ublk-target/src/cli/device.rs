@@ -1,0 +1,97 @@
+//! Arguments that all targets have in common.
+
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use ublk_target::lend::LendRequest;
+use ublk_target::server::polling;
+use uring_ext::ring::Polling;
+
+// A doc comment here would take the place of the target's own help.
+#[derive(Debug, Args)]
+pub struct Device {
+    /// Device id: the device is /dev/ublkbID [default: the first free one]
+    #[arg(short = 'n', long, value_name = "ID")]
+    pub id: Option<u32>,
+    /// Number of queues; the driver takes no more than there are CPUs
+    #[arg(short, long, default_value = "1", value_parser = clap::value_parser!(u16).range(1..=4096))]
+    pub queues: u16,
+    /// Requests in flight for each queue
+    #[arg(short, long, default_value = "128", value_parser = clap::value_parser!(u16).range(1..=4096))]
+    pub depth: u16,
+    /// How request buffers get to the backing
+    #[arg(long, value_name = "MODE", default_value = "auto")]
+    pub lend: LendRequest,
+    /// Lend in slot N of the lane's buffer table for tag 0, and the following slots for the other
+    /// tags [default: 0 with `fused`, whichever is free with `slot`]
+    #[arg(long, value_name = "N")]
+    pub first_slot: Option<u16>,
+    /// Issue the operations of each queue from a second thread and ring (with `--lend slot`)
+    #[arg(long)]
+    pub io_lane: bool,
+    /// Cancel an operation on the backing after so many seconds, and fail its request
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub io_timeout: Option<Duration>,
+    /// Give NVMe commands to the backings, which are whole namespaces, past the block layer
+    /// (Linux 6.19). /dev/ngXnY always works so
+    #[arg(long)]
+    pub passthru: bool,
+    /// Ask drives for completions in place of waiting for interrupts; `hybrid` sleeps for half of
+    /// the time that operations take (Linux 7.1, and drives with queues for it)
+    #[arg(long, value_name = "HOW", num_args = 0..=1, default_missing_value = "busy")]
+    pub poll: Option<Poll>,
+    /// With --poll: what to do where a backing has no queues for it
+    #[arg(long, value_name = "WHAT", default_value = "refuse", requires = "poll")]
+    pub unpolled: Unpolled,
+    /// Stay in the foreground and log to the terminal
+    #[arg(long)]
+    pub foreground: bool,
+    /// Print the device as JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Serve in the background of the process that waits on the other end of standard output
+    #[arg(long, hide = true)]
+    pub daemon: bool,
+}
+
+/// How to ask drives for completions.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Poll {
+    /// Again and again
+    Busy,
+    /// After a sleep
+    Hybrid,
+}
+
+/// What to do where a backing cannot be polled.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Unpolled {
+    /// Refuse to serve the device
+    Refuse,
+    /// Serve all of it by interrupt
+    Interrupt,
+}
+
+impl Device {
+    pub fn polling(&self) -> Polling {
+        match self.poll {
+            None => Polling::Off,
+            Some(Poll::Busy) => Polling::Busy,
+            Some(Poll::Hybrid) => Polling::Hybrid,
+        }
+    }
+
+    pub fn unpolled(&self) -> polling::Unpolled {
+        match self.unpolled {
+            Unpolled::Refuse => polling::Unpolled::Refuse,
+            Unpolled::Interrupt => polling::Unpolled::Interrupt,
+        }
+    }
+}
+
+/// A number of seconds, whole or not, from 1 ms to a day.
+pub fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().ok().filter(|seconds| (0.001..=86_400.0).contains(seconds));
+    let seconds = seconds.ok_or("not a number of seconds from 0.001 to 86400")?;
+    Ok(Duration::from_secs_f64(seconds))
+}
