@@ -140,6 +140,8 @@ fn job_processes() -> Vec<(PathBuf, u32)> {
 /// Compares with the baseline and removes what is more.
 pub fn find_and_remove(baseline: &State) -> ToHost {
     // Device nodes go a moment after their devices.
+    // What udev has put off may lie there until it is asked to go on.
+    let _ = helper(&["udevadm", "control", "--start-exec-queue"], HELPER_LIMIT);
     let _ = helper(&["udevadm", "settle"], HELPER_LIMIT);
     let found = State::now().beyond(baseline);
     let mut problems = Vec::new();

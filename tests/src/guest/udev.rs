@@ -15,10 +15,27 @@ impl QuietUdev {
     /// # Errors
     /// When udev does not answer.
     pub fn new() -> Result<Self> {
-        process::run(&["udevadm", "settle"])?;
+        settle()?;
         process::run(&["udevadm", "control", "--stop-exec-queue"])?;
         Ok(Self)
     }
+}
+
+/// Waits until udev has dealt with all that has happened so far.
+///
+/// An event that udev has put off, since the device was locked or its queue was stopped, may lie
+/// there until something else happens; so it is asked to go on every few seconds.
+///
+/// # Errors
+/// When it does not settle within a minute.
+pub fn settle() -> Result<()> {
+    for _ in 0..20 {
+        process::run(&["udevadm", "control", "--start-exec-queue"])?;
+        if process::run(&["udevadm", "settle", "--timeout=3"]).is_ok() {
+            return Ok(());
+        }
+    }
+    process::run(&["udevadm", "settle", "--timeout=1"]).map(drop)
 }
 
 impl Drop for QuietUdev {

@@ -99,7 +99,7 @@ fn in_use(ctx: &Ctx) -> Result<Outcome> {
     mount.unmount()?;
 
     process::run(&["sh", "-c", &format!("echo '2048,' | sfdisk -q {path}")])?;
-    process::run(&["udevadm", "settle"])?;
+    crate::guest::udev::settle()?;
     let part = format!("{path}p1");
     process::run(&["mkfs.ext4", "-q", "-F", &part])?;
     let mount = Mount::new(ctx, &part, "part")?;
@@ -108,7 +108,7 @@ fn in_use(ctx: &Ctx) -> Result<Outcome> {
     mount.unmount()?;
     drive.wipe()?;
     process::run(&["blockdev", "--rereadpt", path])?;
-    process::run(&["udevadm", "settle"])?;
+    crate::guest::udev::settle()?;
 
     process::run(&[
         "dmsetup",

@@ -104,7 +104,7 @@ impl Hanging {
     fn new(drive: &Drive, options: &[&str]) -> Result<Self> {
         let mapper = Mapper::with_bad_sectors(NAME, drive, &[])?;
         let device = Device::add_loop(&mapper.path(), options)?;
-        process::run(&["udevadm", "settle"])?;
+        crate::guest::udev::settle()?;
         Ok(Self { device, mapper })
     }
 

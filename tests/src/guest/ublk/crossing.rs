@@ -10,7 +10,7 @@ use super::device::{Device, fresh_drives, text};
 use super::stats::reports::{number, report};
 use crate::config::STACKS;
 use crate::guest::drives::Drive;
-use crate::guest::{Ctx, Outcome, TestCase, fio, process};
+use crate::guest::{Ctx, Outcome, TestCase, fio};
 
 pub const TESTS: &[TestCase] = &[
     crossing("verify_requests_across_chunks_of_4_drives_fused", |ctx| across(ctx, "fused")),
@@ -57,7 +57,7 @@ fn across(ctx: &Ctx, lend: &str) -> Result<Outcome> {
         let device = Device::add(&arguments)?;
         ensure!(device.described.size_bytes == 4 << 30, "{:?}", device.described);
         // When a writer closes a device, udev reads its partition table, but for a locked one.
-        process::run(&["udevadm", "settle"])?;
+        crate::guest::udev::settle()?;
         let lock = Flock::lock(File::open(device.path()?)?, FlockArg::LockExclusive);
         let lock = lock.map_err(|(_, errno)| errno)?;
         for load in LOADS.iter().filter(|load| load.chunk == chunk) {

@@ -58,7 +58,7 @@ fn partition(ctx: &Ctx) -> Result<Outcome> {
     let disk = drive.path();
     let disk = text(&disk)?;
     process::run(&["sh", "-c", &format!("echo '4097,262143' | sfdisk -q --no-reread {disk}")])?;
-    process::run(&["udevadm", "settle"])?;
+    crate::guest::udev::settle()?;
     let device = Device::add_loop(Path::new(&format!("{disk}p1")), &[])?;
     ensure!(device.described.size_bytes == 262_143 * 512);
     verify(ctx, device.path()?, &[("bsrange=512-64k", 8)])?;

@@ -138,7 +138,7 @@ fn in_use(ctx: &Ctx) -> Result<Outcome> {
 fn stopped(_ctx: &Ctx) -> Result<Outcome> {
     let device = Device::add(&["null"])?;
     // Or udev would have it open for as long as its server does not run.
-    process::run(&["udevadm", "settle"])?;
+    crate::guest::udev::settle()?;
     let pid = device.pid()?;
     signal(pid, Signal::SIGSTOP)?;
     let refused = process::run_for_code(&[PROGRAM, "del", "-n", &device.id()], 1);

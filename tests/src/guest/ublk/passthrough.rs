@@ -211,7 +211,7 @@ fn pages(ctx: &Ctx) -> Result<Outcome> {
         ("slot", "randwrite", &["4k"]),
     ] {
         let device = Device::add_loop(&drive.char_path(), &["--lend", lend])?;
-        process::run(&["udevadm", "settle"])?;
+        crate::guest::udev::settle()?;
         for block in blocks {
             let (same, other) = shared_pages(ctx, &device, &drive.name, rw, block)?;
             println!("{lend} {rw} {block}: {same} with the client's page, {other} with another");
@@ -226,7 +226,7 @@ fn pages(ctx: &Ctx) -> Result<Outcome> {
 fn commands(_ctx: &Ctx) -> Result<Outcome> {
     let drive = fresh_drive("drive0")?;
     let device = Device::add_loop(&drive.char_path(), &[])?;
-    process::run(&["udevadm", "settle"])?;
+    crate::guest::udev::settle()?;
     let output = format!("of={}", device.path()?);
     let argv = ["dd", "if=/dev/zero", output.as_str(), "bs=4k", "count=10", "status=none"];
     let recorded = |argv: &[&str]| -> Result<NvmeCommands> {

@@ -181,7 +181,7 @@ fn interrupts(ctx: &Ctx) -> Result<Outcome> {
         (&["--poll", "--passthru"], true),
     ] {
         let device = Device::add_loop(&backing, options)?;
-        process::run(&["udevadm", "settle"])?;
+        crate::guest::udev::settle()?;
         let before = interrupts_of(&drive)?;
         let filename = format!("filename={}", device.path()?);
         let load = ["rw=randread", "bs=4k", "iodepth=4", "size=64m", "number_ios=4000"];
@@ -211,7 +211,7 @@ fn idle(ctx: &Ctx) -> Result<Outcome> {
     let drive = fresh_drive("drive0")?;
     for options in [&["--poll"][..], &["--poll", "hybrid"], &["--poll", "--passthru", "-q", "2"]] {
         let device = Device::add_loop(&drive.path(), options)?;
-        process::run(&["udevadm", "settle"])?;
+        crate::guest::udev::settle()?;
         let pid = device.pid()?;
         let mut used = Vec::new();
         for burst in [false, true] {
@@ -221,7 +221,7 @@ fn idle(ctx: &Ctx) -> Result<Outcome> {
                 let more = ["ioengine=io_uring", "direct=1", "fsync=100"];
                 fio::run(ctx, &[&[filename.as_str()], &load[..], &more].concat())?;
                 // Who wrote has closed, and udev looks.
-                process::run(&["udevadm", "settle"])?;
+                crate::guest::udev::settle()?;
             }
             let before = ticks(pid)?;
             // There is no event to wait for: this is the span that is measured.

@@ -59,7 +59,7 @@ fn thousand(ctx: &Ctx, device: &Device, rw: &str) -> Result<fio::Report> {
     ];
     let report = fio::run(ctx, &options)?;
     // Whoever looks at a device that was just written to has finished.
-    process::run(&["udevadm", "settle"])?;
+    crate::guest::udev::settle()?;
     Ok(report)
 }
 
@@ -77,7 +77,7 @@ fn ensure_idle(report: &Value) -> Result<()> {
 fn exact(ctx: &Ctx) -> Result<Outcome> {
     let drive = fresh_drive("drive0")?;
     let device = Device::add_loop(&drive.path(), &["-q", "2"])?;
-    process::run(&["udevadm", "settle"])?;
+    crate::guest::udev::settle()?;
     let start = report(&device)?;
     ensure!(start["version"] == 1 && start["device"] == device.described.id, "{start}");
     ensure!(start["lanes"].as_array().is_some_and(|lanes| lanes.len() == 2), "{start}");
@@ -185,7 +185,7 @@ fn latencies(_ctx: &Ctx) -> Result<Outcome> {
     // Not killed, for it would leave its job behind.
     signal(load.id(), Signal::SIGINT)?;
     load.wait()?;
-    process::run(&["udevadm", "settle"])?;
+    crate::guest::udev::settle()?;
     ensure_idle(&report(&device)?)?;
     device.delete()?;
     Ok(Outcome::Pass)
@@ -292,7 +292,7 @@ fn refusals(_ctx: &Ctx) -> Result<Outcome> {
 
     let device = Device::add(&["null"])?;
     let id = device.id();
-    process::run(&["udevadm", "settle"])?;
+    crate::guest::udev::settle()?;
     let taken: Vec<_> = (0..8).map(|_| UnixStream::connect(socket(&device))).collect();
     stats(&id, &["8 connections already"])?;
     drop(taken);

@@ -50,7 +50,7 @@ fn functions(ctx: &Ctx) -> Result<Outcome> {
         for rw in ["randread", "randwrite"] {
             for block in ["4k", "128k"] {
                 let device = Device::add_loop(&drive.path(), &["--lend", lend])?;
-                process::run(&["udevadm", "settle"])?;
+                crate::guest::udev::settle()?;
                 let counter = CallCounter::new(&[COPY, REGISTER])?;
                 run_load(ctx, device.path()?, rw, block)?;
                 let (copies, lends) = (counter.calls(COPY)?, counter.calls(REGISTER)?);
@@ -77,7 +77,7 @@ fn pages(ctx: &Ctx) -> Result<Outcome> {
     for (lend, is_same) in [("fused", true), ("slot", true), ("copy", false)] {
         for rw in ["randread", "randwrite"] {
             let device = Device::add_loop(&drive.path(), &["--lend", lend])?;
-            process::run(&["udevadm", "settle"])?;
+            crate::guest::udev::settle()?;
             let (same, other) = shared_pages(ctx, &device, &drive.name, rw, "4k")?;
             println!("{lend} {rw}: {same} requests with the client's page, {other} with another");
             // Neighbours in a batch may be merged into one request.
@@ -139,7 +139,7 @@ fn flush_and_fua(_ctx: &Ctx) -> Result<Outcome> {
     let drive = fresh_drive("drive0")?;
     for lend in ["fused", "copy"] {
         let device = Device::add_loop(&drive.path(), &["--lend", lend])?;
-        process::run(&["udevadm", "settle"])?;
+        crate::guest::udev::settle()?;
         let output = format!("of={}", device.path()?);
         let dd = |flags: &str| {
             let argv =
@@ -186,7 +186,7 @@ fn deallocation(_ctx: &Ctx) -> Result<Outcome> {
     let drive = fresh_drive("drive0")?;
     for lend in ["fused", "copy"] {
         let device = Device::add_loop(&drive.path(), &["--lend", lend])?;
-        process::run(&["udevadm", "settle"])?;
+        crate::guest::udev::settle()?;
         let commands = NvmeCommands::record(&[&drive.name])?;
         process::run(&["blkdiscard", "-l", "1M", device.path()?])?;
         ensure!(commands.count(&["nvme_cmd_dsm"])? >= 1, "{:#?}", commands.lines()?);
