@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::{helper, job};
+use crate::guest::udev;
 use crate::proto::ToHost;
 
 /// Time that one helper gets.
@@ -140,9 +141,7 @@ fn job_processes() -> Vec<(PathBuf, u32)> {
 /// Compares with the baseline and removes what is more.
 pub fn find_and_remove(baseline: &State) -> ToHost {
     // Device nodes go a moment after their devices.
-    // What udev has put off may lie there until it is asked to go on.
-    let _ = helper(&["udevadm", "control", "--start-exec-queue"], HELPER_LIMIT);
-    let _ = helper(&["udevadm", "settle"], HELPER_LIMIT);
+    let _ = udev::settle();
     let found = State::now().beyond(baseline);
     let mut problems = Vec::new();
     if !found.is_empty() {

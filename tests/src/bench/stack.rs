@@ -30,7 +30,7 @@ pub fn load_drivers() -> Result<()> {
     process::run(&[&["modprobe", "null_blk", &nulls], options.as_slice()].concat())?;
     process::run(&["modprobe", "-a", "dm_mod", "loop"])?;
     load_driver()?;
-    process::run(&["udevadm", "settle"]).map(drop)
+    crate::guest::udev::settle()
 }
 
 fn null(number: u32) -> String {

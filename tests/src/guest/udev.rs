@@ -16,30 +16,34 @@ impl QuietUdev {
     /// When udev does not answer.
     pub fn new() -> Result<Self> {
         settle()?;
-        process::run(&["udevadm", "control", "--stop-exec-queue"])?;
+        tell("--stop-exec-queue")?;
         Ok(Self)
     }
 }
 
-/// Waits until udev has dealt with all that has happened so far.
+/// Tells udevd something, three times.
 ///
-/// An event that udev has put off, since the device was locked or its queue was stopped, may lie
-/// there until something else happens; so it is asked to go on every few seconds.
+/// udevd 257 now and then loses a control message that reached its socket before it had accepted
+/// the connection (`Invalid sender uid 65534, ignoring message` in its log), and
+/// `udevadm control` succeeds all the same.
+fn tell(what: &str) -> Result<()> {
+    for _ in 0..3 {
+        process::run(&["udevadm", "control", what])?;
+    }
+    Ok(())
+}
+
+/// Waits until udev has dealt with all that has happened so far, its queue started if it was not.
 ///
 /// # Errors
 /// When it does not settle within a minute.
 pub fn settle() -> Result<()> {
-    for _ in 0..20 {
-        process::run(&["udevadm", "control", "--start-exec-queue"])?;
-        if process::run(&["udevadm", "settle", "--timeout=3"]).is_ok() {
-            return Ok(());
-        }
-    }
-    process::run(&["udevadm", "settle", "--timeout=1"]).map(drop)
+    tell("--start-exec-queue")?;
+    process::run(&["udevadm", "settle", "--timeout=60"]).map(drop)
 }
 
 impl Drop for QuietUdev {
     fn drop(&mut self) {
-        let _ = process::run(&["udevadm", "control", "--start-exec-queue"]);
+        let _ = tell("--start-exec-queue");
     }
 }
