@@ -10,7 +10,8 @@ use uring_ext::feature::{
 use crate::kernel;
 
 /// What the user asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum LendRequest {
     /// The best mode that the kernel offers.
     Auto,
@@ -127,6 +128,17 @@ pub fn check_io_lane(features: Features) -> Result<(), CannotLend> {
     let release = kernel::release().unwrap_or_default();
     let what = "`--io-lane`".to_owned();
     Err(CannotLend { what, feature, release, instead: "leave it out" })
+}
+
+impl From<LendMode> for LendRequest {
+    fn from(mode: LendMode) -> Self {
+        match mode {
+            LendMode::Fused => Self::Fused,
+            LendMode::Slot => Self::Slot,
+            LendMode::UserCopy => Self::UserCopy,
+            LendMode::Copy => Self::Copy,
+        }
+    }
 }
 
 impl LendMode {

@@ -20,5 +20,6 @@ pub mod request;
 pub mod server;
 pub mod state;
 pub mod stats;
+pub mod supervise;
 pub mod target;
 pub mod units;

@@ -1,17 +1,23 @@
 //! What is known about devices: the state file of each, and what the driver and sysfs say.
 //!
 //! A state file is untrusted when it is read back: it is used only for what the driver does not
-//! know (the target and its backings), and only while its server is the device's.
+//! know (the target and its backings), only for the disk that it was written for, and all that it
+//! says is checked as if a user had typed it.
 
-use std::fs;
-use std::io::{self, Write};
+use std::fs::{self, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use uring_ext::control::{Control, ControlError};
 use uring_ext::{Errno, sys};
 
+use crate::backing::identity::Known;
+use crate::backing::usage::process_name;
 use crate::lend::LendMode;
+use crate::server::config::DeviceConfig;
+use crate::server::on_death::OnDeath;
 use crate::units::{Bytes, Sectors};
 
 /// Where the state files are.
@@ -19,12 +25,20 @@ pub const RUN_DIR: &str = "/run/ublk-target";
 /// Where the logs of servers are.
 pub const LOG_DIR: &str = "/var/log/ublk-target";
 /// The format that this version writes and reads.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
+/// The longest state file that is read, in bytes.
+const MAX_BYTES: u64 = 1 << 20;
 
 /// The block device of an id.
 #[must_use]
 pub fn block_path(id: u32) -> PathBuf {
     PathBuf::from(format!("/dev/ublkb{id}"))
+}
+
+/// The character device of an id.
+#[must_use]
+pub fn char_path(id: u32) -> PathBuf {
+    PathBuf::from(format!("/dev/ublkc{id}"))
 }
 
 /// The log of the server of a device.
@@ -33,31 +47,102 @@ pub fn log_path(id: u32) -> PathBuf {
     Path::new(LOG_DIR).join(format!("{id}.log"))
 }
 
-/// The contents of a state file.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// The contents of a state file: all that the next server needs to serve the device as this one.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct StateFile {
     version: u32,
     /// Device id.
     pub id: u32,
+    /// The disk's sequence number, which no other disk has had since the machine was booted
+    /// (Linux 5.15); absent until the device is live.
+    pub diskseq: Option<u64>,
     /// Process id of the server.
     pub pid: u32,
+    /// Process id of the supervisor.
+    pub supervisor: Option<u32>,
+    /// The program of the server.
+    pub program: PathBuf,
+    /// Servers that the device has had before.
+    pub incarnation: u32,
     /// Name of the target.
     pub target: String,
-    /// How the device lends.
-    pub lend: LendMode,
-    /// Canonical paths of the backings.
-    pub backings: Vec<PathBuf>,
+    /// The backings, in the order of their index; none for targets without data.
+    pub backings: Vec<Known>,
+    /// What the device is made of; paths are absolute.
+    pub config: DeviceConfig,
+    /// Why the supervisor has given up.
+    pub given_up: Option<String>,
+}
+
+/// Why a state file cannot be used.
+#[non_exhaustive]
+#[derive(Debug, thiserror::Error)]
+pub enum StateProblem {
+    /// There is none.
+    #[error("there is no state file {}", .0.display())]
+    Missing(PathBuf),
+    /// Others could have written it.
+    #[error(
+        "the state file {} is not trusted: it belongs to user {uid} and has mode {mode:o}; only \
+         root may be able to write it", path.display()
+    )]
+    NotTrusted {
+        /// The file.
+        path: PathBuf,
+        /// Its owner.
+        uid: u32,
+        /// Its permissions.
+        mode: u32,
+    },
+    /// It cannot be read.
+    #[error("the state file {} cannot be read: {error}", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        error: io::Error,
+    },
+    /// It makes no sense.
+    #[error("the state file {} is corrupt: {reason}", path.display())]
+    Corrupt {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// It is of another version of this program.
+    #[error("the state file {} has format {found}, and this program knows {VERSION}", path.display())]
+    Version {
+        /// The file.
+        path: PathBuf,
+        /// Its format.
+        found: u64,
+    },
 }
 
 impl StateFile {
-    /// A state file of this version.
+    /// A state file of this version, of the calling process.
     #[must_use]
-    pub fn new(id: u32, target: &str, lend: LendMode, backings: Vec<PathBuf>) -> Self {
-        let pid = std::process::id();
-        Self { version: VERSION, id, pid, target: target.to_owned(), lend, backings }
+    pub fn new(id: u32, target: &str, backings: Vec<Known>, config: DeviceConfig) -> Self {
+        Self {
+            version: VERSION,
+            id,
+            diskseq: None,
+            pid: std::process::id(),
+            supervisor: None,
+            program: std::env::current_exe().unwrap_or_default(),
+            incarnation: 0,
+            target: target.to_owned(),
+            backings,
+            config,
+            given_up: None,
+        }
     }
 
-    fn path(directory: &Path, id: u32) -> PathBuf {
+    /// The file of a device.
+    #[must_use]
+    pub fn path(directory: &Path, id: u32) -> PathBuf {
         directory.join(format!("{id}.json"))
     }
 
@@ -68,26 +153,88 @@ impl StateFile {
     pub fn write(&self, directory: &Path) -> io::Result<()> {
         fs::create_dir_all(directory)?;
         let path = Self::path(directory, self.id);
-        let new = path.with_extension("json.new");
-        let mut file = fs::File::create(&new)?;
+        // Of this process alone: what another one has left half-written is in nobody's way.
+        let new = path.with_extension(format!("json.{}", std::process::id()));
+        let mut file = OpenOptions::new();
+        let mut file = file.write(true).create(true).truncate(true).mode(0o644).open(&new)?;
         serde_json::to_writer_pretty(&mut file, self)?;
         file.write_all(b"\n")?;
         fs::rename(new, path)
     }
 
-    /// Reads the file of a device; `None` if there is none, or none that can be understood.
-    #[must_use]
-    pub fn read(directory: &Path, id: u32) -> Option<Self> {
-        let text = fs::read_to_string(Self::path(directory, id)).ok()?;
-        let state: Self = serde_json::from_str(&text).ok()?;
-        (state.version == VERSION && state.id == id).then_some(state)
+    /// Reads the file of a device. Nothing that it says is believed because it is there: it is of
+    /// the right shape, and no more.
+    ///
+    /// # Errors
+    /// [`StateProblem`].
+    pub fn read(directory: &Path, id: u32) -> Result<Self, StateProblem> {
+        let path = Self::path(directory, id);
+        let unreadable = |error: io::Error| {
+            if error.kind() == io::ErrorKind::NotFound {
+                StateProblem::Missing(path.clone())
+            } else {
+                StateProblem::Unreadable { path: path.clone(), error }
+            }
+        };
+        let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(&path);
+        let file = file.map_err(unreadable)?;
+        let meta = file.metadata().map_err(unreadable)?;
+        let (uid, mode) = (meta.uid(), meta.mode() & 0o7777);
+        if uid != nix::unistd::geteuid().as_raw() || mode & 0o022 != 0 {
+            return Err(StateProblem::NotTrusted { path, uid, mode });
+        }
+        let mut text = String::new();
+        file.take(MAX_BYTES).read_to_string(&mut text).map_err(unreadable)?;
+        Self::parse(&text, id, &path)
     }
 
-    /// Removes the file of a device, if there is one.
+    fn parse(text: &str, id: u32, path: &Path) -> Result<Self, StateProblem> {
+        let corrupt = |reason: String| StateProblem::Corrupt { path: path.to_owned(), reason };
+        let value: serde_json::Value =
+            serde_json::from_str(text).map_err(|error| corrupt(error.to_string()))?;
+        let found = value.get("version").and_then(serde_json::Value::as_u64);
+        match found.ok_or_else(|| corrupt("it has no version".to_owned()))? {
+            found if found == u64::from(VERSION) => {}
+            found => return Err(StateProblem::Version { path: path.to_owned(), found }),
+        }
+        let state: Self =
+            serde_json::from_value(value).map_err(|error| corrupt(error.to_string()))?;
+        if state.id != id {
+            return Err(corrupt(format!("it is of device {}", state.id)));
+        }
+        Ok(state)
+    }
+
+    /// Removes the files of a device, if there are any.
     pub fn remove(directory: &Path, id: u32) {
         // A missing file is what is wanted; another error leaves a file that nobody trusts.
         let _ = fs::remove_file(Self::path(directory, id));
+        let Ok(entries) = fs::read_dir(directory) else { return };
+        let half_written = format!("{id}.json.");
+        for entry in entries.flatten() {
+            if entry.file_name().to_string_lossy().starts_with(&half_written) {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
     }
+}
+
+/// The ids of all devices that there are state files of, in order.
+#[must_use]
+pub fn recorded_ids(directory: &Path) -> Vec<u32> {
+    let Ok(entries) = fs::read_dir(directory) else { return Vec::new() };
+    let mut ids: Vec<u32> = entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.strip_suffix(".json")?.parse().ok())
+        .collect();
+    ids.sort_unstable();
+    ids
+}
+
+/// The sequence number of a device's disk, if it has one and the kernel tells.
+#[must_use]
+pub fn diskseq(id: u32) -> Option<u64> {
+    fs::read_to_string(format!("/sys/block/ublkb{id}/diskseq")).ok()?.trim().parse().ok()
 }
 
 /// A device, as `list` and `add` show it.
@@ -103,8 +250,14 @@ pub struct Description {
     pub target: String,
     /// How the device lends.
     pub lend: String,
+    /// What becomes of it when its server dies: `fail`, `wait`, `reissue` or `error`.
+    pub on_death: String,
     /// Process id of the server, `null` if it is gone.
     pub pid: Option<u32>,
+    /// Process id of the supervisor, `null` if there is none.
+    pub supervisor: Option<u32>,
+    /// Why the supervisor has given up, `null` if it has not.
+    pub given_up: Option<String>,
     /// Number of queues.
     pub queues: u16,
     /// Tags of each queue.
@@ -125,23 +278,32 @@ impl Description {
         // A device that was never started has no parameters to be read.
         let sectors = control.params(id).map_or(0, |params| params.basic().dev_sectors);
         let pid = u32::try_from(info.ublksrv_pid).ok().filter(|pid| is_alive(*pid));
-        let file = StateFile::read(Path::new(RUN_DIR), id)
-            .filter(|file| u32::try_from(info.ublksrv_pid) == Ok(file.pid) || pid.is_none());
+        let file = StateFile::read(Path::new(RUN_DIR), id).ok();
+        let file = file.filter(|file| file.diskseq.is_none() || file.diskseq == diskseq(id));
         let lend = LendMode::of_flags(info.flags).to_string();
-        let (target, backings) =
-            file.map_or_else(|| ("unknown".to_owned(), Vec::new()), |f| (f.target, f.backings));
-        Ok(Self {
+        let on_death = OnDeath::of_flags(info.flags).to_string();
+        let mut described = Self {
             id,
             device: block_path(id),
             state: state_name(info.state).to_owned(),
-            target,
+            target: "unknown".to_owned(),
             lend,
+            on_death,
             pid,
+            supervisor: None,
+            given_up: None,
             queues: info.nr_hw_queues,
             depth: info.queue_depth,
             size_bytes: Bytes::from(Sectors(sectors)).0,
-            backings,
-        })
+            backings: Vec::new(),
+        };
+        if let Some(file) = file {
+            described.target = file.target;
+            described.supervisor = file.supervisor.filter(|pid| is_ours(*pid));
+            described.given_up = file.given_up;
+            described.backings = file.backings.into_iter().map(|known| known.path).collect();
+        }
+        Ok(described)
     }
 }
 
@@ -166,6 +328,12 @@ pub fn is_alive(pid: u32) -> bool {
         .is_some_and(|state| state != 'Z' && state != 'X')
 }
 
+/// Whether a process is alive and of this program.
+#[must_use]
+pub fn is_ours(pid: u32) -> bool {
+    is_alive(pid) && process_name(pid) == env!("CARGO_PKG_NAME")
+}
+
 /// The driver's name of a device state (`UBLK_S_DEV_*`).
 fn state_name(state: u16) -> &'static str {
     match u32::from(state) {
@@ -177,6 +345,12 @@ fn state_name(state: u16) -> &'static str {
     }
 }
 
+/// Whether a device has its block device: it was started and not stopped since.
+#[must_use]
+pub fn has_disk(info: &sys::ublksrv_ctrl_dev_info) -> bool {
+    u32::from(info.state) != sys::UBLK_S_DEV_DEAD
+}
+
 /// Whether an error says that there is no such device.
 #[must_use]
 pub fn is_missing(error: &ControlError) -> bool {
@@ -185,10 +359,24 @@ pub fn is_missing(error: &ControlError) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
+    use crate::server::config::TargetConfig;
 
     fn state() -> StateFile {
-        StateFile::new(3, "loop", LendMode::Fused, vec![PathBuf::from("/dev/nvme0n1")])
+        let known = Known {
+            path: PathBuf::from("/dev/nvme0n1"),
+            size: Bytes(1 << 30),
+            identity: "wwid nvme.1".to_owned(),
+        };
+        let file = PathBuf::from("/dev/nvme0n1");
+        let config = DeviceConfig::of_target(TargetConfig::Fault {
+            rules: vec!["p=0.5,error=EIO".parse().unwrap()],
+            seed: 7,
+            target: Box::new(TargetConfig::Loop { file }),
+        });
+        StateFile::new(3, "fault(loop)", vec![known], config)
     }
 
     #[test]
@@ -196,10 +384,16 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let run = directory.path().join("run");
         state().write(&run).unwrap();
-        assert_eq!(StateFile::read(&run, 3), Some(state()));
-        assert_eq!(StateFile::read(&run, 4), None);
+        assert_eq!(StateFile::read(&run, 3).unwrap(), state());
+        assert!(matches!(StateFile::read(&run, 4), Err(StateProblem::Missing(_))));
+        assert_eq!(recorded_ids(&run), [3]);
+        // What a server that was killed has left.
+        fs::write(run.join("3.json.77"), "{").unwrap();
+        fs::write(run.join("33.json.77"), "{").unwrap();
         StateFile::remove(&run, 3);
-        assert_eq!(StateFile::read(&run, 3), None);
+        let left: Vec<_> = fs::read_dir(&run).unwrap().flatten().map(|e| e.file_name()).collect();
+        assert_eq!(left, ["33.json.77"]);
+        assert!(recorded_ids(&run).is_empty());
     }
 
     #[test]
@@ -207,16 +401,39 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let good = serde_json::to_string(&state()).unwrap();
         let bad = [
-            String::new(),
-            good[..good.len() / 2].to_owned(),
-            good.replace("\"version\":1", "\"version\":99"),
-            good.replace("\"id\":3", "\"id\":4"),
-            good.replace("fused", "telepathy"),
+            (String::new(), "is corrupt"),
+            (good[..good.len() / 2].to_owned(), "is corrupt"),
+            ("[2]".to_owned(), "has no version"),
+            (good.replace("\"version\":2", "\"version\":99"), "has format 99"),
+            (good.replace("\"id\":3", "\"id\":4"), "it is of device 4"),
+            (good.replace("auto", "telepathy"), "telepathy"),
+            (good.replace("error=EIO", "error=EGAD"), "EGAD"),
+            (good.replace("\"queues\":1", "\"queues\":-1"), "is corrupt"),
+            (good.replace("\"queues\":1", "\"queues\":1,\"quacks\":1"), "quacks"),
         ];
-        for text in bad {
-            fs::write(directory.path().join("3.json"), &text).unwrap();
-            assert_eq!(StateFile::read(directory.path(), 3), None, "{text}");
+        for (text, expected) in bad {
+            let path = StateFile::path(directory.path(), 3);
+            fs::write(&path, &text).unwrap();
+            let refused = StateFile::read(directory.path(), 3).unwrap_err().to_string();
+            assert!(refused.contains(expected), "{text}: {refused}");
         }
+    }
+
+    #[test]
+    fn a_state_file_that_others_can_write_is_not_trusted() {
+        let directory = tempfile::tempdir().unwrap();
+        state().write(directory.path()).unwrap();
+        let path = StateFile::path(directory.path(), 3);
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
+        let refused = StateFile::read(directory.path(), 3).unwrap_err().to_string();
+        assert!(refused.contains("mode 666"), "{refused}");
+        // Nor is a link, which may lead anywhere.
+        fs::rename(&path, directory.path().join("real")).unwrap();
+        std::os::unix::fs::symlink("real", &path).unwrap();
+        assert!(matches!(
+            StateFile::read(directory.path(), 3),
+            Err(StateProblem::Unreadable { .. })
+        ));
     }
 
     #[test]

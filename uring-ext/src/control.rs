@@ -249,6 +249,55 @@ impl Control {
         self.send(command, id, None::<Box<()>>)
     }
 
+    /// Asks whether a device whose server is dead can be given a new one
+    /// (`UBLK_F_USER_RECOVERY`, Linux 6.1).
+    ///
+    /// # Errors
+    /// `EBUSY` while a server has the device, or the driver still waits for the dead one's buffers;
+    /// `EINVAL` for a device that was added without recovery, `ENODEV`.
+    pub fn start_recovery(&self, id: u32) -> Result<(), ControlError> {
+        let (name, op) = ("UBLK_U_CMD_START_USER_RECOVERY", sys::UBLK_U_CMD_START_USER_RECOVERY);
+        let pending = self.send(Command::new(name, op), id, None::<Box<()>>)?;
+        self.finish(pending).map(drop)
+    }
+
+    /// Gives a device whose server is dead to the server `pid`: I/O that waits goes on. The driver
+    /// first waits until every tag of every queue is fetched.
+    ///
+    /// # Errors
+    /// `EBUSY` if the device has a server, `EINVAL` if another process has its character device,
+    /// `ENODEV`.
+    pub fn end_recovery(&self, id: u32, pid: u32) -> Result<Pending, ControlError> {
+        let (name, op) = ("UBLK_U_CMD_END_USER_RECOVERY", sys::UBLK_U_CMD_END_USER_RECOVERY);
+        self.send(Command::new(name, op).data(u64::from(pid)), id, None::<Box<()>>)
+    }
+
+    /// Makes new I/O wait, and takes back fetches that hold no request, so that the server can be
+    /// replaced (`UBLK_F_QUIESCE`, Linux 6.16). Waits at most `patience`, at least one millisecond,
+    /// until each queue has a fetch to be taken back. New I/O waits whatever the answer is, and
+    /// until the device is recovered.
+    ///
+    /// # Errors
+    /// `EBUSY` if `patience` was not enough, `EOPNOTSUPP` for a device without the feature,
+    /// `ENODEV` for one that is not started.
+    pub fn quiesce(&self, id: u32, patience: Duration) -> Result<Pending, ControlError> {
+        // Zero would be for ever.
+        let ms = u64::try_from(patience.as_millis()).unwrap_or(u64::MAX).max(1);
+        let command = Command::new("UBLK_U_CMD_QUIESCE_DEV", sys::UBLK_U_CMD_QUIESCE_DEV);
+        self.send(command.data(ms), id, None::<Box<()>>)
+    }
+
+    /// Tells the kernel of a device's new size (`UBLK_F_UPDATE_SIZE`, Linux 6.16). The device has to
+    /// be live.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` on older kernels, `ENODEV`.
+    pub fn update_size(&self, id: u32, sectors: u64) -> Result<(), ControlError> {
+        let command = Command::new("UBLK_U_CMD_UPDATE_SIZE", sys::UBLK_U_CMD_UPDATE_SIZE);
+        let pending = self.send(command.data(sectors), id, None::<Box<()>>)?;
+        self.finish(pending).map(drop)
+    }
+
     /// Removes a device, stopping it first, without waiting for its server to let go of it
     /// (Linux 6.9).
     ///

@@ -1,5 +1,6 @@
 //! Backings: the files and block devices where the bytes live.
 
+pub mod identity;
 pub mod limits;
 mod namespace;
 pub mod sysfs;
@@ -72,6 +73,12 @@ pub enum BackingProblem {
     /// Its file system cannot do direct I/O.
     #[error("its file system does not support direct I/O (O_DIRECT); move it to one that does")]
     NoDirectIo,
+    /// It is not what it was when the device was added.
+    #[error(
+        "is not the backing that the device was added with: {0}; give the device its own one back, \
+         or delete it"
+    )]
+    Changed(String),
     /// Any other error of the kernel.
     #[error("{doing}: {errno}")]
     Failed {
@@ -139,6 +146,7 @@ enum Handle {
 pub struct Backing {
     path: PathBuf,
     handle: Handle,
+    identity: String,
     size: Bytes,
     limits: Limits,
     route: Route,
@@ -210,7 +218,8 @@ impl Backing {
         let limits = Limits { discard: limits.discard.filter(|_| can_discard), ..limits };
         let route = Route::File(discard_call);
         let can_poll = sysfs.can_poll();
-        Ok(Self { path, handle: Handle::Device(file), size, limits, route, can_poll })
+        let (handle, identity) = (Handle::Device(file), identity::of_device(&sysfs));
+        Ok(Self { path, handle, identity, size, limits, route, can_poll })
     }
 
     fn open_file(path: PathBuf) -> Result<Self, BackingProblem> {
@@ -247,7 +256,8 @@ impl Backing {
         }
         let route = Route::File(DiscardCall::PunchHole);
         let can_poll = below.is_some_and(|device| device.can_poll());
-        Ok(Self { path, handle: Handle::File(file), size, limits, route, can_poll })
+        let (identity, handle) = (identity::of_file(&file), Handle::File(file));
+        Ok(Self { path, handle, identity, size, limits, route, can_poll })
     }
 
     /// `/dev/zero`, which fills the reads of targets without data.
@@ -262,6 +272,7 @@ impl Backing {
         Ok(Self {
             path,
             handle: Handle::Device(file),
+            identity: String::new(),
             size: Bytes(u64::MAX),
             limits: Limits::default(),
             route: Route::File(DiscardCall::PunchHole),

@@ -74,6 +74,7 @@ pub(super) fn open(block: Backing, generic: PathBuf) -> Result<Backing, BackingP
         path: generic,
         size: size(&identity).ok_or_else(|| refused(Errno::EIO))?,
         handle: Handle::Namespace(NamespaceFiles { _block: block_file, generic: file }),
+        identity: block.identity,
         limits,
         route: Route::Namespace {
             namespace: identity.namespace,

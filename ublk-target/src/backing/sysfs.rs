@@ -69,6 +69,21 @@ impl SysfsDevice {
         read(&self.directory.join("ro")).is_some_and(|text| text == "1")
     }
 
+    /// An attribute of the disk, of the whole one for a partition.
+    #[must_use]
+    pub fn attribute_of_disk(&self, name: &str) -> Option<String> {
+        read(&self.queue.parent()?.join(name))
+    }
+
+    /// The first sector of a partition.
+    #[must_use]
+    pub fn partition_start(&self) -> Option<u64> {
+        if !self.is_partition {
+            return None;
+        }
+        read(&self.directory.join("start"))?.parse().ok()
+    }
+
     /// The limits. What an older kernel does not show has the block layer's default.
     #[must_use]
     pub fn limits(&self) -> Limits {

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::sysfs::{SysfsDevice, parse_devt};
 
@@ -16,8 +16,10 @@ pub fn users_of_device(major: u32, minor: u32) -> Vec<String> {
         numbers.extend(device.partitions());
     }
     let mut users = Vec::new();
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    users.extend(mount_points(&mounts, &numbers).into_iter().map(|at| format!("mounted on {at}")));
+    let mut mounts = mounts();
+    mounts.retain(|mount| numbers.contains(&mount.devt));
+    mounts.dedup();
+    users.extend(mounts.iter().map(|mount| format!("mounted on {}", mount.point.display())));
     for (major, minor) in &numbers {
         let holders = SysfsDevice::find(Path::new("/sys"), *major, *minor)
             .map(|device| device.holders())
@@ -91,19 +93,27 @@ impl std::fmt::Display for Opener {
 /// Processes that have a node of the block device open.
 #[must_use]
 pub fn openers_of_device(major: u32, minor: u32) -> Vec<Opener> {
+    openers(|meta| meta.file_type().is_block_device() && split_devt(meta.rdev()) == (major, minor))
+}
+
+/// Processes that have a node of the character device open.
+#[must_use]
+pub fn openers_of_char_device(path: &Path) -> Vec<Opener> {
+    let Ok(node) = fs::metadata(path) else { return Vec::new() };
+    openers(|meta| meta.file_type().is_char_device() && meta.rdev() == node.rdev())
+}
+
+fn openers(is_it: impl Fn(&fs::Metadata) -> bool) -> Vec<Opener> {
     let Ok(processes) = fs::read_dir("/proc") else { return Vec::new() };
     let pids = processes.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    pids.filter(|pid| has_open(*pid, (major, minor)))
+    pids.filter(|pid| has_open(*pid, &is_it))
         .map(|pid| Opener { pid, name: process_name(pid) })
         .collect()
 }
 
-fn has_open(pid: u32, devt: (u32, u32)) -> bool {
+fn has_open(pid: u32, is_it: impl Fn(&fs::Metadata) -> bool) -> bool {
     let Ok(files) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
-    files.flatten().any(|file| {
-        fs::metadata(file.path())
-            .is_ok_and(|meta| meta.file_type().is_block_device() && split_devt(meta.rdev()) == devt)
-    })
+    files.flatten().any(|file| fs::metadata(file.path()).is_ok_and(|meta| is_it(&meta)))
 }
 
 /// The name of a process, `?` if it is gone.
@@ -119,19 +129,28 @@ pub fn split_devt(devt: u64) -> (u32, u32) {
     (libc::major(devt), libc::minor(devt))
 }
 
-/// Mount points of the devices, from the text of `mountinfo`.
-fn mount_points(mountinfo: &str, numbers: &[(u32, u32)]) -> Vec<String> {
-    let mut points: Vec<_> = mountinfo
-        .lines()
-        .filter_map(|line| {
-            let mut fields = line.split(' ');
-            let devt = parse_devt(fields.nth(2)?)?;
-            let point = fields.nth(1)?;
-            numbers.contains(&devt).then(|| unescape(point))
-        })
-        .collect();
-    points.dedup();
-    points
+/// Something mounted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mount {
+    /// The device number; major 0 for file systems without a device.
+    pub devt: (u32, u32),
+    /// Where.
+    pub point: PathBuf,
+}
+
+/// What is mounted in the calling process's mount namespace, in the order of mounting.
+#[must_use]
+pub fn mounts() -> Vec<Mount> {
+    parse_mounts(&fs::read_to_string("/proc/self/mountinfo").unwrap_or_default())
+}
+
+fn parse_mounts(mountinfo: &str) -> Vec<Mount> {
+    let parse = |line: &str| {
+        let mut fields = line.split(' ');
+        let devt = parse_devt(fields.nth(2)?)?;
+        Some(Mount { devt, point: PathBuf::from(unescape(fields.nth(1)?)) })
+    };
+    mountinfo.lines().filter_map(parse).collect()
 }
 
 /// Undoes the octal escapes of blanks and backslashes.
@@ -150,13 +169,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mounts_of_a_device_are_found() {
+    fn mounts_are_found() {
         let mountinfo = "22 1 259:0 / / rw,relatime shared:1 - ext4 /dev/root rw\n\
                          30 22 259:3 / /mnt/a\\040b rw - xfs /dev/nvme1n1p1 rw\n\
                          31 22 0:20 / /proc rw - proc proc rw\n";
-        assert_eq!(mount_points(mountinfo, &[(259, 2), (259, 3)]), ["/mnt/a b"]);
-        assert!(mount_points(mountinfo, &[(8, 0)]).is_empty());
-        assert!(mount_points("garbage\n\n", &[(8, 0)]).is_empty());
+        let found = parse_mounts(mountinfo);
+        let found: Vec<_> = found.iter().map(|m| (m.devt, m.point.to_str().unwrap())).collect();
+        assert_eq!(found, [((259, 0), "/"), ((259, 3), "/mnt/a b"), ((0, 20), "/proc")]);
+        assert!(parse_mounts("garbage\n\n").is_empty());
     }
 
     #[test]

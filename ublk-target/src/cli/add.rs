@@ -1,24 +1,25 @@
 //! `add`.
 
-use std::io::{self, Write};
 use std::process::ExitCode;
 
-use ublk_target::lend::Choice;
-use ublk_target::server::config::{DeviceConfig, DeviceError, TargetConfig};
+use ublk_target::server::config::{DeviceConfig, TargetConfig};
 use ublk_target::server::device::serve;
-use ublk_target::state::{Description, log_path};
-use uring_ext::Errno;
+use ublk_target::server::on_death::OnDeath;
 
-use super::device::Device;
-use super::{Target, daemon, start_log};
+use super::Target;
+use super::device::{Device, Life};
+use super::processes::{self, announce};
 
 /// Adds a device and serves it, here or in a process of its own.
 pub fn add(target: &Target, verbose: u8) -> anyhow::Result<ExitCode> {
     let (target, device) = resolve(target);
-    if !device.foreground && !device.daemon {
-        return daemon::start_server();
+    let on_death = device.on_death();
+    if device.life.supervise && on_death == OnDeath::Fail {
+        anyhow::bail!(
+            "--supervise needs a device that outlives its server; use `--on-death reissue` (or wait, \
+             or error)"
+        );
     }
-    start_log(verbose, "info");
     let config = DeviceConfig {
         id: device.id,
         queues: device.queues,
@@ -30,19 +31,14 @@ pub fn add(target: &Target, verbose: u8) -> anyhow::Result<ExitCode> {
         passthru: device.passthru,
         polling: device.polling(),
         unpolled: device.unpolled(),
+        on_death,
         target,
     };
-    if device.daemon {
-        daemon::leave_session()?;
-        if verbose == 0 {
-            // Until the log is a file it is the user's terminal.
-            log::set_max_level(log::LevelFilter::Warn);
-        }
-    }
-    serve(&config, &daemon::start_stopper, |description, choice| {
-        announce(device, description, choice)
-    })?;
-    Ok(ExitCode::SUCCESS)
+    processes::live(&device.life, verbose, |life: &Life| {
+        serve(&config, life.supervisor, &processes::helpers(), |description, choice| {
+            announce(life, description, Some(choice))
+        })
+    })
 }
 
 /// The target, and the options of the device.
@@ -63,35 +59,4 @@ fn resolve(target: &Target) -> (TargetConfig, &Device) {
             (TargetConfig::Fault { rules: rule.clone(), seed: *seed, target }, device)
         }
     }
-}
-
-/// Tells the user that the device is live. A server in the background has its log by then.
-fn announce(
-    device: &Device,
-    description: &Description,
-    choice: &Choice,
-) -> Result<(), DeviceError> {
-    if choice.is_fallback {
-        eprintln!("ublk-target: note: lend mode {}: {}", choice.mode, choice.reason);
-    }
-    let line = if device.json {
-        serde_json::to_string(description).map_err(|_| DeviceError::Abandoned)?
-    } else {
-        description.device.display().to_string()
-    };
-    if !device.daemon {
-        return say(&mut io::stdout().lock(), &line);
-    }
-    let log = log_path(description.id);
-    let mut user = daemon::log_to(&log).map_err(|error| DeviceError::Setup {
-        doing: format!("cannot log to {}", log.display()),
-        errno: Errno::of(&error),
-    })?;
-    log::set_max_level(log::LevelFilter::Trace);
-    log::info!("serving {line}");
-    say(&mut user, &line)
-}
-
-fn say(user: &mut impl Write, line: &str) -> Result<(), DeviceError> {
-    writeln!(user, "{line}").and_then(|()| user.flush()).map_err(|_| DeviceError::Abandoned)
 }

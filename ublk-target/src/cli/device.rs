@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use ublk_target::lend::LendRequest;
+use ublk_target::server::on_death::OnDeath;
 use ublk_target::server::polling;
 use uring_ext::ring::Polling;
 
@@ -43,15 +44,41 @@ pub struct Device {
     /// With --poll: what to do where a backing has no queues for it
     #[arg(long, value_name = "WHAT", default_value = "refuse", requires = "poll")]
     pub unpolled: Unpolled,
+    /// What becomes of the device when its server dies; all but `fail` let it be recovered, or
+    /// recover by itself with --supervise [default: fail; with --supervise: reissue]
+    #[arg(long, value_name = "WHAT")]
+    pub on_death: Option<OnDeath>,
+    #[command(flatten)]
+    pub life: Life,
+}
+
+// Where and how long the server lives.
+#[derive(Clone, Debug, Args)]
+pub struct Life {
+    /// Put a new server in the place of a dead one at once
+    #[arg(long)]
+    pub supervise: bool,
     /// Stay in the foreground and log to the terminal
     #[arg(long)]
     pub foreground: bool,
     /// Print the device as JSON
     #[arg(long)]
     pub json: bool,
-    /// Serve in the background of the process that waits on the other end of standard output
+    /// What this process is, of those that one command needs
     #[arg(long, hide = true)]
-    pub daemon: bool,
+    pub role: Option<Role>,
+    /// Process id of the supervisor
+    #[arg(long, hide = true, value_name = "PID")]
+    pub supervisor: Option<u32>,
+}
+
+/// A process that another one of this program has started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Role {
+    /// Serves, in the background of the process at the other end of standard output
+    Server,
+    /// Starts servers
+    Supervisor,
 }
 
 /// How to ask drives for completions.
@@ -79,6 +106,11 @@ impl Device {
             Some(Poll::Busy) => Polling::Busy,
             Some(Poll::Hybrid) => Polling::Hybrid,
         }
+    }
+
+    pub fn on_death(&self) -> OnDeath {
+        let default = if self.life.supervise { OnDeath::Reissue } else { OnDeath::Fail };
+        self.on_death.unwrap_or(default)
     }
 
     pub fn unpolled(&self) -> polling::Unpolled {

@@ -1,9 +1,10 @@
 //! Arguments and dispatch. Every failure is one line: what, why, what to do.
 
 mod add;
-mod daemon;
 mod device;
 mod manage;
+mod processes;
+mod recover;
 mod stats;
 mod table;
 
@@ -16,7 +17,7 @@ use ublk_target::server::config::ExtentConfig;
 use ublk_target::target::Rule;
 use ublk_target::units::Bytes;
 
-use device::{Device, seconds};
+use device::{Device, Life, seconds};
 
 /// Serves Linux block devices (/dev/ublkbN) from user space, without copying their data.
 #[derive(Debug, Parser)]
@@ -36,6 +37,8 @@ enum Command {
     Add(Target),
     /// Delete devices; one that is open or mounted is refused
     Del(Del),
+    /// Give a device whose server is dead a new one
+    Recover(Recover),
     /// Show devices
     List(List),
     /// Show what a device does: rates, lent slots, latencies
@@ -48,6 +51,16 @@ enum Command {
         /// The device /dev/ublkbID
         #[arg(short = 'n', long, value_name = "ID")]
         id: u32,
+    },
+    /// Supervise the server of a device
+    #[command(hide = true)]
+    Supervise {
+        /// The device /dev/ublkbID
+        #[arg(short = 'n', long, value_name = "ID")]
+        id: u32,
+        /// Process id of its server
+        #[arg(long, value_name = "PID")]
+        server: u32,
     },
 }
 
@@ -160,6 +173,14 @@ struct Del {
 }
 
 #[derive(Debug, Args)]
+struct Recover {
+    #[command(flatten)]
+    which: Which,
+    #[command(flatten)]
+    life: Life,
+}
+
+#[derive(Debug, Args)]
 struct List {
     /// Only the device /dev/ublkbID
     #[arg(short = 'n', long, value_name = "ID")]
@@ -228,6 +249,8 @@ pub fn run() -> ExitCode {
             start_log(cli.verbose, "warn");
             stats::stats(args)
         }
+        Command::Recover(args) => recover::recover(args, cli.verbose),
+        Command::Supervise { id, server } => processes::supervise_device(*id, *server, cli.verbose),
         Command::StopDevice { id } => {
             start_log(cli.verbose, "warn");
             ublk_target::server::device::stop(*id).map(|()| ExitCode::SUCCESS).map_err(Into::into)
@@ -272,7 +295,8 @@ mod tests {
     fn the_command_line_is_consistent() {
         let targets = ["null", "loop", "linear", "stripe", "fault", "fault --rule short fault"];
         let targets = targets.map(|target| format!("add {target}"));
-        let commands = ["", "add", "del", "list", "stats", "features", "stop-device"];
+        let commands =
+            ["", "add", "del", "list", "stats", "features", "recover", "supervise", "stop-device"];
         let commands = commands.into_iter().chain(targets.iter().map(String::as_str));
         for command in commands {
             // Clap looks for contradictions in the commands that it comes by.

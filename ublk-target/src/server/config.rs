@@ -3,12 +3,14 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use uring_ext::Errno;
 use uring_ext::control::ControlError;
 use uring_ext::ring::Polling;
 
-use super::polling::{CannotPoll, Unpolled};
-
+use super::on_death::{CannotRecover, OnDeath};
+use super::polling::{CannotPoll, Unpolled, WrittenPolling};
+use super::recovery::CannotRecoverDevice;
 use crate::backing::BackingError;
 use crate::lane::LaneError;
 use crate::lane::fault::UnknownFault;
@@ -17,7 +19,8 @@ use crate::target::{BadExtents, BadStripe, Rule};
 use crate::units::{Bytes, Qid};
 
 /// What a device is made of.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct DeviceConfig {
     /// The id asked for; the driver chooses one otherwise.
     pub id: Option<u32>,
@@ -37,15 +40,40 @@ pub struct DeviceConfig {
     /// Give NVMe commands to the backings, which are whole namespaces.
     pub passthru: bool,
     /// How completions of operations are found.
+    #[serde(with = "WrittenPolling")]
     pub polling: Polling,
     /// What to do where a backing cannot be polled.
     pub unpolled: Unpolled,
+    /// What becomes of the device when its server dies.
+    pub on_death: OnDeath,
     /// The target.
     pub target: TargetConfig,
 }
 
+impl DeviceConfig {
+    /// One queue of 128 tags, the best lend mode, and all else as simple as can be.
+    #[must_use]
+    pub const fn of_target(target: TargetConfig) -> Self {
+        Self {
+            id: None,
+            queues: 1,
+            depth: 128,
+            lend: LendRequest::Auto,
+            first_slot: None,
+            io_lane: false,
+            io_timeout: None,
+            passthru: false,
+            polling: Polling::Off,
+            unpolled: Unpolled::Refuse,
+            on_death: OnDeath::Fail,
+            target,
+        }
+    }
+}
+
 /// A target and its backings.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum TargetConfig {
     /// Forgets writes, reads as zeros.
     Null {
@@ -80,8 +108,28 @@ pub enum TargetConfig {
     },
 }
 
+impl TargetConfig {
+    /// With absolute paths, for a server that starts elsewhere. What cannot be looked up stays as it
+    /// is, for the error that opening it gives.
+    pub(super) fn absolute(&mut self) {
+        let absolute = |file: &mut PathBuf| {
+            if let Ok(path) = file.canonicalize() {
+                *file = path;
+            }
+        };
+        match self {
+            Self::Null { .. } => {}
+            Self::Loop { file } => absolute(file),
+            Self::Linear { extents } => extents.iter_mut().for_each(|it| absolute(&mut it.file)),
+            Self::Stripe { files, .. } => files.iter_mut().for_each(absolute),
+            Self::Fault { target, .. } => target.absolute(),
+        }
+    }
+}
+
 /// A part of a backing.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ExtentConfig {
     /// The backing.
     pub file: PathBuf,
@@ -159,6 +207,9 @@ pub enum DeviceError {
     /// The device cannot poll.
     #[error(transparent)]
     Poll(#[from] CannotPoll),
+    /// The device cannot outlive its server.
+    #[error(transparent)]
+    OnDeath(#[from] CannotRecover),
     /// There is no namespace to give commands to.
     #[error("the null target has no drive to give commands to; leave --passthru out")]
     NoPassthru,
@@ -196,6 +247,12 @@ pub enum DeviceError {
     /// The size asked for is less than a block.
     #[error("a device of {0} bytes is less than one block of 512; give it a greater --size")]
     TooSmall(u64),
+    /// The state file names other backings than its target has.
+    #[error("the state file does not fit together: its target has other backings than it names")]
+    BackingsDiffer,
+    /// The device cannot be recovered.
+    #[error(transparent)]
+    Recover(#[from] CannotRecoverDevice),
     /// Part of the set-up failed.
     #[error("{doing}: {errno}")]
     Setup {
@@ -215,6 +272,9 @@ pub enum DeviceError {
     /// The process that was to stop the device has failed, and said why.
     #[error("the device could not be stopped; `ublk-target del` may")]
     NotStopped,
+    /// A signal came before the device was recovered.
+    #[error("interrupted before the device was recovered; it is as it was")]
+    NotRecovered,
     /// A signal came before the device was live.
     #[error("interrupted before the device was live; nothing is left of it")]
     Interrupted,

@@ -1,8 +1,9 @@
 //! A device's life: added, served, stopped, deleted.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::AsFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::sync::Arc;
 use std::sync::mpsc;
@@ -11,10 +12,9 @@ use std::time::{Duration, Instant};
 
 use bufreg::Incarnation;
 use nix::poll::PollTimeout;
-use nix::sys::mman::{MlockAllFlags, mlockall};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use uring_ext::control::{Control, ControlError, Pending};
-use uring_ext::feature::Features;
+use uring_ext::feature::{self, Features};
 use uring_ext::{Errno, sys};
 
 use super::config::{DeviceConfig, DeviceError};
@@ -22,18 +22,25 @@ use super::lane::{self, LaneConfig, LaneReport};
 use super::layout::{Layout, slot_table};
 use super::message::{LaneHandle, LaneMessage};
 use super::polling;
-use super::signals::{Wake, Wakeups};
+use super::protection::protect;
+use super::signals::{Wake, Wakeups, Watch};
+use crate::backing::identity::Known;
 use crate::engine::{EngineConfig, QueueIdentity, SlotTable};
 use crate::kernel;
 use crate::lane::LaneError;
 use crate::lane::fault::{self, Faults, Injected};
 use crate::lend::{self, Choice, LendMode};
-use crate::state::{self, Description, RUN_DIR, StateFile};
+use crate::state::{self, Description, LOG_DIR, RUN_DIR, StateFile};
 use crate::stats::{self, Limits, StatsServer};
 use crate::units::Qid;
 
-/// Starts a process that stops the device with an id.
-pub type Stopper<'a> = dyn Fn(u32) -> std::io::Result<Child> + 'a;
+/// Processes that do what the server must not do itself, or cannot.
+pub struct Helpers<'a> {
+    /// Starts one that stops a device (see [`stop`]).
+    pub stop: Box<dyn Fn(u32) -> io::Result<Child> + 'a>,
+    /// Starts one that supervises the device of the calling process.
+    pub supervise: Box<dyn Fn(u32) -> io::Result<Child> + 'a>,
+}
 
 /// Stops a device and waits until its outstanding I/O is completed or failed. One that is gone is
 /// stopped.
@@ -61,64 +68,50 @@ const MAX_ID: u32 = (1 << 20) - 1;
 /// Adds a device, calls `on_live` when it is, and serves it until a signal ends the server or
 /// somebody stops the device. If `on_live` fails, the device is taken back.
 ///
-/// `stopper` starts a process that stops a device (see [`stop`]).
-///
 /// # Errors
-/// [`DeviceError`]; nothing is left of the device.
+/// [`DeviceError`]. Nothing is left of the device, but for one that outlives its server
+/// ([`OnDeath`](super::on_death::OnDeath)) when a lane has failed: that waits for recovery.
 pub fn serve(
     config: &DeviceConfig,
-    stopper: &Stopper<'_>,
+    supervisor: Option<u32>,
+    helpers: &Helpers<'_>,
     on_live: impl FnOnce(&Description, &Choice) -> Result<(), DeviceError>,
 ) -> Result<(), DeviceError> {
     if let Some(id) = config.id.filter(|id| *id > MAX_ID) {
         return Err(DeviceError::IdTooBig(id));
     }
     let control = Control::open()?;
-    let plan = Plan::make(config, &control)?;
-    lock_memory();
-    log::info!("lend mode {}: {}", plan.choice.mode, plan.choice.reason);
-    let wakeups =
-        Wakeups::new().map_err(|errno| DeviceError::setup("cannot wait for signals", errno))?;
-    let wakeups = Arc::new(wakeups);
-    let added = add(&control, config, &plan)?;
-    let id = added.dev_id;
-    let mut server = Server { control, wakeups, id, lanes: Vec::new(), stats: None, cdev: None };
-    let served = server.go_live(config, &plan, added).and_then(|()| {
-        let description = Description::of(&server.control, id)?;
-        log::info!("{} is live", description.device.display());
-        on_live(&description, &plan.choice)?;
-        server.wait_for_the_end(stopper)
-    });
+    let plan = Plan::make(config, &control, None)?;
+    let wakeups = Wakeups::ready()?;
+    protect(&plan.needed_paths());
+    let added = add(&control, &plan)?;
+    let mut server = Server::new(control, wakeups, added.dev_id, supervisor);
+    let served = server.go_live(&plan, &added).and_then(|()| server.live(&plan, helpers, on_live));
     let ended = server.take_down();
     served.and(ended)
 }
 
-/// Keeps the program in memory. When memory is short and all that could be freed is dirty, pages
-/// come free by writing through devices such as ours; a server whose own code was evicted could not
-/// run to write them. What is mapped later (stacks of threads) is locked as it is used.
-///
-/// Not vital, so a failure is logged and no more.
-fn lock_memory() {
-    let on_fault = MlockAllFlags::from_bits_retain(libc::MCL_ONFAULT);
-    let locked = mlockall(MlockAllFlags::MCL_CURRENT)
-        .and_then(|()| mlockall(MlockAllFlags::MCL_FUTURE | on_fault));
-    if let Err(errno) = locked {
-        log::warn!("cannot lock the server's memory: {errno}");
-    }
-}
-
 /// What is decided before the driver is asked for anything.
-struct Plan {
-    choice: Choice,
-    layout: Layout,
+pub(super) struct Plan {
+    pub config: DeviceConfig,
+    pub choice: Choice,
+    pub layout: Layout,
     slots: SlotTable,
     faults: Option<Faults>,
+    /// Servers that the device has had before.
+    pub incarnation: u32,
 }
 
 impl Plan {
-    fn make(config: &DeviceConfig, control: &Control) -> Result<Self, DeviceError> {
+    /// `known` are the backings of a device that is to be recovered.
+    pub fn make(
+        config: &DeviceConfig,
+        control: &Control,
+        known: Option<&[Known]>,
+    ) -> Result<Self, DeviceError> {
         let features = kernel::features(control)?;
-        let choice = config.lend.choose(features)?;
+        let mut choice = config.lend.choose(features)?;
+        choice.flags |= config.on_death.flags(features)?;
         if config.io_lane {
             lend::check_io_lane(features)?;
             if choice.mode != LendMode::Slot {
@@ -135,18 +128,25 @@ impl Plan {
             Ok(list) => Some(Faults::parse(&list)?),
             Err(_) => None,
         };
-        let layout = Layout::open(config, choice.mode)?;
+        let layout = Layout::open(config, choice.mode, known)?;
         let slots = slot_table(config, &choice, &layout.target)?;
         layout.check_memory(config.queues, config.depth, choice.mode, &slots)?;
-        Ok(Self { choice, layout, slots, faults })
+        log::info!("lend mode {}: {}", choice.mode, choice.reason);
+        let mut config = DeviceConfig { lend: choice.mode.into(), ..config.clone() };
+        config.target.absolute();
+        Ok(Self { config, choice, layout, slots, faults, incarnation: 0 })
+    }
+
+    /// What this server, or the next one in its place, opens later.
+    pub fn needed_paths(&self) -> Vec<PathBuf> {
+        let program = std::env::current_exe().ok();
+        let backings = self.layout.backings.iter().map(|backing| backing.path().to_owned());
+        backings.chain(program).chain([RUN_DIR, LOG_DIR].map(PathBuf::from)).collect()
     }
 }
 
-fn add(
-    control: &Control,
-    config: &DeviceConfig,
-    plan: &Plan,
-) -> Result<sys::ublksrv_ctrl_dev_info, DeviceError> {
+fn add(control: &Control, plan: &Plan) -> Result<sys::ublksrv_ctrl_dev_info, DeviceError> {
+    let config = &plan.config;
     let info = sys::ublksrv_ctrl_dev_info {
         dev_id: config.id.unwrap_or(u32::MAX),
         nr_hw_queues: config.queues,
@@ -182,47 +182,97 @@ struct LaneThread {
 }
 
 /// A device that has been added, and what serves it.
-struct Server {
-    control: Control,
-    wakeups: Arc<Wakeups>,
-    id: u32,
+pub(super) struct Server {
+    pub control: Control,
+    pub wakeups: Arc<Wakeups>,
+    pub id: u32,
     lanes: Vec<LaneThread>,
     stats: Option<StatsServer>,
-    cdev: Option<Arc<File>>,
+    pub cdev: Option<Arc<File>>,
+    record: Option<StateFile>,
+    supervisor: Option<u32>,
+    /// It is to be left to the next server.
+    is_left: bool,
 }
 
 impl Server {
+    pub fn new(control: Control, wakeups: Arc<Wakeups>, id: u32, supervisor: Option<u32>) -> Self {
+        Self {
+            control,
+            wakeups,
+            id,
+            lanes: Vec::new(),
+            stats: None,
+            cdev: None,
+            record: None,
+            supervisor,
+            is_left: false,
+        }
+    }
+
     fn go_live(
         &mut self,
-        config: &DeviceConfig,
         plan: &Plan,
-        added: sys::ublksrv_ctrl_dev_info,
+        added: &sys::ublksrv_ctrl_dev_info,
     ) -> Result<(), DeviceError> {
-        if let Some(feature) = Features(added.flags).first_missing(plan.choice.mode.needs()) {
+        let (wanted, given) = (Features(plan.choice.flags), Features(added.flags));
+        if let Some(feature) = feature::ALL.iter().find(|it| wanted.has(**it) && !given.has(**it)) {
             return Err(DeviceError::TakenBack { feature: feature.name });
         }
-        if added.nr_hw_queues < config.queues {
+        if added.nr_hw_queues < plan.config.queues {
             log::warn!("the driver gives {} queues, one for each CPU", added.nr_hw_queues);
         }
         let cdev = Arc::new(self.open_cdev()?);
         self.cdev = Some(Arc::clone(&cdev));
-        self.start_lanes(&added, config, plan, &cdev)?;
-        let (layout, lend) = (&plan.layout, plan.choice.mode);
+        self.start_lanes(added, plan, &cdev)?;
+        let layout = &plan.layout;
         self.control.set_params(self.id, layout.limits.params(layout.size, layout.buffer_bytes))?;
-        StateFile::new(self.id, &layout.name, lend, layout.backing_paths())
-            .write(Path::new(RUN_DIR))
-            .map_err(|error| {
-                DeviceError::setup(format!("cannot write to {RUN_DIR}"), Errno::of(&error))
-            })?;
-        self.start_stats()?;
+        self.take_charge(plan)?;
         let start = self.control.start(self.id, std::process::id())?;
         self.await_start(start)
+    }
+
+    /// Writes down that the device is this server's, and answers questions about it.
+    pub fn take_charge(&mut self, plan: &Plan) -> Result<(), DeviceError> {
+        let (layout, config) = (&plan.layout, plan.config.clone());
+        let config = DeviceConfig { id: Some(self.id), ..config };
+        let mut record = StateFile::new(self.id, &layout.name, layout.known(), config);
+        record.supervisor = self.supervisor;
+        record.incarnation = plan.incarnation;
+        record.diskseq = state::diskseq(self.id);
+        self.record = Some(record);
+        self.write_record()?;
+        self.start_stats()
+    }
+
+    fn write_record(&self) -> Result<(), DeviceError> {
+        let Some(record) = &self.record else { return Ok(()) };
+        record.write(Path::new(RUN_DIR)).map_err(|error| {
+            DeviceError::setup(format!("cannot write to {RUN_DIR}"), Errno::of(&error))
+        })
+    }
+
+    /// Tells the user that the device is live, and serves it.
+    pub fn live(
+        &mut self,
+        plan: &Plan,
+        helpers: &Helpers<'_>,
+        on_live: impl FnOnce(&Description, &Choice) -> Result<(), DeviceError>,
+    ) -> Result<(), DeviceError> {
+        if let Some(record) = self.record.as_mut().filter(|record| record.diskseq.is_none()) {
+            record.diskseq = state::diskseq(self.id);
+            self.write_record()?;
+        }
+        let description = Description::of(&self.control, self.id)?;
+        log::info!("{} is live", description.device.display());
+        on_live(&description, &plan.choice)?;
+        self.wait_for_the_end(plan, helpers)
     }
 
     /// Opens the character device. Its node is made by devtmpfs at once, but elsewhere (in
     /// containers, under a slow udev) it may take a moment.
     fn open_cdev(&self) -> Result<File, DeviceError> {
-        let path = format!("/dev/ublkc{}", self.id);
+        let path = state::char_path(self.id);
         let deadline = Instant::now() + Duration::from_secs(5);
         loop {
             match File::options().read(true).write(true).open(&path) {
@@ -233,17 +283,16 @@ impl Server {
                     }
                 }
                 Err(error) => {
-                    let doing = format!("cannot open {path}");
+                    let doing = format!("cannot open {}", path.display());
                     return Err(DeviceError::setup(doing, Errno::of(&error)));
                 }
             }
         }
     }
 
-    fn start_lanes(
+    pub fn start_lanes(
         &mut self,
         info: &sys::ublksrv_ctrl_dev_info,
-        config: &DeviceConfig,
         plan: &Plan,
         cdev: &Arc<File>,
     ) -> Result<(), DeviceError> {
@@ -254,13 +303,13 @@ impl Server {
             let config = LaneConfig {
                 engine: EngineConfig {
                     queue: QueueIdentity { device: self.id, qid, depth: info.queue_depth },
-                    incarnation: Incarnation(0),
+                    incarnation: Incarnation(plan.incarnation),
                     lend: plan.choice.mode,
                     slots: plan.slots,
                     geometry: plan.layout.geometry(),
-                    deadline: config.io_timeout.map(as_ns),
+                    deadline: plan.config.io_timeout.map(as_ns),
                 },
-                io_lane: config.io_lane,
+                io_lane: plan.config.io_lane,
                 polling: plan.layout.polling,
                 faults: plan.faults,
                 buffer_bytes: plan.layout.pool_bytes(),
@@ -306,7 +355,7 @@ impl Server {
 
     /// Waits until the device is live. The driver scans for partitions meanwhile, which the
     /// lanes serve.
-    fn await_start(&mut self, mut start: Pending) -> Result<(), DeviceError> {
+    pub fn await_start(&mut self, mut start: Pending) -> Result<(), DeviceError> {
         let began = Instant::now();
         let mut said = 0;
         loop {
@@ -337,14 +386,40 @@ impl Server {
     }
 
     /// Serves until a signal comes, or the lanes end because the device was stopped.
-    fn wait_for_the_end(&mut self, stopper: &Stopper<'_>) -> Result<(), DeviceError> {
-        match self.wakeups.wait(PollTimeout::NONE) {
-            Wake::Signal(signal) => {
-                log::info!("{signal}: stopping");
-                self.stop(stopper)
+    fn wait_for_the_end(&mut self, plan: &Plan, helpers: &Helpers<'_>) -> Result<(), DeviceError> {
+        let mut supervision = Supervision::of(self.supervisor);
+        loop {
+            let pause = supervision.pause();
+            let woken = match supervision.watch.as_ref().and_then(Watch::fd) {
+                Some(fd) => self.wakeups.wait_or(fd, pause),
+                None => self.wakeups.wait(pause),
+            };
+            match woken {
+                Wake::Signal(signal) => {
+                    log::info!("{signal}: stopping");
+                    return self.stop(helpers);
+                }
+                Wake::LaneEnded => break,
+                Wake::Other => supervision.has_died(),
+                Wake::TimedOut => {
+                    self.supervisor = supervision.revive(|| (helpers.supervise)(self.id));
+                    if let Some(record) = &mut self.record {
+                        record.supervisor = self.supervisor;
+                    }
+                    self.write_record()?;
+                }
             }
-            Wake::LaneEnded | Wake::Other | Wake::TimedOut => Ok(()),
         }
+        let is_stopped = self.control.info(self.id).map_or(true, |info| !state::has_disk(&info));
+        if is_stopped {
+            return Ok(());
+        }
+        let error = self.lane_failure();
+        if plan.config.on_death.is_recoverable() {
+            log::error!("{error}; the device waits for recovery");
+            self.is_left = true;
+        }
+        Err(error)
     }
 
     /// Stops the device, which completes or fails outstanding I/O. It may take as long as that
@@ -354,11 +429,11 @@ impl Server {
     /// Another process does it. A server that is killed while a command of its own waits for
     /// outstanding I/O would wait for itself, for ever: the command keeps its files open, so the
     /// driver never learns of its death and fails no I/O.
-    fn stop(&self, stopper: &Stopper<'_>) -> Result<(), DeviceError> {
+    fn stop(&self, helpers: &Helpers<'_>) -> Result<(), DeviceError> {
         let failed = |error: std::io::Error| {
             DeviceError::setup("cannot start a process that stops the device", Errno::of(&error))
         };
-        let mut process = stopper(self.id).map_err(failed)?;
+        let mut process = (helpers.stop)(self.id).map_err(failed)?;
         let pidfd = pidfd_open(Pid::from_child(&process), PidfdFlags::empty())
             .map_err(|errno| failed(errno.into()))?;
         let mut cancelled = false;
@@ -395,13 +470,19 @@ impl Server {
 
     /// Deletes the device and waits for the lanes, whose fetches thereby end. The character
     /// device stays open until the deletion is under way, so that the id cannot have passed to
-    /// another device.
-    fn take_down(mut self) -> Result<(), DeviceError> {
+    /// another device. A device that is left to the next server is only let go of.
+    pub fn take_down(mut self) -> Result<(), DeviceError> {
+        let mut result = Ok(());
+        if self.is_left {
+            // The fetches of the other lanes end with their process.
+            drop(self.stats.take());
+            return Ok(());
+        }
         let deleted = self.control.delete(self.id).and_then(|pending| self.control.finish(pending));
-        let mut result = match deleted {
-            Err(error) if !state::is_missing(&error) => Err(DeviceError::Control(error)),
-            Ok(_) | Err(_) => Ok(()),
-        };
+        match deleted {
+            Err(error) if !state::is_missing(&error) => result = Err(DeviceError::Control(error)),
+            Ok(_) | Err(_) => {}
+        }
         for lane in self.lanes.drain(..) {
             let qid = lane.handle.qid;
             match lane.thread.join().unwrap_or(Err(LaneError::Ring(Errno::EIO))) {
@@ -415,6 +496,74 @@ impl Server {
         StateFile::remove(Path::new(RUN_DIR), self.id);
         drop(self.cdev.take());
         result
+    }
+
+    /// Leaves the device to the next server, whatever comes, until [`Server::keep`].
+    pub fn leave(&mut self) {
+        self.is_left = true;
+    }
+
+    /// It is this server's now, to its orderly end.
+    pub fn keep(&mut self) {
+        self.is_left = false;
+    }
+}
+
+/// The server's side of its supervision.
+struct Supervision {
+    watch: Option<Watch>,
+    /// The supervisor, if this server has started it; kept so that it can be reaped.
+    child: Option<Child>,
+    /// When there is to be another one.
+    revive_at: Option<Instant>,
+}
+
+impl Supervision {
+    /// The pause after a supervisor's death: one that dies at once must not be started again as
+    /// fast as that.
+    const PAUSE: Duration = Duration::from_millis(500);
+
+    fn of(supervisor: Option<u32>) -> Self {
+        let mut own = Self { watch: supervisor.map(Watch::on), child: None, revive_at: None };
+        if own.watch.as_ref().is_some_and(|watch| watch.fd().is_none()) {
+            own.has_died();
+        }
+        own
+    }
+
+    fn has_died(&mut self) {
+        log::warn!("the supervisor has died");
+        self.watch = None;
+        if let Some(mut child) = self.child.take() {
+            let _ = child.wait();
+        }
+        self.revive_at = Some(Instant::now() + Self::PAUSE);
+    }
+
+    /// How long to wait for what comes by itself.
+    fn pause(&self) -> PollTimeout {
+        self.revive_at.map_or(PollTimeout::NONE, |at| {
+            // Rounded up, so that it has passed when the wait is over.
+            let left = at.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+        })
+    }
+
+    /// Starts another supervisor; its process id.
+    fn revive(&mut self, start: impl FnOnce() -> io::Result<Child>) -> Option<u32> {
+        match start() {
+            Ok(child) => {
+                log::info!("supervised by {}", child.id());
+                self.watch = Some(Watch::on(child.id()));
+                self.revive_at = None;
+                self.child = Some(child);
+            }
+            Err(error) => {
+                log::error!("cannot start a supervisor: {error}");
+                self.revive_at = Some(Instant::now() + 10 * Self::PAUSE);
+            }
+        }
+        self.child.as_ref().map(Child::id)
     }
 }
 

@@ -10,6 +10,7 @@ use uring_ext::ring::{MAX_BUFFER_SLOTS, Polling};
 use super::config::{DeviceConfig, DeviceError, ExtentConfig, ExtentProblem, TargetConfig};
 use super::polling;
 use crate::backing::Backing;
+use crate::backing::identity::Known;
 use crate::backing::limits::Limits;
 use crate::engine::{SlotChoice, SlotTable};
 use crate::lend::{Choice, LendMode};
@@ -36,9 +37,14 @@ pub(super) struct Layout {
 }
 
 impl Layout {
-    pub fn open(config: &DeviceConfig, lend: LendMode) -> Result<Self, DeviceError> {
-        let Parts { name, target, backings, limits, size } =
-            Parts::of(&config.target, config.passthru)?;
+    /// `known` are the backings of a device that is to be recovered.
+    pub fn open(
+        config: &DeviceConfig,
+        lend: LendMode,
+        known: Option<&[Known]>,
+    ) -> Result<Self, DeviceError> {
+        let opening = Opening { passthru: config.passthru, known };
+        let Parts { name, target, backings, limits, size } = opening.parts(&config.target)?;
         let polling = polling::choose(config, &backings)?;
         let page = u32::try_from(page_size()).unwrap_or(4096);
         let cap = match lend {
@@ -78,10 +84,10 @@ impl Layout {
         Ok(())
     }
 
-    /// The paths that the user gave, canonical.
-    pub fn backing_paths(&self) -> Vec<PathBuf> {
+    /// What to know the backings by later.
+    pub fn known(&self) -> Vec<Known> {
         let backings = self.backings.iter().filter(|_| !self.target.is_null());
-        backings.map(|backing| backing.path().to_owned()).collect()
+        backings.map(Backing::known).collect()
     }
 }
 
@@ -94,22 +100,43 @@ struct Parts {
     size: Bytes,
 }
 
-impl Parts {
-    fn of(config: &TargetConfig, passthru: bool) -> Result<Self, DeviceError> {
+/// How backings are opened.
+#[derive(Clone, Copy)]
+struct Opening<'a> {
+    passthru: bool,
+    known: Option<&'a [Known]>,
+}
+
+impl Opening<'_> {
+    fn parts(self, config: &TargetConfig) -> Result<Parts, DeviceError> {
         match config {
-            TargetConfig::Null { .. } if passthru => Err(DeviceError::NoPassthru),
+            TargetConfig::Null { .. } if self.passthru => Err(DeviceError::NoPassthru),
             TargetConfig::Null { size } => null(*size),
-            TargetConfig::Loop { file } => one_to_one(file, passthru),
-            TargetConfig::Linear { extents } => linear(extents, passthru),
-            TargetConfig::Stripe { chunk, files } => stripe(*chunk, files, passthru),
+            TargetConfig::Loop { file } => one_to_one(file, self),
+            TargetConfig::Linear { extents } => linear(extents, self),
+            TargetConfig::Stripe { chunk, files } => stripe(*chunk, files, self),
             TargetConfig::Fault { rules, seed, target } => {
-                let parts = Self::of(target, passthru)?;
+                let parts = self.parts(target)?;
                 let block = parts.limits.logical_block;
                 let target = FaultTarget::new(rules.clone(), *seed, block, parts.target);
                 let name = format!("fault({})", parts.name);
-                Ok(Self { name, target: AnyTarget::Fault(Box::new(target)), ..parts })
+                Ok(Parts { name, target: AnyTarget::Fault(Box::new(target)), ..parts })
             }
         }
+    }
+
+    fn all(self, files: &[PathBuf]) -> Result<Vec<Backing>, DeviceError> {
+        if self.known.is_some_and(|known| known.len() != files.len()) {
+            return Err(DeviceError::BackingsDiffer);
+        }
+        let open = |(index, file): (usize, &PathBuf)| {
+            let backing = Backing::open(file, self.passthru)?;
+            match self.known {
+                Some(known) => Ok(backing.keep_to(&known[index])?),
+                None => Ok(backing),
+            }
+        };
+        files.iter().enumerate().map(open).collect()
     }
 }
 
@@ -123,14 +150,14 @@ fn null(size: Bytes) -> Result<Parts, DeviceError> {
     Ok(Parts { name: "null".to_owned(), target, backings: vec![backing], limits, size })
 }
 
-fn one_to_one(file: &Path, passthru: bool) -> Result<Parts, DeviceError> {
-    let backing = Backing::open(file, passthru)?;
-    let (limits, size) = (*backing.limits(), backing.size());
+fn one_to_one(file: &Path, opening: Opening<'_>) -> Result<Parts, DeviceError> {
+    let backings = opening.all(&[file.to_owned()])?;
+    let (limits, size) = (*backings[0].limits(), backings[0].size());
     let target = AnyTarget::Loop(LoopTarget { size: size.0 });
-    Ok(Parts { name: "loop".to_owned(), target, backings: vec![backing], limits, size })
+    Ok(Parts { name: "loop".to_owned(), target, backings, limits, size })
 }
 
-fn linear(extents: &[ExtentConfig], passthru: bool) -> Result<Parts, DeviceError> {
+fn linear(extents: &[ExtentConfig], opening: Opening<'_>) -> Result<Parts, DeviceError> {
     // A backing that has several extents is opened once.
     let mut files: Vec<PathBuf> = Vec::new();
     let mut placed = Vec::new();
@@ -142,7 +169,7 @@ fn linear(extents: &[ExtentConfig], passthru: bool) -> Result<Parts, DeviceError
         });
         placed.push((index, extent));
     }
-    let backings = open_all(&files, passthru)?;
+    let backings = opening.all(&files)?;
     let limits = Limits::of_all(backings.iter().map(Backing::limits));
     let mut resolved: Vec<(BackingIndex, u64, u64)> = Vec::new();
     for (index, extent) in placed {
@@ -182,12 +209,7 @@ fn linear(extents: &[ExtentConfig], passthru: bool) -> Result<Parts, DeviceError
     })
 }
 
-fn open_all(files: &[PathBuf], passthru: bool) -> Result<Vec<Backing>, DeviceError> {
-    let opened = files.iter().map(|file| Backing::open(file, passthru));
-    Ok(opened.collect::<Result<_, _>>()?)
-}
-
-fn stripe(chunk: Bytes, files: &[PathBuf], passthru: bool) -> Result<Parts, DeviceError> {
+fn stripe(chunk: Bytes, files: &[PathBuf], opening: Opening<'_>) -> Result<Parts, DeviceError> {
     let mut known: Vec<PathBuf> = Vec::new();
     for file in files {
         let canonical = file.canonicalize().unwrap_or_else(|_| file.clone());
@@ -196,7 +218,7 @@ fn stripe(chunk: Bytes, files: &[PathBuf], passthru: bool) -> Result<Parts, Devi
         }
         known.push(canonical);
     }
-    let backings = open_all(files, passthru)?;
+    let backings = opening.all(files)?;
     let sizes: Vec<_> = backings.iter().map(|backing| backing.size().0).collect();
     let target = StripeTarget::new(chunk.0, &sizes)?;
     let common = Limits::of_all(backings.iter().map(Backing::limits));

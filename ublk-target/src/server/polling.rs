@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use serde::{Deserialize, Serialize};
 use uring_ext::ring::Polling;
 
 use super::config::{DeviceConfig, TargetConfig};
@@ -11,9 +12,19 @@ use crate::kernel::KernelVersion;
 /// The first kernel whose driver takes its commands on a ring that polls.
 const FIRST_KERNEL: KernelVersion = KernelVersion(7, 1);
 
+/// [`Polling`], written down.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Polling", rename_all = "kebab-case")]
+pub(super) enum WrittenPolling {
+    Off,
+    Busy,
+    Hybrid,
+}
+
 /// What to do where a backing has no queues to be polled. A polling ring cannot serve it: the block
 /// layer refuses what it cannot poll for with `EOPNOTSUPP` (`submit_bio_noacct`).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Unpolled {
     /// Refuse to serve the device.
     #[default]

@@ -1,12 +1,17 @@
 //! Signals as events: blocked in every thread, read from a descriptor by the main thread.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use uring_ext::Errno;
+
+use super::config::DeviceError;
 
 /// What woke the main thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +48,12 @@ impl Wakeups {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let lanes = EventFd::from_value_and_flags(0, flags).map_err(errno)?;
         Ok(Self { signals, lanes })
+    }
+
+    /// As [`Wakeups::new`], to be shared with lanes.
+    pub(super) fn ready() -> Result<Arc<Self>, DeviceError> {
+        let wakeups = Self::new();
+        wakeups.map(Arc::new).map_err(|errno| DeviceError::setup("cannot wait for signals", errno))
     }
 
     /// Says that a lane has ended. Callable from any thread.
@@ -82,5 +93,33 @@ impl Wakeups {
                 Ok(_) | Err(_) => {}
             }
         }
+    }
+}
+
+/// Another process, whose end is to be seen.
+#[derive(Debug)]
+pub struct Watch(Option<OwnedFd>);
+
+impl Watch {
+    /// Watches a process. One that is gone already is seen to have ended.
+    #[must_use]
+    pub fn on(pid: u32) -> Self {
+        let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+        Self(pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok()))
+    }
+
+    /// Can be read when the process has ended; `None` if it was gone from the start.
+    #[must_use]
+    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.0.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Waits at most `timeout` for the end of the process; whether it has ended.
+    #[must_use]
+    pub fn has_ended(&self, timeout: Duration) -> bool {
+        let Some(fd) = self.fd() else { return true };
+        let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
+        let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
+        matches!(poll(&mut fds, timeout), Ok(1..))
     }
 }

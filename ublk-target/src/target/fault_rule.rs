@@ -2,6 +2,7 @@
 
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
 use uring_ext::Errno;
 
 use crate::request::{Request, RequestKind};
@@ -11,8 +12,11 @@ use crate::units::Bytes;
 const MAX_DELAY_NS: f64 = 3600e9;
 
 /// A rule: which requests it concerns, how often, and what it does to them.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Rule {
+    /// As it was written.
+    text: String,
     /// Kinds of requests, by [`RequestKind::index`].
     kinds: [bool; RequestKind::NAMES.len()],
     /// Bytes of the device, one of which at least a request has to touch.
@@ -198,6 +202,7 @@ impl FromStr for Rule {
             return Err(BadRule::FlushRange);
         }
         Ok(Self {
+            text: text.to_owned(),
             kinds,
             range,
             chance: parts.chance.map_or(Ok(Chance(1.0)), chance)?,
@@ -205,6 +210,20 @@ impl FromStr for Rule {
             answer,
             delay_ns: parts.delay.map_or(Ok(0), delay_ns)?,
         })
+    }
+}
+
+impl TryFrom<String> for Rule {
+    type Error = BadRule;
+
+    fn try_from(text: String) -> Result<Self, BadRule> {
+        text.parse()
+    }
+}
+
+impl From<Rule> for String {
+    fn from(rule: Rule) -> Self {
+        rule.text
     }
 }
 
@@ -280,6 +299,7 @@ mod tests {
     #[test]
     fn rules_are_read() {
         let all = Rule {
+            text: String::new(),
             kinds: [true; 5],
             range: None,
             chance: Chance(1.0),
@@ -308,7 +328,7 @@ mod tests {
             ("short,delay=3600s", Rule { delay_ns: 3_600_000_000_000, ..short }),
         ];
         for (text, expected) in table {
-            assert_eq!(parse(text), expected, "{text}");
+            assert_eq!(parse(text), Rule { text: text.to_owned(), ..expected }, "{text}");
         }
     }
 

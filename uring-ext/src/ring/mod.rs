@@ -31,6 +31,15 @@ pub struct Ring {
 
 struct RingInner(IoUring);
 
+impl Drop for RingInner {
+    fn drop(&mut self) {
+        // The kernel takes a ring apart some time after it is closed (`io_ring_exit_work`), and its
+        // files, such as those of a file system that is to be unmounted, would stay open until then.
+        // Without registered files there is nothing to do (ENXIO).
+        let _ = self.0.submitter().unregister_files();
+    }
+}
+
 impl std::fmt::Debug for RingInner {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "IoUring({})", self.0.as_raw_fd())

@@ -1,0 +1,250 @@
+//! The processes of one command: the one that the user waits for, the server, its supervisor, and
+//! those that do what these must not do themselves.
+//!
+//! The command starts itself again in another role, with a pipe as standard output, and waits for
+//! the line that the server prints when the device is live. Errors reach the user on standard
+//! error, which the server keeps until then; afterwards it logs to a file.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, ExitCode, Stdio};
+
+use anyhow::Context;
+use nix::unistd::{dup2_stderr, dup2_stdout, setsid};
+use ublk_target::lend::Choice;
+use ublk_target::server::config::DeviceError;
+use ublk_target::server::device::Helpers;
+use ublk_target::server::signals::Wakeups;
+use ublk_target::state::{Description, log_path};
+use ublk_target::supervise::{End, Policy, supervise};
+use uring_ext::Errno;
+
+use super::device::{Life, Role};
+use super::start_log;
+
+/// Lives as the role of this process wants it: serves, supervises one that serves, or starts one of
+/// these and waits until the device is live.
+pub fn live(
+    life: &Life,
+    verbose: u8,
+    serve: impl FnOnce(&Life) -> Result<(), DeviceError>,
+) -> anyhow::Result<ExitCode> {
+    let role = match (life.role, life.foreground, life.supervise) {
+        (Some(role), _, _) => role,
+        (None, true, true) => Role::Supervisor,
+        (None, true, false) => Role::Server,
+        (None, false, supervise) => {
+            let role = if supervise { Role::Supervisor } else { Role::Server };
+            return start(Command::new(program()?).args(arguments()).args(["--role", name(role)]));
+        }
+    };
+    start_log(verbose, "info");
+    if !life.foreground && life.role.is_some() {
+        setsid().context("cannot leave the session")?;
+        if verbose == 0 {
+            // Until the log is a file it is the user's terminal.
+            log::set_max_level(log::LevelFilter::Warn);
+        }
+    }
+    match role {
+        Role::Server => serve(life).map(|()| ExitCode::SUCCESS).map_err(Into::into),
+        Role::Supervisor => supervise_new(life),
+    }
+}
+
+const fn name(role: Role) -> &'static str {
+    match role {
+        Role::Server => "server",
+        Role::Supervisor => "supervisor",
+    }
+}
+
+fn program() -> anyhow::Result<std::path::PathBuf> {
+    std::env::current_exe().context("cannot find this program")
+}
+
+/// The user's arguments, without those of a role.
+fn arguments() -> Vec<std::ffi::OsString> {
+    let mut arguments: Vec<_> = std::env::args_os().skip(1).collect();
+    if let Some(at) = arguments.iter().position(|argument| argument == "--role") {
+        arguments.drain(at..(at + 2).min(arguments.len()));
+    }
+    arguments
+}
+
+/// Starts a process and waits until its device is live, or it has ended.
+fn start(command: &mut Command) -> anyhow::Result<ExitCode> {
+    match wait_for_line(command.stdin(Stdio::null()))? {
+        Ok((_, line)) => {
+            print!("{line}");
+            Ok(ExitCode::SUCCESS)
+        }
+        // The server has said why; if it could not, say how it ended.
+        Err(status) => match status.code().and_then(|code| u8::try_from(code).ok()) {
+            Some(code) if code > 0 => Ok(ExitCode::from(code)),
+            _ => anyhow::bail!("the server ended before its device was live ({status})"),
+        },
+    }
+}
+
+/// Starts a process, and waits for a line from it or its end.
+fn wait_for_line(
+    command: &mut Command,
+) -> anyhow::Result<Result<(Child, String), std::process::ExitStatus>> {
+    let mut server = command.stdout(Stdio::piped()).spawn().context("cannot start the server")?;
+    let mut line = String::new();
+    if let Some(out) = server.stdout.take() {
+        BufReader::new(out).read_line(&mut line).context("cannot hear from the server")?;
+    }
+    if line.ends_with('\n') {
+        return Ok(Ok((server, line)));
+    }
+    Ok(Err(server.wait().context("cannot wait for the server")?))
+}
+
+/// Starts a server, and supervises it.
+fn supervise_new(life: &Life) -> anyhow::Result<ExitCode> {
+    // Before the server is there, so that no signal is lost.
+    let wakeups =
+        Wakeups::new().map_err(|errno| anyhow::anyhow!("cannot wait for signals: {errno}"))?;
+    let own = std::process::id().to_string();
+    let mut command = Command::new(program()?);
+    if life.foreground {
+        // Its own group: this process passes the terminal's signals on.
+        command.process_group(0);
+    }
+    command.args(arguments()).args(["--role", "server", "--supervisor", &own]);
+    if !life.json {
+        command.arg("--json");
+    }
+    let (server, line) = match wait_for_line(command.stdin(Stdio::null()))? {
+        Ok(started) => started,
+        Err(status) => {
+            let code = status.code().and_then(|code| u8::try_from(code).ok()).filter(|c| *c > 0);
+            anyhow::ensure!(
+                code.is_some(),
+                "the server ended before its device was live ({status})"
+            );
+            return Ok(ExitCode::from(code.unwrap_or(1)));
+        }
+    };
+    let description: Description =
+        serde_json::from_str(&line).context("the server has told nonsense")?;
+    announce(life, &description, None)?;
+    watch(description.id, server.id(), life.foreground, &wakeups)
+}
+
+/// Supervises a device whose server is there.
+pub fn supervise_device(id: u32, server: u32, verbose: u8) -> anyhow::Result<ExitCode> {
+    start_log(verbose, "info");
+    setsid().context("cannot leave the session")?;
+    log_to(&log_path(id))?;
+    let wakeups =
+        Wakeups::new().map_err(|errno| anyhow::anyhow!("cannot wait for signals: {errno}"))?;
+    watch(id, server, false, &wakeups)
+}
+
+fn watch(id: u32, server: u32, foreground: bool, wakeups: &Wakeups) -> anyhow::Result<ExitCode> {
+    log::info!("supervising the server ({server}) of device {id}");
+    let recover = |id: u32| {
+        reap();
+        recover_under(id, foreground).map_err(|error| format!("{error:#}"))
+    };
+    let end = supervise(id, server, Policy::default(), wakeups, &recover)?;
+    match end {
+        End::Stopped => Ok(ExitCode::SUCCESS),
+        End::GivenUp(_) => Ok(ExitCode::FAILURE),
+    }
+}
+
+/// Reaps servers that have died.
+fn reap() {
+    use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+    while let Ok(status) = waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+        if status == WaitStatus::StillAlive {
+            break;
+        }
+        log::warn!("{status:?}");
+    }
+}
+
+/// Starts a server that recovers a device, with this process as its supervisor.
+fn recover_under(id: u32, foreground: bool) -> anyhow::Result<u32> {
+    let (id, own) = (id.to_string(), std::process::id().to_string());
+    let mut command = Command::new(program()?);
+    command.args(["recover", "-n", &id, "--role", "server", "--supervisor", &own, "--json"]);
+    if foreground {
+        command.arg("--foreground");
+    }
+    match wait_for_line(command.stdin(Stdio::null()))? {
+        Ok((server, _)) => Ok(server.id()),
+        Err(status) => anyhow::bail!("a server that should recover it ended ({status})"),
+    }
+}
+
+/// What a server has others do.
+pub fn helpers() -> Helpers<'static> {
+    let prepare = |arguments: &[&str]| {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null());
+        io::Result::Ok(command)
+    };
+    Helpers {
+        // Its own group: the terminal's signals are for the server.
+        stop: Box::new(move |id| {
+            prepare(&["stop-device", "-n", &id.to_string()])?.process_group(0).spawn()
+        }),
+        supervise: Box::new(move |id| {
+            let own = std::process::id().to_string();
+            prepare(&["supervise", "-n", &id.to_string(), "--server", &own])?.spawn()
+        }),
+    }
+}
+
+/// Tells the user that the device is live. A process in the background has its log by then.
+pub fn announce(
+    life: &Life,
+    description: &Description,
+    choice: Option<&Choice>,
+) -> Result<(), DeviceError> {
+    if let Some(choice) = choice.filter(|choice| choice.is_fallback) {
+        eprintln!("ublk-target: note: lend mode {}: {}", choice.mode, choice.reason);
+    }
+    let line = if life.json {
+        serde_json::to_string(description).map_err(|_| DeviceError::Abandoned)?
+    } else {
+        description.device.display().to_string()
+    };
+    if life.foreground || life.role.is_none() {
+        return say(&mut io::stdout().lock(), &line);
+    }
+    let log = log_path(description.id);
+    let mut user = log_to(&log).map_err(|error| DeviceError::Setup {
+        doing: format!("cannot log to {}", log.display()),
+        errno: Errno::of(&error),
+    })?;
+    log::set_max_level(log::LevelFilter::Trace);
+    log::info!("serving {line}");
+    say(&mut user, &line)
+}
+
+fn say(user: &mut impl Write, line: &str) -> Result<(), DeviceError> {
+    writeln!(user, "{line}").and_then(|()| user.flush()).map_err(|_| DeviceError::Abandoned)
+}
+
+/// Sends standard output and error to a log file and leaves the working directory, which the
+/// process would keep busy. Returns what was standard output.
+fn log_to(path: &Path) -> io::Result<File> {
+    if let Some(directory) = path.parent() {
+        std::fs::create_dir_all(directory)?;
+    }
+    let log = OpenOptions::new().create(true).append(true).open(path)?;
+    std::env::set_current_dir("/")?;
+    let user = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+    dup2_stdout(&log)?;
+    dup2_stderr(&log)?;
+    Ok(user)
+}

@@ -1,0 +1,59 @@
+//! `recover`.
+
+use std::path::Path;
+use std::process::{Command, ExitCode};
+
+use ublk_target::server::config::DeviceError;
+use ublk_target::server::recovery::{self, CannotRecoverDevice};
+use ublk_target::state::{RUN_DIR, device_ids, recorded_ids};
+use uring_ext::control::Control;
+
+use super::Recover;
+use super::processes::{self, announce};
+
+/// Gives devices whose server is dead a new one.
+pub fn recover(args: &Recover, verbose: u8) -> anyhow::Result<ExitCode> {
+    let Some(id) = args.which.id else { return recover_all(args) };
+    processes::live(&args.life, verbose, |life| {
+        let mut progress = |what: &str| eprintln!("ublk-target: {what} …");
+        let helpers = processes::helpers();
+        recovery::recover(id, life.supervisor, &helpers, &mut progress, |description, choice| {
+            announce(life, description, Some(choice))
+        })
+    })
+}
+
+/// Each device by a process of its own.
+fn recover_all(args: &Recover) -> anyhow::Result<ExitCode> {
+    if args.life.foreground {
+        anyhow::bail!("--foreground serves one device; give it with -n");
+    }
+    let control = Control::open()?;
+    let mut code = ExitCode::SUCCESS;
+    let recorded = recorded_ids(Path::new(RUN_DIR));
+    // Those of other programs are not ours to recover.
+    for id in device_ids().into_iter().filter(|id| recorded.contains(id)) {
+        match recovery::check(&control, id) {
+            Ok(_) => {}
+            Err(DeviceError::Recover(
+                CannotRecoverDevice::Served { .. }
+                | CannotRecoverDevice::NoDevice(_)
+                | CannotRecoverDevice::NotRecoverable(_)
+                | CannotRecoverDevice::NotStarted(_),
+            )) => continue,
+            Err(error) => {
+                eprintln!("ublk-target: {error}");
+                code = ExitCode::FAILURE;
+                continue;
+            }
+        }
+        let mut one = Command::new(std::env::current_exe()?);
+        one.args(["recover", "-n", &id.to_string()]);
+        one.args(args.life.supervise.then_some("--supervise"));
+        one.args(args.life.json.then_some("--json"));
+        if !one.status()?.success() {
+            code = ExitCode::FAILURE;
+        }
+    }
+    Ok(code)
+}

@@ -1,0 +1,100 @@
+//! What a server does so that neither a lack of memory nor a client's mounts bring it down, or to a
+//! halt.
+//!
+//! None of it is vital, so a failure is logged and no more.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::mman::{MlockAllFlags, mlockall};
+
+use crate::backing::usage::{Mount, mounts};
+
+/// Makes the calling process, which has one thread, fit to serve a device.
+///
+/// `needed` are paths that will be opened later.
+pub(super) fn protect(needed: &[PathBuf]) {
+    lock_memory();
+    spare_from_oom_killer();
+    leave_mounts(needed);
+}
+
+/// Keeps the program in memory. When memory is short and all that could be freed is dirty, pages
+/// come free by writing through devices such as ours; a server whose own code was evicted could not
+/// run to write them. What is mapped later (stacks of threads) is locked as it is used.
+fn lock_memory() {
+    let on_fault = MlockAllFlags::from_bits_retain(libc::MCL_ONFAULT);
+    let locked = mlockall(MlockAllFlags::MCL_CURRENT)
+        .and_then(|()| mlockall(MlockAllFlags::MCL_FUTURE | on_fault));
+    if let Err(errno) = locked {
+        log::warn!("cannot lock the server's memory: {errno}");
+    }
+}
+
+/// The server's few MiB are no remedy for a lack of memory, and without it no dirty page of its
+/// device can be freed.
+fn spare_from_oom_killer() {
+    if let Err(error) = fs::write("/proc/self/oom_score_adj", "-1000") {
+        log::warn!("cannot spare the server from the out-of-memory killer: {error}");
+    }
+}
+
+/// Takes the process into a mount namespace of its own, without the file systems that it does not
+/// need.
+///
+/// The last process of a mount namespace unmounts, as it exits, what is mounted there. If that is a
+/// file system on the device that it serves, it waits for itself for ever. And a file system that
+/// was mounted here when it is unmounted elsewhere would stay in use.
+fn leave_mounts(needed: &[PathBuf]) {
+    let left = unshare(CloneFlags::CLONE_NEWNS).and_then(|()| {
+        let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+        mount(None::<&str>, "/", None::<&str>, private, None::<&str>)
+    });
+    if let Err(errno) = left {
+        log::warn!("cannot leave the mount namespace: {errno}");
+        return;
+    }
+    // The last ones are on top of the first.
+    for mount in mounts().into_iter().rev() {
+        if is_dispensable(&mount, needed) {
+            if let Err(errno) = umount2(&mount.point, MntFlags::MNT_DETACH) {
+                log::debug!("{} stays mounted: {errno}", mount.point.display());
+            }
+        }
+    }
+}
+
+/// Whether a mount holds a block device that the server has no use for.
+fn is_dispensable(mount: &Mount, needed: &[PathBuf]) -> bool {
+    // Pseudo file systems have no device, and the number 0.
+    let has_device = mount.devt.0 != 0;
+    let is_needed = needed.iter().any(|path| path.starts_with(&mount.point));
+    has_device && !is_needed && mount.point != Path::new("/")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn file_systems_that_nobody_needs_are_left() {
+        let needed = [PathBuf::from("/usr/bin/ublk-target"), PathBuf::from("/srv/disks/a")];
+        let table = [
+            ("/", 259, false),
+            ("/usr", 259, false),
+            ("/srv", 8, false),
+            ("/srv/disks", 253, false),
+            ("/srv/di", 253, true),
+            ("/home", 259, true),
+            ("/mnt/on ours", 259, true),
+            ("/proc", 0, false),
+            ("/tmp", 0, false),
+        ];
+        for (point, major, dispensable) in table {
+            let mount = Mount { devt: (major, 1), point: PathBuf::from(point) };
+            assert_eq!(is_dispensable(&mount, &needed), dispensable, "{point}");
+        }
+    }
+}

@@ -1,0 +1,363 @@
+//! A device gets a new server in the place of a dead one.
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::poll::PollTimeout;
+use uring_ext::control::{Control, ControlError};
+use uring_ext::params::Params;
+use uring_ext::{Errno, sys};
+
+use super::config::{DeviceConfig, DeviceError};
+use super::device::{Helpers, Plan, Server};
+use super::on_death::OnDeath;
+use super::protection::protect;
+use super::signals::{Wake, Wakeups};
+use crate::backing::usage;
+use crate::backing::{BackingError, BackingProblem};
+use crate::lend::{Choice, LendMode};
+use crate::state::{self, Description, RUN_DIR, StateFile, StateProblem};
+use crate::units::{Bytes, Sectors};
+
+/// Why a device cannot be recovered, and what to do.
+#[non_exhaustive]
+#[derive(Debug, thiserror::Error)]
+pub enum CannotRecoverDevice {
+    /// There is none.
+    #[error("there is no ublk device {0}; `ublk-target list` shows those that are")]
+    NoDevice(u32),
+    /// It goes away with its server.
+    #[error(
+        "device {0} was added with `--on-death fail` and goes away with its server; \
+         `ublk-target del -n {0}` cleans up"
+    )]
+    NotRecoverable(u32),
+    /// It has no disk.
+    #[error(
+        "device {0} was never started, or has been stopped; `ublk-target del -n {0}` removes it, \
+         then add it again"
+    )]
+    NotStarted(u32),
+    /// It has a server.
+    #[error("device {id} is served by {server}; nothing is to be recovered")]
+    Served {
+        /// The device.
+        id: u32,
+        /// Its server, in words.
+        server: String,
+    },
+    /// Its state is not to be had.
+    #[error(
+        "{problem}; without it nobody knows what device {id} is made of: delete it \
+         (`ublk-target del -n {id}`) and add it again"
+    )]
+    State {
+        /// The device.
+        id: u32,
+        /// What is wrong.
+        problem: StateProblem,
+    },
+    /// The state file is of an earlier device of this id, or has been tampered with.
+    #[error(
+        "the state file of device {id} is not this device's: {difference}; delete the device \
+         (`ublk-target del -n {id}`) and add it again"
+    )]
+    OtherDevice {
+        /// The device.
+        id: u32,
+        /// How they differ.
+        difference: String,
+    },
+    /// The backings take less than the device promises.
+    #[error(
+        "the backings of device {id} are not what they were: {difference}; give the device its own \
+         ones back, or delete it"
+    )]
+    LimitsChanged {
+        /// The device.
+        id: u32,
+        /// How they differ.
+        difference: String,
+    },
+    /// It took too long.
+    #[error("gave up waiting after {} s for {what}", waited.as_secs())]
+    Stuck {
+        /// What was waited for.
+        what: String,
+        /// How long.
+        waited: Duration,
+    },
+}
+
+/// The longest wait for what is left of the dead server.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How often it is looked at. Nobody tells.
+const PAUSE_MS: u8 = 2;
+
+/// Serves a device whose server is dead, as [`serve`](super::device::serve) does one that it has
+/// added. `progress` is told what is waited for, when that takes long.
+///
+/// # Errors
+/// [`DeviceError`]; the device is as it was before.
+pub fn recover(
+    id: u32,
+    supervisor: Option<u32>,
+    helpers: &Helpers<'_>,
+    progress: &mut dyn FnMut(&str),
+    on_live: impl FnOnce(&Description, &Choice) -> Result<(), DeviceError>,
+) -> Result<(), DeviceError> {
+    let control = Control::open()?;
+    let wakeups = Wakeups::ready()?;
+    let record = check(&control, id)?;
+    let mut server = Server::new(control, wakeups, id, supervisor);
+    server.leave();
+    let mut wait = Wait { began: Instant::now(), said: 0, progress };
+    let cdev = Arc::new(claim(&server, &mut wait)?);
+    server.cdev = Some(Arc::clone(&cdev));
+    // Nobody else can have the device from here on, so this is what it is.
+    let info = server.control.info(id)?;
+    let plan = plan(&server, &record, &info, &mut wait)?;
+    protect(&plan.needed_paths());
+    server.start_lanes(&info, &plan, &cdev)?;
+    server.take_charge(&plan)?;
+    let end = server.control.end_recovery(id, std::process::id())?;
+    server.await_start(end)?;
+    server.keep();
+    let served = server.live(&plan, helpers, on_live);
+    let ended = server.take_down();
+    served.and(ended)
+}
+
+/// Whether a device can be recovered: what is known of it.
+///
+/// # Errors
+/// [`CannotRecoverDevice`], and those of the driver.
+pub fn check(control: &Control, id: u32) -> Result<StateFile, DeviceError> {
+    let info = control.info(id).map_err(|error| missing(id, error))?;
+    if OnDeath::of_flags(info.flags) == OnDeath::Fail {
+        return Err(CannotRecoverDevice::NotRecoverable(id).into());
+    }
+    if !state::has_disk(&info) {
+        return Err(CannotRecoverDevice::NotStarted(id).into());
+    }
+    if let Some(server) = server_of(&info) {
+        return Err(CannotRecoverDevice::Served { id, server }.into());
+    }
+    let record = StateFile::read(Path::new(RUN_DIR), id)
+        .map_err(|problem| CannotRecoverDevice::State { id, problem })?;
+    match difference(&record, &info, state::diskseq(id)) {
+        Some(difference) => Err(CannotRecoverDevice::OtherDevice { id, difference }.into()),
+        None => Ok(record),
+    }
+}
+
+fn missing(id: u32, error: ControlError) -> DeviceError {
+    if state::is_missing(&error) { CannotRecoverDevice::NoDevice(id).into() } else { error.into() }
+}
+
+/// The live server of a device, in words.
+fn server_of(info: &sys::ublksrv_ctrl_dev_info) -> Option<String> {
+    let pid = u32::try_from(info.ublksrv_pid).ok()?;
+    let is_live = u32::from(info.state) == sys::UBLK_S_DEV_LIVE && state::is_alive(pid);
+    is_live.then(|| format!("{} ({pid})", usage::process_name(pid)))
+}
+
+/// How a state file differs from the device that it should be of.
+fn difference(
+    record: &StateFile,
+    info: &sys::ublksrv_ctrl_dev_info,
+    diskseq: Option<u64>,
+) -> Option<String> {
+    let config = &record.config;
+    let differs = |what: &str, recorded: &dyn std::fmt::Display, is: &dyn std::fmt::Display| {
+        Some(format!("it says {what} {recorded}, and the driver {is}"))
+    };
+    let lend = LendMode::of_flags(info.flags);
+    let on_death = OnDeath::of_flags(info.flags);
+    match (record.diskseq, diskseq) {
+        (Some(recorded), Some(is)) if recorded != is => differs("disk", &recorded, &is),
+        // It was written before the disk was made, by the server that made it.
+        (None, _) if u32::try_from(info.ublksrv_pid) != Ok(record.pid) => {
+            differs("server", &record.pid, &info.ublksrv_pid)
+        }
+        // The driver gives no more queues than there are CPUs.
+        _ if config.queues < info.nr_hw_queues => {
+            differs("queues", &config.queues, &info.nr_hw_queues)
+        }
+        _ if config.depth != info.queue_depth => differs("depth", &config.depth, &info.queue_depth),
+        _ if config.lend != lend.into() => Some(format!("it does not lend by {lend}")),
+        _ if config.on_death != on_death => differs("--on-death", &config.on_death, &on_death),
+        _ => None,
+    }
+}
+
+/// A wait for what is left of the dead server.
+struct Wait<'a> {
+    began: Instant,
+    said: u64,
+    progress: &'a mut dyn FnMut(&str),
+}
+
+impl Wait<'_> {
+    fn pause(&mut self, server: &Server, what: &dyn Fn() -> String) -> Result<(), DeviceError> {
+        let waited = self.began.elapsed();
+        if waited >= PATIENCE {
+            return Err(CannotRecoverDevice::Stuck { what: what(), waited }.into());
+        }
+        if waited.as_secs() / 2 > self.said {
+            self.said = waited.as_secs() / 2;
+            (self.progress)(&format!("waiting for {}", what()));
+        }
+        match server.wakeups.wait(PollTimeout::from(PAUSE_MS)) {
+            Wake::Signal(_) => Err(DeviceError::NotRecovered),
+            Wake::LaneEnded | Wake::Other | Wake::TimedOut => Ok(()),
+        }
+    }
+}
+
+/// Waits until the driver has all buffers of the dead server back, and takes the character device:
+/// only one process can have it.
+fn claim(server: &Server, wait: &mut Wait<'_>) -> Result<File, DeviceError> {
+    let id = server.id;
+    let path = state::char_path(id);
+    let holder = || {
+        let openers = usage::openers_of_char_device(&path);
+        match openers.first() {
+            Some(opener) => format!("{opener} to let go of {}", path.display()),
+            None => format!("the kernel to end the I/O of the dead server of device {id}"),
+        }
+    };
+    loop {
+        match server.control.start_recovery(id) {
+            Ok(()) => match File::options().read(true).write(true).open(&path) {
+                Ok(file) => return Ok(file),
+                // Another one was faster.
+                Err(error) if Errno::of(&error) == Errno::EBUSY => {}
+                Err(error) => {
+                    let doing = format!("cannot open {}", path.display());
+                    return Err(DeviceError::setup(doing, Errno::of(&error)));
+                }
+            },
+            Err(error) if error.errno() == Some(Errno::EBUSY) => {
+                // Recovered by another one meanwhile.
+                let info = server.control.info(id).map_err(|error| missing(id, error))?;
+                if let Some(server) = server_of(&info) {
+                    return Err(CannotRecoverDevice::Served { id, server }.into());
+                }
+            }
+            // It has been stopped.
+            Err(error) if error.errno() == Some(Errno::EINVAL) => {
+                return Err(CannotRecoverDevice::NotStarted(id).into());
+            }
+            Err(error) => return Err(missing(id, error)),
+        }
+        wait.pause(server, &holder)?;
+    }
+}
+
+/// Opens the backings and makes the same device of them. The dead server's files are let go of some
+/// time after its end.
+fn plan(
+    server: &Server,
+    record: &StateFile,
+    info: &sys::ublksrv_ctrl_dev_info,
+    wait: &mut Wait<'_>,
+) -> Result<Plan, DeviceError> {
+    let config = DeviceConfig {
+        id: Some(record.id),
+        queues: info.nr_hw_queues,
+        depth: info.queue_depth,
+        ..record.config.clone()
+    };
+    let mut plan = loop {
+        match Plan::make(&config, &server.control, Some(&record.backings)) {
+            Err(DeviceError::Backing(BackingError {
+                path,
+                problem: BackingProblem::InUse(users),
+            })) => {
+                let what = || format!("{} to be let go of ({})", path.display(), users.join(", "));
+                wait.pause(server, &what)?;
+            }
+            made => break made?,
+        }
+    };
+    let params = server.control.params(record.id)?;
+    if let Some(difference) = stricter(&plan, &params, info) {
+        return Err(CannotRecoverDevice::LimitsChanged { id: record.id, difference }.into());
+    }
+    plan.layout.buffer_bytes = info.max_io_buf_bytes;
+    plan.incarnation = record.incarnation.wrapping_add(1);
+    Ok(plan)
+}
+
+/// What the backings take less of than the device was started with.
+fn stricter(plan: &Plan, params: &Params, info: &sys::ublksrv_ctrl_dev_info) -> Option<String> {
+    let layout = &plan.layout;
+    let now = layout.limits.params(layout.size, info.max_io_buf_bytes);
+    let (now, was) = (now.basic(), params.basic());
+    let size = |sectors| Bytes::from(Sectors(sectors));
+    if now.dev_sectors < was.dev_sectors {
+        let (now, was) = (size(now.dev_sectors), size(was.dev_sectors));
+        Some(format!("they hold {now}, and the device has {was}"))
+    } else if now.logical_bs_shift > was.logical_bs_shift {
+        let (now, was) = (1_u32 << now.logical_bs_shift, 1_u32 << was.logical_bs_shift);
+        Some(format!("their blocks have {now} bytes, and those of the device {was}"))
+    } else if now.max_sectors < was.max_sectors {
+        let (now, was) = (size(now.max_sectors.into()), size(was.max_sectors.into()));
+        Some(format!("they take requests of {now}, and the device up to {was}"))
+    } else if now.attrs & sys::UBLK_ATTR_READ_ONLY > was.attrs & sys::UBLK_ATTR_READ_ONLY {
+        Some("they are read-only now".to_owned())
+    } else {
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::server::config::TargetConfig;
+
+    #[test]
+    fn a_state_file_of_another_device_is_told() {
+        let target = TargetConfig::Null { size: Bytes(1 << 20) };
+        let config = DeviceConfig {
+            on_death: OnDeath::Wait,
+            lend: LendMode::Copy.into(),
+            queues: 2,
+            ..DeviceConfig::of_target(target)
+        };
+        let mut record = StateFile::new(3, "null", Vec::new(), config);
+        record.diskseq = Some(17);
+        let info = sys::ublksrv_ctrl_dev_info {
+            nr_hw_queues: 2,
+            queue_depth: 128,
+            ublksrv_pid: i32::try_from(record.pid).unwrap(),
+            flags: uring_ext::feature::USER_RECOVERY.bit,
+            ..Default::default()
+        };
+        assert_eq!(difference(&record, &info, Some(17)), None);
+        // An older kernel does not tell the number.
+        assert_eq!(difference(&record, &info, None), None);
+        let differs = |record: &StateFile, info: &sys::ublksrv_ctrl_dev_info, diskseq| {
+            difference(record, info, Some(diskseq)).unwrap()
+        };
+        assert!(differs(&record, &info, 18).contains("disk 17"));
+        let other = |change: fn(&mut sys::ublksrv_ctrl_dev_info)| {
+            let mut info = info;
+            change(&mut info);
+            differs(&record, &info, 17)
+        };
+        assert!(other(|info| info.nr_hw_queues = 3).contains("queues 2"));
+        assert!(other(|info| info.queue_depth = 64).contains("depth 128"));
+        assert!(
+            other(|info| info.flags |= 1).contains("reissue")
+                || !other(|info| info.flags |= 16).is_empty()
+        );
+        record.diskseq = None;
+        assert_eq!(difference(&record, &info, Some(17)), None);
+        record.pid += 1;
+        assert!(difference(&record, &info, Some(17)).unwrap().contains("server"));
+    }
+}

@@ -1,0 +1,217 @@
+//! The supervisor: a process without a data path that puts a new server in the place of a dead one.
+//!
+//! It need not be the server's parent: it watches by a process descriptor, so that a supervisor
+//! can be put in the place of a dead one, too (the server does that).
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::poll::PollTimeout;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use uring_ext::control::Control;
+
+use crate::server::config::DeviceError;
+use crate::server::signals::{Wake, Wakeups, Watch};
+use crate::state::{self, RUN_DIR, StateFile};
+use crate::stats;
+
+/// How soon, and how often, a server is put in the place of a dead one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// A server that lived so long was sound.
+    pub sound: Duration,
+    /// The pause before the second attempt; it doubles with each further one. There is none before
+    /// the first.
+    pub pause: Duration,
+    /// The longest pause.
+    pub longest_pause: Duration,
+    /// How many servers in a row may fail to become sound.
+    pub attempts: u32,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            sound: Duration::from_secs(1),
+            pause: Duration::from_millis(50),
+            longest_pause: Duration::from_secs(5),
+            attempts: 10,
+        }
+    }
+}
+
+/// How many servers in a row have failed.
+#[derive(Clone, Copy, Debug)]
+struct Attempts {
+    policy: Policy,
+    failed: u32,
+}
+
+impl Attempts {
+    /// A server has died, after it had lived for so long. Returns the pause before the next one;
+    /// `None` to give up.
+    fn next(&mut self, lived: Duration) -> Option<Duration> {
+        if lived >= self.policy.sound {
+            self.failed = 0;
+            return Some(Duration::ZERO);
+        }
+        self.failed += 1;
+        if self.failed >= self.policy.attempts {
+            return None;
+        }
+        let doublings = self.failed.saturating_sub(2).min(16);
+        let pause =
+            if self.failed == 1 { Duration::ZERO } else { self.policy.pause * (1 << doublings) };
+        Some(pause.min(self.policy.longest_pause))
+    }
+}
+
+/// How the supervision ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The device is gone or stopped.
+    Stopped,
+    /// No server stays alive, for this reason: the last one's last words, or how it died. The
+    /// device waits for `recover`.
+    GivenUp(String),
+}
+
+/// Starts a server that recovers a device, and waits until it is live. Returns its process id, or
+/// why it has failed. Its supervisor is the calling process.
+pub type Recover<'a> = dyn Fn(u32) -> Result<u32, String> + 'a;
+
+/// Supervises a device until it is gone, or no server stays alive. A signal that would end the
+/// server is passed on to it.
+///
+/// # Errors
+/// [`DeviceError::Setup`] and [`DeviceError::Control`] if there can be no supervision at all.
+pub fn supervise(
+    id: u32,
+    server: u32,
+    policy: Policy,
+    wakeups: &Wakeups,
+    recover: &Recover<'_>,
+) -> Result<End, DeviceError> {
+    let control = Control::open()?;
+    let mut attempts = Attempts { policy, failed: 0 };
+    let mut pid = server;
+    loop {
+        let began = Instant::now();
+        let watch = Watch::on(pid);
+        let was_told = wait_for_its_end(pid, &watch, wakeups);
+        let mut lived = began.elapsed();
+        let mut why = format!("the server ({pid}) has died");
+        loop {
+            if was_told || is_stopped(&control, id) {
+                return Ok(End::Stopped);
+            }
+            let Some(pause) = attempts.next(lived) else {
+                return Ok(give_up(id, &why));
+            };
+            log::warn!("{why}: recovering device {id}");
+            let pause = PollTimeout::try_from(pause).unwrap_or(PollTimeout::MAX);
+            if let Wake::Signal(signal) = wakeups.wait(pause) {
+                log::info!("{signal}: ending; device {id} waits for recovery");
+                return Ok(End::Stopped);
+            }
+            match recover(id) {
+                Ok(new) => {
+                    pid = new;
+                    break;
+                }
+                Err(error) => {
+                    // Somebody else may have been faster.
+                    if let Some(other) = live_server(&control, id) {
+                        pid = other;
+                        break;
+                    }
+                    (why, lived) = (error, Duration::ZERO);
+                }
+            }
+        }
+    }
+}
+
+/// Whether the server was told to end.
+fn wait_for_its_end(pid: u32, watch: &Watch, wakeups: &Wakeups) -> bool {
+    let mut was_told = false;
+    loop {
+        let Some(fd) = watch.fd() else { return was_told };
+        match wakeups.wait_or(fd, PollTimeout::NONE) {
+            Wake::Signal(signal) => {
+                was_told = true;
+                tell(pid, signal);
+            }
+            Wake::Other => return was_told,
+            Wake::LaneEnded | Wake::TimedOut => {}
+        }
+    }
+}
+
+fn tell(pid: u32, signal: Signal) {
+    log::info!("{signal}: told the server ({pid})");
+    let told = i32::try_from(pid).map(|pid| kill(Pid::from_raw(pid), signal));
+    if let Ok(Err(errno)) = told {
+        log::warn!("cannot tell the server ({pid}): {errno}");
+    }
+}
+
+fn is_stopped(control: &Control, id: u32) -> bool {
+    match control.info(id) {
+        Ok(info) => !state::has_disk(&info),
+        Err(error) => {
+            if state::is_missing(&error) {
+                // What its server has left, if it was killed at its end.
+                StateFile::remove(Path::new(RUN_DIR), id);
+                stats::remove_stale_socket(Path::new(RUN_DIR), id);
+            }
+            state::is_missing(&error)
+        }
+    }
+}
+
+fn live_server(control: &Control, id: u32) -> Option<u32> {
+    let info = control.info(id).ok()?;
+    let pid = u32::try_from(info.ublksrv_pid).ok()?;
+    (state::has_disk(&info) && state::is_ours(pid)).then_some(pid)
+}
+
+/// Makes it visible that nobody looks after the device any more.
+fn give_up(id: u32, why: &str) -> End {
+    log::error!("{why}: given up; `ublk-target recover -n {id}` tries again");
+    if let Ok(mut record) = StateFile::read(Path::new(RUN_DIR), id) {
+        record.given_up = Some(why.to_owned());
+        record.supervisor = None;
+        if let Err(error) = record.write(Path::new(RUN_DIR)) {
+            log::error!("cannot write to {RUN_DIR}: {error}");
+        }
+    }
+    End::GivenUp(why.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn servers_that_keep_dying_are_given_up() {
+        let ms = Duration::from_millis;
+        let policy = Policy { sound: ms(1000), pause: ms(50), longest_pause: ms(300), attempts: 7 };
+        let mut attempts = Attempts { policy, failed: 0 };
+        let pauses: Vec<_> = std::iter::from_fn(|| attempts.next(ms(10))).collect();
+        assert_eq!(pauses, [0, 50, 100, 200, 300, 300].map(ms));
+    }
+
+    #[test]
+    fn a_server_that_served_begins_anew() {
+        let mut attempts = Attempts { policy: Policy::default(), failed: 0 };
+        for _ in 0..1000 {
+            assert_eq!(attempts.next(Duration::from_secs(1)), Some(Duration::ZERO));
+            for _ in 1..Policy::default().attempts {
+                assert!(attempts.next(Duration::ZERO).is_some());
+            }
+        }
+        assert_eq!(attempts.next(Duration::ZERO), None);
+    }
+}
