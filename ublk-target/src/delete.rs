@@ -110,21 +110,37 @@ fn stop(control: &Control, id: u32, progress: &mut dyn FnMut(&str)) -> Result<()
     }
 }
 
+/// The users of a device, in words, but for workers of udev, which let go of it by themselves.
+#[must_use]
+pub fn users(id: u32) -> Vec<String> {
+    device_number(id).map_or_else(Vec::new, |devt| users_of(devt).0)
+}
+
+fn device_number(id: u32) -> Option<(u32, u32)> {
+    let devt = std::fs::read_to_string(format!("/sys/block/ublkb{id}/dev")).ok()?;
+    parse_devt(&devt)
+}
+
+/// The lasting users of a device, and whether anybody has it open.
+fn users_of((major, minor): (u32, u32)) -> (Vec<String>, bool) {
+    let mut users = usage::users_of_device(major, minor);
+    let openers = usage::openers_of_device(major, minor);
+    let lasting = openers.iter().filter(|opener| !opener.is_udev());
+    users.extend(lasting.map(|opener| format!("open by {opener}")));
+    (users, !openers.is_empty())
+}
+
 /// Refuses a device that somebody uses. Workers of udev are no users: they look at a device that
 /// was just made or written to, and are waited for.
 fn wait_until_unused(id: u32, progress: &mut dyn FnMut(&str)) -> Result<(), DeleteError> {
-    let devt = std::fs::read_to_string(format!("/sys/block/ublkb{id}/dev"));
-    let Some((major, minor)) = devt.ok().as_deref().and_then(parse_devt) else { return Ok(()) };
+    let Some(devt) = device_number(id) else { return Ok(()) };
     let what = format!("udev to let go of {}", state::block_path(id).display());
     wait_with(&what, progress, |slice| {
-        let mut users = usage::users_of_device(major, minor);
-        let openers = usage::openers_of_device(major, minor);
-        let lasting = openers.iter().filter(|opener| !opener.is_udev());
-        users.extend(lasting.map(|opener| format!("open by {opener}")));
+        let (users, is_open) = users_of(devt);
         if !users.is_empty() {
             return Some(Err(DeleteError::InUse { id, users }));
         }
-        if openers.is_empty() {
+        if !is_open {
             return Some(Ok(()));
         }
         // Nobody tells when a device is closed.

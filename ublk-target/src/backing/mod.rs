@@ -202,14 +202,14 @@ impl Backing {
             return Err(BackingProblem::Zoned);
         }
         let limits = sysfs.limits();
-        let mut file = open_direct(&path, !limits.read_only, libc::O_EXCL).map_err(|errno| {
+        let file = open_direct(&path, !limits.read_only, libc::O_EXCL).map_err(|errno| {
             if errno == Errno::EBUSY {
                 in_use(usage::holders_of_device(major, minor), "another program has claimed it")
             } else {
                 BackingProblem::Failed { doing: "cannot be opened", errno }
             }
         })?;
-        let size = size_of_open(&mut file, limits.logical_block)?;
+        let size = size_of_open(&file, limits.logical_block)?;
         let by_command = KernelVersion::running() >= KernelVersion(6, 12);
         let discard_call =
             if by_command { DiscardCall::BlockCommand } else { DiscardCall::PunchHole };
@@ -232,20 +232,19 @@ impl Backing {
             Err(Errno::EROFS) => (open_direct(&path, false, 0).map_err(not_opened)?, true),
             Err(errno) => return Err(not_opened(errno)),
         };
-        let mut file =
-            Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
-                if errno == nix::errno::Errno::EWOULDBLOCK {
-                    in_use(Vec::new(), "another program has locked it, likely another ublk-target")
-                } else {
-                    BackingProblem::Failed {
-                        doing: "cannot be locked",
-                        errno: Errno::new(errno as i32),
-                    }
+        let file = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
+            if errno == nix::errno::Errno::EWOULDBLOCK {
+                in_use(Vec::new(), "another program has locked it, likely another ublk-target")
+            } else {
+                BackingProblem::Failed {
+                    doing: "cannot be locked",
+                    errno: Errno::new(errno as i32),
                 }
-            })?;
+            }
+        })?;
         let below = device_below(&file)?;
         let limits = Limits { read_only, ..limits_of_file(&file, below.as_ref())? };
-        let size = size_of_open(&mut file, limits.logical_block)?;
+        let size = size_of_open(&file, limits.logical_block)?;
         let tail = file.metadata().map_err(failed("cannot be looked up"))?.len() - size.0;
         if tail > 0 {
             let block = limits.logical_block;
@@ -290,6 +289,20 @@ impl Backing {
     #[must_use]
     pub const fn size(&self) -> Bytes {
         self.size
+    }
+
+    /// The size that it has now, whole logical blocks. What is used of it stays the same.
+    ///
+    /// # Errors
+    /// [`BackingError`].
+    pub fn size_now(&self) -> Result<Bytes, BackingError> {
+        let block = self.limits.logical_block;
+        let size = match &self.handle {
+            Handle::Device(file) => size_of_open(file, block),
+            Handle::File(file) => size_of_open(file, block),
+            Handle::Namespace(files) => files.size_now(),
+        };
+        size.map_err(|problem| BackingError { path: self.path.clone(), problem })
     }
 
     /// Its limits.
@@ -356,7 +369,7 @@ fn open_direct(path: &Path, write: bool, flags: i32) -> Result<File, Errno> {
     }
 }
 
-fn size_of_open(file: &mut File, block: u32) -> Result<Bytes, BackingProblem> {
+fn size_of_open(mut file: &File, block: u32) -> Result<Bytes, BackingProblem> {
     let size = file.seek(SeekFrom::End(0)).map_err(failed("its size cannot be read"))?;
     match size {
         0 => Err(BackingProblem::Empty),

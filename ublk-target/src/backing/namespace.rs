@@ -24,6 +24,14 @@ pub(super) struct NamespaceFiles {
     generic: File,
 }
 
+impl NamespaceFiles {
+    pub fn size_now(&self) -> Result<Bytes, BackingProblem> {
+        let refused = |errno| BackingProblem::Failed { doing: "cannot be identified", errno };
+        let identity = nvme::identify(self.generic.as_fd()).map_err(refused)?;
+        size(&identity).ok_or_else(|| refused(Errno::EIO))
+    }
+}
+
 impl AsRawFd for NamespaceFiles {
     fn as_raw_fd(&self) -> RawFd {
         self.generic.as_raw_fd()

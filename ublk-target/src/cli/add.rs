@@ -35,7 +35,7 @@ pub fn add(target: &Target, verbose: u8) -> anyhow::Result<ExitCode> {
         target,
     };
     processes::live(&device.life, verbose, |life: &Life| {
-        serve(&config, life.supervisor, &processes::helpers(), |description, choice| {
+        serve(&config, life.supervisor, &processes::helpers(life), |description, choice| {
             announce(life, description, Some(choice))
         })
     })

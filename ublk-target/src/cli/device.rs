@@ -70,6 +70,9 @@ pub struct Life {
     /// Process id of the supervisor
     #[arg(long, hide = true, value_name = "PID")]
     pub supervisor: Option<u32>,
+    /// This process was the device's server before it became one of this program
+    #[arg(long, hide = true)]
+    pub next: bool,
 }
 
 /// A process that another one of this program has started.

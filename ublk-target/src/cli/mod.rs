@@ -5,8 +5,10 @@ mod device;
 mod manage;
 mod processes;
 mod recover;
+mod resize;
 mod stats;
 mod table;
+mod upgrade;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -14,8 +16,10 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use ublk_target::server::config::ExtentConfig;
+use ublk_target::server::recovery;
 use ublk_target::target::Rule;
 use ublk_target::units::Bytes;
+use uring_ext::control::Control;
 
 use device::{Device, Life, seconds};
 
@@ -39,6 +43,10 @@ enum Command {
     Del(Del),
     /// Give a device whose server is dead a new one
     Recover(Recover),
+    /// Have devices served by another version of this program, while they are used
+    Upgrade(Upgrade),
+    /// Change the size of a device, while it is used
+    Resize(Resize),
     /// Show devices
     List(List),
     /// Show what a device does: rates, lent slots, latencies
@@ -48,6 +56,20 @@ enum Command {
     /// Stop a device for its server, which must not do it itself
     #[command(hide = true)]
     StopDevice {
+        /// The device /dev/ublkbID
+        #[arg(short = 'n', long, value_name = "ID")]
+        id: u32,
+    },
+    /// Make the I/O of a device wait for its next server
+    #[command(hide = true)]
+    QuiesceDevice {
+        /// The device /dev/ublkbID
+        #[arg(short = 'n', long, value_name = "ID")]
+        id: u32,
+    },
+    /// Say whether this program could serve a device in the place of its present server
+    #[command(hide = true)]
+    CheckState {
         /// The device /dev/ublkbID
         #[arg(short = 'n', long, value_name = "ID")]
         id: u32,
@@ -181,6 +203,29 @@ struct Recover {
 }
 
 #[derive(Debug, Args)]
+struct Upgrade {
+    #[command(flatten)]
+    which: Which,
+    /// The program that is to serve from now on [default: this one]
+    #[arg(long, value_name = "PATH")]
+    program: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+struct Resize {
+    /// The device /dev/ublkbID
+    #[arg(short = 'n', long, value_name = "ID")]
+    id: u32,
+    /// Size of the device: bytes, or a number with K, M, G or T [default: all of the backings, which
+    /// may have grown]
+    #[arg(long)]
+    size: Option<Bytes>,
+    /// Allow a smaller size; refused while the device is open or mounted
+    #[arg(long)]
+    shrink: bool,
+}
+
+#[derive(Debug, Args)]
 struct List {
     /// Only the device /dev/ublkbID
     #[arg(short = 'n', long, value_name = "ID")]
@@ -224,6 +269,8 @@ struct Features {
 
 /// Parses the arguments and runs the command.
 pub fn run() -> ExitCode {
+    // Started as /proc/self/exe, it would be called `exe`; others know it by its name.
+    let _ = nix::sys::prctl::set_name(c"ublk-target");
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) if !error.use_stderr() => {
@@ -251,6 +298,24 @@ pub fn run() -> ExitCode {
         }
         Command::Recover(args) => recover::recover(args, cli.verbose),
         Command::Supervise { id, server } => processes::supervise_device(*id, *server, cli.verbose),
+        Command::Upgrade(args) => {
+            start_log(cli.verbose, "warn");
+            upgrade::upgrade(args)
+        }
+        Command::Resize(args) => {
+            start_log(cli.verbose, "warn");
+            resize::resize(args)
+        }
+        Command::QuiesceDevice { id } => {
+            start_log(cli.verbose, "warn");
+            let quiesced = ublk_target::server::upgrade::quiesce(*id);
+            quiesced.map(|()| ExitCode::SUCCESS).map_err(Into::into)
+        }
+        Command::CheckState { id } => {
+            start_log(cli.verbose, "warn");
+            let read = Control::open().map_err(Into::into).and_then(|it| recovery::read(&it, *id));
+            read.map(|_| ExitCode::SUCCESS).map_err(Into::into)
+        }
         Command::StopDevice { id } => {
             start_log(cli.verbose, "warn");
             ublk_target::server::device::stop(*id).map(|()| ExitCode::SUCCESS).map_err(Into::into)
@@ -296,8 +361,9 @@ mod tests {
         let targets = ["null", "loop", "linear", "stripe", "fault", "fault --rule short fault"];
         let targets = targets.map(|target| format!("add {target}"));
         let commands =
-            ["", "add", "del", "list", "stats", "features", "recover", "supervise", "stop-device"];
-        let commands = commands.into_iter().chain(targets.iter().map(String::as_str));
+            ["", "add", "del", "list", "stats", "features", "recover", "upgrade", "resize"];
+        let hidden = ["supervise", "stop-device", "quiesce-device", "check-state"];
+        let commands = commands.into_iter().chain(hidden).chain(targets.iter().map(String::as_str));
         for command in commands {
             // Clap looks for contradictions in the commands that it comes by.
             let line = format!("ublk-target {command} --help");

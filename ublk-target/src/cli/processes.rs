@@ -9,7 +9,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 
 use anyhow::Context;
@@ -18,7 +18,7 @@ use ublk_target::lend::Choice;
 use ublk_target::server::config::DeviceError;
 use ublk_target::server::device::Helpers;
 use ublk_target::server::signals::Wakeups;
-use ublk_target::state::{Description, log_path};
+use ublk_target::state::{Description, RUN_DIR, StateFile, log_path};
 use ublk_target::supervise::{End, Policy, supervise};
 use uring_ext::Errno;
 
@@ -38,12 +38,14 @@ pub fn live(
         (None, true, false) => Role::Server,
         (None, false, supervise) => {
             let role = if supervise { Role::Supervisor } else { Role::Server };
-            return start(Command::new(program()?).args(arguments()).args(["--role", name(role)]));
+            return start(Command::new(OWN).args(arguments()).args(["--role", name(role)]));
         }
     };
     start_log(verbose, "info");
     if !life.foreground && life.role.is_some() {
-        setsid().context("cannot leave the session")?;
+        if !life.next {
+            setsid().context("cannot leave the session")?;
+        }
         if verbose == 0 {
             // Until the log is a file it is the user's terminal.
             log::set_max_level(log::LevelFilter::Warn);
@@ -62,9 +64,8 @@ const fn name(role: Role) -> &'static str {
     }
 }
 
-fn program() -> anyhow::Result<std::path::PathBuf> {
-    std::env::current_exe().context("cannot find this program")
-}
+/// This program, even if its file was replaced or is elsewhere for whoever starts it.
+pub const OWN: &str = "/proc/self/exe";
 
 /// The user's arguments, without those of a role.
 fn arguments() -> Vec<std::ffi::OsString> {
@@ -111,7 +112,7 @@ fn supervise_new(life: &Life) -> anyhow::Result<ExitCode> {
     let wakeups =
         Wakeups::new().map_err(|errno| anyhow::anyhow!("cannot wait for signals: {errno}"))?;
     let own = std::process::id().to_string();
-    let mut command = Command::new(program()?);
+    let mut command = Command::new(OWN);
     if life.foreground {
         // Its own group: this process passes the terminal's signals on.
         command.process_group(0);
@@ -171,14 +172,26 @@ fn reap() {
     }
 }
 
-/// Starts a server that recovers a device, with this process as its supervisor.
+/// Starts a server that recovers a device, with this process as its supervisor: of the program of
+/// the last server, which may be newer than this one, or else of this one.
 fn recover_under(id: u32, foreground: bool) -> anyhow::Result<u32> {
-    let (id, own) = (id.to_string(), std::process::id().to_string());
-    let mut command = Command::new(program()?);
-    command.args(["recover", "-n", &id, "--role", "server", "--supervisor", &own, "--json"]);
-    if foreground {
-        command.arg("--foreground");
+    let last = StateFile::read(Path::new(RUN_DIR), id).ok().map(|record| record.program);
+    let programs = last.into_iter().chain([PathBuf::from(OWN)]);
+    let mut result = Err(anyhow::anyhow!("no program"));
+    for program in programs {
+        result = recover_with(&program, id, foreground);
+        if result.is_ok() {
+            break;
+        }
     }
+    result
+}
+
+fn recover_with(program: &Path, id: u32, foreground: bool) -> anyhow::Result<u32> {
+    let (id, own) = (id.to_string(), std::process::id().to_string());
+    let mut command = Command::new(program);
+    command.args(["recover", "-n", &id, "--role", "server", "--supervisor", &own, "--json"]);
+    command.args(foreground.then_some("--foreground"));
     match wait_for_line(command.stdin(Stdio::null()))? {
         Ok((server, _)) => Ok(server.id()),
         Err(status) => anyhow::bail!("a server that should recover it ended ({status})"),
@@ -186,20 +199,34 @@ fn recover_under(id: u32, foreground: bool) -> anyhow::Result<u32> {
 }
 
 /// What a server has others do.
-pub fn helpers() -> Helpers<'static> {
+///
+/// `life` is this process's own.
+pub fn helpers(life: &Life) -> Helpers<'_> {
     let prepare = |arguments: &[&str]| {
-        let mut command = Command::new(std::env::current_exe()?);
+        let mut command = Command::new(OWN);
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null());
-        io::Result::Ok(command)
+        command
     };
     Helpers {
         // Its own group: the terminal's signals are for the server.
         stop: Box::new(move |id| {
-            prepare(&["stop-device", "-n", &id.to_string()])?.process_group(0).spawn()
+            prepare(&["stop-device", "-n", &id.to_string()]).process_group(0).spawn()
         }),
         supervise: Box::new(move |id| {
             let own = std::process::id().to_string();
-            prepare(&["supervise", "-n", &id.to_string(), "--server", &own])?.spawn()
+            prepare(&["supervise", "-n", &id.to_string(), "--server", &own]).spawn()
+        }),
+        quiesce: Box::new(move |id| {
+            prepare(&["quiesce-device", "-n", &id.to_string()]).process_group(0).spawn()
+        }),
+        become_next: Box::new(|id, program, supervisor| {
+            let mut command = Command::new(program);
+            command.args(["recover", "-n", &id.to_string(), "--role", "server", "--next"]);
+            if let Some(pid) = supervisor {
+                command.args(["--supervisor", &pid.to_string()]);
+            }
+            command.args(life.foreground.then_some("--foreground"));
+            command.exec()
         }),
     }
 }

@@ -9,17 +9,16 @@ use ublk_target::state::{RUN_DIR, device_ids, recorded_ids};
 use uring_ext::control::Control;
 
 use super::Recover;
-use super::processes::{self, announce};
+use super::processes::{self, OWN, announce};
 
 /// Gives devices whose server is dead a new one.
 pub fn recover(args: &Recover, verbose: u8) -> anyhow::Result<ExitCode> {
     let Some(id) = args.which.id else { return recover_all(args) };
     processes::live(&args.life, verbose, |life| {
         let mut progress = |what: &str| eprintln!("ublk-target: {what} …");
-        let helpers = processes::helpers();
-        recovery::recover(id, life.supervisor, &helpers, &mut progress, |description, choice| {
-            announce(life, description, Some(choice))
-        })
+        let helpers = processes::helpers(life);
+        let on_live = |description: &_, choice: &_| announce(life, description, Some(choice));
+        recovery::recover(id, life.supervisor, life.next, &helpers, &mut progress, on_live)
     })
 }
 
@@ -47,7 +46,7 @@ fn recover_all(args: &Recover) -> anyhow::Result<ExitCode> {
                 continue;
             }
         }
-        let mut one = Command::new(std::env::current_exe()?);
+        let mut one = Command::new(OWN);
         one.args(["recover", "-n", &id.to_string()]);
         one.args(args.life.supervise.then_some("--supervise"));
         one.args(args.life.json.then_some("--json"));

@@ -77,6 +77,13 @@ impl<P: Planner> Engine<P> {
         Ok(std::mem::replace(&mut self.planner, planner))
     }
 
+    /// Takes requests of a device of `size` bytes from now on, after `change` has made the planner
+    /// one of that size. Where bytes were they have to stay, since requests may be in hand.
+    pub fn grow(&mut self, size: u64, change: impl FnOnce(&mut P)) {
+        change(&mut self.planner);
+        self.config.geometry.size = size;
+    }
+
     /// Plans the first window of a request, and gets it the buffer that its operations need.
     #[inline(always)]
     pub(super) fn begin(&mut self, tag: Tag, port: &mut impl Port) {

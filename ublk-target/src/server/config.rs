@@ -109,6 +109,15 @@ pub enum TargetConfig {
 }
 
 impl TargetConfig {
+    /// The size of a null target, to be changed.
+    pub(super) fn null_size(&mut self) -> Option<&mut Bytes> {
+        match self {
+            Self::Null { size } => Some(size),
+            Self::Fault { target, .. } => target.null_size(),
+            Self::Loop { .. } | Self::Linear { .. } | Self::Stripe { .. } => None,
+        }
+    }
+
     /// With absolute paths, for a server that starts elsewhere. What cannot be looked up stays as it
     /// is, for the error that opening it gives.
     pub(super) fn absolute(&mut self) {
@@ -247,6 +256,12 @@ pub enum DeviceError {
     /// The size asked for is less than a block.
     #[error("a device of {0} bytes is less than one block of 512; give it a greater --size")]
     TooSmall(u64),
+    /// Growing would change where data is.
+    #[error(
+        "the device cannot grow: with the backings' new sizes, data that is on it would be \
+         elsewhere; a stripe grows if all its backings do, a linear device if its last extent does"
+    )]
+    WouldMove,
     /// The state file names other backings than its target has.
     #[error("the state file does not fit together: its target has other backings than it names")]
     BackingsDiffer,
@@ -272,6 +287,9 @@ pub enum DeviceError {
     /// The process that was to stop the device has failed, and said why.
     #[error("the device could not be stopped; `ublk-target del` may")]
     NotStopped,
+    /// The process that was to make I/O wait has failed, and said why.
+    #[error("the device's I/O could not be made to wait")]
+    NotQuiesced,
     /// A signal came before the device was recovered.
     #[error("interrupted before the device was recovered; it is as it was")]
     NotRecovered,

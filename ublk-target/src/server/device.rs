@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::sync::Arc;
-use std::sync::mpsc;
+use std::sync::mpsc::{self, Receiver};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,7 @@ use super::config::{DeviceConfig, DeviceError};
 use super::lane::{self, LaneConfig, LaneReport};
 use super::layout::{Layout, slot_table};
 use super::message::{LaneHandle, LaneMessage};
+use super::petition::{Petition, Petitioner};
 use super::polling;
 use super::protection::protect;
 use super::signals::{Wake, Wakeups, Watch};
@@ -32,7 +33,7 @@ use crate::lane::fault::{self, Faults, Injected};
 use crate::lend::{self, Choice, LendMode};
 use crate::state::{self, Description, LOG_DIR, RUN_DIR, StateFile};
 use crate::stats::{self, Limits, StatsServer};
-use crate::units::Qid;
+use crate::units::{Bytes, Qid};
 
 /// Processes that do what the server must not do itself, or cannot.
 pub struct Helpers<'a> {
@@ -40,7 +41,15 @@ pub struct Helpers<'a> {
     pub stop: Box<dyn Fn(u32) -> io::Result<Child> + 'a>,
     /// Starts one that supervises the device of the calling process.
     pub supervise: Box<dyn Fn(u32) -> io::Result<Child> + 'a>,
+    /// Starts one that makes the I/O of a device wait (see [`quiesce`](super::upgrade::quiesce)).
+    pub quiesce: Box<dyn Fn(u32) -> io::Result<Child> + 'a>,
+    /// Becomes a process of another program that recovers a device, with the supervisor of this
+    /// one. Returns only if it cannot.
+    pub become_next: Box<BecomeNext<'a>>,
 }
+
+/// The device, the program, and the supervisor.
+pub type BecomeNext<'a> = dyn Fn(u32, &Path, Option<u32>) -> io::Error + 'a;
 
 /// Stops a device and waits until its outstanding I/O is completed or failed. One that is gone is
 /// stopped.
@@ -86,7 +95,7 @@ pub fn serve(
     protect(&plan.needed_paths());
     let added = add(&control, &plan)?;
     let mut server = Server::new(control, wakeups, added.dev_id, supervisor);
-    let served = server.go_live(&plan, &added).and_then(|()| server.live(&plan, helpers, on_live));
+    let served = server.go_live(&plan, &added).and_then(|()| server.live(plan, helpers, on_live));
     let ended = server.take_down();
     served.and(ended)
 }
@@ -189,8 +198,9 @@ pub(super) struct Server {
     lanes: Vec<LaneThread>,
     stats: Option<StatsServer>,
     pub cdev: Option<Arc<File>>,
-    record: Option<StateFile>,
-    supervisor: Option<u32>,
+    pub record: Option<StateFile>,
+    pub supervisor: Option<u32>,
+    petitions: Option<Receiver<Petition>>,
     /// It is to be left to the next server.
     is_left: bool,
 }
@@ -206,6 +216,7 @@ impl Server {
             cdev: None,
             record: None,
             supervisor,
+            petitions: None,
             is_left: false,
         }
     }
@@ -245,7 +256,7 @@ impl Server {
         self.start_stats()
     }
 
-    fn write_record(&self) -> Result<(), DeviceError> {
+    pub fn write_record(&self) -> Result<(), DeviceError> {
         let Some(record) = &self.record else { return Ok(()) };
         record.write(Path::new(RUN_DIR)).map_err(|error| {
             DeviceError::setup(format!("cannot write to {RUN_DIR}"), Errno::of(&error))
@@ -255,7 +266,7 @@ impl Server {
     /// Tells the user that the device is live, and serves it.
     pub fn live(
         &mut self,
-        plan: &Plan,
+        plan: Plan,
         helpers: &Helpers<'_>,
         on_live: impl FnOnce(&Description, &Choice) -> Result<(), DeviceError>,
     ) -> Result<(), DeviceError> {
@@ -345,7 +356,10 @@ impl Server {
     fn start_stats(&mut self) -> Result<(), DeviceError> {
         let path = stats::socket_path(Path::new(RUN_DIR), self.id);
         let lanes = self.lanes.iter().map(|lane| lane.handle.clone()).collect();
-        let started = StatsServer::start(path.clone(), self.id, lanes, Limits::default());
+        let (petitioner, petitions) = Petitioner::new(Arc::clone(&self.wakeups));
+        self.petitions = Some(petitions);
+        let limits = Limits::default();
+        let started = StatsServer::start(path.clone(), self.id, lanes, petitioner, limits);
         let started = started.map_err(|error| {
             DeviceError::setup(format!("cannot listen on {}", path.display()), Errno::of(&error))
         });
@@ -355,17 +369,28 @@ impl Server {
 
     /// Waits until the device is live. The driver scans for partitions meanwhile, which the
     /// lanes serve.
-    pub fn await_start(&mut self, mut start: Pending) -> Result<(), DeviceError> {
+    pub fn await_start(&mut self, start: Pending) -> Result<(), DeviceError> {
+        self.await_driver(start, true)
+    }
+
+    /// As [`Server::await_start`], for a device that has been live before: a signal waits until it
+    /// is so again.
+    pub fn await_recovery(&mut self, end: Pending) -> Result<(), DeviceError> {
+        self.await_driver(end, false)
+    }
+
+    fn await_driver(&mut self, mut start: Pending, heed: bool) -> Result<(), DeviceError> {
         let began = Instant::now();
         let mut said = 0;
         loop {
             if let Some(answer) = self.control.wait(&mut start, Duration::from_millis(200)) {
                 return answer.map(drop).map_err(DeviceError::Control);
             }
-            match self.wakeups.wait(PollTimeout::ZERO) {
-                Wake::Signal(_) => return Err(DeviceError::Interrupted),
-                Wake::LaneEnded => return Err(self.lane_failure()),
-                Wake::Other | Wake::TimedOut => {}
+            if self.wakeups.take_lane_ended() {
+                return Err(self.lane_failure());
+            }
+            if heed && self.wakeups.take_signal().is_some() {
+                return Err(DeviceError::Interrupted);
             }
             if began.elapsed().as_secs() / 10 > said {
                 said += 1;
@@ -386,7 +411,11 @@ impl Server {
     }
 
     /// Serves until a signal comes, or the lanes end because the device was stopped.
-    fn wait_for_the_end(&mut self, plan: &Plan, helpers: &Helpers<'_>) -> Result<(), DeviceError> {
+    fn wait_for_the_end(
+        &mut self,
+        mut plan: Plan,
+        helpers: &Helpers<'_>,
+    ) -> Result<(), DeviceError> {
         let mut supervision = Supervision::of(self.supervisor);
         loop {
             let pause = supervision.pause();
@@ -400,6 +429,20 @@ impl Server {
                     return self.stop(helpers);
                 }
                 Wake::LaneEnded => break,
+                Wake::Petition => {
+                    while let Some(petition) = self.petition() {
+                        match petition {
+                            Petition::Grow { size, reply } => {
+                                let grown = self.grow(&mut plan, size);
+                                let _ = reply.try_send(grown.map_err(|error| error.to_string()));
+                            }
+                            Petition::Upgrade { program, reply } => {
+                                let _ = reply.try_send(Ok(()));
+                                plan = self.hand_over(plan, &program, helpers)?;
+                            }
+                        }
+                    }
+                }
                 Wake::Other => supervision.has_died(),
                 Wake::TimedOut => {
                     self.supervisor = supervision.revive(|| (helpers.supervise)(self.id));
@@ -420,6 +463,76 @@ impl Server {
             self.is_left = true;
         }
         Err(error)
+    }
+
+    fn petition(&self) -> Option<Petition> {
+        self.petitions.as_ref()?.try_recv().ok()
+    }
+
+    /// Serves the bytes by which the backings have grown; how long the device may be now. `size` is
+    /// that of a null device.
+    fn grow(&mut self, plan: &mut Plan, size: Option<Bytes>) -> Result<Bytes, DeviceError> {
+        let mut target = plan.config.target.clone();
+        if let (Some(null_size), Some(size)) = (target.null_size(), size) {
+            *null_size = size.max(*null_size);
+        }
+        let grown = plan.layout.grown(&target)?;
+        // The next server has to know what this one serves.
+        let before = self.record.clone();
+        if let Some(record) = &mut self.record {
+            record.backings.clone_from(&grown.known);
+            record.config.target.clone_from(&target);
+        }
+        if let Err(error) = self.write_record() {
+            self.record = before;
+            return Err(error);
+        }
+        let (reply, done) = mpsc::sync_channel(self.lanes.len());
+        for lane in &self.lanes {
+            let (target, reply) = (Box::new(grown.target.clone()), reply.clone());
+            lane.handle.send(LaneMessage::Grow { target, size: grown.size.0, reply });
+        }
+        drop(reply);
+        for _ in &self.lanes {
+            // Lanes answer between two batches; one that has ended leaves the channel.
+            done.recv().map_err(|_| DeviceError::setup("a lane has ended", Errno::ENODEV))?;
+        }
+        plan.layout.target.replace_innermost(&grown.target);
+        plan.layout.size = grown.size;
+        plan.config.target = target;
+        log::info!("the device may have {}", grown.size);
+        Ok(grown.size)
+    }
+
+    /// Has the lanes end as soon as they have no request in hand, and waits for that.
+    pub fn drain(&mut self) {
+        for lane in &self.lanes {
+            lane.handle.send(LaneMessage::Drain);
+        }
+        if let Err(error) = self.join_lanes() {
+            log::error!("{error}");
+        }
+        // What these had to say has been said.
+        while self.wakeups.take_lane_ended() {}
+    }
+
+    fn join_lanes(&mut self) -> Result<(), DeviceError> {
+        let mut result = Ok(());
+        for lane in self.lanes.drain(..) {
+            let qid = lane.handle.qid;
+            match lane.thread.join().unwrap_or(Err(LaneError::Ring(Errno::EIO))) {
+                Ok(report) => report_lane(qid, &report),
+                Err(error) => result = result.and(Err(DeviceError::Lane { qid, error })),
+            }
+        }
+        result
+    }
+
+    /// Lets go of all that another server needs.
+    pub fn let_go(&mut self) {
+        self.petitions = None;
+        drop(self.stats.take());
+        drop(self.cdev.take());
     }
 
     /// Stops the device, which completes or fails outstanding I/O. It may take as long as that
@@ -483,13 +596,7 @@ impl Server {
             Err(error) if !state::is_missing(&error) => result = Err(DeviceError::Control(error)),
             Ok(_) | Err(_) => {}
         }
-        for lane in self.lanes.drain(..) {
-            let qid = lane.handle.qid;
-            match lane.thread.join().unwrap_or(Err(LaneError::Ring(Errno::EIO))) {
-                Ok(report) => report_lane(qid, &report),
-                Err(error) => result = result.and(Err(DeviceError::Lane { qid, error })),
-            }
-        }
+        result = result.and(self.join_lanes());
         // It tells of the lanes until they have ended. The id is still this device's, so that no
         // other server can have made a socket of this name.
         drop(self.stats.take());

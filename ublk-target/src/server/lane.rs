@@ -88,8 +88,12 @@ pub fn serve(
     let mut queues = ring.queues();
     let side = side.as_mut().map(|side| side.queues(&mut queues)).transpose().map_err(refuse)?;
     let io = RingIo { queues, side, qid: config.engine.queue.qid.0, parts };
-    let mut thread =
-        LaneThread { lane: new_lane(config, io), wake: Arc::clone(&config.wake), inbox };
+    let mut thread = LaneThread {
+        lane: new_lane(config, io),
+        wake: Arc::clone(&config.wake),
+        inbox,
+        is_draining: false,
+    };
     thread.lane.fetch_all();
     thread.lane.watch(wake_file(config));
     thread.lane.before_submit();
@@ -219,6 +223,7 @@ struct LaneThread<'ring> {
     lane: Lane<AnyTarget, RingIo<'ring>>,
     wake: Arc<EventFd>,
     inbox: Receiver<LaneMessage>,
+    is_draining: bool,
 }
 
 impl LaneThread<'_> {
@@ -226,11 +231,15 @@ impl LaneThread<'_> {
         let mut batch = [Cqe::default(); REAP_BATCH];
         while !self.lane.engine().is_finished() {
             self.lane.before_submit();
+            let is_idle = self.is_draining && self.is_idle();
             let engine = self.lane.engine();
-            let (patience, transfers) = (engine.patience(), engine.transfers_in_flight());
+            let patience = if is_idle { Some(Duration::ZERO) } else { engine.patience() };
+            let transfers = engine.transfers_in_flight();
             self.lane.io().submit_and_wait(patience, transfers)?;
+            let mut reaped = 0;
             loop {
                 let count = self.lane.io().reap(&mut batch);
+                reaped += count;
                 let now = self.now();
                 self.lane.set_now(now);
                 for cqe in &batch[..count] {
@@ -245,8 +254,18 @@ impl LaneThread<'_> {
                 }
             }
             self.lane.check()?;
+            // All deliveries that were under way have been seen: there was a submission after the
+            // driver had stopped delivering, and it has brought nothing.
+            if is_idle && reaped == 0 {
+                break;
+            }
         }
         Ok(self.report())
+    }
+
+    /// Whether no request is in hand and every commit is on its way.
+    fn is_idle(&self) -> bool {
+        self.lane.engine().holdings().requests == 0 && self.lane.backlog() == 0
     }
 
     /// While nobody measures, coarse time does: it costs no system call and no clock read.
@@ -280,6 +299,12 @@ impl LaneThread<'_> {
                     let _ = reply.try_send(self.lane.engine_mut().measure(recorder));
                 }
                 LaneMessage::CancelAll => self.lane.cancel_all(),
+                LaneMessage::Grow { target, size, reply } => {
+                    let change = |own: &mut AnyTarget| own.replace_innermost(&target);
+                    self.lane.engine_mut().grow(size, change);
+                    let _ = reply.try_send(());
+                }
+                LaneMessage::Drain => self.is_draining = true,
             }
         }
     }

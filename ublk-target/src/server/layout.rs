@@ -84,11 +84,35 @@ impl Layout {
         Ok(())
     }
 
+    /// The same device on backings that have grown since it was added, and what to know these by.
+    pub fn grown(&self, config: &TargetConfig) -> Result<Grown, DeviceError> {
+        let is_null = self.target.is_null();
+        let mut known = self.known();
+        for (known, backing) in known.iter_mut().zip(self.backings.iter()) {
+            // What has shrunk is for those to find who use it.
+            known.size = backing.size_now()?.max(known.size);
+        }
+        let sizes: Vec<_> = known.iter().map(|known| known.size.0).collect();
+        let (target, size) = target_of(config, &sizes, self.limits.logical_block)?;
+        if !is_null && !target.extends(&self.target) {
+            return Err(DeviceError::WouldMove);
+        }
+        Ok(Grown { target, size, known })
+    }
+
     /// What to know the backings by later.
     pub fn known(&self) -> Vec<Known> {
         let backings = self.backings.iter().filter(|_| !self.target.is_null());
         backings.map(Backing::known).collect()
     }
+}
+
+/// A device that has grown.
+pub(super) struct Grown {
+    /// Without what wraps it.
+    pub target: AnyTarget,
+    pub size: Bytes,
+    pub known: Vec<Known>,
 }
 
 /// What a target is made of.
@@ -112,9 +136,9 @@ impl Opening<'_> {
         match config {
             TargetConfig::Null { .. } if self.passthru => Err(DeviceError::NoPassthru),
             TargetConfig::Null { size } => null(*size),
-            TargetConfig::Loop { file } => one_to_one(file, self),
-            TargetConfig::Linear { extents } => linear(extents, self),
-            TargetConfig::Stripe { chunk, files } => stripe(*chunk, files, self),
+            TargetConfig::Loop { .. } => self.of_backings("loop", config),
+            TargetConfig::Linear { .. } => self.of_backings("linear", config),
+            TargetConfig::Stripe { .. } => self.of_backings("stripe", config),
             TargetConfig::Fault { rules, seed, target } => {
                 let parts = self.parts(target)?;
                 let block = parts.limits.logical_block;
@@ -123,6 +147,14 @@ impl Opening<'_> {
                 Ok(Parts { name, target: AnyTarget::Fault(Box::new(target)), ..parts })
             }
         }
+    }
+
+    fn of_backings(self, name: &str, config: &TargetConfig) -> Result<Parts, DeviceError> {
+        let backings = self.all(&files_of(config)?)?;
+        let sizes: Vec<_> = backings.iter().map(|backing| backing.size().0).collect();
+        let limits = limits_of(config, &backings);
+        let (target, size) = target_of(config, &sizes, limits.logical_block)?;
+        Ok(Parts { name: name.to_owned(), target, backings, limits, size })
     }
 
     fn all(self, files: &[PathBuf]) -> Result<Vec<Backing>, DeviceError> {
@@ -141,101 +173,134 @@ impl Opening<'_> {
 }
 
 fn null(size: Bytes) -> Result<Parts, DeviceError> {
-    if size.sectors().0 == 0 {
-        return Err(DeviceError::TooSmall(size.0));
-    }
+    let (target, size) = null_target(size)?;
     let backing = Backing::zero()?;
     let limits = Limits { discard: None, physical_block: 512, io_min: 512, ..*backing.limits() };
-    let target = AnyTarget::Null(NullTarget);
     Ok(Parts { name: "null".to_owned(), target, backings: vec![backing], limits, size })
 }
 
-fn one_to_one(file: &Path, opening: Opening<'_>) -> Result<Parts, DeviceError> {
-    let backings = opening.all(&[file.to_owned()])?;
-    let (limits, size) = (*backings[0].limits(), backings[0].size());
-    let target = AnyTarget::Loop(LoopTarget { size: size.0 });
-    Ok(Parts { name: "loop".to_owned(), target, backings, limits, size })
+fn null_target(size: Bytes) -> Result<(AnyTarget, Bytes), DeviceError> {
+    if size.sectors().0 == 0 {
+        return Err(DeviceError::TooSmall(size.0));
+    }
+    Ok((AnyTarget::Null(NullTarget), size))
 }
 
-fn linear(extents: &[ExtentConfig], opening: Opening<'_>) -> Result<Parts, DeviceError> {
-    // A backing that has several extents is opened once.
+/// The backings in the order of their index.
+fn files_of(config: &TargetConfig) -> Result<Vec<PathBuf>, DeviceError> {
+    match config {
+        TargetConfig::Null { .. } => Ok(Vec::new()),
+        TargetConfig::Loop { file } => Ok(vec![file.clone()]),
+        // A backing that has several extents is opened once.
+        TargetConfig::Linear { extents } => {
+            let mut files = Vec::new();
+            for file in extents.iter().map(|extent| canonical(&extent.file)) {
+                if !files.contains(&file) {
+                    files.push(file);
+                }
+            }
+            Ok(files)
+        }
+        TargetConfig::Stripe { files, .. } => {
+            let mut known: Vec<PathBuf> = Vec::new();
+            for file in files {
+                if known.contains(&canonical(file)) {
+                    return Err(DeviceError::GivenTwice(file.clone()));
+                }
+                known.push(canonical(file));
+            }
+            Ok(files.clone())
+        }
+        TargetConfig::Fault { target, .. } => files_of(target),
+    }
+}
+
+fn canonical(file: &Path) -> PathBuf {
+    file.canonicalize().unwrap_or_else(|_| file.to_owned())
+}
+
+fn limits_of(config: &TargetConfig, backings: &[Backing]) -> Limits {
+    match (config, backings) {
+        (TargetConfig::Loop { .. }, [backing]) => *backing.limits(),
+        (TargetConfig::Stripe { chunk, .. }, _) => {
+            let common = Limits::of_all(backings.iter().map(Backing::limits));
+            let row = chunk.0.checked_mul(backings.len() as u64);
+            Limits {
+                io_min: u32::try_from(chunk.0).unwrap_or(common.io_min).max(common.io_min),
+                io_opt: row.and_then(|row| u32::try_from(row).ok()).unwrap_or(0),
+                ..common
+            }
+        }
+        _ => Limits::of_all(backings.iter().map(Backing::limits)),
+    }
+}
+
+/// The target of backings of these sizes in bytes, without what wraps it, and its size.
+fn target_of(
+    config: &TargetConfig,
+    sizes: &[u64],
+    block: u32,
+) -> Result<(AnyTarget, Bytes), DeviceError> {
+    match config {
+        TargetConfig::Null { size } => null_target(*size),
+        TargetConfig::Loop { .. } => {
+            let size = sizes.first().copied().unwrap_or_default();
+            Ok((AnyTarget::Loop(LoopTarget { size }), Bytes(size)))
+        }
+        TargetConfig::Linear { extents } => {
+            let target = LinearTarget::new(placed(extents, sizes, block)?)?;
+            let size = Bytes(target.size());
+            Ok((AnyTarget::Linear(target), size))
+        }
+        TargetConfig::Stripe { chunk, .. } => {
+            let target = StripeTarget::new(chunk.0, sizes)?;
+            let size = Bytes(target.size());
+            Ok((AnyTarget::Stripe(target), size))
+        }
+        TargetConfig::Fault { target, .. } => target_of(target, sizes, block),
+    }
+}
+
+/// Extents with the index of their backing, their first byte and their length.
+fn placed(
+    extents: &[ExtentConfig],
+    sizes: &[u64],
+    block: u32,
+) -> Result<Vec<(BackingIndex, u64, u64)>, DeviceError> {
     let mut files: Vec<PathBuf> = Vec::new();
-    let mut placed = Vec::new();
+    let mut placed: Vec<(BackingIndex, u64, u64)> = Vec::new();
     for extent in extents {
-        let file = extent.file.canonicalize().unwrap_or_else(|_| extent.file.clone());
+        let file = canonical(&extent.file);
         let index = files.iter().position(|known| *known == file).unwrap_or_else(|| {
             files.push(file);
             files.len() - 1
         });
-        placed.push((index, extent));
-    }
-    let backings = opening.all(&files)?;
-    let limits = Limits::of_all(backings.iter().map(Backing::limits));
-    let mut resolved: Vec<(BackingIndex, u64, u64)> = Vec::new();
-    for (index, extent) in placed {
         let problem = |problem| DeviceError::Extent {
             file: extent.file.clone(),
             offset: extent.offset,
             problem,
         };
-        let (start, size) = (extent.offset.0, backings[index].size().0);
+        let (start, size) = (extent.offset.0, sizes[index]);
         let left = size.checked_sub(start).filter(|left| *left > 0);
         let left = left.ok_or_else(|| problem(ExtentProblem::Beyond(size)))?;
-        let block = u64::from(limits.logical_block);
-        let len = extent.len.map_or(left / block * block, |len| len.0);
+        let bytes = u64::from(block);
+        let len = extent.len.map_or(left / bytes * bytes, |len| len.0);
         if len > left {
             return Err(problem(ExtentProblem::Beyond(size)));
         }
-        if start % block != 0 || len % block != 0 {
-            return Err(problem(ExtentProblem::Unaligned(limits.logical_block)));
+        if start % bytes != 0 || len % bytes != 0 {
+            return Err(problem(ExtentProblem::Unaligned(block)));
         }
         let index = BackingIndex(u16::try_from(index).unwrap_or(u16::MAX));
-        let overlaps = resolved.iter().any(|(other, other_start, other_len)| {
+        let overlaps = placed.iter().any(|(other, other_start, other_len)| {
             *other == index && start < other_start + other_len && *other_start < start + len
         });
         if overlaps {
             return Err(problem(ExtentProblem::Overlapping));
         }
-        resolved.push((index, start, len));
+        placed.push((index, start, len));
     }
-    let target = LinearTarget::new(resolved)?;
-    let size = Bytes(target.size());
-    Ok(Parts {
-        name: "linear".to_owned(),
-        target: AnyTarget::Linear(target),
-        backings,
-        limits,
-        size,
-    })
-}
-
-fn stripe(chunk: Bytes, files: &[PathBuf], opening: Opening<'_>) -> Result<Parts, DeviceError> {
-    let mut known: Vec<PathBuf> = Vec::new();
-    for file in files {
-        let canonical = file.canonicalize().unwrap_or_else(|_| file.clone());
-        if known.contains(&canonical) {
-            return Err(DeviceError::GivenTwice(file.clone()));
-        }
-        known.push(canonical);
-    }
-    let backings = opening.all(files)?;
-    let sizes: Vec<_> = backings.iter().map(|backing| backing.size().0).collect();
-    let target = StripeTarget::new(chunk.0, &sizes)?;
-    let common = Limits::of_all(backings.iter().map(Backing::limits));
-    let row = chunk.0.checked_mul(sizes.len() as u64);
-    let limits = Limits {
-        io_min: u32::try_from(chunk.0).unwrap_or(common.io_min).max(common.io_min),
-        io_opt: row.and_then(|row| u32::try_from(row).ok()).unwrap_or(0),
-        ..common
-    };
-    let size = Bytes(target.size());
-    Ok(Parts {
-        name: "stripe".to_owned(),
-        target: AnyTarget::Stripe(target),
-        backings,
-        limits,
-        size,
-    })
+    Ok(placed)
 }
 
 /// The buffer table of each lane, for a target that wants scratch buffers or does not.

@@ -10,6 +10,7 @@ use uring_ext::Errno;
 use crate::engine::{Engine, EngineStats, Holdings, Recorder};
 use crate::lane::fault::Injected;
 use crate::plan::{Op, Planner, WINDOW_OPS};
+use crate::target::AnyTarget;
 use crate::units::{Qid, Tag};
 
 /// What a lane is asked for. Memory for the answer comes with the question, so that the lane
@@ -33,6 +34,18 @@ pub enum LaneMessage {
     },
     /// Cancel all operations in flight.
     CancelAll,
+    /// Serve a longer device.
+    Grow {
+        /// The target of that size ([`AnyTarget::replace_innermost`]).
+        target: Box<AnyTarget>,
+        /// Bytes of the device.
+        size: u64,
+        /// Told when it is done.
+        reply: SyncSender<()>,
+    },
+    /// Come to an end once no request is in hand. The driver delivers no more, but for what is
+    /// under way already.
+    Drain,
 }
 
 /// An operation that borrows a slot.

@@ -5,7 +5,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nix::poll::PollTimeout;
 use uring_ext::control::{Control, ControlError};
 use uring_ext::params::Params;
 use uring_ext::{Errno, sys};
@@ -14,7 +13,7 @@ use super::config::{DeviceConfig, DeviceError};
 use super::device::{Helpers, Plan, Server};
 use super::on_death::OnDeath;
 use super::protection::protect;
-use super::signals::{Wake, Wakeups};
+use super::signals::Wakeups;
 use crate::backing::usage;
 use crate::backing::{BackingError, BackingProblem};
 use crate::lend::{Choice, LendMode};
@@ -94,40 +93,56 @@ pub enum CannotRecoverDevice {
 /// The longest wait for what is left of the dead server.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How often it is looked at. Nobody tells.
-const PAUSE_MS: u8 = 2;
+const PAUSE: Duration = Duration::from_millis(2);
 
 /// Serves a device whose server is dead, as [`serve`](super::device::serve) does one that it has
-/// added. `progress` is told what is waited for, when that takes long.
+/// added. `progress` is told what is waited for, when that takes long. `is_next` says that the
+/// calling process was the server before it became one of another program, so that nobody else will
+/// recover the device if it does not; signals wait until the device is live then.
 ///
 /// # Errors
 /// [`DeviceError`]; the device is as it was before.
 pub fn recover(
     id: u32,
     supervisor: Option<u32>,
+    is_next: bool,
     helpers: &Helpers<'_>,
     progress: &mut dyn FnMut(&str),
     on_live: impl FnOnce(&Description, &Choice) -> Result<(), DeviceError>,
 ) -> Result<(), DeviceError> {
     let control = Control::open()?;
     let wakeups = Wakeups::ready()?;
-    let record = check(&control, id)?;
+    // Its process is alive: it is this one.
+    let record = if is_next { read(&control, id)? } else { check(&control, id)? };
     let mut server = Server::new(control, wakeups, id, supervisor);
     server.leave();
-    let mut wait = Wait { began: Instant::now(), said: 0, progress };
-    let cdev = Arc::new(claim(&server, &mut wait)?);
+    let plan = take_over(&mut server, &record, !is_next, progress)?;
+    server.keep();
+    let served = server.live(plan, helpers, on_live);
+    let ended = server.take_down();
+    served.and(ended)
+}
+
+/// Makes a device whose server is gone the calling process's.
+pub(super) fn take_over(
+    server: &mut Server,
+    record: &StateFile,
+    heeds_signals: bool,
+    progress: &mut dyn FnMut(&str),
+) -> Result<Plan, DeviceError> {
+    let id = server.id;
+    let mut wait = Wait { began: Instant::now(), said: 0, heeds_signals, progress };
+    let cdev = Arc::new(claim(server, &mut wait)?);
     server.cdev = Some(Arc::clone(&cdev));
     // Nobody else can have the device from here on, so this is what it is.
     let info = server.control.info(id)?;
-    let plan = plan(&server, &record, &info, &mut wait)?;
+    let plan = plan(server, record, &info, &mut wait)?;
     protect(&plan.needed_paths());
     server.start_lanes(&info, &plan, &cdev)?;
     server.take_charge(&plan)?;
     let end = server.control.end_recovery(id, std::process::id())?;
-    server.await_start(end)?;
-    server.keep();
-    let served = server.live(&plan, helpers, on_live);
-    let ended = server.take_down();
-    served.and(ended)
+    server.await_recovery(end)?;
+    Ok(plan)
 }
 
 /// Whether a device can be recovered: what is known of it.
@@ -136,14 +151,24 @@ pub fn recover(
 /// [`CannotRecoverDevice`], and those of the driver.
 pub fn check(control: &Control, id: u32) -> Result<StateFile, DeviceError> {
     let info = control.info(id).map_err(|error| missing(id, error))?;
+    if let Some(server) = server_of(&info) {
+        return Err(CannotRecoverDevice::Served { id, server }.into());
+    }
+    read(control, id)
+}
+
+/// Whether a device can have another server, now or when its present one is dead: what is known of
+/// it.
+///
+/// # Errors
+/// [`CannotRecoverDevice`], and those of the driver.
+pub fn read(control: &Control, id: u32) -> Result<StateFile, DeviceError> {
+    let info = control.info(id).map_err(|error| missing(id, error))?;
     if OnDeath::of_flags(info.flags) == OnDeath::Fail {
         return Err(CannotRecoverDevice::NotRecoverable(id).into());
     }
     if !state::has_disk(&info) {
         return Err(CannotRecoverDevice::NotStarted(id).into());
-    }
-    if let Some(server) = server_of(&info) {
-        return Err(CannotRecoverDevice::Served { id, server }.into());
     }
     let record = StateFile::read(Path::new(RUN_DIR), id)
         .map_err(|problem| CannotRecoverDevice::State { id, problem })?;
@@ -197,6 +222,7 @@ fn difference(
 struct Wait<'a> {
     began: Instant,
     said: u64,
+    heeds_signals: bool,
     progress: &'a mut dyn FnMut(&str),
 }
 
@@ -210,10 +236,11 @@ impl Wait<'_> {
             self.said = waited.as_secs() / 2;
             (self.progress)(&format!("waiting for {}", what()));
         }
-        match server.wakeups.wait(PollTimeout::from(PAUSE_MS)) {
-            Wake::Signal(_) => Err(DeviceError::NotRecovered),
-            Wake::LaneEnded | Wake::Other | Wake::TimedOut => Ok(()),
+        std::thread::sleep(PAUSE);
+        if self.heeds_signals && server.wakeups.take_signal().is_some() {
+            return Err(DeviceError::NotRecovered);
         }
+        Ok(())
     }
 }
 

@@ -20,6 +20,8 @@ pub enum Wake {
     Signal(Signal),
     /// A lane has ended.
     LaneEnded,
+    /// Somebody asks for something.
+    Petition,
     /// The other descriptor can be read.
     Other,
     /// Nothing within the time.
@@ -31,6 +33,7 @@ pub enum Wake {
 pub struct Wakeups {
     signals: SignalFd,
     lanes: EventFd,
+    petitions: EventFd,
 }
 
 impl Wakeups {
@@ -46,8 +49,8 @@ impl Wakeups {
         let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
         let signals = SignalFd::with_flags(&set, flags).map_err(errno)?;
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-        let lanes = EventFd::from_value_and_flags(0, flags).map_err(errno)?;
-        Ok(Self { signals, lanes })
+        let event = || EventFd::from_value_and_flags(0, flags).map_err(errno);
+        Ok(Self { signals, lanes: event()?, petitions: event()? })
     }
 
     /// As [`Wakeups::new`], to be shared with lanes.
@@ -62,34 +65,54 @@ impl Wakeups {
         let _ = self.lanes.write(1);
     }
 
-    /// Waits for a signal or the end of a lane.
+    /// Whether the end of a lane has not been looked at yet; it has been now.
+    pub(super) fn take_lane_ended(&self) -> bool {
+        self.lanes.read().is_ok()
+    }
+
+    /// A signal that has come and was not looked at yet; it has been now.
+    pub(super) fn take_signal(&self) -> Option<Signal> {
+        let info = self.signals.read_signal().ok()??;
+        let number = i32::try_from(info.ssi_signo).unwrap_or(0);
+        Some(Signal::try_from(number).unwrap_or(Signal::SIGTERM))
+    }
+
+    /// Says that somebody asks for something. Callable from any thread.
+    pub fn petition(&self) {
+        let _ = self.petitions.write(1);
+    }
+
+    /// Waits for a signal, the end of a lane or a petition.
     pub fn wait(&self, timeout: PollTimeout) -> Wake {
         self.wait_for(None, timeout)
     }
 
-    /// Waits for a signal, the end of a lane, or until another descriptor can be read.
+    /// Waits for a signal, the end of a lane, a petition, or until another descriptor can be read.
     pub fn wait_or(&self, other: BorrowedFd<'_>, timeout: PollTimeout) -> Wake {
         self.wait_for(Some(other), timeout)
     }
 
     fn wait_for(&self, other: Option<BorrowedFd<'_>>, timeout: PollTimeout) -> Wake {
         loop {
-            if let Ok(Some(info)) = self.signals.read_signal() {
-                let number = i32::try_from(info.ssi_signo).unwrap_or(0);
-                return Wake::Signal(Signal::try_from(number).unwrap_or(Signal::SIGTERM));
+            if let Some(signal) = self.take_signal() {
+                return Wake::Signal(signal);
             }
-            if self.lanes.read().is_ok() {
+            if self.take_lane_ended() {
                 return Wake::LaneEnded;
+            }
+            if self.petitions.read().is_ok() {
+                return Wake::Petition;
             }
             // Without another one, the same twice.
             let other = other.unwrap_or(self.signals.as_fd());
-            let mut fds = [self.signals.as_fd(), self.lanes.as_fd(), other]
+            let (signals, lanes) = (self.signals.as_fd(), self.lanes.as_fd());
+            let mut fds = [signals, lanes, self.petitions.as_fd(), other]
                 .map(|fd| PollFd::new(fd, PollFlags::POLLIN));
             let ready = poll(&mut fds, timeout);
-            let [signals, lanes, other] = fds.map(|fd| fd.any().unwrap_or(false));
+            let [own @ .., other] = fds.map(|fd| fd.any().unwrap_or(false));
             match ready {
                 Ok(0) => return Wake::TimedOut,
-                Ok(_) if other && !signals && !lanes => return Wake::Other,
+                Ok(_) if other && own == [false; 3] => return Wake::Other,
                 Ok(_) | Err(_) => {}
             }
         }

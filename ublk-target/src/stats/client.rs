@@ -127,7 +127,56 @@ impl Client {
     /// # Errors
     /// [`ClientError`].
     pub fn snapshot(&mut self, latencies: bool, slots: bool) -> Result<Snapshot, ClientError> {
-        let line = Command::Snapshot { latencies, slots }.to_line();
+        match self.ask(&Command::Snapshot { latencies, slots })? {
+            Answer::Snapshot(snapshot) if snapshot.lanes.is_empty() => {
+                Err(ClientError::Gone(self.id))
+            }
+            Answer::Snapshot(snapshot) => Ok(snapshot),
+            answer @ (Answer::Size(_) | Answer::Accepted | Answer::Error(_)) => {
+                Err(self.refused(answer))
+            }
+        }
+    }
+
+    /// Has the server take note of backings that have grown; how many bytes the device may have.
+    /// `size` is that of a null device.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn grow(&mut self, size: Option<u64>) -> Result<u64, ClientError> {
+        match self.ask(&Command::Grow { size })? {
+            Answer::Size(bytes) => Ok(bytes),
+            answer @ (Answer::Snapshot(_) | Answer::Accepted | Answer::Error(_)) => {
+                Err(self.refused(answer))
+            }
+        }
+    }
+
+    /// Has the server hand the device over to another program, the file of these numbers.
+    ///
+    /// # Errors
+    /// [`ClientError`]: nothing has changed.
+    pub fn upgrade(&mut self, program: &Path, file: (u64, u64)) -> Result<(), ClientError> {
+        match self.ask(&Command::Upgrade { program: program.to_owned(), file })? {
+            Answer::Accepted => Ok(()),
+            answer @ (Answer::Snapshot(_) | Answer::Size(_) | Answer::Error(_)) => {
+                Err(self.refused(answer))
+            }
+        }
+    }
+
+    fn refused(&self, answer: Answer) -> ClientError {
+        match answer {
+            Answer::Error(error) => ClientError::Refused { id: self.id, error },
+            Answer::Snapshot(_) | Answer::Size(_) | Answer::Accepted => {
+                let why = "it answers another question".to_owned();
+                ClientError::Corrupt { id: self.id, why }
+            }
+        }
+    }
+
+    fn ask(&mut self, command: &Command) -> Result<Answer, ClientError> {
+        let line = command.to_line();
         // A server that refuses may have closed its side already; its word is there to be read.
         let sent = self.stream.write_all(line.as_bytes());
         let line = match (self.read_line(), sent) {
@@ -135,14 +184,7 @@ impl Client {
             (Err(ClientError::Gone(_)), Err(error)) => return Err(self.failed(&error)),
             (Err(error), _) => return Err(error),
         };
-        match parse(&line) {
-            Ok(Answer::Snapshot(snapshot)) if snapshot.lanes.is_empty() => {
-                Err(ClientError::Gone(self.id))
-            }
-            Ok(Answer::Snapshot(snapshot)) => Ok(snapshot),
-            Ok(Answer::Error(error)) => Err(ClientError::Refused { id: self.id, error }),
-            Err(why) => Err(ClientError::Corrupt { id: self.id, why }),
-        }
+        parse(&line).map_err(|why| ClientError::Corrupt { id: self.id, why })
     }
 
     /// Tells the server that the connection is still wanted. It ends one that says nothing for

@@ -28,6 +28,17 @@
 //!   with the error. So does, without one, a connection on which nothing has moved for
 //!   [`Limits::idle`].
 //!
+//! The main thread is asked to take note of backings that have grown (`size` is for a null device;
+//! the kernel is told of the new size by whoever asks), and to hand the device over to another
+//! program (`file` are the numbers of its device and inode as the client sees them):
+//!
+//! ```json
+//! {"version":1,"command":"grow","size":null}
+//! {"version":1,"size":1073741824}
+//! {"version":1,"command":"upgrade","program":"/usr/bin/ublk-target","file":[66305,131]}
+//! {"version":1,"accepted":null}
+//! ```
+//!
 //! Counters count since the server's start. Rates are the client's business: [`report`] computes
 //! them from two snapshots.
 

@@ -1,6 +1,7 @@
 //! The lines of the protocol, which is described in [`stats`](super).
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -15,7 +16,7 @@ pub const MAX_REQUEST_BYTES: usize = 1024;
 pub const MAX_RESPONSE_BYTES: usize = 64 << 20;
 
 /// What a client asks for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "kebab-case")]
 pub enum Command {
     /// What is known now.
@@ -26,6 +27,20 @@ pub enum Command {
         /// Name each lent slot.
         #[serde(default)]
         slots: bool,
+    },
+    /// Take note of backings that have grown. The answer is how long the device may be; the kernel
+    /// is told by whoever asks.
+    Grow {
+        /// The size of a null device, in bytes.
+        #[serde(default)]
+        size: Option<u64>,
+    },
+    /// Hand the device over to another program. The answer is whether it will be tried.
+    Upgrade {
+        /// Its absolute path.
+        program: PathBuf,
+        /// The file that this is to be: the numbers of its device and of itself.
+        file: (u64, u64),
     },
 }
 
@@ -57,8 +72,8 @@ pub enum BadRequest {
 impl Command {
     /// As a line, its end included.
     #[must_use]
-    pub fn to_line(self) -> String {
-        to_line(&Request { version: VERSION, command: self })
+    pub fn to_line(&self) -> String {
+        to_line(&Request { version: VERSION, command: self.clone() })
     }
 
     /// Reads a line.
@@ -87,12 +102,16 @@ pub struct Response {
     pub answer: Answer,
 }
 
-/// The two kinds of answers.
+/// The kinds of answers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Answer {
     /// What was asked for.
     Snapshot(Snapshot),
+    /// How many bytes the device may have.
+    Size(u64),
+    /// It will be done.
+    Accepted,
     /// Why there is none.
     Error(String),
 }

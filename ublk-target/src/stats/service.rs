@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,6 +19,8 @@ use super::protocol::{Answer, Command, Snapshot};
 use super::summary::{lane_stats, latencies};
 use crate::engine::Recorder;
 use crate::server::message::LaneHandle;
+use crate::server::petition::{Petition, Petitioner};
+use crate::units::Bytes;
 
 /// Bounds of what clients may take.
 #[derive(Clone, Copy, Debug)]
@@ -61,6 +63,7 @@ impl StatsServer {
         path: PathBuf,
         device: u32,
         lanes: Vec<LaneHandle>,
+        petitioner: Petitioner,
         limits: Limits,
     ) -> io::Result<Self> {
         let stop = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC)?;
@@ -74,6 +77,7 @@ impl StatsServer {
             accept_after: None,
             stop,
             lanes: Lanes::new(lanes, limits.lanes),
+            petitioner,
             connections: Vec::new(),
             limits,
         };
@@ -119,6 +123,7 @@ struct Service {
     accept_after: Option<Instant>,
     stop: Arc<EventFd>,
     lanes: Lanes,
+    petitioner: Petitioner,
     connections: Vec<Connection>,
     limits: Limits,
 }
@@ -215,6 +220,17 @@ impl Service {
                     Err(silent) => Answer::Error(silent.to_string()),
                 }
             }
+            Some(Ok(Command::Grow { size })) => {
+                let size = size.map(Bytes);
+                let grown = self.petitioner.ask(|reply| Petition::Grow { size, reply });
+                grown.map_or_else(Answer::Error, |size| Answer::Size(size.0))
+            }
+            Some(Ok(Command::Upgrade { program, file })) => {
+                let accepted = see(&program, file).and_then(|()| {
+                    self.petitioner.ask(|reply| Petition::Upgrade { program, reply })
+                });
+                accepted.map_or_else(Answer::Error, |()| Answer::Accepted)
+            }
         };
         self.connections[index].send(answer);
     }
@@ -269,6 +285,19 @@ impl Service {
         }
         Ok(())
     }
+}
+
+/// Whether a program is seen here as the client sees it: the server has left the client's mounts.
+fn see(program: &Path, file: (u64, u64)) -> Result<(), String> {
+    let seen = std::fs::metadata(program).map(|meta| (meta.dev(), meta.ino()));
+    if seen.as_ref().is_ok_and(|seen| *seen == file) {
+        return Ok(());
+    }
+    Err(format!(
+        "the server does not see {}, which is on a file system that was mounted after the server was \
+         started, or that it had no use for; put the program beside the present one",
+        program.display()
+    ))
 }
 
 /// What can be read, written or accepted.

@@ -15,6 +15,8 @@ use super::{Limits, StatsServer, remove_stale_socket, socket_path};
 use crate::engine::{Recorder, Stamps};
 use crate::request::RequestKind;
 use crate::server::message::{LaneHandle, LaneMessage, LaneSnapshot};
+use crate::server::petition::Petitioner;
+use crate::server::signals::Wakeups;
 use crate::units::Qid;
 
 /// What lanes are made to do here.
@@ -25,6 +27,11 @@ enum Manner {
     Ignore,
     /// End at the first message.
     End,
+}
+
+/// Brings petitions to a main thread that has ended.
+fn nobody() -> Petitioner {
+    Petitioner::new(Arc::new(Wakeups::new().unwrap())).0
 }
 
 type Seen = Arc<Mutex<Vec<&'static str>>>;
@@ -55,7 +62,7 @@ fn fake_lane(qid: u16, manner: Manner) -> (LaneHandle, Seen) {
                 LaneMessage::Measure { recorder: new, reply } => {
                     let _ = reply.try_send(std::mem::replace(&mut recorder, new));
                 }
-                LaneMessage::CancelAll => {}
+                LaneMessage::CancelAll | LaneMessage::Grow { .. } | LaneMessage::Drain => {}
             }
         }
     });
@@ -68,6 +75,8 @@ fn name(message: &LaneMessage) -> &'static str {
         LaneMessage::Measure { recorder: Some(_), .. } => "measure",
         LaneMessage::Measure { recorder: None, .. } => "end",
         LaneMessage::CancelAll => "cancel",
+        LaneMessage::Grow { .. } => "grow",
+        LaneMessage::Drain => "drain",
     }
 }
 
@@ -116,7 +125,7 @@ impl Fixture {
         let lanes = (0..).zip(manners).map(|(qid, manner)| fake_lane(qid, *manner));
         let (lanes, seen): (Vec<_>, Vec<_>) = lanes.unzip();
         let path = socket_path(directory.path(), 7);
-        let server = StatsServer::start(path, 7, lanes, limits).unwrap();
+        let server = StatsServer::start(path, 7, lanes, nobody(), limits).unwrap();
         Self { directory, server: Some(server), seen: Arc::clone(&seen[0]) }
     }
 
@@ -382,7 +391,7 @@ fn the_socket_is_its_owners_and_replaces_a_stale_one() {
     let path = socket_path(directory.path(), 7);
     // Dropping a listener leaves its name, as the death of a server does.
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
-    let server = StatsServer::start(path.clone(), 7, Vec::new(), PATIENT).unwrap();
+    let server = StatsServer::start(path.clone(), 7, Vec::new(), nobody(), PATIENT).unwrap();
     let metadata = std::fs::metadata(&path).unwrap();
     assert!(metadata.file_type().is_socket());
     assert_eq!(metadata.permissions().mode() & 0o777, 0o600);
@@ -394,5 +403,5 @@ fn the_socket_is_its_owners_and_replaces_a_stale_one() {
     assert!(!path.exists());
     remove_stale_socket(directory.path(), 7);
     let nowhere = socket_path(&directory.path().join("missing"), 7);
-    assert!(StatsServer::start(nowhere, 7, Vec::new(), PATIENT).is_err());
+    assert!(StatsServer::start(nowhere, 7, Vec::new(), nobody(), PATIENT).is_err());
 }

@@ -57,6 +57,11 @@ impl<P> FaultTarget<P> {
         &self.inner
     }
 
+    /// The target that it wraps, to be replaced by one that has the same bytes.
+    pub fn inner_mut(&mut self) -> &mut P {
+        &mut self.inner
+    }
+
     /// What is to become of the next request.
     pub fn decide(&self, request: &Request) -> Decision {
         let block = u64::from(self.block);

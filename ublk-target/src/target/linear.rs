@@ -69,6 +69,20 @@ impl LinearTarget {
         self.size
     }
 
+    /// Whether every byte of `other` is where it is here, and there may be more behind them.
+    #[must_use]
+    pub fn extends(&self, other: &Self) -> bool {
+        let last = other.extents.len() - 1;
+        let begins_so = self.extents.get(..last) == Some(&other.extents[..last]);
+        let goes_on = self.extents.get(last).is_some_and(|extent| {
+            let old = other.extents[last];
+            extent.len >= old.len && *extent == Extent { len: extent.len, ..old }
+        });
+        // A longer last extent moves no other one only if there is no other.
+        let is_last = self.extents.len() == other.extents.len();
+        begins_so && goes_on && (is_last || self.extents[last] == other.extents[last])
+    }
+
     /// The extent that a byte of the device is in.
     fn index_of(&self, at: u64) -> usize {
         self.extents.partition_point(|extent| extent.device_start <= at) - 1

@@ -48,6 +48,36 @@ impl AnyTarget {
         }
     }
 
+    /// Whether every byte of `other` is where it is here, and there may be more behind them. What
+    /// wraps a target is not looked at.
+    #[must_use]
+    pub fn extends(&self, other: &Self) -> bool {
+        match (self.innermost(), other.innermost()) {
+            (Self::Null(_), Self::Null(_)) => true,
+            (Self::Loop(new), Self::Loop(old)) => new.size >= old.size,
+            (Self::Linear(new), Self::Linear(old)) => new.extends(old),
+            (Self::Stripe(new), Self::Stripe(old)) => new.extends(old),
+            (_, _) => false,
+        }
+    }
+
+    /// Puts another target in the place of the one that is not wrapped further.
+    pub fn replace_innermost(&mut self, target: &Self) {
+        match self {
+            Self::Fault(fault) => fault.inner_mut().replace_innermost(target),
+            Self::Null(_) | Self::Loop(_) | Self::Linear(_) | Self::Stripe(_) => {
+                *self = target.innermost().clone();
+            }
+        }
+    }
+
+    fn innermost(&self) -> &Self {
+        match self {
+            Self::Fault(fault) => fault.inner().innermost(),
+            Self::Null(_) | Self::Loop(_) | Self::Linear(_) | Self::Stripe(_) => self,
+        }
+    }
+
     /// The target for a queue: what is random differs from queue to queue, and from a target to
     /// the one that it wraps.
     #[must_use]

@@ -13,7 +13,7 @@ pub const MIN_CHUNK: u64 = 4096;
 
 /// A part of the device that is striped over the same backings: all of them at first, and where
 /// the smaller ones end, those that go on.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Zone {
     /// First byte on the device.
     device_start: u64,
@@ -100,6 +100,19 @@ impl StripeTarget {
     #[must_use]
     pub const fn chunk(&self) -> u64 {
         self.chunk
+    }
+
+    /// Whether every byte of `other` is where it is here, and there may be more behind them.
+    #[must_use]
+    pub fn extends(&self, other: &Self) -> bool {
+        let same_kind = self.chunk == other.chunk && self.backings == other.backings;
+        let last = other.zones.len() - 1;
+        let begins_so = self.zones.get(..last) == Some(&other.zones[..last]);
+        let goes_on = self.zones.get(last).is_some_and(|zone| {
+            let old = &other.zones[last];
+            zone.rows >= old.rows && *zone == Zone { rows: zone.rows, ..old.clone() }
+        });
+        same_kind && begins_so && goes_on
     }
 
     fn zone_of(&self, at: u64) -> usize {

@@ -1,0 +1,67 @@
+//! `resize`.
+
+use std::process::ExitCode;
+
+use ublk_target::delete::users;
+use ublk_target::kernel;
+use ublk_target::state::{self, Description};
+use ublk_target::stats::client::Client;
+use ublk_target::units::Bytes;
+use uring_ext::control::Control;
+use uring_ext::feature::UPDATE_SIZE;
+
+use super::Resize;
+
+/// Changes the size of a live device. The server is asked to serve more; the kernel is told here, so
+/// that the server never waits for its own device.
+pub fn resize(args: &Resize) -> anyhow::Result<ExitCode> {
+    let (id, control) = (args.id, Control::open()?);
+    let described = Description::of(&control, id);
+    if described.as_ref().is_err_and(state::is_missing) {
+        anyhow::bail!("there is no ublk device {id}");
+    }
+    let described = described?;
+    if !kernel::features(&control)?.has(UPDATE_SIZE) {
+        anyhow::bail!(
+            "resizing needs the ublk feature UPDATE_SIZE (Linux {} or newer), which this kernel ({}) \
+             lacks; delete the device and add it again",
+            UPDATE_SIZE.since,
+            kernel::release().unwrap_or_default()
+        );
+    }
+    if described.state != "LIVE" {
+        anyhow::bail!("device {id} is {}; only a live device can be resized", described.state);
+    }
+    if args.size.is_some_and(|size| size.0 == 0 || size.0 % 512 != 0) {
+        anyhow::bail!("a size has to be a multiple of 512 bytes, and not 0");
+    }
+    let longest = Bytes(Client::connect(id)?.grow(args.size.map(|size| size.0))?);
+    let (new, old) = (args.size.unwrap_or(longest), Bytes(described.size_bytes));
+    if new > longest {
+        anyhow::bail!(
+            "the backings of device {id} hold {longest}, less than {new}; make them longer"
+        );
+    }
+    if new < old {
+        if !args.shrink {
+            anyhow::bail!(
+                "{new} is less than the {old} that {} has; what is behind that would be lost: \
+                 say --shrink if it may be",
+                described.device.display()
+            );
+        }
+        let users = users(id);
+        if !users.is_empty() {
+            anyhow::bail!(
+                "{} is in use: {}; stop that use before it shrinks",
+                described.device.display(),
+                users.join(", ")
+            );
+        }
+    }
+    if new != old {
+        control.update_size(id, new.sectors().0)?;
+    }
+    println!("{}: {new} (was {old})", described.device.display());
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,184 @@
+//! `upgrade`.
+
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use ublk_target::kernel;
+use ublk_target::server::on_death::OnDeath;
+use ublk_target::server::signals::Watch;
+use ublk_target::state::{self, Description, RUN_DIR, StateFile, device_ids, recorded_ids};
+use ublk_target::stats::client::Client;
+use uring_ext::control::Control;
+use uring_ext::feature::{Features, QUIESCE};
+
+use super::Upgrade;
+
+/// The longest wait for the new server; I/O that is outstanding has to end first.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Has devices served by another program.
+pub fn upgrade(args: &Upgrade) -> anyhow::Result<ExitCode> {
+    let program = match &args.program {
+        Some(program) => program.canonicalize(),
+        None => std::env::current_exe(),
+    };
+    let program = program.with_context(|| match &args.program {
+        Some(program) => program.display().to_string(),
+        None => "cannot find this program".to_owned(),
+    })?;
+    let control = Control::open()?;
+    if let Some(id) = args.which.id {
+        one(&control, id, &program)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut code = ExitCode::SUCCESS;
+    let recorded = recorded_ids(Path::new(RUN_DIR));
+    for id in device_ids().into_iter().filter(|id| recorded.contains(id)) {
+        if let Err(error) = one(&control, id, &program) {
+            eprintln!("ublk-target: {error:#}");
+            code = ExitCode::FAILURE;
+        }
+    }
+    Ok(code)
+}
+
+fn one(control: &Control, id: u32, program: &Path) -> anyhow::Result<()> {
+    let info = match control.info(id) {
+        Err(error) if state::is_missing(&error) => anyhow::bail!("there is no ublk device {id}"),
+        info => info?,
+    };
+    let device = state::block_path(id);
+    let on_death = OnDeath::of_flags(info.flags);
+    if !on_death.keeps_io() {
+        anyhow::bail!(
+            "{} was added with `--on-death {on_death}`: its I/O would fail, not wait; only devices \
+             of `wait` and `reissue` can be upgraded while they are used",
+            device.display()
+        );
+    }
+    if !Features(info.flags).has(QUIESCE) {
+        anyhow::bail!(
+            "upgrading needs the ublk feature QUIESCE (Linux {} or newer), which {} was added \
+             without (this kernel: {})",
+            QUIESCE.since,
+            device.display(),
+            kernel::release().unwrap_or_default()
+        );
+    }
+    let described = Description::of(control, id)?;
+    let pid = described.pid.filter(|_| described.state == "LIVE");
+    let Some(pid) = pid else {
+        anyhow::bail!(
+            "{} has no live server; `ublk-target recover -n {id}` gives it one",
+            device.display()
+        );
+    };
+    // The one to fall back to, even if its file is replaced meanwhile.
+    let old = File::open(format!("/proc/{pid}/exe")).context("cannot open the server's program")?;
+    check(program, id)?;
+    let before = StateFile::read(Path::new(RUN_DIR), id)?.incarnation;
+    let meta = fs::metadata(program).with_context(|| program.display().to_string())?;
+    let server = Watch::on(pid);
+    let began = Instant::now();
+    Client::connect(id)?.upgrade(program, (meta.dev(), meta.ino()))?;
+    let record =
+        await_next(control, id, before, &server, began, &[program.to_owned(), path_of(&old)])?;
+    if !same_program(record.pid, &meta) {
+        anyhow::bail!(
+            "{} could not take over; {} is served by {} again; see {}",
+            program.display(),
+            device.display(),
+            record.program.display(),
+            state::log_path(id).display()
+        );
+    }
+    println!(
+        "{}: served by {} (I/O waited for less than {:.0?})",
+        device.display(),
+        program.display(),
+        began.elapsed()
+    );
+    Ok(())
+}
+
+/// Whether the program starts, and understands the device.
+fn check(program: &Path, id: u32) -> anyhow::Result<()> {
+    let output = Command::new(program)
+        .args(["check-state", "-n", &id.to_string()])
+        .output()
+        .with_context(|| format!("{} cannot be started; nothing has changed", program.display()))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    let said = said.lines().next().map(str::trim).filter(|line| !line.is_empty());
+    let said = said.map_or_else(|| output.status.to_string(), str::to_owned);
+    anyhow::bail!("{} cannot serve device {id}: {said}; nothing has changed", program.display());
+}
+
+fn path_of(file: &File) -> PathBuf {
+    PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()))
+}
+
+fn same_program(pid: u32, wanted: &fs::Metadata) -> bool {
+    fs::metadata(format!("/proc/{pid}/exe"))
+        .is_ok_and(|meta| (meta.dev(), meta.ino()) == (wanted.dev(), wanted.ino()))
+}
+
+/// Waits until the device has its next server. Should the present one die on the way, one of the
+/// programs recovers the device.
+fn await_next(
+    control: &Control,
+    id: u32,
+    before: u32,
+    server: &Watch,
+    began: Instant,
+    programs: &[PathBuf],
+) -> anyhow::Result<StateFile> {
+    let mut said = 0;
+    let mut programs = programs.iter();
+    loop {
+        if let Ok(record) = StateFile::read(Path::new(RUN_DIR), id) {
+            let described = Description::of(control, id)?;
+            let is_live = described.state == "LIVE" && described.pid == Some(record.pid);
+            if is_live && record.incarnation != before {
+                return Ok(record);
+            }
+        }
+        // Nobody tells when a server is live.
+        if server.has_ended(Duration::from_millis(2)) {
+            let Some(program) = programs.next() else {
+                anyhow::bail!(
+                    "the server of device {id} has died, and no other one could recover it; \
+                     `ublk-target recover -n {id}` tries again"
+                );
+            };
+            eprintln!("ublk-target: the server of device {id} has died: recovering it");
+            let recovered = Command::new(program)
+                .args(["recover", "-n", &id.to_string()])
+                .stdout(std::process::Stdio::null())
+                .status();
+            // A supervisor may have been faster; then the state shows it.
+            if let Err(error) = recovered {
+                eprintln!("ublk-target: {}: {error}", program.display());
+            }
+        }
+        let waited = began.elapsed();
+        if waited > PATIENCE {
+            anyhow::bail!(
+                "device {id} has had no new server for {} s, probably since I/O is outstanding on its \
+                 backings; it goes on when that ends",
+                waited.as_secs()
+            );
+        }
+        if waited.as_secs() / 2 > said {
+            said = waited.as_secs() / 2;
+            eprintln!("ublk-target: waiting for the outstanding I/O of device {id} …");
+        }
+    }
+}

@@ -1,0 +1,63 @@
+//! What others ask of a server's main thread, which has the device's lanes.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::time::Duration;
+
+use super::signals::Wakeups;
+use crate::units::Bytes;
+
+/// What is asked.
+#[derive(Debug)]
+pub enum Petition {
+    /// Take note of backings that have grown, or of a null device's new size.
+    Grow {
+        /// The size of a null device.
+        size: Option<Bytes>,
+        /// Told how long the device may be.
+        reply: SyncSender<Result<Bytes, String>>,
+    },
+    /// Hand the device over to another program.
+    Upgrade {
+        /// The program.
+        program: PathBuf,
+        /// Told whether it will be tried.
+        reply: SyncSender<Result<(), String>>,
+    },
+}
+
+/// Brings petitions to the main thread.
+#[derive(Clone, Debug)]
+pub struct Petitioner {
+    sender: Sender<Petition>,
+    wakeups: Arc<Wakeups>,
+}
+
+/// How long the main thread may take for an answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+impl Petitioner {
+    /// One, and the main thread's end.
+    #[must_use]
+    pub fn new(wakeups: Arc<Wakeups>) -> (Self, Receiver<Petition>) {
+        let (sender, petitions) = channel();
+        (Self { sender, wakeups }, petitions)
+    }
+
+    /// Asks, and waits for the answer.
+    ///
+    /// # Errors
+    /// The server's words, why it will not.
+    pub fn ask<T>(
+        &self,
+        petition: impl FnOnce(SyncSender<Result<T, String>>) -> Petition,
+    ) -> Result<T, String> {
+        let (reply, answer) = sync_channel(1);
+        let sent = self.sender.send(petition(reply));
+        self.wakeups.petition();
+        let busy = || "the server is about to end, or is busy; try again".to_owned();
+        sent.map_err(|_| busy())?;
+        answer.recv_timeout(PATIENCE).unwrap_or_else(|_| Err(busy()))
+    }
+}

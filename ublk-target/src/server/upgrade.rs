@@ -1,0 +1,122 @@
+//! A live device passes from one program to the next: its I/O waits meanwhile, and none fails.
+//!
+//! The process stays the same one: its lanes end, it lets go of the device, and becomes a process
+//! of the new program (`execve(2)`) that recovers the device. So its process id, its supervisor and
+//! whatever else watches it go on. If it cannot become one, it recovers the device itself.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::poll::PollTimeout;
+use nix::sys::signal::{Signal, raise};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use uring_ext::Errno;
+use uring_ext::control::{Control, ControlError};
+
+use super::config::DeviceError;
+use super::device::{Helpers, Plan, Server};
+use super::recovery;
+use super::signals::Wake;
+use crate::state;
+
+/// How long the driver waits until each queue has a fetch that it can take back. After that, I/O
+/// waits all the same.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Makes the I/O of a device wait for its next server. What is outstanding goes on.
+///
+/// To be called by another process than the server: one that is killed while it waits for itself
+/// would wait for ever.
+///
+/// # Errors
+/// Those of the driver; the I/O goes on then.
+pub fn quiesce(id: u32) -> Result<(), ControlError> {
+    let control = Control::open()?;
+    let mut pending = control.quiesce(id, PATIENCE)?;
+    loop {
+        match control.wait(&mut pending, Duration::from_secs(10)) {
+            // The queues had no idle tag; their fetches end with their ring.
+            Some(Err(error)) if matches!(error.errno(), Some(Errno::EBUSY | Errno::EINTR)) => {
+                return Ok(());
+            }
+            Some(answer) => return answer.map(drop),
+            None => {}
+        }
+    }
+}
+
+impl Server {
+    /// Becomes a process of another program that serves the device. Returns if that cannot be, with
+    /// the device served again.
+    pub(super) fn hand_over(
+        &mut self,
+        plan: Plan,
+        program: &Path,
+        helpers: &Helpers<'_>,
+    ) -> Result<Plan, DeviceError> {
+        log::info!("handing over to {}", program.display());
+        if let Err(error) = self.stop_deliveries(helpers) {
+            log::error!("the device stays with this program: {error}");
+            return Ok(plan);
+        }
+        // From here on the device waits for its next server, whoever that is.
+        self.leave();
+        self.drain();
+        self.let_go();
+        drop(plan);
+        let error = (helpers.become_next)(self.id, program, self.supervisor);
+        log::error!("cannot become {}: {error}; going on with this program", program.display());
+        let record = recovery::read(&self.control, self.id)?;
+        let mut progress = |what: &str| log::warn!("{what}");
+        let plan = recovery::take_over(self, &record, false, &mut progress)?;
+        self.keep();
+        log::info!("{} is live again", state::block_path(self.id).display());
+        Ok(plan)
+    }
+
+    /// Has the driver deliver nothing more.
+    fn stop_deliveries(&self, helpers: &Helpers<'_>) -> Result<(), DeviceError> {
+        let mut came = None;
+        let stopped = self.quiesce_by_helper(helpers, &mut came);
+        if let Some(signal) = came {
+            // It is seen when the device is live again: a blocked signal outlasts execve(2).
+            let _ = raise(signal);
+        }
+        stopped
+    }
+
+    fn quiesce_by_helper(
+        &self,
+        helpers: &Helpers<'_>,
+        came: &mut Option<Signal>,
+    ) -> Result<(), DeviceError> {
+        let failed = |error: io::Error| {
+            DeviceError::setup("cannot start a process that makes I/O wait", Errno::of(&error))
+        };
+        let began = Instant::now();
+        loop {
+            let mut process = (helpers.quiesce)(self.id).map_err(failed)?;
+            let pidfd = pidfd_open(Pid::from_child(&process), PidfdFlags::empty())
+                .map_err(|errno| failed(errno.into()))?;
+            let status = loop {
+                if let Some(status) = process.try_wait().map_err(failed)? {
+                    break status;
+                }
+                let woken = self.wakeups.wait_or(pidfd.as_fd(), PollTimeout::from(1_000_u16));
+                if let Wake::Signal(signal) = woken {
+                    *came = Some(signal);
+                }
+            };
+            match status.code() {
+                Some(0) => return Ok(()),
+                // It has said why.
+                Some(_) => return Err(DeviceError::NotQuiesced),
+                // Killed; whether the driver was asked is not known.
+                None if began.elapsed() < 3 * PATIENCE => {}
+                None => return Err(DeviceError::NotQuiesced),
+            }
+        }
+    }
+}
