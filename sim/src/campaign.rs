@@ -3,7 +3,6 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::ending::Outcome;
-use crate::fault::{Fault, Tally};
 use crate::world::{Options, play};
 
 /// A seed that broke a promise.
@@ -20,18 +19,8 @@ pub struct Failure {
 pub struct Campaign {
     /// Seeds played.
     pub seeds: u64,
-    /// Requests that clients asked for.
-    pub requests: u64,
-    /// Those that were answered with success.
-    pub succeeded: u64,
-    /// Steps, each followed by all checks.
-    pub steps: u64,
-    /// Faults.
-    pub tally: Tally,
-    /// The engines' counters, by name.
-    pub counters: Vec<(&'static str, u64)>,
-    /// A number that only the same seeds have.
-    pub hash: u64,
+    /// All their runs together.
+    pub total: Outcome,
 }
 
 impl Campaign {
@@ -55,22 +44,6 @@ impl Campaign {
     /// Adds what a run came to.
     pub fn add(&mut self, outcome: &Outcome) {
         self.seeds += 1;
-        self.requests += outcome.requests;
-        self.succeeded += outcome.succeeded;
-        self.steps += outcome.steps;
-        self.tally.merge(&outcome.tally);
-        self.hash = self.hash.rotate_left(1) ^ outcome.hash;
-        if self.counters.is_empty() {
-            self.counters.clone_from(&outcome.counters);
-            return;
-        }
-        for (sum, (_, count)) in self.counters.iter_mut().zip(&outcome.counters) {
-            sum.1 += count;
-        }
-    }
-
-    /// Faults that no seed has seen.
-    pub fn unseen(&self) -> impl Iterator<Item = Fault> + '_ {
-        self.tally.unseen()
+        self.total.merge(outcome);
     }
 }

@@ -2,7 +2,6 @@
 
 use bufreg::{Borrower, SlotState};
 use ublk_target::engine::Engine;
-use ublk_target::lane::event::Event;
 use ublk_target::plan::WINDOW_OPS;
 use ublk_target::units::Tag;
 
@@ -289,11 +288,4 @@ impl View<'_> {
             assert!(given_up, "the slot of tag {} is in quarantine before its time", held.tag);
         }
     }
-}
-
-/// Whether a completion's user data is that of an answer to a request to cancel, which the lane
-/// ignores.
-#[must_use]
-pub fn is_ignored(event: Option<Event>) -> bool {
-    event == Some(Event::Cancelled)
 }

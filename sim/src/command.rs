@@ -2,7 +2,7 @@
 //!
 //! Written from the specification, like the decoder of the other entries.
 
-use crate::entry::{Transfer, Work};
+use crate::entry::{Transfer, Work, u16_at, u32_at};
 use crate::kernel::backing::Zeroing;
 
 /// `IORING_OP_URING_CMD128`.
@@ -55,18 +55,17 @@ pub fn decode(first: &[u8; 64], second: &[u8; 64], ranges: &[Range]) -> Work {
     payload[..16].copy_from_slice(&first[48..]);
     payload[16..].copy_from_slice(second);
     let payload = Payload(payload);
-    let head =
-        |at: usize| u32::from_ne_bytes([first[at], first[at + 1], first[at + 2], first[at + 3]]);
-    assert_eq!(head(8), NVME_URING_CMD_IO, "command of a double entry");
+    assert_eq!(u32_at(first, 8), NVME_URING_CMD_IO, "command of a double entry");
     assert_eq!(payload.dword(4), NSID, "namespace");
-    let backing = (head(4) as usize).checked_sub(1).expect("a command to the character device");
+    let backing =
+        (u32_at(first, 4) as usize).checked_sub(1).expect("a command to the character device");
     let (addr, len) = (payload.qword(24), payload.dword(36));
     let at = payload.qword(40) << BLOCK_SHIFT;
     let dword12 = payload.dword(48);
     let blocks_len = (u64::from(dword12 & 0xffff) + 1) << BLOCK_SHIFT;
     match payload.0[0] {
         opcode @ (1 | 2) => {
-            assert_eq!(head(28), URING_CMD_FIXED, "data lies in a slot");
+            assert_eq!(u32_at(first, 28), URING_CMD_FIXED, "data lies in a slot");
             assert_eq!(u64::from(len), blocks_len, "length in bytes and in blocks");
             Work::Transfer(Transfer {
                 write: opcode == 1,
@@ -74,7 +73,7 @@ pub fn decode(first: &[u8; 64], second: &[u8; 64], ranges: &[Range]) -> Work {
                 backing,
                 at,
                 len,
-                slot: u16::from_ne_bytes([first[40], first[41]]),
+                slot: u16_at(first, 40),
                 addr,
             })
         }

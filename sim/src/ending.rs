@@ -1,6 +1,6 @@
 //! The end of a life, and of a run: are all accounts settled?
 
-use ublk_target::engine::{EngineStats, STAGES};
+use ublk_target::engine::STAGES;
 use ublk_target::request::RequestKind;
 
 use crate::cow::Cow;
@@ -8,21 +8,43 @@ use crate::fault::{Fault, Tally};
 use crate::kernel::Kernel;
 use crate::world::World;
 
-/// What a run came to.
+/// What a run came to, or several.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Outcome {
     /// Requests that clients asked for. Each was answered once, or failed by its server's death.
     pub requests: u64,
     /// Requests that were answered with success.
     pub succeeded: u64,
-    /// Steps, those of the end included.
+    /// Steps, those of the end included, each followed by all checks.
     pub steps: u64,
     /// Faults.
     pub tally: Tally,
     /// The engines' counters, by name.
     pub counters: Vec<(&'static str, u64)>,
-    /// A number that only the same run has.
+    /// A number that only the same runs have.
     pub hash: u64,
+}
+
+impl Outcome {
+    /// Adds what another run came to.
+    pub fn merge(&mut self, other: &Self) {
+        self.requests += other.requests;
+        self.succeeded += other.succeeded;
+        self.steps += other.steps;
+        self.tally.merge(&other.tally);
+        add_counters(&mut self.counters, &other.counters);
+        self.hash = self.hash.rotate_left(1) ^ other.hash;
+    }
+}
+
+/// Adds counters, which have the same names every time.
+fn add_counters(sums: &mut Vec<(&'static str, u64)>, counters: &[(&'static str, u64)]) {
+    if sums.is_empty() {
+        return sums.extend_from_slice(counters);
+    }
+    for (sum, (_, count)) in sums.iter_mut().zip(counters) {
+        sum.1 += count;
+    }
 }
 
 impl World {
@@ -40,21 +62,11 @@ impl World {
             let sound = !self.kernel.borrow().setup.hostile;
             assert!(!sound || recorded == stats.commits, "{recorded} latencies; {stats}");
         }
-        self.add_counters(&stats);
+        add_counters(&mut self.counters, &stats.named());
         let injected = self.lane.injected();
         let mut kernel = self.kernel.borrow_mut();
         kernel.tally.add(Fault::PortShort, injected.short);
         kernel.tally.add(Fault::PortAgain, injected.again);
-    }
-
-    fn add_counters(&mut self, stats: &EngineStats) {
-        if self.counters.is_empty() {
-            self.counters = stats.named().to_vec();
-            return;
-        }
-        for (sum, (_, count)) in self.counters.iter_mut().zip(stats.named()) {
-            sum.1 += count;
-        }
     }
 
     /// No more requests; those that are open come to their end, and so does the lane.

@@ -158,11 +158,11 @@ pub struct Entry {
     pub cancelled_at: Option<u64>,
 }
 
-fn u16_at(raw: &[u8; 64], at: usize) -> u16 {
+pub(crate) fn u16_at(raw: &[u8; 64], at: usize) -> u16 {
     u16::from_ne_bytes([raw[at], raw[at + 1]])
 }
 
-fn u32_at(raw: &[u8; 64], at: usize) -> u32 {
+pub(crate) fn u32_at(raw: &[u8; 64], at: usize) -> u32 {
     u32::from_ne_bytes([raw[at], raw[at + 1], raw[at + 2], raw[at + 3]])
 }
 
@@ -283,17 +283,15 @@ impl Entry {
     /// Whether a polling ring takes it.
     #[must_use]
     pub const fn may_be_polled(&self) -> bool {
-        match self.work {
+        matches!(
+            self.work,
             Work::Nop
-            | Work::Fetch(_)
-            | Work::Commit { .. }
-            | Work::Register { .. }
-            | Work::Unregister { .. }
-            | Work::Transfer(_) => true,
-            Work::Flush { .. } | Work::Zero { .. } | Work::Timeout { .. } | Work::Cancel { .. } => {
-                false
-            }
-        }
+                | Work::Fetch(_)
+                | Work::Commit { .. }
+                | Work::Register { .. }
+                | Work::Unregister { .. }
+                | Work::Transfer(_)
+        )
     }
 
     /// Whether it reads or writes.
@@ -334,33 +332,23 @@ impl Entry {
         match self.work {
             Work::Nop => true,
             Work::Transfer(it) => {
-                let kind = match op.kind {
-                    OpKind::Read | OpKind::ReadScratch => !it.write && !it.dsync,
-                    OpKind::Write { fua } | OpKind::WriteScratch { fua } => {
-                        it.write && it.dsync == fua
-                    }
-                    OpKind::Flush
-                    | OpKind::Discard
-                    | OpKind::WriteZeroes { .. }
-                    | OpKind::Delay => false,
+                let kind = if it.write {
+                    let fua = it.dsync;
+                    op.kind == OpKind::Write { fua } || op.kind == OpKind::WriteScratch { fua }
+                } else {
+                    op.is_read() && !it.dsync
                 };
                 kind && same(it.backing, it.at) && u64::from(it.len) <= op.len
             }
             Work::Flush { backing } => op.kind == OpKind::Flush && same(backing, op.offset),
             Work::Zero { backing, at, len, how } => {
-                let kind = match op.kind {
-                    OpKind::Discard => matches!(how, Zeroing::Discard | Zeroing::Punch),
+                let unmaps = op.kind == OpKind::WriteZeroes { may_unmap: true };
+                let kind = match how {
+                    Zeroing::Discard => op.kind == OpKind::Discard,
+                    Zeroing::Punch => op.kind == OpKind::Discard || unmaps,
                     // A drive whose deallocated blocks do not read as zeros keeps them.
-                    OpKind::WriteZeroes { may_unmap: true } => {
-                        how == Zeroing::Punch || self.command && how == Zeroing::ZeroRange
-                    }
-                    OpKind::WriteZeroes { may_unmap: false } => how == Zeroing::ZeroRange,
-                    OpKind::Read
-                    | OpKind::Write { .. }
-                    | OpKind::Flush
-                    | OpKind::ReadScratch
-                    | OpKind::WriteScratch { .. }
-                    | OpKind::Delay => false,
+                    Zeroing::ZeroRange if unmaps => self.command,
+                    Zeroing::ZeroRange => op.kind == OpKind::WriteZeroes { may_unmap: false },
                 };
                 kind && same(backing, at) && len == op.len
             }
@@ -376,18 +364,13 @@ impl Entry {
     /// The backing that it is about.
     #[must_use]
     pub const fn backing(&self) -> Option<usize> {
-        match self.work {
-            Work::Transfer(Transfer { backing, .. })
-            | Work::Flush { backing }
-            | Work::Zero { backing, .. } => Some(backing),
-            Work::Nop
-            | Work::Fetch(_)
-            | Work::Commit { .. }
-            | Work::Register { .. }
-            | Work::Unregister { .. }
-            | Work::Timeout { .. }
-            | Work::Cancel { .. } => None,
+        if let Work::Transfer(Transfer { backing, .. })
+        | Work::Flush { backing }
+        | Work::Zero { backing, .. } = self.work
+        {
+            return Some(backing);
         }
+        None
     }
 
     /// Whether it commits a request.

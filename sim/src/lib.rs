@@ -40,7 +40,7 @@ pub mod trace;
 mod world;
 
 pub use ending::Outcome;
-pub use world::{Options, World, play, play_setup};
+pub use world::{Options, play, play_setup};
 
 /// How many steps a seed has, unless somebody says otherwise.
 pub const DEFAULT_STEPS: u32 = 5000;

@@ -68,7 +68,7 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
         if told.elapsed() > PROGRESS {
-            eprintln!("{} of {count} seeds, {} requests", campaign.seeds, campaign.requests);
+            eprintln!("{} of {count} seeds, {} requests", campaign.seeds, campaign.total.requests);
             told = Instant::now();
         }
     }

@@ -7,7 +7,6 @@ use ublk_target::lane::event::Event;
 use ublk_target::units::Tag;
 use uring_ext::ring::Cqe;
 
-use crate::check::is_ignored;
 use crate::fault::Fault;
 use crate::world::World;
 
@@ -164,10 +163,11 @@ impl World {
         Some(Cqe { user_data: event.encode(kernel.incarnation), res })
     }
 
-    /// Whether a completion may be repeated: it is one that the lane counts when it is stale.
+    /// Whether a completion may be repeated: it is one that the lane counts when it is stale, and
+    /// no answer to a request to cancel, which it ignores.
     pub(crate) fn is_counted(&self, cqe: Cqe) -> bool {
         let incarnation = self.lane.engine().config().incarnation;
-        !is_ignored(Event::decode(cqe.user_data, incarnation))
+        Event::decode(cqe.user_data, incarnation) != Some(Event::Cancelled)
     }
 }
 

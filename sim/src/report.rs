@@ -42,40 +42,42 @@ fn grouped(number: u64) -> String {
 
 /// As a table.
 pub fn table(campaign: &Campaign, elapsed: Duration) {
+    let Campaign { seeds, total } = campaign;
     println!(
         "{} seeds, {} requests, {} of them with success, in {} steps",
-        grouped(campaign.seeds),
-        grouped(campaign.requests),
-        grouped(campaign.succeeded),
-        grouped(campaign.steps),
+        grouped(*seeds),
+        grouped(total.requests),
+        grouped(total.succeeded),
+        grouped(total.steps),
     );
     println!(
         "{:.1} s on one core: {} requests a second; every answer once and right",
         elapsed.as_secs_f64(),
-        grouped(per_second(campaign.requests, elapsed)),
+        grouped(per_second(total.requests, elapsed)),
     );
     println!("\nfaults");
     for fault in Fault::ALL {
-        println!("{:>14}  {}", grouped(campaign.tally.count(*fault)), fault.name());
+        println!("{:>14}  {}", grouped(total.tally.count(*fault)), fault.name());
     }
     println!("\nwhat the engines counted");
-    for (name, count) in &campaign.counters {
+    for (name, count) in &total.counters {
         println!("{:>14}  {}", grouped(*count), name.replace('_', " "));
     }
 }
 
 /// As JSON.
 pub fn json(campaign: &Campaign, elapsed: Duration) {
-    let count = |fault: &Fault| (fault.name(), campaign.tally.count(*fault));
+    let Campaign { seeds, total } = campaign;
+    let count = |fault: &Fault| (fault.name(), total.tally.count(*fault));
     let json = Json {
-        seeds: campaign.seeds,
-        requests: campaign.requests,
-        succeeded: campaign.succeeded,
-        steps: campaign.steps,
+        seeds: *seeds,
+        requests: total.requests,
+        succeeded: total.succeeded,
+        steps: total.steps,
         seconds: elapsed.as_secs_f64(),
-        requests_per_second: per_second(campaign.requests, elapsed),
+        requests_per_second: per_second(total.requests, elapsed),
         faults: Fault::ALL.iter().map(count).collect(),
-        counters: campaign.counters.iter().copied().collect(),
+        counters: total.counters.iter().copied().collect(),
     };
     println!("{}", serde_json::json!(json));
 }
@@ -99,7 +101,7 @@ pub fn failure(failure: &Failure, options: &Options, json: bool) {
 
 /// Whether every fault was seen; says which were not.
 pub fn nothing_unseen(campaign: &Campaign) -> bool {
-    let unseen: Vec<_> = campaign.unseen().map(Fault::name).collect();
+    let unseen: Vec<_> = campaign.total.tally.unseen().map(Fault::name).collect();
     if !unseen.is_empty() {
         eprintln!("never seen: {}", unseen.join(", "));
     }

@@ -22,7 +22,7 @@ fn campaign(
 }
 
 fn counter(campaign: &Campaign, name: &str) -> u64 {
-    let found = campaign.counters.iter().find(|(known, _)| *known == name);
+    let found = campaign.total.counters.iter().find(|(known, _)| *known == name);
     found.unwrap_or_else(|| panic!("no counter {name}")).1
 }
 
@@ -35,7 +35,7 @@ fn a_mirror_serves_without_the_leg_that_fails() {
         legs.is_some()
     });
     assert!(campaign.seeds > 15, "{} seeds", campaign.seeds);
-    assert_eq!(campaign.succeeded, campaign.requests);
+    assert_eq!(campaign.total.succeeded, campaign.total.requests);
     let counted = |name| counter(&campaign, name);
     assert!(counted("substituted") > 0, "reads went to another leg");
     assert!(counted("ignored") > 0, "writes did without");
@@ -59,7 +59,7 @@ fn a_snapshot_keeps_what_was_there_first() {
         assert!(campaign.seeds > 15, "{} seeds", campaign.seeds);
         assert!(counter(&campaign, "deferred") > 0, "requests to the same chunk have waited");
         let all = hostility == Hostility::None;
-        assert!(!all || campaign.succeeded == campaign.requests);
+        assert!(!all || campaign.total.succeeded == campaign.total.requests);
     }
 }
 

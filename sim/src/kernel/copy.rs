@@ -91,18 +91,7 @@ impl Kernel {
         let slot = self.setup.slots.lent + buffer;
         let flights = self.queued.iter().chain(&self.running);
         let mut entries = self.pushed().chain(flights.flat_map(super::Flight::entries));
-        let uses = entries.any(|entry| match entry.work {
-            Work::Transfer(transfer) => transfer.slot == slot,
-            Work::Nop
-            | Work::Fetch(_)
-            | Work::Commit { .. }
-            | Work::Register { .. }
-            | Work::Unregister { .. }
-            | Work::Flush { .. }
-            | Work::Zero { .. }
-            | Work::Timeout { .. }
-            | Work::Cancel { .. } => false,
-        });
+        let uses = entries.any(|entry| matches!(entry.work, Work::Transfer(it) if it.slot == slot));
         assert!(!uses, "a copy to or from buffer {buffer} while an operation uses it");
     }
 }

@@ -30,15 +30,11 @@ pub struct Flight {
 
 impl Flight {
     /// A chain about to start.
-    ///
-    /// # Panics
-    /// If the chain is longer than the engine's are.
     #[must_use]
-    pub fn new(entry: Entry, rest: &[Entry]) -> Self {
-        assert!(rest.len() <= MAX_LINKED, "a chain of {} entries", rest.len() + 1);
+    pub const fn new(entry: Entry, rest: [Option<Entry>; MAX_LINKED]) -> Self {
         Self {
             entry,
-            rest: [rest.first().copied(), rest.get(1).copied()],
+            rest,
             buffer: None,
             held_until: 0,
             lost: false,

@@ -45,7 +45,7 @@ pub use ask::Ask;
 use backing::Backing;
 pub use driver::{Phase, TagModel};
 pub use flight::Flight;
-pub use oracle::Oracle;
+use oracle::Oracle;
 pub use table::Buffer;
 pub use verdict::Blame;
 
@@ -107,7 +107,7 @@ pub struct Kernel {
     pub closing: bool,
     /// The device is being stopped.
     pub stopping: bool,
-    /// Requests that were answered, and those answered with success.
+    /// Requests that were answered.
     pub answered: u64,
     /// Requests that were answered with success.
     pub succeeded: u64,

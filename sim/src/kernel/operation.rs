@@ -13,27 +13,18 @@ pub(super) const HARD: [Errno; 3] = [Errno::EIO, Errno::ENXIO, Errno::EROFS];
 impl Kernel {
     /// Starts an operation: it takes its buffer.
     pub(super) fn run(&mut self, mut flight: Flight) {
-        match flight.entry.work {
-            Work::Transfer(transfer) => {
-                let Some(buffer) = self.table[usize::from(transfer.slot)] else {
-                    assert!(flight.unregistered, "an operation on an empty slot");
-                    return self.complete(flight, Errno::EFAULT.negated());
-                };
-                self.check_range(&transfer, buffer, flight.entry.tag);
-                flight.buffer = Some(buffer);
-                if let Buffer::Lent { tag } = buffer {
-                    self.tags[usize::from(tag)].refs += 1;
-                }
+        if let Work::Transfer(transfer) = flight.entry.work {
+            let Some(buffer) = self.table[usize::from(transfer.slot)] else {
+                assert!(flight.unregistered, "an operation on an empty slot");
+                return self.complete(flight, Errno::EFAULT.negated());
+            };
+            self.check_range(&transfer, buffer, flight.entry.tag);
+            flight.buffer = Some(buffer);
+            if let Buffer::Lent { tag } = buffer {
+                self.tags[usize::from(tag)].refs += 1;
             }
-            Work::Flush { backing } => flight.covers = self.backings[backing].flush_covers(),
-            Work::Nop
-            | Work::Fetch(_)
-            | Work::Commit { .. }
-            | Work::Register { .. }
-            | Work::Unregister { .. }
-            | Work::Zero { .. }
-            | Work::Timeout { .. }
-            | Work::Cancel { .. } => {}
+        } else if let Work::Flush { backing } = flight.entry.work {
+            flight.covers = self.backings[backing].flush_covers();
         }
         let patience = self.setup.deadline.unwrap_or(200_000);
         if self.strikes(Fault::Lost) {
@@ -203,23 +194,14 @@ impl Kernel {
 
     /// What an operation does though the server that asked for it is dead.
     pub(super) fn outlive(&mut self, flight: &Flight) {
-        match flight.entry.work {
-            Work::Transfer(transfer) => {
-                let whole = self.rng.chance(512);
-                let moved = if whole { transfer.len } else { self.rng.below(transfer.len) };
-                self.transfer(flight, &transfer, moved);
-            }
-            Work::Zero { backing, at, len, how } => {
-                self.backings[backing].zero(at, len, how, &mut self.rng);
-            }
-            Work::Nop
-            | Work::Fetch(_)
-            | Work::Commit { .. }
-            | Work::Register { .. }
-            | Work::Unregister { .. }
-            | Work::Flush { .. }
-            | Work::Timeout { .. }
-            | Work::Cancel { .. } => return,
+        if let Work::Transfer(transfer) = flight.entry.work {
+            let whole = self.rng.chance(512);
+            let moved = if whole { transfer.len } else { self.rng.below(transfer.len) };
+            self.transfer(flight, &transfer, moved);
+        } else if let Work::Zero { backing, at, len, how } = flight.entry.work {
+            self.backings[backing].zero(at, len, how, &mut self.rng);
+        } else {
+            return;
         }
         self.tally.note(Fault::EffectAfterDeath);
     }

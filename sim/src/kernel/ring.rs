@@ -135,7 +135,7 @@ impl Kernel {
             }
             left = left.saturating_sub(count);
             let [Some(first), second, third] = chain else { return };
-            let flight = Flight { rest: [second, third], ..Flight::new(first, &[]) };
+            let flight = Flight::new(first, [second, third]);
             // Some are handed to a worker, which starts them later.
             if first.is_operation() && self.rng.chance(200) {
                 self.queued.push(flight);

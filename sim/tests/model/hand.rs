@@ -48,13 +48,12 @@ impl Hand {
         let kernel = Rc::new(RefCell::new(Kernel::new(0, setup, Trace::new(false))));
         let mut hand = Self { io: SimIo(Rc::clone(&kernel)), kernel, lend };
         for tag in 0..2 {
-            let fetch = Sqe::fetch(CDEV, QID, tag, hand.delivery(tag));
-            hand.push(&[hand.named(fetch, Event::Fetched(key(tag)))]);
+            hand.fetch(tag);
         }
         hand
     }
 
-    pub fn delivery(&self, tag: u16) -> Delivery {
+    fn delivery(&self, tag: u16) -> Delivery {
         match self.lend {
             LendMode::Fused => Delivery::AutoRegister { slot: tag },
             LendMode::Slot | LendMode::UserCopy => Delivery::ByServer,
@@ -101,19 +100,28 @@ impl Hand {
         (blame.decision, blame.since) = (decision, now);
     }
 
+    pub fn fetch(&mut self, tag: u16) {
+        let fetch = Sqe::fetch(CDEV, QID, tag, self.delivery(tag));
+        self.push(&[self.named(fetch, Event::Fetched(key(tag)))]);
+    }
+
     pub fn commit(&mut self, tag: u16, result: i32) {
         let commit = Sqe::commit_and_fetch(CDEV, QID, tag, result, self.delivery(tag));
         self.push(&[self.named(commit, Event::Fetched(key(tag)))]);
     }
 
-    pub fn read(&self, slot: u16, offset: u32, at: u64) -> Sqe {
-        let buffer = FixedBuffer::Lent { slot, offset };
+    pub fn read(&self, buffer: FixedBuffer, at: u64) -> Sqe {
         self.named(Sqe::read_fixed(backing_file(0), buffer, 1024, at), OP)
     }
 
-    pub fn write(&self, slot: u16, dsync: bool) -> Sqe {
-        let buffer = FixedBuffer::Lent { slot, offset: 0 };
-        self.named(Sqe::write_fixed(backing_file(0), buffer, 1024, 0, dsync), OP)
+    /// Without FUA.
+    pub fn write(&self, buffer: FixedBuffer) -> Sqe {
+        self.named(Sqe::write_fixed(backing_file(0), buffer, 1024, 0, false), OP)
+    }
+
+    /// A buffer of the pool, where nothing is lent and the table begins with it.
+    pub fn pooled(&self, index: u16) -> FixedBuffer {
+        FixedBuffer::Pool { slot: index, addr: self.io.pool_addr(index, 0) }
     }
 
     pub fn register(&self, tag: u16, slot: u16) -> Sqe {
@@ -141,6 +149,19 @@ impl Hand {
         kernel.posted.drain(..).map(|it| (event(it.cqe.user_data), it.cqe.res)).collect()
     }
 
+    /// Pushes an entry and lets it come to its end.
+    pub fn carry_out(&mut self, sqe: Sqe) -> Vec<(Event, i32)> {
+        self.push(&[sqe]);
+        self.run()
+    }
+
+    /// Has tag 0 deliver a request, serves it by an operation that succeeds, and commits it.
+    pub fn serve(&mut self, kind: RequestKind, sqe: Sqe) {
+        self.ask(0, kind);
+        assert_eq!(self.carry_out(sqe), [(OP, 1024)]);
+        self.commit(0, 1024);
+    }
+
     pub fn phase(&self, tag: usize) -> Phase {
         self.kernel.borrow().tags[tag].phase
     }
@@ -161,6 +182,11 @@ fn role(sqe: &Sqe) -> RingRole {
 }
 
 pub const OP: Event = Event::Op(OpKey { place: 0, serial: 7 });
+
+/// The buffer in a slot.
+pub fn lent(slot: u16) -> FixedBuffer {
+    FixedBuffer::Lent { slot, offset: 0 }
+}
 
 pub fn key(tag: u16) -> TagKey {
     TagKey { tag: Tag(tag), turn: 0 }

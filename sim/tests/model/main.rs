@@ -5,9 +5,9 @@ mod hand;
 
 use bufreg::Incarnation;
 use ublk_sim::fault::Fault;
-use ublk_sim::kernel::{Ask, Phase, QID};
+use ublk_sim::kernel::{Ask, Phase};
 use ublk_target::lane::event::Event;
-use ublk_target::lane::{CDEV, LaneIo, RingRole, backing_file};
+use ublk_target::lane::{LaneIo, RingRole, backing_file};
 use ublk_target::lend::LendMode;
 use ublk_target::request::{Request, RequestKind};
 use ublk_target::target::Decision;
@@ -17,7 +17,7 @@ use uring_ext::iod::IoDesc;
 use uring_ext::pool::Direction;
 use uring_ext::sqe::{FixedBuffer, Sqe};
 
-use hand::{Hand, OP, key};
+use hand::{Hand, OP, key, lent};
 
 const READ: RequestKind = RequestKind::Read;
 const WRITE: RequestKind = RequestKind::Write { fua: false };
@@ -25,14 +25,8 @@ const WRITE: RequestKind = RequestKind::Write { fua: false };
 #[test]
 fn what_is_right_is_let_through() {
     let mut hand = Hand::new(LendMode::Fused);
-    hand.ask(0, WRITE);
-    hand.push(&[hand.write(0, false)]);
-    assert_eq!(hand.run(), [(OP, 1024)]);
-    hand.commit(0, 1024);
-    hand.ask(0, READ);
-    hand.push(&[hand.read(0, 0, 0)]);
-    assert_eq!(hand.run(), [(OP, 1024)]);
-    hand.commit(0, 1024);
+    hand.serve(WRITE, hand.write(lent(0)));
+    hand.serve(READ, hand.read(lent(0), 0));
     let kernel = hand.kernel.borrow();
     assert_eq!((kernel.answered, kernel.succeeded), (2, 2));
     assert_eq!(kernel.tags[0].data[..1024], [0x11; 1024], "it was read back");
@@ -42,7 +36,7 @@ fn what_is_right_is_let_through() {
 fn a_request_ends_when_nothing_refers_to_its_buffer() {
     let mut hand = Hand::new(LendMode::Fused);
     hand.ask(0, WRITE);
-    hand.push(&[hand.write(0, false)]);
+    hand.push(&[hand.write(lent(0))]);
     while hand.kernel.borrow().running.is_empty() {
         hand.kernel.borrow_mut().start_one();
     }
@@ -73,39 +67,25 @@ fn a_read_that_was_not_carried_out_is_found_out() {
 #[should_panic(expected = "left a hole")]
 fn a_pool_buffer_that_was_not_filled_is_found_out() {
     let mut hand = Hand::new(LendMode::Copy);
-    for _ in 0..2 {
-        hand.ask(0, READ);
-        let buffer = FixedBuffer::Pool { slot: 0, addr: hand.io.pool_addr(0, 0) };
-        let read = Sqe::read_fixed(backing_file(0), buffer, 1024, 0);
-        if hand.kernel.borrow().answered == 0 {
-            hand.push(&[hand.named(read, OP)]);
-            assert_eq!(hand.run(), [(OP, 1024)]);
-        }
-        // The second time the buffer has nothing in it that the first one has left.
-        hand.commit(0, 1024);
-    }
+    hand.serve(READ, hand.read(hand.pooled(0), 0));
+    hand.ask(0, READ);
+    // The buffer has nothing in it that the first request has left.
+    hand.commit(0, 1024);
 }
 
 #[test]
 #[should_panic(expected = "sector 0 was read wrongly")]
 fn a_read_from_elsewhere_is_found_out() {
     let mut hand = Hand::new(LendMode::Fused);
-    hand.ask(0, WRITE);
-    hand.push(&[hand.write(0, false)]);
-    hand.run();
-    hand.commit(0, 1024);
-    hand.ask(0, READ);
-    hand.push(&[hand.read(0, 0, 4096)]);
-    hand.run();
-    hand.commit(0, 1024);
+    hand.serve(WRITE, hand.write(lent(0)));
+    hand.serve(READ, hand.read(lent(0), 4096));
 }
 
 #[test]
 #[should_panic(expected = "an operation on an empty slot")]
 fn an_operation_on_an_empty_slot_is_found_out() {
     let mut hand = Hand::new(LendMode::Fused);
-    hand.push(&[hand.read(0, 0, 0)]);
-    hand.run();
+    hand.carry_out(hand.read(lent(0), 0));
 }
 
 #[test]
@@ -113,8 +93,7 @@ fn an_operation_on_an_empty_slot_is_found_out() {
 fn an_operation_beyond_its_buffer_is_found_out() {
     let mut hand = Hand::new(LendMode::Fused);
     hand.ask(0, READ);
-    hand.push(&[hand.read(0, 512, 0)]);
-    hand.run();
+    hand.carry_out(hand.read(FixedBuffer::Lent { slot: 0, offset: 512 }, 0));
 }
 
 #[test]
@@ -157,8 +136,7 @@ fn a_request_whose_buffer_stays_registered_does_not_end() {
     let mut hand = Hand::new(LendMode::Slot);
     hand.ask(0, WRITE);
     hand.push(&[hand.register(0, 1)]);
-    hand.push(&[hand.write(1, false)]);
-    hand.run();
+    hand.carry_out(hand.write(lent(1)));
     hand.commit(0, 1024);
     assert_eq!(hand.phase(0), Phase::Committed);
     hand.push(&[hand.unregister(0, 1)]);
@@ -169,20 +147,14 @@ fn a_request_whose_buffer_stays_registered_does_not_end() {
 #[should_panic(expected = "is not on stable storage")]
 fn a_write_without_the_fua_that_was_asked_for_is_found_out() {
     let mut hand = Hand::new(LendMode::Fused);
-    hand.ask(0, RequestKind::Write { fua: true });
-    hand.push(&[hand.write(0, false)]);
-    hand.run();
-    hand.commit(0, 1024);
+    hand.serve(RequestKind::Write { fua: true }, hand.write(lent(0)));
 }
 
 #[test]
 #[should_panic(expected = "a flush has not reached all writes")]
 fn a_flush_that_was_not_passed_on_is_found_out() {
     let mut hand = Hand::new(LendMode::Fused);
-    hand.ask(0, WRITE);
-    hand.push(&[hand.write(0, false)]);
-    hand.run();
-    hand.commit(0, 1024);
+    hand.serve(WRITE, hand.write(lent(0)));
     hand.ask(0, RequestKind::Flush);
     hand.commit(0, 0);
 }
@@ -190,13 +162,10 @@ fn a_flush_that_was_not_passed_on_is_found_out() {
 #[test]
 fn flushes_reach_what_was_written_before_them() {
     let mut hand = Hand::new(LendMode::Fused);
-    hand.ask(0, WRITE);
-    hand.push(&[hand.write(0, false)]);
-    hand.run();
-    hand.commit(0, 1024);
+    hand.serve(WRITE, hand.write(lent(0)));
     hand.ask(0, RequestKind::Flush);
-    hand.push(&[hand.named(Sqe::datasync(backing_file(0)), OP)]);
-    assert_eq!(hand.run(), [(OP, 0)]);
+    let flush = hand.named(Sqe::datasync(backing_file(0)), OP);
+    assert_eq!(hand.carry_out(flush), [(OP, 0)]);
     hand.commit(0, 0);
     assert_eq!(hand.kernel.borrow().succeeded, 2);
 }
@@ -223,9 +192,8 @@ fn an_error_for_no_reason_is_found_out() {
 fn success_in_spite_of_an_error_is_found_out() {
     let mut hand = Hand::new(LendMode::Fused);
     hand.ask(0, WRITE);
-    hand.push(&[hand.write(0, false)]);
     hand.always(Fault::OpZero);
-    assert_eq!(hand.run(), [(OP, 0)]);
+    assert_eq!(hand.carry_out(hand.write(lent(0))), [(OP, 0)]);
     hand.commit(0, 1024);
 }
 
@@ -233,8 +201,7 @@ fn success_in_spite_of_an_error_is_found_out() {
 fn what_is_left_of_a_short_request_is_asked_for_again() {
     let mut hand = Hand::new(LendMode::Fused);
     hand.ask(0, WRITE);
-    hand.push(&[hand.write(0, false)]);
-    hand.run();
+    hand.carry_out(hand.write(lent(0)));
     hand.decide(0, Decision { short: Some(512), ..Decision::default() });
     hand.commit(0, 512);
     let kernel = hand.kernel.borrow();
@@ -248,8 +215,7 @@ fn what_is_left_of_a_short_request_is_asked_for_again() {
 fn a_short_answer_that_nobody_wanted_is_found_out() {
     let mut hand = Hand::new(LendMode::Fused);
     hand.ask(0, WRITE);
-    hand.push(&[hand.write(0, false)]);
-    hand.run();
+    hand.carry_out(hand.write(lent(0)));
     hand.commit(0, 512);
 }
 
@@ -259,8 +225,7 @@ fn an_operation_beyond_what_is_claimed_is_found_out() {
     let mut hand = Hand::new(LendMode::Fused);
     hand.ask(0, READ);
     hand.decide(0, Decision { short: Some(512), ..Decision::default() });
-    hand.push(&[hand.read(0, 0, 0)]);
-    hand.run();
+    hand.carry_out(hand.read(lent(0), 0));
 }
 
 #[test]
@@ -284,8 +249,7 @@ fn an_answer_before_its_time_is_found_out() {
 #[test]
 fn delays_take_their_time() {
     let mut hand = Hand::new(LendMode::Fused);
-    hand.push(&[hand.named(Sqe::delay(5000), OP)]);
-    assert_eq!(hand.run(), []);
+    assert_eq!(hand.carry_out(hand.named(Sqe::delay(5000), OP)), []);
     hand.kernel.borrow_mut().now += 5000;
     assert_eq!(hand.run(), [(OP, Errno::ETIME.negated())]);
 }
@@ -294,8 +258,7 @@ fn delays_take_their_time() {
 #[should_panic(expected = "tag 0 is fetched twice")]
 fn a_second_fetch_is_found_out() {
     let mut hand = Hand::new(LendMode::Fused);
-    let fetch = Sqe::fetch(CDEV, QID, 0, hand.delivery(0));
-    hand.push(&[hand.named(fetch, Event::Fetched(key(0)))]);
+    hand.fetch(0);
 }
 
 #[test]
@@ -312,7 +275,7 @@ fn chains_run_in_order_and_to_their_end() {
     hand.ask(0, READ);
     let chain = |hand: &Hand| {
         let register = hand.register(0, 1).hard_link().skip_success();
-        [register, hand.read(1, 0, 0).hard_link(), hand.unregister(0, 1)]
+        [register, hand.read(lent(1), 0).hard_link(), hand.unregister(0, 1)]
     };
     hand.push(&chain(&hand));
     let unregistered = Event::Unregistered(key(0));
@@ -347,18 +310,17 @@ fn what_waits_is_cancelled_and_what_is_unknown_is_not_found() {
         let wanted = OP.encode(hand.kernel.borrow().incarnation);
         hand.named(Sqe::cancel(wanted), Event::Cancelled)
     };
-    hand.push(&[cancel(&hand)]);
-    assert_eq!(hand.run(), [(Event::Cancelled, Errno::ENOENT.negated())]);
+    let unknown = [(Event::Cancelled, Errno::ENOENT.negated())];
+    assert_eq!(hand.carry_out(cancel(&hand)), unknown);
     loop {
-        hand.push(&[hand.read(0, 0, 0)]);
+        hand.push(&[hand.read(lent(0), 0)]);
         if hand.kernel.borrow().queued.len() == 1 {
             break;
         }
         hand.run();
     }
-    hand.push(&[cancel(&hand)]);
     let cancelled = [(OP, Errno::ECANCELED.negated()), (Event::Cancelled, 0)];
-    assert_eq!(hand.run(), cancelled);
+    assert_eq!(hand.carry_out(cancel(&hand)), cancelled);
 }
 
 #[test]
@@ -366,15 +328,10 @@ fn user_copy_moves_bytes_between_request_and_pool() {
     let mut hand = Hand::new(LendMode::UserCopy);
     hand.ask(0, WRITE);
     assert_eq!(hand.io.copy(Tag(0), 1, Direction::FromRequest, 0, 1024), 1024);
-    let buffer = FixedBuffer::Pool { slot: 1, addr: hand.io.pool_addr(1, 0) };
-    let write = Sqe::write_fixed(backing_file(0), buffer, 1024, 0, false);
-    hand.push(&[hand.named(write, OP)]);
-    hand.run();
+    hand.carry_out(hand.write(hand.pooled(1)));
     hand.commit(0, 1024);
     hand.ask(0, READ);
-    let read = Sqe::read_fixed(backing_file(0), buffer, 1024, 0);
-    hand.push(&[hand.named(read, OP)]);
-    hand.run();
+    hand.carry_out(hand.read(hand.pooled(1), 0));
     assert_eq!(hand.io.copy(Tag(0), 1, Direction::ToRequest, 0, 1024), 1024);
     hand.commit(0, 1024);
     assert_eq!(hand.kernel.borrow().succeeded, 2);
@@ -385,9 +342,7 @@ fn user_copy_moves_bytes_between_request_and_pool() {
 fn a_copy_of_a_buffer_in_use_is_found_out() {
     let mut hand = Hand::new(LendMode::UserCopy);
     hand.ask(0, READ);
-    let buffer = FixedBuffer::Pool { slot: 1, addr: hand.io.pool_addr(1, 0) };
-    let read = Sqe::read_fixed(backing_file(0), buffer, 1024, 0);
-    hand.push(&[hand.named(read, OP)]);
+    hand.push(&[hand.read(hand.pooled(1), 0)]);
     hand.io.copy(Tag(0), 1, Direction::ToRequest, 0, 1024);
 }
 
@@ -395,7 +350,7 @@ fn a_copy_of_a_buffer_in_use_is_found_out() {
 fn open_requests_survive_their_server() {
     let mut hand = Hand::new(LendMode::Fused);
     hand.ask(0, READ);
-    hand.push(&[hand.read(0, 0, 0)]);
+    hand.push(&[hand.read(lent(0), 0)]);
     let unreaped = hand.kernel.borrow_mut().bury().count();
     assert_eq!(unreaped, 0);
     let kernel = hand.kernel.borrow();

@@ -8,7 +8,7 @@ use std::sync::mpsc::sync_channel;
 use std::thread::JoinHandle;
 
 use bufreg::Incarnation;
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::eventfd::EventFd;
 use rtrb::{Consumer, Producer, RingBuffer};
 use smallvec::SmallVec;
 use uring_ext::Errno;
@@ -16,7 +16,8 @@ use uring_ext::pool::BufferPool;
 use uring_ext::ring::{Cqe, Queues, Ring, RingSetup};
 use uring_ext::sqe::{FixedFile, Sqe};
 
-use super::lane::{LaneConfig, REAP_BATCH, make_ring, prepare_thread, register_buffers};
+use super::lane::{LaneConfig, REAP_BATCH, failed, make_ring, prepare_thread, register_buffers};
+use super::message::event_descriptor;
 use crate::lane::event::Event;
 use crate::lane::{LaneError, backing_file};
 
@@ -56,12 +57,9 @@ impl IoLane {
         room: usize,
         lane: RawFd,
     ) -> Result<Self, LaneError> {
-        let failed = |doing| move |errno| LaneError::Setup { doing, errno };
         let (to_worker, entries) = RingBuffer::new(room);
         let (completions, from_worker) = RingBuffer::new(room);
-        let end = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-            .map_err(|errno| failed("making an event descriptor")(Errno::new(errno as i32)))?;
-        let end = Arc::new(end);
+        let end = Arc::new(event_descriptor().map_err(failed("making an event descriptor"))?);
         let (ready, is_ready) = sync_channel(1);
         let (config, end_of_worker) = (config.clone(), Arc::clone(&end));
         let incarnation = config.engine.incarnation;

@@ -128,7 +128,7 @@ pub(super) fn prepare_thread(config: &LaneConfig) {
     }
 }
 
-fn failed(doing: &'static str) -> impl Fn(Errno) -> LaneError {
+pub(super) fn failed(doing: &'static str) -> impl Fn(Errno) -> LaneError {
     move |errno| LaneError::Setup { doing, errno }
 }
 

@@ -139,6 +139,15 @@ impl LaneSnapshot {
     }
 }
 
+/// An event descriptor that never blocks.
+///
+/// # Errors
+/// `EMFILE` at the limit of open files.
+pub(super) fn event_descriptor() -> Result<EventFd, Errno> {
+    let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+    EventFd::from_value_and_flags(0, flags).map_err(|errno| Errno::new(errno as i32))
+}
+
 /// How others talk to a lane.
 #[derive(Clone, Debug)]
 pub struct LaneHandle {
@@ -156,10 +165,7 @@ impl LaneHandle {
     /// # Errors
     /// `EMFILE` at the limit of open files.
     pub fn new(qid: Qid, depth: u16) -> Result<(Self, Receiver<LaneMessage>, Arc<EventFd>), Errno> {
-        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-        let wake =
-            EventFd::from_value_and_flags(0, flags).map_err(|errno| Errno::new(errno as i32))?;
-        let wake = Arc::new(wake);
+        let wake = Arc::new(event_descriptor()?);
         let (messages, inbox) = channel();
         let handle = Self { qid, depth, messages, wake: Arc::clone(&wake) };
         Ok((handle, inbox, wake))

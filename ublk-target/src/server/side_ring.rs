@@ -4,12 +4,13 @@
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
 
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::eventfd::EventFd;
 use uring_ext::Errno;
 use uring_ext::ring::{Cqe, Queues, Ring, RingSetup};
 use uring_ext::sqe::{FixedFile, Sqe};
 
-use super::lane::{LaneConfig, make_ring};
+use super::lane::{LaneConfig, failed, make_ring};
+use super::message::event_descriptor;
 use crate::lane::{LaneError, backing_file};
 
 /// What the completion of waiting for the bell carries. No event of a lane looks like that.
@@ -25,9 +26,7 @@ pub(super) struct SideRing {
 
 impl SideRing {
     pub fn new(config: &LaneConfig) -> Result<Self, LaneError> {
-        let failed = |doing| move |errno| LaneError::Setup { doing, errno };
-        let bell = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-            .map_err(|errno| failed("making an event descriptor")(Errno::new(errno as i32)))?;
+        let bell = event_descriptor().map_err(failed("making an event descriptor"))?;
         let last_files = [config.wake.as_fd().as_raw_fd(), bell.as_fd().as_raw_fd()];
         let setup = RingSetup { show_work: true, ..RingSetup::default() };
         let ring = make_ring(config, &last_files, setup)?;
@@ -37,9 +36,8 @@ impl SideRing {
 
     /// For the thread that made it. `polling` is the lane's first ring.
     pub fn queues(&mut self, polling: &mut Queues<'_>) -> Result<SideQueues<'_>, LaneError> {
-        let doing = "registering an event descriptor";
         let registered = polling.register_event(self.bell.as_fd());
-        registered.map_err(|errno| LaneError::Setup { doing, errno })?;
+        registered.map_err(failed("registering an event descriptor"))?;
         polling.signal(false);
         let (bell, bell_file) = (&self.bell, self.bell_file);
         Ok(SideQueues { queues: self.ring.queues(), bell, bell_file, is_watched: false })

@@ -5,13 +5,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::eventfd::EventFd;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use uring_ext::Errno;
 
 use super::config::DeviceError;
+use super::message::event_descriptor;
 
 /// What woke the main thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,9 +49,7 @@ impl Wakeups {
         set.thread_block().map_err(errno)?;
         let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
         let signals = SignalFd::with_flags(&set, flags).map_err(errno)?;
-        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
-        let event = || EventFd::from_value_and_flags(0, flags).map_err(errno);
-        Ok(Self { signals, lanes: event()?, petitions: event()? })
+        Ok(Self { signals, lanes: event_descriptor()?, petitions: event_descriptor()? })
     }
 
     /// As [`Wakeups::new`], to be shared with lanes.

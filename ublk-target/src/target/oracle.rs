@@ -1,8 +1,10 @@
 //! Planners against an oracle: the device is an array of bytes, and each request does to it what
 //! its name says.
 
+use std::fmt::Debug;
+
 use proptest::prelude::*;
-use proptest::test_runner::TestCaseError;
+use proptest::test_runner::{TestCaseError, TestRunner, contextualize_config};
 use uring_ext::Errno;
 
 use crate::plan::{OpKind, Plan, Planner, WINDOW_OPS};
@@ -60,12 +62,20 @@ fn request<P>(geometry: &Geometry<P>, asked: Asked) -> Request {
     }
 }
 
-/// Plays requests on backings and on the oracle. All that fit the device succeed.
-pub fn check<P: Planner>(geometry: &Geometry<P>, asked: &[Asked]) -> Result<(), TestCaseError> {
-    check_answers(geometry, asked, |request| {
-        let inside = request.offset + request.len <= geometry.size;
-        if inside { Ok(request.len) } else { Err(Errno::EIO) }
-    })
+/// Plays random requests on such targets and on the oracle. All that fit the device succeed.
+#[track_caller]
+pub fn check<P: Planner + Debug>(geometries: impl Strategy<Value = Geometry<P>>) {
+    // As `proptest!` does: what fails is written down under the name of the target's file.
+    let source_file = Some(std::panic::Location::caller().file());
+    let config = ProptestConfig { source_file, ..contextualize_config(config()) };
+    let mut runner = TestRunner::new(config);
+    let checked = runner.run(&(geometries, requests()), |(geometry, asked)| {
+        check_answers(&geometry, &asked, |request| {
+            let inside = request.offset + request.len <= geometry.size;
+            if inside { Ok(request.len) } else { Err(Errno::EIO) }
+        })
+    });
+    checked.unwrap_or_else(|error| panic!("{error}\n{runner}"));
 }
 
 /// Plays requests on backings and on the oracle. `expected` says how many bytes of each are done,
