@@ -144,7 +144,7 @@ fn wait_for_its_end(pid: u32, watch: &Watch, wakeups: &Wakeups) -> bool {
                 tell(pid, signal);
             }
             Wake::Other => return was_told,
-            Wake::LaneEnded | Wake::Petition | Wake::TimedOut => {}
+            Wake::LaneEnded | Wake::Undelivered | Wake::Petition | Wake::TimedOut => {}
         }
     }
 }

@@ -11,6 +11,7 @@ pub mod drives;
 pub mod fio;
 pub mod losetup;
 pub mod pressure;
+pub mod prober;
 pub mod process;
 mod selftest;
 pub(crate) mod ublk;

@@ -66,6 +66,9 @@ enum Command {
         /// The device /dev/ublkbID
         #[arg(short = 'n', long, value_name = "ID")]
         id: u32,
+        /// Process id of its server, which has started this process
+        #[arg(long, value_name = "PID")]
+        server: u32,
     },
     /// Say whether this program could serve a device in the place of its present server
     #[command(hide = true)]
@@ -306,9 +309,9 @@ pub fn run() -> ExitCode {
             start_log(cli.verbose, "warn");
             resize::resize(args)
         }
-        Command::QuiesceDevice { id } => {
+        Command::QuiesceDevice { id, server } => {
             start_log(cli.verbose, "warn");
-            let quiesced = ublk_target::server::upgrade::quiesce(*id);
+            let quiesced = ublk_target::server::upgrade::quiesce(*id, *server);
             quiesced.map(|()| ExitCode::SUCCESS).map_err(Into::into)
         }
         Command::CheckState { id } => {

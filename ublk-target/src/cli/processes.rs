@@ -217,7 +217,10 @@ pub fn helpers(life: &Life) -> Helpers<'_> {
             prepare(&["supervise", "-n", &id.to_string(), "--server", &own]).spawn()
         }),
         quiesce: Box::new(move |id| {
-            prepare(&["quiesce-device", "-n", &id.to_string()]).process_group(0).spawn()
+            let own = std::process::id().to_string();
+            prepare(&["quiesce-device", "-n", &id.to_string(), "--server", &own])
+                .process_group(0)
+                .spawn()
         }),
         become_next: Box::new(|id, program, supervisor| {
             let mut command = Command::new(program);

@@ -70,24 +70,24 @@ fn one(control: &Control, id: u32, program: &Path) -> anyhow::Result<()> {
             kernel::release().unwrap_or_default()
         );
     }
-    let described = Description::of(control, id)?;
-    let pid = described.pid.filter(|_| described.state == "LIVE");
-    let Some(pid) = pid else {
-        anyhow::bail!(
-            "{} has no live server; `ublk-target recover -n {id}` gives it one",
-            device.display()
-        );
-    };
-    // The one to fall back to, even if its file is replaced meanwhile.
-    let old = File::open(format!("/proc/{pid}/exe")).context("cannot open the server's program")?;
+    let pid = u32::try_from(info.ublksrv_pid).unwrap_or(0);
+    // The one to fall back to, even if its file is replaced meanwhile. A dead server has none.
+    let old = File::open(format!("/proc/{pid}/exe"));
     check(program, id)?;
-    let before = StateFile::read(Path::new(RUN_DIR), id)?.incarnation;
+    let before = StateFile::read(Path::new(RUN_DIR), id)?;
     let meta = fs::metadata(program).with_context(|| program.display().to_string())?;
     let server = Watch::on(pid);
     let began = Instant::now();
-    Client::connect(id)?.upgrade(program, (meta.dev(), meta.ino()))?;
-    let record =
-        await_next(control, id, before, &server, began, &[program.to_owned(), path_of(&old)])?;
+    let asked = Client::connect(id)
+        .and_then(|mut client| client.upgrade(program, (meta.dev(), meta.ino())));
+    match asked {
+        // It is dead, or dies now: the device gets the new program as its next server.
+        Err(_) if server.has_ended(Duration::from_millis(500)) => {}
+        asked => asked?,
+    }
+    let fallback = old.as_ref().map_or_else(|_| before.program.clone(), path_of);
+    let programs = [program.to_owned(), fallback];
+    let record = await_next(control, id, before.incarnation, &server, began, &programs)?;
     if !same_program(record.pid, &meta) {
         anyhow::bail!(
             "{} could not take over; {} is served by {} again; see {}",

@@ -265,6 +265,11 @@ impl<P: Planner> Engine<P> {
         self.ended == self.config.queue.depth
     }
 
+    /// Whether the driver has taken fetches back.
+    pub fn has_ended_tags(&self) -> bool {
+        self.ended > 0
+    }
+
     /// A completion came that no engine of this incarnation asked for.
     pub fn note_stale(&mut self) {
         self.stats.stale += 1;

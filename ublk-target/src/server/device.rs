@@ -329,6 +329,7 @@ impl Server {
                 backings: Arc::clone(&plan.layout.backings),
                 cpus: self.control.queue_affinity(self.id, qid.0).unwrap_or_default(),
                 wake,
+                wakeups: Arc::clone(&self.wakeups),
             };
             let (ready, is_ready) = mpsc::sync_channel(1);
             let wakeups = Arc::clone(&self.wakeups);
@@ -428,7 +429,16 @@ impl Server {
                     log::info!("{signal}: stopping");
                     return self.stop(helpers);
                 }
-                Wake::LaneEnded => break,
+                Wake::LaneEnded if !self.wakeups.take_undelivered() => break,
+                Wake::LaneEnded | Wake::Undelivered => {
+                    // Stopping a device takes fetches back, too.
+                    if self.is_live() {
+                        log::warn!("somebody has made the device wait for another server");
+                        plan = self.hand_over_to_self(plan)?;
+                    } else if woken == Wake::LaneEnded {
+                        break;
+                    }
+                }
                 Wake::Petition => {
                     while let Some(petition) = self.petition() {
                         match petition {
@@ -463,6 +473,12 @@ impl Server {
             self.is_left = true;
         }
         Err(error)
+    }
+
+    /// Whether the device is neither stopped nor without a server, for all the driver knows.
+    fn is_live(&self) -> bool {
+        let info = self.control.info(self.id);
+        info.is_ok_and(|info| u32::from(info.state) == sys::UBLK_S_DEV_LIVE)
     }
 
     fn petition(&self) -> Option<Petition> {
@@ -513,7 +529,7 @@ impl Server {
             log::error!("{error}");
         }
         // What these had to say has been said.
-        while self.wakeups.take_lane_ended() {}
+        while self.wakeups.take_lane_ended() || self.wakeups.take_undelivered() {}
     }
 
     fn join_lanes(&mut self) -> Result<(), DeviceError> {

@@ -20,6 +20,7 @@ use super::io_lane::IoLane;
 use super::message::{LaneMessage, LaneSnapshot};
 use super::ring_io::{Parts, RingIo};
 use super::side_ring::SideRing;
+use super::signals::Wakeups;
 use crate::backing::Backing;
 use crate::engine::{EngineConfig, EngineStats};
 use crate::lane::fault::{Faults, Injected};
@@ -53,6 +54,8 @@ pub struct LaneConfig {
     pub cpus: Vec<usize>,
     /// Written to after a message was sent.
     pub wake: Arc<EventFd>,
+    /// Told when the driver takes fetches back.
+    pub wakeups: Arc<Wakeups>,
 }
 
 /// What a lane did in its life.
@@ -93,6 +96,7 @@ pub fn serve(
         wake: Arc::clone(&config.wake),
         inbox,
         is_draining: false,
+        is_undelivered: false,
     };
     thread.lane.fetch_all();
     thread.lane.watch(wake_file(config));
@@ -224,6 +228,7 @@ struct LaneThread<'ring> {
     wake: Arc<EventFd>,
     inbox: Receiver<LaneMessage>,
     is_draining: bool,
+    is_undelivered: bool,
 }
 
 impl LaneThread<'_> {
@@ -254,6 +259,10 @@ impl LaneThread<'_> {
                 }
             }
             self.lane.check()?;
+            if self.lane.engine().has_ended_tags() && !self.is_undelivered {
+                self.is_undelivered = true;
+                config.wakeups.undelivered();
+            }
             // All deliveries that were under way have been seen: there was a submission after the
             // driver had stopped delivering, and it has brought nothing.
             if is_idle && reaped == 0 {

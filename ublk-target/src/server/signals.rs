@@ -21,6 +21,8 @@ pub enum Wake {
     Signal(Signal),
     /// A lane has ended.
     LaneEnded,
+    /// The driver takes back fetches of a lane: it delivers no more.
+    Undelivered,
     /// Somebody asks for something.
     Petition,
     /// The other descriptor can be read.
@@ -34,6 +36,7 @@ pub enum Wake {
 pub struct Wakeups {
     signals: SignalFd,
     lanes: EventFd,
+    undelivered: EventFd,
     petitions: EventFd,
 }
 
@@ -49,7 +52,9 @@ impl Wakeups {
         set.thread_block().map_err(errno)?;
         let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
         let signals = SignalFd::with_flags(&set, flags).map_err(errno)?;
-        Ok(Self { signals, lanes: event_descriptor()?, petitions: event_descriptor()? })
+        let [lanes, undelivered, petitions] =
+            [event_descriptor()?, event_descriptor()?, event_descriptor()?];
+        Ok(Self { signals, lanes, undelivered, petitions })
     }
 
     /// As [`Wakeups::new`], to be shared with lanes.
@@ -62,6 +67,16 @@ impl Wakeups {
     pub fn lane_ended(&self) {
         // It can only fail at 2^64 - 1 ended lanes.
         let _ = self.lanes.write(1);
+    }
+
+    /// Says that the driver takes back fetches. Callable from any thread.
+    pub fn undelivered(&self) {
+        let _ = self.undelivered.write(1);
+    }
+
+    /// Whether fetches were taken back and nobody has looked; somebody has now.
+    pub(super) fn take_undelivered(&self) -> bool {
+        self.undelivered.read().is_ok()
     }
 
     /// Whether the end of a lane has not been looked at yet; it has been now.
@@ -99,19 +114,23 @@ impl Wakeups {
             if self.take_lane_ended() {
                 return Wake::LaneEnded;
             }
+            if self.take_undelivered() {
+                return Wake::Undelivered;
+            }
             if self.petitions.read().is_ok() {
                 return Wake::Petition;
             }
             // Without another one, the same twice.
             let other = other.unwrap_or(self.signals.as_fd());
-            let (signals, lanes) = (self.signals.as_fd(), self.lanes.as_fd());
-            let mut fds = [signals, lanes, self.petitions.as_fd(), other]
+            let [lanes, undelivered, petitions] =
+                [&self.lanes, &self.undelivered, &self.petitions].map(AsFd::as_fd);
+            let mut fds = [self.signals.as_fd(), lanes, undelivered, petitions, other]
                 .map(|fd| PollFd::new(fd, PollFlags::POLLIN));
             let ready = poll(&mut fds, timeout);
             let [own @ .., other] = fds.map(|fd| fd.any().unwrap_or(false));
             match ready {
                 Ok(0) => return Wake::TimedOut,
-                Ok(_) if other && own == [false; 3] => return Wake::Other,
+                Ok(_) if other && own == [false; 4] => return Wake::Other,
                 Ok(_) | Err(_) => {}
             }
         }

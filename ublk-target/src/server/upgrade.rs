@@ -10,7 +10,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::poll::PollTimeout;
+use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{Signal, raise};
+use nix::unistd::getppid;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use uring_ext::Errno;
 use uring_ext::control::{Control, ControlError};
@@ -30,10 +32,18 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// To be called by another process than the server: one that is killed while it waits for itself
 /// would wait for ever.
 ///
+/// `server` is the parent of the calling process: without it, the device may be that of another
+/// server by now, which must not be made to wait.
+///
 /// # Errors
 /// Those of the driver; the I/O goes on then.
-pub fn quiesce(id: u32) -> Result<(), ControlError> {
+pub fn quiesce(id: u32, server: u32) -> Result<(), ControlError> {
     let control = Control::open()?;
+    // Not vital: the next server notices what comes too late, and serves again.
+    let _ = set_pdeathsig(Signal::SIGKILL);
+    if u32::try_from(getppid().as_raw()) != Ok(server) {
+        return Ok(());
+    }
     let mut pending = control.quiesce(id, PATIENCE)?;
     loop {
         match control.wait(&mut pending, Duration::from_secs(10)) {
@@ -45,6 +55,13 @@ pub fn quiesce(id: u32) -> Result<(), ControlError> {
             None => {}
         }
     }
+}
+
+/// What came while deliveries were stopped, and has to be seen later.
+#[derive(Default)]
+struct Came {
+    signal: Option<Signal>,
+    undelivered: bool,
 }
 
 impl Server {
@@ -61,13 +78,28 @@ impl Server {
             log::error!("the device stays with this program: {error}");
             return Ok(plan);
         }
-        // From here on the device waits for its next server, whoever that is.
+        self.let_device_go(plan);
+        let error = (helpers.become_next)(self.id, program, self.supervisor);
+        log::error!("cannot become {}: {error}; going on with this program", program.display());
+        self.take_back()
+    }
+
+    /// Serves a device again that delivers no more. Another process may have told the driver so, a
+    /// late one of an earlier upgrade for instance: new I/O waits until the device is recovered.
+    pub(super) fn hand_over_to_self(&mut self, plan: Plan) -> Result<Plan, DeviceError> {
+        self.let_device_go(plan);
+        self.take_back()
+    }
+
+    /// From here on the device waits for its next server, whoever that is.
+    fn let_device_go(&mut self, plan: Plan) {
         self.leave();
         self.drain();
         self.let_go();
         drop(plan);
-        let error = (helpers.become_next)(self.id, program, self.supervisor);
-        log::error!("cannot become {}: {error}; going on with this program", program.display());
+    }
+
+    fn take_back(&mut self) -> Result<Plan, DeviceError> {
         let record = recovery::read(&self.control, self.id)?;
         let mut progress = |what: &str| log::warn!("{what}");
         let plan = recovery::take_over(self, &record, false, &mut progress)?;
@@ -78,20 +110,19 @@ impl Server {
 
     /// Has the driver deliver nothing more.
     fn stop_deliveries(&self, helpers: &Helpers<'_>) -> Result<(), DeviceError> {
-        let mut came = None;
+        let mut came = Came::default();
         let stopped = self.quiesce_by_helper(helpers, &mut came);
-        if let Some(signal) = came {
+        if let Some(signal) = came.signal {
             // It is seen when the device is live again: a blocked signal outlasts execve(2).
             let _ = raise(signal);
+        }
+        if stopped.is_err() && came.undelivered {
+            self.wakeups.undelivered();
         }
         stopped
     }
 
-    fn quiesce_by_helper(
-        &self,
-        helpers: &Helpers<'_>,
-        came: &mut Option<Signal>,
-    ) -> Result<(), DeviceError> {
+    fn quiesce_by_helper(&self, helpers: &Helpers<'_>, came: &mut Came) -> Result<(), DeviceError> {
         let failed = |error: io::Error| {
             DeviceError::setup("cannot start a process that makes I/O wait", Errno::of(&error))
         };
@@ -105,8 +136,10 @@ impl Server {
                     break status;
                 }
                 let woken = self.wakeups.wait_or(pidfd.as_fd(), PollTimeout::from(1_000_u16));
-                if let Wake::Signal(signal) = woken {
-                    *came = Some(signal);
+                match woken {
+                    Wake::Signal(signal) => came.signal = Some(signal),
+                    Wake::Undelivered => came.undelivered = true,
+                    Wake::LaneEnded | Wake::Petition | Wake::Other | Wake::TimedOut => {}
                 }
             };
             match status.code() {

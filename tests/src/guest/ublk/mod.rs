@@ -14,10 +14,12 @@ mod old_kernel;
 mod passthrough;
 mod polled;
 mod reaching;
+mod resize;
 mod splitting;
 mod stacks;
 mod stats;
 pub(crate) mod trace;
+mod upgrade;
 mod verify;
 mod zero_copy;
 mod zeroing;
@@ -25,7 +27,7 @@ mod zeroing;
 use super::TestCase;
 
 /// The tests of all modules here.
-pub const TABLES: [&[TestCase]; 18] = [
+pub const TABLES: [&[TestCase]; 20] = [
     arguments::TESTS,
     backing_errors::TESTS,
     commands::TESTS,
@@ -39,9 +41,11 @@ pub const TABLES: [&[TestCase]; 18] = [
     passthrough::TESTS,
     polled::TESTS,
     reaching::TESTS,
+    resize::TESTS,
     splitting::TESTS,
     stacks::TESTS,
     stats::TESTS,
+    upgrade::TESTS,
     zero_copy::TESTS,
     zeroing::TESTS,
 ];

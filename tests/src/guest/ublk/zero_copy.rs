@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use super::device::{Device, fresh_drive, text};
 use super::trace::{CallCounter, NvmeCommands};
 use crate::config::TRACING;
+use crate::guest::udev::QuietUdev;
 use crate::guest::{Ctx, Outcome, TestCase, fio, process};
 
 pub const TESTS: &[TestCase] = &[
@@ -97,6 +98,8 @@ pub fn shared_pages(
     rw: &str,
     block: &str,
 ) -> Result<(u64, u64)> {
+    // Its reads have pages of their own.
+    let _quiet = QuietUdev::new()?;
     let number = |disk: &str| -> Result<(String, String)> {
         let devt = std::fs::read_to_string(format!("/sys/block/{disk}/dev"))?;
         let (major, minor) = devt.trim().split_once(':').context("a device number")?;
