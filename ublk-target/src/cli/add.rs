@@ -5,6 +5,8 @@ use std::process::ExitCode;
 use ublk_target::server::config::{DeviceConfig, TargetConfig};
 use ublk_target::server::device::serve;
 use ublk_target::server::on_death::OnDeath;
+use ublk_target::server::recovery;
+use uring_ext::control::Control;
 
 use super::Target;
 use super::device::{Device, Life};
@@ -35,10 +37,19 @@ pub fn add(target: &Target, verbose: u8) -> anyhow::Result<ExitCode> {
         target,
     };
     processes::live(&device.life, verbose, |life: &Life| {
+        let waiting = device.id.filter(|_| device.or_recover).filter(|id| is_waiting(*id));
+        if let Some(id) = waiting {
+            return super::recover::serve(id, life);
+        }
         serve(&config, life.supervisor, &processes::helpers(life), |description, choice| {
             announce(life, description, Some(choice))
         })
     })
+}
+
+/// Whether a device is there and its server is dead.
+fn is_waiting(id: u32) -> bool {
+    Control::open().is_ok_and(|control| recovery::check(&control, id).is_ok())
 }
 
 /// The target, and the options of the device.

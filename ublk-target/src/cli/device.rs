@@ -48,6 +48,10 @@ pub struct Device {
     /// recover by itself with --supervise [default: fail; with --supervise: reissue]
     #[arg(long, value_name = "WHAT")]
     pub on_death: Option<OnDeath>,
+    /// With -n: recover the device where it is there and its server is dead, in place of adding it;
+    /// it stays as it was added. For services that are started again
+    #[arg(long, requires = "id")]
+    pub or_recover: bool,
     #[command(flatten)]
     pub life: Life,
 }

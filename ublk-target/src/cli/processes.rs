@@ -14,6 +14,7 @@ use std::process::{Child, Command, ExitCode, Stdio};
 
 use anyhow::Context;
 use nix::unistd::{dup2_stderr, dup2_stdout, setsid};
+use sd_notify::NotifyState;
 use ublk_target::lend::Choice;
 use ublk_target::server::config::DeviceError;
 use ublk_target::server::device::Helpers;
@@ -249,6 +250,10 @@ pub fn announce(
         description.device.display().to_string()
     };
     if life.foreground || life.role.is_none() {
+        // For `Type=notify` units; without systemd it does nothing.
+        if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {
+            log::warn!("cannot tell the service manager: {error}");
+        }
         return say(&mut io::stdout().lock(), &line);
     }
     let log = log_path(description.id);

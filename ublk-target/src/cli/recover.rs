@@ -9,17 +9,21 @@ use ublk_target::state::{RUN_DIR, device_ids, recorded_ids};
 use uring_ext::control::Control;
 
 use super::Recover;
+use super::device::Life;
 use super::processes::{self, OWN, announce};
 
 /// Gives devices whose server is dead a new one.
 pub fn recover(args: &Recover, verbose: u8) -> anyhow::Result<ExitCode> {
     let Some(id) = args.which.id else { return recover_all(args) };
-    processes::live(&args.life, verbose, |life| {
-        let mut progress = |what: &str| eprintln!("ublk-target: {what} …");
-        let helpers = processes::helpers(life);
-        let on_live = |description: &_, choice: &_| announce(life, description, Some(choice));
-        recovery::recover(id, life.supervisor, life.next, &helpers, &mut progress, on_live)
-    })
+    processes::live(&args.life, verbose, |life| serve(id, life))
+}
+
+/// Serves a device whose server is dead.
+pub fn serve(id: u32, life: &Life) -> Result<(), DeviceError> {
+    let mut progress = |what: &str| eprintln!("ublk-target: {what} …");
+    let helpers = processes::helpers(life);
+    let on_live = |description: &_, choice: &_| announce(life, description, Some(choice));
+    recovery::recover(id, life.supervisor, life.next, &helpers, &mut progress, on_live)
 }
 
 /// Each device by a process of its own.
