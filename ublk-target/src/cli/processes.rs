@@ -250,8 +250,10 @@ pub fn announce(
         description.device.display().to_string()
     };
     if life.foreground || life.role.is_none() {
-        // For `Type=notify` units; without systemd it does nothing.
-        if let Err(error) = sd_notify::notify(&[NotifyState::Ready]) {
+        // For `Type=notify` units; without systemd it does nothing. A supervisor does it for its
+        // server.
+        let notified = life.role.is_none().then(|| sd_notify::notify(&[NotifyState::Ready]));
+        if let Some(Err(error)) = notified {
             log::warn!("cannot tell the service manager: {error}");
         }
         return say(&mut io::stdout().lock(), &line);

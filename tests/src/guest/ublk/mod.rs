@@ -15,6 +15,7 @@ mod passthrough;
 mod polled;
 mod reaching;
 mod resize;
+mod service;
 mod splitting;
 mod stacks;
 mod stats;
@@ -27,7 +28,7 @@ mod zeroing;
 use super::TestCase;
 
 /// The tests of all modules here.
-pub const TABLES: [&[TestCase]; 20] = [
+pub const TABLES: [&[TestCase]; 21] = [
     arguments::TESTS,
     backing_errors::TESTS,
     commands::TESTS,
@@ -42,6 +43,7 @@ pub const TABLES: [&[TestCase]; 20] = [
     polled::TESTS,
     reaching::TESTS,
     resize::TESTS,
+    service::TESTS,
     splitting::TESTS,
     stacks::TESTS,
     stats::TESTS,

@@ -1,0 +1,95 @@
+//! The program as a service manager runs it: in the foreground, supervised, started again.
+
+use std::os::unix::net::UnixDatagram;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::device::{Description, PROGRAM, fresh_drive, load_driver, text};
+use crate::config::DEFAULT;
+use crate::guest::direct::{self, Aligned};
+use crate::guest::{Ctx, Outcome, TestCase, process, wait_for};
+
+pub const TESTS: &[TestCase] =
+    &[TestCase::guest("a_service_is_ready_when_live_and_recovers_its_device", DEFAULT, service)
+        .seconds(180)];
+
+/// A service manager's socket.
+struct Manager {
+    socket: UnixDatagram,
+    path: PathBuf,
+}
+
+impl Manager {
+    fn new(ctx: &Ctx) -> Result<Self> {
+        let path = ctx.directory().join("notify");
+        let socket = UnixDatagram::bind(&path)?;
+        socket.set_read_timeout(Some(Duration::from_secs(30)))?;
+        Ok(Self { socket, path })
+    }
+
+    /// Starts the service as its unit does, and waits until it says that it is ready.
+    fn start(&self, arguments: &[&str]) -> Result<Child> {
+        let child = Command::new(PROGRAM)
+            .arg("add")
+            .args(arguments)
+            .args(["-n", "5", "--foreground", "--supervise", "--or-recover"])
+            .env("NOTIFY_SOCKET", &self.path)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()?;
+        let mut message = [0; 256];
+        let len = self.socket.recv(&mut message).context("the service is not ready")?;
+        let message = String::from_utf8_lossy(&message[..len]);
+        ensure!(message.contains("READY=1"), "{message}");
+        Ok(child)
+    }
+}
+
+fn described() -> Result<Description> {
+    let listed = process::run(&[PROGRAM, "list", "-n", "5", "--json"])?.stdout;
+    Ok(serde_json::from_str(&listed)?)
+}
+
+fn signal(pid: u32, signal: Signal) -> Result<()> {
+    Ok(kill(Pid::from_raw(i32::try_from(pid)?), signal)?)
+}
+
+fn service(ctx: &Ctx) -> Result<Outcome> {
+    load_driver()?;
+    let drive = fresh_drive("drive0")?;
+    let manager = Manager::new(ctx)?;
+    let path = drive.path();
+    let mut supervisor = manager.start(&["loop", "-f", text(&path)?])?;
+    let first = described()?;
+    ensure!(first.state == "LIVE" && first.supervisor == Some(supervisor.id()), "{first:?}");
+    let file = direct::open("/dev/ublkb5")?;
+    let mut block = Aligned::new(4096, 0xa5);
+    std::os::unix::fs::FileExt::write_all_at(&file, block.bytes(), 0)?;
+    // The service manager kills all of it.
+    signal(supervisor.id(), Signal::SIGKILL)?;
+    signal(first.pid.context("a server")?, Signal::SIGKILL)?;
+    supervisor.wait()?;
+    wait_for("the device to be without a server", Duration::from_secs(30), || {
+        Ok((described()?.state == "QUIESCED").then_some(()))
+    })?;
+    // Its user has not noticed when it is started again.
+    let mut supervisor = manager.start(&["loop", "-f", text(&path)?])?;
+    let second = described()?;
+    ensure!(second.state == "LIVE" && second.supervisor == Some(supervisor.id()), "{second:?}");
+    block.bytes().fill(0);
+    std::os::unix::fs::FileExt::read_exact_at(&file, block.bytes(), 0)?;
+    ensure!(block.bytes().iter().all(|byte| *byte == 0xa5), "other data");
+    drop(file);
+    crate::guest::udev::settle()?;
+    // Stopped in order, nothing is left.
+    signal(supervisor.id(), Signal::SIGTERM)?;
+    let status = supervisor.wait()?;
+    ensure!(status.success(), "{status}");
+    ensure!(!std::path::Path::new("/dev/ublkb5").exists(), "the device is left");
+    Ok(Outcome::Pass)
+}
