@@ -1,23 +1,26 @@
-//! Deleting devices: live ones, dead ones, and what dead servers left behind.
+//! Deleting devices, in whatever state they are, and what sees to them.
 //!
 //! Deletion is never done by the process that serves the device, except at its own orderly end:
-//! a server that waits on its own device cannot serve what the wait needs.
+//! a server that waits on its own device cannot serve what the wait needs. Nor are the driver's
+//! commands given by the process that the user waits for, but by a helper: a command that waits for
+//! outstanding I/O cannot be taken back, and keeps its process from ending.
 
-use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::fs;
+use std::io;
+use std::process::{Child, ExitStatus};
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
-use std::os::fd::AsFd;
-use uring_ext::control::{Control, ControlError};
+use nix::sys::signal::Signal;
+use uring_ext::control::{Control, ControlError, Pending};
 use uring_ext::feature::SAFE_STOP_DEV;
-use uring_ext::{Errno, sys};
+use uring_ext::sys;
 
 use crate::backing::sysfs::parse_devt;
 use crate::backing::usage;
-use crate::state::{self, RUN_DIR, StateFile};
-use crate::stats;
+use crate::leftovers;
+use crate::processes::{self, Process, Role};
+use crate::state;
+use crate::steps::step;
 
 /// Why a device was not deleted.
 #[non_exhaustive]
@@ -27,7 +30,10 @@ pub enum DeleteError {
     #[error("there is no ublk device {0}; `ublk-target list` shows those that are")]
     NoDevice(u32),
     /// Somebody uses it.
-    #[error("{} is in use: {}; stop that use first", state::block_path(*id).display(), users.join(", "))]
+    #[error(
+        "{} is in use: {}; stop that use first, or have it fail with --force",
+        state::block_path(*id).display(), users.join(", ")
+    )]
     InUse {
         /// The device.
         id: u32,
@@ -42,86 +48,269 @@ pub enum DeleteError {
         /// How long.
         waited: Duration,
     },
+    /// The process that gives the driver's commands could not be started.
+    #[error("cannot start a process that stops the device: {0}")]
+    NoHelper(#[from] io::Error),
+    /// That process has failed, and said why.
+    #[error("the driver did not delete device {0}")]
+    Refused(u32),
     /// The driver said no.
     #[error(transparent)]
     Control(#[from] ControlError),
 }
 
-/// The longest wait for each of: outstanding I/O, the end of the server, the driver's clean-up.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// What a helper has the driver do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Command {
+    /// Stop a device that nobody has open (`TRY_STOP_DEV`)
+    StopUnused,
+    /// Stop a device (`STOP_DEV`)
+    Stop,
+    /// Remove a device (`DEL_DEV_ASYNC`)
+    Remove,
+}
 
-/// Deletes the device `id`. Refuses one that is open or mounted. Returns when nothing is left of
-/// it. `progress` is told what is waited for, when a wait gets long.
+/// How a helper ends that found the device in use.
+pub const IN_USE: u8 = 16;
+
+/// Gives the driver a command and waits for its end, for as long as that takes. A device that is
+/// gone is stopped and removed.
 ///
 /// # Errors
-/// [`DeleteError`].
-pub fn delete(
-    control: &Control,
-    id: u32,
-    progress: &mut dyn FnMut(&str),
-) -> Result<(), DeleteError> {
-    let info = match control.info(id) {
-        Ok(info) => info,
-        Err(error) if state::is_missing(&error) => {
-            remove_files(id);
-            return Err(DeleteError::NoDevice(id));
-        }
-        Err(error) => return Err(error.into()),
+/// `EBUSY` for one that is in use, and the driver's others.
+pub fn command(id: u32, command: Command) -> Result<(), ControlError> {
+    let control = Control::open()?;
+    let sent = match command {
+        Command::StopUnused => control.try_stop(id),
+        Command::Stop => control.stop(id),
+        Command::Remove => control.delete(id),
     };
-    let server = Server::of(&info);
-    // A device that is not started, or whose server is dead, has nothing to be stopped; a server
-    // that is just starting it ends when its device is removed.
-    if u32::from(info.state) != sys::UBLK_S_DEV_DEAD {
-        stop(control, id, progress)?;
-        if let Some(server) = &server {
-            server.wait_for_its_end(progress)?;
+    step("command-sent");
+    let answer = sent.and_then(|mut pending: Pending| {
+        loop {
+            if let Some(answer) = control.wait(&mut pending, Duration::from_secs(10)) {
+                return answer;
+            }
         }
+    });
+    match answer {
+        Err(error) if !state::is_missing(&error) => Err(error),
+        Ok(_) | Err(_) => Ok(()),
     }
-    remove(control, id, server.as_ref(), progress)?;
-    remove_files(id);
-    Ok(())
 }
 
-/// Removes what a dead server has left in the directory of the state files.
-fn remove_files(id: u32) {
-    StateFile::remove(Path::new(RUN_DIR), id);
-    stats::remove_stale_socket(Path::new(RUN_DIR), id);
+/// The longest wait for each of: outstanding I/O, the end of a process, the driver's clean-up.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// After so much of it a process of ours is killed, if that was asked for.
+const BEFORE_KILL: Duration = Duration::from_secs(5);
+/// How long what is on its way to close a device may take; what has it open after that uses it.
+const TO_LET_GO: Duration = Duration::from_secs(2);
+
+/// How devices are deleted.
+pub struct Deletion<'a> {
+    /// The driver.
+    pub control: &'a Control,
+    /// Stop a device that is in use, and kill a server that does not end.
+    pub force: bool,
+    /// Starts a process that carries out [`command`]; it ends with 0, with [`IN_USE`], or has said
+    /// why it has failed.
+    pub helper: &'a dyn Fn(u32, Command) -> io::Result<Child>,
+    /// Is told what is waited for, when a wait gets long, and what is left.
+    pub progress: &'a mut dyn FnMut(&str),
 }
 
-/// Stops a device that nobody uses.
-fn stop(control: &Control, id: u32, progress: &mut dyn FnMut(&str)) -> Result<(), DeleteError> {
-    let can_try = control.features().is_ok_and(|features| features.has(SAFE_STOP_DEV));
-    let what = format!("the outstanding I/O of {}", state::block_path(id).display());
-    let began = Instant::now();
-    loop {
-        wait_until_unused(id, progress)?;
-        let mut stop = if can_try { control.try_stop(id)? } else { control.stop(id)? };
-        match wait_with(&what, progress, |slice| control.wait(&mut stop, slice))? {
-            // It went away meanwhile, which is what was wanted.
-            Err(error) if state::is_missing(&error) => return Ok(()),
+impl Deletion<'_> {
+    /// Deletes the device `id`. Refuses one that is open or mounted, unless it is forced. Returns
+    /// when nothing is left of it, neither in the driver nor its server and supervisor. After a
+    /// device was forced out of the hands of its users, its id is taken until they let go of it.
+    ///
+    /// # Errors
+    /// [`DeleteError`].
+    pub fn delete(&mut self, id: u32) -> Result<(), DeleteError> {
+        let info = match self.control.info(id) {
+            Ok(info) => info,
+            Err(error) if state::is_missing(&error) => {
+                leftovers::remove_files_of(self.control, id);
+                return Err(DeleteError::NoDevice(id));
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let mut device = Doomed::new(id, &info);
+        step("del-found");
+        if state::has_disk(&info) {
+            self.stop(&device)?;
+            device.seen = processes::now();
+            // The server then deletes the device itself.
+            self.await_end(&device.processes, None)?;
+        }
+        step("del-stopped");
+        if !device.is_gone(self.control)? {
+            self.run(&device, Command::Remove, "the driver to remove it")?;
+        }
+        step("del-removed");
+        self.await_end(&device.processes, Some(&device))?;
+        self.await_removal(&device)?;
+        // Those that were started meanwhile by those that have ended by now.
+        let mut late = processes::of_device(id, None);
+        late.retain(|process| process.started <= device.seen);
+        self.await_end(&late, None)?;
+        leftovers::remove_files_of(self.control, id);
+        step("del-cleaned");
+        Ok(())
+    }
+
+    /// Ends processes of ours that have no device.
+    ///
+    /// # Errors
+    /// [`DeleteError::Stuck`].
+    pub fn end(&mut self, process: Process) -> Result<(), DeleteError> {
+        process.tell(Signal::SIGTERM);
+        self.await_end(&[process], None)
+    }
+
+    /// Stops a device that nobody uses, or whoever does.
+    fn stop(&mut self, device: &Doomed) -> Result<(), DeleteError> {
+        let id = device.id;
+        let can_try = self.control.features().is_ok_and(|features| features.has(SAFE_STOP_DEV));
+        let what = format!("the outstanding I/O of {device}");
+        let began = Instant::now();
+        loop {
+            let gently = !self.force && self.await_users(device)?;
+            let command = if gently && can_try { Command::StopUnused } else { Command::Stop };
+            if self.run(device, command, &what)? {
+                return Ok(());
+            }
             // Opened since it was looked at.
-            Err(error) if error.errno() == Some(Errno::EBUSY) && began.elapsed() < PATIENCE => {}
-            Err(error) if error.errno() == Some(Errno::EBUSY) => {
+            if began.elapsed() >= PATIENCE {
                 let users = vec!["a program that cannot be told has it open".to_owned()];
                 return Err(DeleteError::InUse { id, users });
             }
-            stopped => return stopped.map(drop).map_err(DeleteError::from),
         }
+    }
+
+    /// Refuses a device that somebody uses. Workers of udev are no users: they look at a device that
+    /// was just made or written to, and are waited for, unless nobody serves what they wait for.
+    /// Whether the device is to be stopped only if it is unused.
+    fn await_users(&mut self, device: &Doomed) -> Result<bool, DeleteError> {
+        let Some((major, minor)) = device.number else { return Ok(true) };
+        let id = device.id;
+        let what = format!("udev to let go of {device}");
+        wait_with(&what, self.progress, |slice| {
+            let (users, is_open) = users_of((major, minor));
+            if !users.is_empty() {
+                return Some(Err(DeleteError::InUse { id, users }));
+            }
+            if !is_open {
+                return Some(Ok(true));
+            }
+            if !device.is_live {
+                return Some(Ok(false));
+            }
+            // Nobody tells when a device is closed.
+            std::thread::sleep(slice.min(Duration::from_millis(10)));
+            None
+        })?
+    }
+
+    /// Has a helper give the driver a command. Whether it was carried out; a device in use is not
+    /// stopped.
+    fn run(&mut self, device: &Doomed, command: Command, what: &str) -> Result<bool, DeleteError> {
+        let mut helper = (self.helper)(device.id, command)?;
+        let began = Instant::now();
+        let (force, processes) = (self.force, &device.processes);
+        let ended = wait_with(what, self.progress, |slice| {
+            if force && began.elapsed() > BEFORE_KILL {
+                kill(processes);
+            }
+            await_child(&mut helper, slice)
+        });
+        if ended.is_err() {
+            // It ends when the command does, and not before.
+            let _ = helper.kill();
+        }
+        let status = ended??;
+        match status.code() {
+            Some(0) => Ok(true),
+            Some(code) if code == i32::from(IN_USE) => Ok(false),
+            // It has said why.
+            _ => Err(DeleteError::Refused(device.id)),
+        }
+    }
+
+    /// Waits until processes are gone, and kills those that do not end, if that was asked for.
+    /// `removed` is the device if the driver has removed it already.
+    fn await_end(
+        &mut self,
+        processes: &[Process],
+        removed: Option<&Doomed>,
+    ) -> Result<(), DeleteError> {
+        let (control, force, began) = (self.control, self.force, Instant::now());
+        for process in processes {
+            loop {
+                if process.has_ended(Duration::ZERO) {
+                    break;
+                }
+                // A server that was about to start a device still can.
+                let restarted = removed.filter(|device| device.is_started(control));
+                if let Some(device) = restarted {
+                    self.run(device, Command::Stop, "the driver to stop it again")?;
+                }
+                wait_with(&format!("{process} to end"), self.progress, |slice| {
+                    if force && began.elapsed() > BEFORE_KILL {
+                        kill(processes);
+                    }
+                    let has_ended = process.has_ended(slice);
+                    let is_started = removed.is_some_and(|device| device.is_started(control));
+                    (has_ended || is_started).then_some(())
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until the driver has let go of the id.
+    fn await_removal(&mut self, device: &Doomed) -> Result<(), DeleteError> {
+        let control = self.control;
+        let force = self.force;
+        let began = Instant::now();
+        let what = format!("{}, to let go of device {}", device.holders(), device.id);
+        let users = wait_with(&what, self.progress, |slice| {
+            match device.is_gone(control) {
+                Err(error) => return Some(Err(error)),
+                Ok(true) => return Some(Ok(Vec::new())),
+                Ok(false) => {}
+            }
+            let is_used = force && began.elapsed() > TO_LET_GO;
+            if is_used && usage::servers_of(device.id).is_empty() {
+                let users = device.users();
+                if !users.is_empty() {
+                    return Some(Ok(users));
+                }
+            }
+            // The driver tells nobody when it has let go of an id.
+            std::thread::sleep(slice.min(Duration::from_millis(5)));
+            None
+        })??;
+        if !users.is_empty() {
+            let users = users.join(", ");
+            (self.progress)(&format!("note: id {} is taken as long as it is {users}", device.id));
+        }
+        Ok(())
     }
 }
 
 /// The users of a device, in words, but for workers of udev, which let go of it by themselves.
 #[must_use]
 pub fn users(id: u32) -> Vec<String> {
-    device_number(id).map_or_else(Vec::new, |devt| users_of(devt).0)
+    number_of(id).map_or_else(Vec::new, |number| users_of(number).0)
 }
 
-fn device_number(id: u32) -> Option<(u32, u32)> {
-    let devt = std::fs::read_to_string(format!("/sys/block/ublkb{id}/dev")).ok()?;
+fn number_of(id: u32) -> Option<(u32, u32)> {
+    let devt = fs::read_to_string(format!("/sys/block/ublkb{id}/dev")).ok()?;
     parse_devt(&devt)
 }
 
-/// The lasting users of a device, and whether anybody has it open.
+/// The lasting users of a block device, and whether anybody has it open.
 fn users_of((major, minor): (u32, u32)) -> (Vec<String>, bool) {
     let mut users = usage::users_of_device(major, minor);
     let openers = usage::openers_of_device(major, minor);
@@ -130,81 +319,106 @@ fn users_of((major, minor): (u32, u32)) -> (Vec<String>, bool) {
     (users, !openers.is_empty())
 }
 
-/// Refuses a device that somebody uses. Workers of udev are no users: they look at a device that
-/// was just made or written to, and are waited for.
-fn wait_until_unused(id: u32, progress: &mut dyn FnMut(&str)) -> Result<(), DeleteError> {
-    let Some(devt) = device_number(id) else { return Ok(()) };
-    let what = format!("udev to let go of {}", state::block_path(id).display());
-    wait_with(&what, progress, |slice| {
-        let (users, is_open) = users_of(devt);
-        if !users.is_empty() {
-            return Some(Err(DeleteError::InUse { id, users }));
-        }
-        if !is_open {
-            return Some(Ok(()));
-        }
-        // Nobody tells when a device is closed.
-        std::thread::sleep(slice.min(Duration::from_millis(10)));
-        None
-    })?
-}
-
-/// The process that serves a device.
-struct Server {
-    pid: u32,
-    name: String,
-    pidfd: OwnedFd,
-}
-
-impl Server {
-    fn of(info: &sys::ublksrv_ctrl_dev_info) -> Option<Self> {
-        let pid = Pid::from_raw(info.ublksrv_pid)?;
-        let pidfd = pidfd_open(pid, PidfdFlags::empty()).ok()?;
-        let pid = u32::try_from(info.ublksrv_pid).ok()?;
-        Some(Self { pid, name: usage::process_name(pid), pidfd })
-    }
-
-    /// Waits until the process is gone. One that is not a server of ours is not waited for: it
-    /// may serve other devices, or have got the process id of a dead server.
-    fn wait_for_its_end(&self, progress: &mut dyn FnMut(&str)) -> Result<(), DeleteError> {
-        if self.name != env!("CARGO_PKG_NAME") {
-            return Ok(());
-        }
-        let what = format!("the server ({}) to end", self.pid);
-        wait_with(&what, progress, |slice| {
-            let mut fds = [PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN)];
-            let timeout = PollTimeout::try_from(slice).unwrap_or(PollTimeout::MAX);
-            matches!(poll(&mut fds, timeout), Ok(1..)).then_some(())
-        })
-    }
-}
-
-fn remove(
-    control: &Control,
+/// A device that is to be deleted.
+struct Doomed {
     id: u32,
-    server: Option<&Server>,
-    progress: &mut dyn FnMut(&str),
-) -> Result<(), DeleteError> {
-    match control.delete(id).and_then(|pending| control.finish(pending)) {
-        // The server has deleted it at its end.
-        Err(error) if state::is_missing(&error) => return Ok(()),
-        deleted => deleted?,
-    };
-    let holder = server.map_or_else(
-        || "whoever has its character device open".to_owned(),
-        |server| format!("{} ({}), which serves it", server.name, server.pid),
-    );
-    let what = format!("{holder}, to let go of device {id}");
-    wait_with(&what, progress, |slice| match control.info(id) {
-        Err(error) if state::is_missing(&error) => Some(Ok(())),
-        Err(error) => Some(Err(error)),
-        Ok(_) => {
-            // The driver tells nobody when it has let go of an id.
-            std::thread::sleep(slice.min(Duration::from_millis(5)));
-            None
+    /// Number of its block device, if it has one.
+    number: Option<(u32, u32)>,
+    /// Those of its partitions, too.
+    numbers: Vec<(u32, u32)>,
+    /// Tells it from a later one of the same id.
+    identity: Option<u64>,
+    /// Its I/O is served.
+    is_live: bool,
+    /// What sees to it.
+    processes: Vec<Process>,
+    /// When it was there last, since the machine was started.
+    seen: Duration,
+}
+
+impl Doomed {
+    fn new(id: u32, info: &sys::ublksrv_ctrl_dev_info) -> Self {
+        let number = number_of(id);
+        let numbers = number.map(|(major, minor)| usage::numbers_of_device(major, minor));
+        // Of one that was started, the server is in its state file.
+        let adder = state::adder(info).filter(|_| !state::has_disk(info));
+        let has_server = u32::try_from(info.ublksrv_pid).is_ok_and(state::is_alive);
+        Self {
+            id,
+            number,
+            numbers: numbers.unwrap_or_default(),
+            identity: state::identity(id),
+            is_live: u32::from(info.state) == sys::UBLK_S_DEV_LIVE && has_server,
+            processes: processes::of_device(id, adder),
+            seen: processes::now(),
         }
-    })??;
-    Ok(())
+    }
+
+    /// Whether the driver has none of this id, or another one.
+    fn is_gone(&self, control: &Control) -> Result<bool, ControlError> {
+        match control.info(self.id) {
+            Err(error) if state::is_missing(&error) => Ok(true),
+            Err(error) => Err(error),
+            Ok(_) => {
+                let now = state::identity(self.id);
+                Ok(now.is_some() && now != self.identity)
+            }
+        }
+    }
+
+    fn is_started(&self, control: &Control) -> bool {
+        control.info(self.id).is_ok_and(|info| state::has_disk(&info))
+            && state::identity(self.id).is_none()
+    }
+
+    /// Who has its block device, in words.
+    fn users(&self) -> Vec<String> {
+        let mut users = usage::users_of(&self.numbers);
+        let openers = usage::openers_of(&self.numbers);
+        users.extend(openers.iter().map(|opener| format!("open by {opener}")));
+        users
+    }
+
+    /// Who keeps it from going away, in words.
+    fn holders(&self) -> String {
+        let mut holders: Vec<_> = usage::servers_of(self.id)
+            .iter()
+            .map(|server| format!("{server}, which serves it"))
+            .collect();
+        holders.extend(self.users());
+        if holders.is_empty() { "the kernel".to_owned() } else { holders.join(", ") }
+    }
+}
+
+impl std::fmt::Display for Doomed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", state::block_path(self.id).display())?;
+        match self.processes.iter().find(|process| process.role == Role::Server) {
+            Some(server) => write!(f, ", which is served by {server}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Kills processes; supervisors first, for they would put others in the place of servers.
+fn kill(processes: &[Process]) {
+    for role in [Role::Supervisor, Role::Server] {
+        for process in processes.iter().filter(|process| process.role == role) {
+            process.tell(Signal::SIGKILL);
+        }
+    }
+}
+
+fn await_child(child: &mut Child, timeout: Duration) -> Option<io::Result<ExitStatus>> {
+    let deadline = Instant::now() + timeout;
+    loop {
+        match child.try_wait() {
+            Ok(Some(status)) => return Some(Ok(status)),
+            Ok(None) if Instant::now() >= deadline => return None,
+            Ok(None) => std::thread::sleep(Duration::from_millis(2)),
+            Err(error) => return Some(Err(error)),
+        }
+    }
 }
 
 /// Calls `attempt` with slices of time until it gives a result; tells `progress` when that takes
@@ -225,7 +439,7 @@ fn wait_with<T>(
             return Err(DeleteError::Stuck { what: what.to_owned(), waited });
         }
         if waited >= next_word {
-            progress(&format!("waiting for {what}"));
+            progress(&format!("waiting for {what} …"));
             next_word += Duration::from_secs(10);
         }
     }
@@ -246,8 +460,14 @@ mod tests {
     }
 
     #[test]
-    fn a_server_that_is_gone_is_not_waited_for() {
-        let info = sys::ublksrv_ctrl_dev_info { ublksrv_pid: i32::MAX, ..Default::default() };
-        assert!(Server::of(&info).is_none());
+    fn a_child_is_waited_for_as_long_as_asked() {
+        let sleep = |seconds: &str| std::process::Command::new("sleep").arg(seconds).spawn();
+        let mut short = sleep("0").unwrap();
+        let status = await_child(&mut short, Duration::from_secs(60)).unwrap().unwrap();
+        assert!(status.success());
+        let mut long = sleep("60").unwrap();
+        assert!(await_child(&mut long, Duration::from_millis(10)).is_none());
+        long.kill().unwrap();
+        long.wait().unwrap();
     }
 }

@@ -18,6 +18,7 @@ use crate::backing::usage::process_name;
 use crate::lend::LendMode;
 use crate::server::config::DeviceConfig;
 use crate::server::on_death::OnDeath;
+use crate::steps::step;
 use crate::units::{Bytes, Sectors};
 
 /// Where the state files are.
@@ -157,8 +158,10 @@ impl StateFile {
         let new = path.with_extension(format!("json.{}", std::process::id()));
         let mut file = OpenOptions::new();
         let mut file = file.write(true).create(true).truncate(true).mode(0o644).open(&new)?;
-        serde_json::to_writer_pretty(&mut file, self)?;
-        file.write_all(b"\n")?;
+        let mut text = serde_json::to_vec_pretty(self)?;
+        text.push(b'\n');
+        file.write_all(&text)?;
+        step("half-recorded");
         fs::rename(new, path)
     }
 
@@ -279,7 +282,12 @@ impl Description {
         let sectors = control.params(id).map_or(0, |params| params.basic().dev_sectors);
         let pid = u32::try_from(info.ublksrv_pid).ok().filter(|pid| is_alive(*pid));
         let file = StateFile::read(Path::new(RUN_DIR), id).ok();
-        let file = file.filter(|file| file.diskseq.is_none() || file.diskseq == diskseq(id));
+        // A device that is stopped has no disk any more to be told by.
+        let is_its = |file: &StateFile| match (file.diskseq, diskseq(id)) {
+            (Some(recorded), Some(is)) => recorded == is,
+            (_, None) | (None, _) => true,
+        };
+        let file = file.filter(is_its);
         let lend = LendMode::of_flags(info.flags).to_string();
         let on_death = OnDeath::of_flags(info.flags).to_string();
         let mut described = Self {
@@ -349,6 +357,30 @@ fn state_name(state: u16) -> &'static str {
 #[must_use]
 pub fn has_disk(info: &sys::ublksrv_ctrl_dev_info) -> bool {
     u32::from(info.state) != sys::UBLK_S_DEV_DEAD
+}
+
+/// The mark of this program in a device's `ublksrv_flags`, which the driver keeps and does not look
+/// at; the process that has added the device is in the lower half.
+const MARK: u64 = 0x75_62_74 << 32;
+
+/// What the calling process marks a device with that it adds: nobody else can tell whose a device
+/// is that was never started.
+#[must_use]
+pub fn mark() -> u64 {
+    MARK | u64::from(std::process::id())
+}
+
+/// The process that has added a device, if it was one of this program.
+#[must_use]
+pub fn adder(info: &sys::ublksrv_ctrl_dev_info) -> Option<u32> {
+    let pid = info.ublksrv_flags.checked_sub(MARK)?;
+    u32::try_from(pid).ok()
+}
+
+/// Tells a device from a later one of the same id, as long as it has its character device.
+#[must_use]
+pub fn identity(id: u32) -> Option<u64> {
+    fs::metadata(format!("/sys/class/ublk-char/ublkc{id}")).ok().map(|directory| directory.ino())
 }
 
 /// Whether an error says that there is no such device.
@@ -434,6 +466,16 @@ mod tests {
             StateFile::read(directory.path(), 3),
             Err(StateProblem::Unreadable { .. })
         ));
+    }
+
+    #[test]
+    fn a_device_tells_who_has_added_it() {
+        let of = |ublksrv_flags| {
+            adder(&sys::ublksrv_ctrl_dev_info { ublksrv_flags, ..Default::default() })
+        };
+        assert_eq!(of(mark()), Some(std::process::id()));
+        assert_eq!(of(0), None);
+        assert_eq!(of(u64::MAX), None);
     }
 
     #[test]

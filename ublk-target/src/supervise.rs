@@ -11,10 +11,11 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use uring_ext::control::Control;
 
+use crate::leftovers;
 use crate::server::config::DeviceError;
 use crate::server::signals::{Wake, Wakeups, Watch};
 use crate::state::{self, RUN_DIR, StateFile};
-use crate::stats;
+use crate::steps::step;
 
 /// How soon, and how often, a server is put in the place of a dead one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,11 +111,15 @@ pub fn supervise(
                 return Ok(give_up(id, &why));
             };
             log::warn!("{why}: recovering device {id}");
-            let pause = PollTimeout::try_from(pause).unwrap_or(PollTimeout::MAX);
-            if let Wake::Signal(signal) = wakeups.wait(pause) {
-                log::info!("{signal}: ending; device {id} waits for recovery");
-                return Ok(End::Stopped);
+            match rest(pause, wakeups, || is_stopped(&control, id)) {
+                Rest::Over => {}
+                Rest::Stopped => return Ok(End::Stopped),
+                Rest::Told(signal) => {
+                    log::info!("{signal}: ending; device {id} waits for recovery");
+                    return Ok(End::Stopped);
+                }
             }
+            step("recovering");
             match recover(id) {
                 Ok(new) => {
                     pid = new;
@@ -129,6 +134,34 @@ pub fn supervise(
                     (why, lived) = (error, Duration::ZERO);
                 }
             }
+        }
+    }
+}
+
+/// How a pause ends.
+enum Rest {
+    Over,
+    Stopped,
+    Told(Signal),
+}
+
+/// Pauses. A device that is deleted meanwhile must not wait for that.
+fn rest(pause: Duration, wakeups: &Wakeups, is_stopped: impl Fn() -> bool) -> Rest {
+    let deadline = Instant::now() + pause;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let slice = left.min(Duration::from_millis(50));
+        let slice = PollTimeout::try_from(slice).unwrap_or(PollTimeout::ZERO);
+        match wakeups.wait(slice) {
+            Wake::Signal(signal) => return Rest::Told(signal),
+            Wake::LaneEnded | Wake::Undelivered | Wake::Petition | Wake::Other | Wake::TimedOut => {
+            }
+        }
+        if left.is_zero() {
+            return Rest::Over;
+        }
+        if is_stopped() {
+            return Rest::Stopped;
         }
     }
 }
@@ -163,8 +196,7 @@ fn is_stopped(control: &Control, id: u32) -> bool {
         Err(error) => {
             if state::is_missing(&error) {
                 // What its server has left, if it was killed at its end.
-                StateFile::remove(Path::new(RUN_DIR), id);
-                stats::remove_stale_socket(Path::new(RUN_DIR), id);
+                leftovers::remove_files_of(control, id);
             }
             state::is_missing(&error)
         }

@@ -10,17 +10,28 @@ use super::sysfs::{SysfsDevice, parse_devt};
 /// devices stacked on it. Empty if none of these is known.
 #[must_use]
 pub fn users_of_device(major: u32, minor: u32) -> Vec<String> {
+    users_of(&numbers_of_device(major, minor))
+}
+
+/// The numbers of a block device and of its partitions.
+#[must_use]
+pub fn numbers_of_device(major: u32, minor: u32) -> Vec<(u32, u32)> {
     let mut numbers = vec![(major, minor)];
-    let sysfs = SysfsDevice::find(Path::new("/sys"), major, minor);
-    if let Some(device) = &sysfs {
+    if let Some(device) = SysfsDevice::find(Path::new("/sys"), major, minor) {
         numbers.extend(device.partitions());
     }
+    numbers
+}
+
+/// The users of the block devices of these numbers, in words.
+#[must_use]
+pub fn users_of(numbers: &[(u32, u32)]) -> Vec<String> {
     let mut users = Vec::new();
     let mut mounts = mounts();
     mounts.retain(|mount| numbers.contains(&mount.devt));
     mounts.dedup();
     users.extend(mounts.iter().map(|mount| format!("mounted on {}", mount.point.display())));
-    for (major, minor) in &numbers {
+    for (major, minor) in numbers {
         let holders = SysfsDevice::find(Path::new("/sys"), *major, *minor)
             .map(|device| device.holders())
             .unwrap_or_default();
@@ -76,6 +87,10 @@ pub struct Opener {
 }
 
 impl Opener {
+    fn of(pid: u32) -> Self {
+        Self { pid, name: process_name(pid) }
+    }
+
     /// Whether it is a worker of udev, which looks at every device that appears or was written
     /// to, and lets go of it by itself.
     #[must_use]
@@ -90,10 +105,16 @@ impl std::fmt::Display for Opener {
     }
 }
 
-/// Processes that have a node of the block device open.
+/// Processes that have a node of the block device open, or of one of its partitions.
 #[must_use]
 pub fn openers_of_device(major: u32, minor: u32) -> Vec<Opener> {
-    openers(|meta| meta.file_type().is_block_device() && split_devt(meta.rdev()) == (major, minor))
+    openers_of(&numbers_of_device(major, minor))
+}
+
+/// Processes that have a block device of these numbers open.
+#[must_use]
+pub fn openers_of(numbers: &[(u32, u32)]) -> Vec<Opener> {
+    openers(|meta| meta.file_type().is_block_device() && numbers.contains(&split_devt(meta.rdev())))
 }
 
 /// Processes that have a node of the character device open.
@@ -103,12 +124,31 @@ pub fn openers_of_char_device(path: &Path) -> Vec<Opener> {
     openers(|meta| meta.file_type().is_char_device() && meta.rdev() == node.rdev())
 }
 
+/// The ids of the ublk devices whose character device a process has open, those among them that are
+/// deleted but not let go of.
+#[must_use]
+pub fn served_by(pid: u32) -> Vec<u32> {
+    let Ok(files) = fs::read_dir(format!("/proc/{pid}/fd")) else { return Vec::new() };
+    let id = |path: PathBuf| {
+        let name = path.to_str()?.strip_prefix("/dev/ublkc")?;
+        name.strip_suffix(" (deleted)").unwrap_or(name).parse().ok()
+    };
+    files.flatten().filter_map(|file| id(fs::read_link(file.path()).ok()?)).collect()
+}
+
+/// Processes of any program that have the character device of a ublk device open.
+#[must_use]
+pub fn servers_of(id: u32) -> Vec<Opener> {
+    processes().filter(|pid| served_by(*pid).contains(&id)).map(Opener::of).collect()
+}
+
 fn openers(is_it: impl Fn(&fs::Metadata) -> bool) -> Vec<Opener> {
-    let Ok(processes) = fs::read_dir("/proc") else { return Vec::new() };
-    let pids = processes.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    pids.filter(|pid| has_open(*pid, &is_it))
-        .map(|pid| Opener { pid, name: process_name(pid) })
-        .collect()
+    processes().filter(|pid| has_open(*pid, &is_it)).map(Opener::of).collect()
+}
+
+fn processes() -> impl Iterator<Item = u32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
 fn has_open(pid: u32, is_it: impl Fn(&fs::Metadata) -> bool) -> bool {

@@ -1,50 +1,82 @@
 //! `del`, `list` and `features`.
 
+use std::collections::BTreeSet;
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 
 use serde_json::json;
-use ublk_target::delete::delete as delete_device;
-use ublk_target::state::{self, Description};
+use ublk_target::backing::usage;
+use ublk_target::delete::{self, DeleteError, Deletion};
+use ublk_target::state::{self, Description, RUN_DIR, device_ids, recorded_ids};
 use ublk_target::units::Bytes;
-use ublk_target::{kernel, state::device_ids};
+use ublk_target::{kernel, leftovers, processes};
 use uring_ext::control::Control;
-use uring_ext::feature;
+use uring_ext::{Errno, feature};
 
+use super::processes::delete_by;
 use super::table::{Align, table};
 use super::{Del, Features, List};
 
 /// Deletes one device or all.
 pub fn delete(del: &Del) -> anyhow::Result<ExitCode> {
     let control = Control::open()?;
-    let mut progress = |what: &str| eprintln!("ublk-target: {what} …");
+    let mut deletion = Deletion {
+        control: &control,
+        force: del.force,
+        helper: &delete_by,
+        progress: &mut |what| eprintln!("ublk-target: {what}"),
+    };
     if let Some(id) = del.which.id {
-        delete_device(&control, id, &mut progress)?;
+        deletion.delete(id)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let mut code = ExitCode::SUCCESS;
-    for id in device_ids() {
-        if let Some(server) = foreign_server(&control, id) {
+    let mut failed = false;
+    let mut failure = |error: DeleteError| {
+        eprintln!("ublk-target: {error}");
+        failed = true;
+    };
+    for id in all_ids() {
+        if let Some(server) = foreign_server(id) {
             eprintln!("ublk-target: note: device {id} is served by {server} and is left alone");
             continue;
         }
-        match delete_device(&control, id, &mut progress) {
+        match deletion.delete(id) {
             // Deleted by somebody else meanwhile.
-            Ok(()) | Err(ublk_target::delete::DeleteError::NoDevice(_)) => {}
-            Err(error) => {
-                eprintln!("ublk-target: {error}");
-                code = ExitCode::FAILURE;
-            }
+            Ok(()) | Err(DeleteError::NoDevice(_)) => {}
+            Err(error) => failure(error),
         }
     }
-    Ok(code)
+    for process in leftovers::without_device(&control) {
+        if let Err(error) = deletion.end(process) {
+            failure(error);
+        }
+    }
+    let _ = leftovers::remove_files(&control);
+    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-/// The live process of another program that serves a device.
-fn foreign_server(control: &Control, id: u32) -> Option<String> {
-    let pid = Description::of(control, id).ok()?.pid?;
-    let name = ublk_target::backing::usage::process_name(pid);
-    (name != env!("CARGO_PKG_NAME")).then(|| format!("{name} ({pid})"))
+/// The ids of all devices, those among them that are deleted but not let go of.
+fn all_ids() -> BTreeSet<u32> {
+    let mut ids: BTreeSet<u32> = device_ids().into_iter().collect();
+    ids.extend(recorded_ids(Path::new(RUN_DIR)));
+    ids.extend(processes::all().iter().filter_map(|process| process.device));
+    ids
+}
+
+/// Gives the driver a command, in place of a process that must not do it itself.
+pub fn command(id: u32, command: delete::Command) -> anyhow::Result<ExitCode> {
+    match delete::command(id, command) {
+        Err(error) if error.errno() == Some(Errno::EBUSY) => Ok(ExitCode::from(delete::IN_USE)),
+        ended => ended.map(|()| ExitCode::SUCCESS).map_err(Into::into),
+    }
+}
+
+/// The process of another program that serves a device.
+fn foreign_server(id: u32) -> Option<String> {
+    let servers = usage::servers_of(id);
+    let foreign = servers.iter().find(|server| server.name != env!("CARGO_PKG_NAME"))?;
+    Some(foreign.to_string())
 }
 
 /// Shows one device or all.
@@ -59,8 +91,11 @@ pub fn list(list: &List) -> anyhow::Result<ExitCode> {
             vec![described?]
         }
         // One that goes away meanwhile is not shown.
-        None => device_ids().iter().filter_map(|id| Description::of(&control, *id).ok()).collect(),
+        None => all_ids().iter().filter_map(|id| Description::of(&control, *id).ok()).collect(),
     };
+    if list.id.is_none() {
+        name_leftovers(&control);
+    }
     let mut out = std::io::stdout().lock();
     if list.json {
         match (list.id, devices.first()) {
@@ -69,7 +104,17 @@ pub fn list(list: &List) -> anyhow::Result<ExitCode> {
         }
     } else {
         let header = [
-            "ID", "DEVICE", "STATE", "TARGET", "LEND", "PID", "QUEUES", "DEPTH", "SIZE", "BACKINGS",
+            "ID",
+            "DEVICE",
+            "STATE",
+            "TARGET",
+            "LEND",
+            "ON-DEATH",
+            "PID",
+            "SUPERVISOR",
+            "QUEUES",
+            "SIZE",
+            "BACKINGS",
         ];
         let mut rows = vec![header.map(str::to_owned)];
         rows.extend(devices.iter().map(row));
@@ -78,21 +123,38 @@ pub fn list(list: &List) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn row(device: &Description) -> [String; 10] {
+fn row(device: &Description) -> [String; 11] {
+    let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
     let backings = device.backings.iter().map(|path| path.display().to_string());
-    let or_dash = |text: String| if text.is_empty() { "-".to_owned() } else { text };
+    let backings = backings.collect::<Vec<_>>().join(",");
+    let supervisor = match (device.supervisor, &device.given_up) {
+        (Some(pid), _) => Some(pid.to_string()),
+        (None, Some(_)) => Some("given up".to_owned()),
+        (None, None) => None,
+    };
     [
         device.id.to_string(),
         device.device.display().to_string(),
         device.state.clone(),
         device.target.clone(),
         device.lend.clone(),
-        or_dash(device.pid.map_or_else(String::new, |pid| pid.to_string())),
-        device.queues.to_string(),
-        device.depth.to_string(),
+        device.on_death.clone(),
+        or_dash(device.pid.map(|pid| pid.to_string())),
+        or_dash(supervisor),
+        format!("{} x {}", device.queues, device.depth),
         Bytes(device.size_bytes).to_string(),
-        or_dash(backings.collect::<Vec<_>>().join(",")),
+        or_dash(Some(backings).filter(|backings| !backings.is_empty())),
     ]
+}
+
+/// Removes files that belong to no device, and names what else is left of dead servers.
+fn name_leftovers(control: &Control) {
+    for file in leftovers::remove_files(control) {
+        eprintln!("ublk-target: note: removed {}, which belonged to no device", file.display());
+    }
+    for process in leftovers::processes(control) {
+        eprintln!("ublk-target: note: {process} has no device; `ublk-target del --all` ends it");
+    }
 }
 
 /// Shows the features of the driver.

@@ -15,6 +15,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use ublk_target::delete;
 use ublk_target::server::config::ExtentConfig;
 use ublk_target::server::recovery;
 use ublk_target::target::Rule;
@@ -39,7 +40,8 @@ enum Command {
     /// Add a device and serve it
     #[command(subcommand)]
     Add(Target),
-    /// Delete devices; one that is open or mounted is refused
+    /// Delete devices, in whatever state they are; one that is open or mounted is refused
+    #[command(after_help = DEL_HELP)]
     Del(Del),
     /// Give a device whose server is dead a new one
     Recover(Recover),
@@ -53,12 +55,15 @@ enum Command {
     Stats(Stats),
     /// Show what the ublk driver of this kernel can do
     Features(Features),
-    /// Stop a device for its server, which must not do it itself
+    /// Stop or remove a device for a process that must not do it itself
     #[command(hide = true)]
     StopDevice {
         /// The device /dev/ublkbID
         #[arg(short = 'n', long, value_name = "ID")]
         id: u32,
+        /// What to have the driver do
+        #[arg(long, value_name = "WHAT", default_value = "stop")]
+        command: delete::Command,
     },
     /// Make the I/O of a device wait for its next server
     #[command(hide = true)]
@@ -195,7 +200,17 @@ struct Which {
 struct Del {
     #[command(flatten)]
     which: Which,
+    /// Delete a device that is open or mounted all the same: I/O of its users fails. Kill its server
+    /// if that does not end within 5 seconds
+    #[arg(long)]
+    force: bool,
 }
+
+const DEL_HELP: &str = "\
+Works on devices that are live, wait for recovery or are just recovered, that were never started, or
+whose server is dead. It returns when the device, its server and its supervisor are gone, and bounds
+every wait. --all also ends servers and supervisors of this program that have no device, and removes
+files in /run/ublk-target that belong to none.";
 
 #[derive(Debug, Args)]
 struct Recover {
@@ -319,9 +334,9 @@ pub fn run() -> ExitCode {
             let read = Control::open().map_err(Into::into).and_then(|it| recovery::read(&it, *id));
             read.map(|_| ExitCode::SUCCESS).map_err(Into::into)
         }
-        Command::StopDevice { id } => {
+        Command::StopDevice { id, command } => {
             start_log(cli.verbose, "warn");
-            ublk_target::server::device::stop(*id).map(|()| ExitCode::SUCCESS).map_err(Into::into)
+            manage::command(*id, *command)
         }
         Command::Features(features) => {
             start_log(cli.verbose, "warn");

@@ -10,18 +10,25 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 
 use anyhow::Context;
-use nix::unistd::{dup2_stderr, dup2_stdout, setsid};
+use clap::ValueEnum;
+use clap::builder::PossibleValue;
+use nix::poll::PollTimeout;
+use nix::sys::signal::kill;
+use nix::unistd::{Pid, dup2_stderr, dup2_stdout, setsid};
 use sd_notify::NotifyState;
+use ublk_target::delete::{self, Deletion};
 use ublk_target::lend::Choice;
 use ublk_target::server::config::DeviceError;
 use ublk_target::server::device::Helpers;
-use ublk_target::server::signals::Wakeups;
-use ublk_target::state::{Description, RUN_DIR, StateFile, log_path};
+use ublk_target::server::signals::{Wake, Wakeups};
+use ublk_target::state::{self, Description, RUN_DIR, StateFile, log_path};
+use ublk_target::steps::step;
 use ublk_target::supervise::{End, Policy, supervise};
 use uring_ext::Errno;
+use uring_ext::control::Control;
 
 use super::device::{Life, Role};
 use super::start_log;
@@ -79,32 +86,71 @@ fn arguments() -> Vec<std::ffi::OsString> {
 
 /// Starts a process and waits until its device is live, or it has ended.
 fn start(command: &mut Command) -> anyhow::Result<ExitCode> {
-    match wait_for_line(command.stdin(Stdio::null()))? {
+    match wait_for_line(command.stdin(Stdio::null()), None)? {
         Ok((_, line)) => {
             print!("{line}");
             Ok(ExitCode::SUCCESS)
         }
-        // The server has said why; if it could not, say how it ended.
-        Err(status) => match status.code().and_then(|code| u8::try_from(code).ok()) {
-            Some(code) if code > 0 => Ok(ExitCode::from(code)),
-            _ => anyhow::bail!("the server ended before its device was live ({status})"),
-        },
+        Err(status) => has_failed(status),
     }
 }
 
-/// Starts a process, and waits for a line from it or its end.
+/// What a command ends with whose server has. The server has said why; if it could not, this says
+/// how it ended.
+fn has_failed(status: ExitStatus) -> anyhow::Result<ExitCode> {
+    match status.code().and_then(|code| u8::try_from(code).ok()) {
+        Some(code) if code > 0 => Ok(ExitCode::from(code)),
+        _ => anyhow::bail!("the server ended before its device was live ({status})"),
+    }
+}
+
+/// Starts a process, and waits for a line from it or its end. A signal is passed on to it. Of a
+/// device that it was to add nothing is left if it ends.
 fn wait_for_line(
     command: &mut Command,
-) -> anyhow::Result<Result<(Child, String), std::process::ExitStatus>> {
+    wakeups: Option<&Wakeups>,
+) -> anyhow::Result<Result<(Child, String), ExitStatus>> {
+    let is_add = command.get_args().find(|it| !it.to_string_lossy().starts_with('-'));
+    let is_add = is_add.is_some_and(|word| word == "add");
     let mut server = command.stdout(Stdio::piped()).spawn().context("cannot start the server")?;
+    step(if wakeups.is_some() { "supervisor-started-it" } else { "started-it" });
     let mut line = String::new();
     if let Some(out) = server.stdout.take() {
+        while let Some(Wake::Signal(signal)) =
+            wakeups.map(|wakeups| wakeups.wait_or(out.as_fd(), PollTimeout::NONE))
+        {
+            // It can only fail if the server has ended.
+            let _ = kill(Pid::from_raw(i32::try_from(server.id())?), signal);
+        }
         BufReader::new(out).read_line(&mut line).context("cannot hear from the server")?;
     }
+    step(if wakeups.is_some() { "supervisor-heard-it" } else { "heard-it" });
     if line.ends_with('\n') {
         return Ok(Ok((server, line)));
     }
-    Ok(Err(server.wait().context("cannot wait for the server")?))
+    let status = server.wait().context("cannot wait for the server")?;
+    if is_add {
+        take_back(server.id());
+    }
+    Ok(Err(status))
+}
+
+/// Deletes what a server that has ended has added: one that was killed could not.
+fn take_back(server: u32) {
+    let Ok(control) = Control::open() else { return };
+    let is_its = |id: &u32| control.info(*id).is_ok_and(|it| state::adder(&it) == Some(server));
+    for id in state::device_ids().iter().filter(|id| is_its(id)) {
+        delete_again(&control, *id);
+    }
+}
+
+/// Deletes a device of which nobody was told.
+fn delete_again(control: &Control, id: u32) {
+    let progress = &mut |what: &str| eprintln!("ublk-target: {what}");
+    let mut deletion = Deletion { control, force: false, helper: &delete_by, progress };
+    if let Err(error) = deletion.delete(id) {
+        log::error!("{error}");
+    }
 }
 
 /// Starts a server, and supervises it.
@@ -122,20 +168,17 @@ fn supervise_new(life: &Life) -> anyhow::Result<ExitCode> {
     if !life.json {
         command.arg("--json");
     }
-    let (server, line) = match wait_for_line(command.stdin(Stdio::null()))? {
+    let (server, line) = match wait_for_line(command.stdin(Stdio::null()), Some(&wakeups))? {
         Ok(started) => started,
-        Err(status) => {
-            let code = status.code().and_then(|code| u8::try_from(code).ok()).filter(|c| *c > 0);
-            anyhow::ensure!(
-                code.is_some(),
-                "the server ended before its device was live ({status})"
-            );
-            return Ok(ExitCode::from(code.unwrap_or(1)));
-        }
+        Err(status) => return has_failed(status),
     };
     let description: Description =
         serde_json::from_str(&line).context("the server has told nonsense")?;
-    announce(life, &description, None)?;
+    if let Err(error) = announce(life, &description, None) {
+        delete_again(&Control::open()?, description.id);
+        return Err(error.into());
+    }
+    step("supervising");
     watch(description.id, server.id(), life.foreground, &wakeups)
 }
 
@@ -193,7 +236,7 @@ fn recover_with(program: &Path, id: u32, foreground: bool) -> anyhow::Result<u32
     let mut command = Command::new(program);
     command.args(["recover", "-n", &id, "--role", "server", "--supervisor", &own, "--json"]);
     command.args(foreground.then_some("--foreground"));
-    match wait_for_line(command.stdin(Stdio::null()))? {
+    match wait_for_line(command.stdin(Stdio::null()), None)? {
         Ok((server, _)) => Ok(server.id()),
         Err(status) => anyhow::bail!("a server that should recover it ended ({status})"),
     }
@@ -209,10 +252,7 @@ pub fn helpers(life: &Life) -> Helpers<'_> {
         command
     };
     Helpers {
-        // Its own group: the terminal's signals are for the server.
-        stop: Box::new(move |id| {
-            prepare(&["stop-device", "-n", &id.to_string()]).process_group(0).spawn()
-        }),
+        stop: Box::new(|id| delete_by(id, delete::Command::Stop)),
         supervise: Box::new(move |id| {
             let own = std::process::id().to_string();
             prepare(&["supervise", "-n", &id.to_string(), "--server", &own]).spawn()
@@ -233,6 +273,21 @@ pub fn helpers(life: &Life) -> Helpers<'_> {
             command.exec()
         }),
     }
+}
+
+/// Starts a process that gives the driver a command which may take long.
+pub fn delete_by(id: u32, command: delete::Command) -> io::Result<Child> {
+    let command = command.to_possible_value();
+    let command = command.as_ref().map_or("stop", PossibleValue::get_name);
+    let mut helper = prepare(&["stop-device", "-n", &id.to_string(), "--command", command])?;
+    // Its own group: the terminal's signals are for others.
+    helper.process_group(0).spawn()
+}
+
+fn prepare(arguments: &[&str]) -> io::Result<Command> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null());
+    Ok(command)
 }
 
 /// Tells the user that the device is live. A process in the background has its log by then.

@@ -293,6 +293,9 @@ pub enum DeviceError {
     /// A signal came before the device was recovered.
     #[error("interrupted before the device was recovered; it is as it was")]
     NotRecovered,
+    /// Somebody has deleted it.
+    #[error("device {0} was deleted while it was started")]
+    Deleted(u32),
     /// A signal came before the device was live.
     #[error("interrupted before the device was live; nothing is left of it")]
     Interrupted,

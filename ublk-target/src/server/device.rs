@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use std::time::{Duration, Instant};
 use bufreg::Incarnation;
 use nix::poll::PollTimeout;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
-use uring_ext::control::{Control, ControlError, Pending};
+use uring_ext::control::{Control, Pending};
 use uring_ext::feature::{self, Features};
 use uring_ext::{Errno, sys};
 
@@ -33,11 +34,12 @@ use crate::lane::fault::{self, Faults, Injected};
 use crate::lend::{self, Choice, LendMode};
 use crate::state::{self, Description, LOG_DIR, RUN_DIR, StateFile};
 use crate::stats::{self, Limits, StatsServer};
+use crate::steps::step;
 use crate::units::{Bytes, Qid};
 
 /// Processes that do what the server must not do itself, or cannot.
 pub struct Helpers<'a> {
-    /// Starts one that stops a device (see [`stop`]).
+    /// Starts one that stops a device ([`delete::command`](crate::delete::command)).
     pub stop: Box<dyn Fn(u32) -> io::Result<Child> + 'a>,
     /// Starts one that supervises the device of the calling process.
     pub supervise: Box<dyn Fn(u32) -> io::Result<Child> + 'a>,
@@ -50,26 +52,6 @@ pub struct Helpers<'a> {
 
 /// The device, the program, and the supervisor.
 pub type BecomeNext<'a> = dyn Fn(u32, &Path, Option<u32>) -> io::Error + 'a;
-
-/// Stops a device and waits until its outstanding I/O is completed or failed. One that is gone is
-/// stopped.
-///
-/// # Errors
-/// Those of the driver.
-pub fn stop(id: u32) -> Result<(), ControlError> {
-    let control = Control::open()?;
-    let stopped = control.stop(id).and_then(|mut pending| {
-        loop {
-            if let Some(answer) = control.wait(&mut pending, Duration::from_secs(10)) {
-                return answer;
-            }
-        }
-    });
-    match stopped {
-        Err(error) if !state::is_missing(&error) => Err(error),
-        Ok(_) | Err(_) => Ok(()),
-    }
-}
 
 /// The driver's device numbers have 20 bits (`UBLK_MINORS`).
 const MAX_ID: u32 = (1 << 20) - 1;
@@ -90,12 +72,18 @@ pub fn serve(
         return Err(DeviceError::IdTooBig(id));
     }
     let control = Control::open()?;
-    let plan = Plan::make(config, &control, None)?;
+    // First of all, so that no signal ends the process half-way.
     let wakeups = Wakeups::ready()?;
+    step("signals-blocked");
+    let plan = Plan::make(config, &control, None)?;
     protect(&plan.needed_paths());
+    step("planned");
+    wakeups.check()?;
     let added = add(&control, &plan)?;
+    step("added");
     let mut server = Server::new(control, wakeups, added.dev_id, supervisor);
-    let served = server.go_live(&plan, &added).and_then(|()| server.live(plan, helpers, on_live));
+    let is_live = server.go_live(&plan, &added).and_then(|()| server.wakeups.check());
+    let served = is_live.and_then(|()| server.live(plan, helpers, on_live));
     let ended = server.take_down();
     served.and(ended)
 }
@@ -163,6 +151,7 @@ fn add(control: &Control, plan: &Plan) -> Result<sys::ublksrv_ctrl_dev_info, Dev
         max_io_buf_bytes: plan.layout.buffer_bytes,
         ublksrv_pid: i32::try_from(std::process::id()).unwrap_or(0),
         flags: plan.choice.flags | uring_ext::feature::CMD_IOCTL_ENCODE.bit,
+        ublksrv_flags: state::mark(),
         ..Default::default()
     };
     let mut added = control.add(info);
@@ -235,11 +224,19 @@ impl Server {
         }
         let cdev = Arc::new(self.open_cdev()?);
         self.cdev = Some(Arc::clone(&cdev));
+        step("opened");
         self.start_lanes(added, plan, &cdev)?;
+        step("lanes-up");
         let layout = &plan.layout;
         self.control.set_params(self.id, layout.limits.params(layout.size, layout.buffer_bytes))?;
+        step("parameters-set");
         self.take_charge(plan)?;
+        // The driver would start what somebody has deleted meanwhile.
+        if self.is_removed() {
+            return Err(DeviceError::Deleted(self.id));
+        }
         let start = self.control.start(self.id, std::process::id())?;
+        step("start-sent");
         self.await_start(start)
     }
 
@@ -253,7 +250,10 @@ impl Server {
         record.diskseq = state::diskseq(self.id);
         self.record = Some(record);
         self.write_record()?;
-        self.start_stats()
+        step("recorded");
+        self.start_stats()?;
+        step("listening");
+        Ok(())
     }
 
     pub fn write_record(&self) -> Result<(), DeviceError> {
@@ -274,9 +274,11 @@ impl Server {
             record.diskseq = state::diskseq(self.id);
             self.write_record()?;
         }
+        step("live");
         let description = Description::of(&self.control, self.id)?;
         log::info!("{} is live", description.device.display());
         on_live(&description, &plan.choice)?;
+        step("announced");
         self.wait_for_the_end(plan, helpers)
     }
 
@@ -288,6 +290,8 @@ impl Server {
         loop {
             match File::options().read(true).write(true).open(&path) {
                 Ok(file) => return Ok(file),
+                // Deleted by somebody else.
+                Err(_) if self.is_deleted() => return Err(DeviceError::Deleted(self.id)),
                 Err(error) if Errno::of(&error) == Errno::ENOENT && Instant::now() < deadline => {
                     if let Wake::Signal(_) = self.wakeups.wait(PollTimeout::from(10_u8)) {
                         return Err(DeviceError::Interrupted);
@@ -299,6 +303,17 @@ impl Server {
                 }
             }
         }
+    }
+
+    /// Whether the driver has removed the device, which is still open here.
+    fn is_removed(&self) -> bool {
+        let node = self.cdev.as_ref().and_then(|cdev| cdev.metadata().ok());
+        node.is_some_and(|node| node.nlink() == 0)
+    }
+
+    fn is_deleted(&self) -> bool {
+        let Ok(info) = self.control.info(self.id) else { return true };
+        state::adder(&info) != Some(std::process::id())
     }
 
     pub fn start_lanes(
@@ -350,6 +365,7 @@ impl Server {
             // A closed channel is a lane that panicked.
             let died = Err(LaneError::Ring(Errno::EIO));
             is_ready.recv().unwrap_or(died).map_err(|error| DeviceError::Lane { qid, error })?;
+            step("lane-up");
         }
         Ok(())
     }
@@ -427,6 +443,7 @@ impl Server {
             match woken {
                 Wake::Signal(signal) => {
                     log::info!("{signal}: stopping");
+                    step("stopping");
                     return self.stop(helpers);
                 }
                 Wake::LaneEnded if !self.wakeups.take_undelivered() => break,
@@ -459,7 +476,9 @@ impl Server {
                     if let Some(record) = &mut self.record {
                         record.supervisor = self.supervisor;
                     }
-                    self.write_record()?;
+                    if let Err(error) = self.write_record() {
+                        log::error!("{error}");
+                    }
                 }
             }
         }
@@ -607,7 +626,17 @@ impl Server {
             drop(self.stats.take());
             return Ok(());
         }
+        // One that was never opened may be another one by now.
+        if self.cdev.is_none() && self.is_deleted() {
+            return Ok(());
+        }
+        step("stopped");
+        if self.is_removed() {
+            // Deleting it again would not take back what was fetched since.
+            let _ = self.control.stop(self.id).and_then(|pending| self.control.finish(pending));
+        }
         let deleted = self.control.delete(self.id).and_then(|pending| self.control.finish(pending));
+        step("deleted");
         match deleted {
             Err(error) if !state::is_missing(&error) => result = Err(DeviceError::Control(error)),
             Ok(_) | Err(_) => {}
@@ -616,7 +645,9 @@ impl Server {
         // It tells of the lanes until they have ended. The id is still this device's, so that no
         // other server can have made a socket of this name.
         drop(self.stats.take());
+        step("deaf");
         StateFile::remove(Path::new(RUN_DIR), self.id);
+        step("forgotten");
         drop(self.cdev.take());
         result
     }

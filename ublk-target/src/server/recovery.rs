@@ -18,6 +18,7 @@ use crate::backing::usage;
 use crate::backing::{BackingError, BackingProblem};
 use crate::lend::{Choice, LendMode};
 use crate::state::{self, Description, RUN_DIR, StateFile, StateProblem};
+use crate::steps::step;
 use crate::units::{Bytes, Sectors};
 
 /// Why a device cannot be recovered, and what to do.
@@ -112,13 +113,20 @@ pub fn recover(
 ) -> Result<(), DeviceError> {
     let control = Control::open()?;
     let wakeups = Wakeups::ready()?;
+    step("signals-blocked");
     // Its process is alive: it is this one.
     let record = if is_next { read(&control, id)? } else { check(&control, id)? };
     let mut server = Server::new(control, wakeups, id, supervisor);
     server.leave();
     let plan = take_over(&mut server, &record, !is_next, progress)?;
     server.keep();
-    let served = server.live(plan, helpers, on_live);
+    // The device was there before whoever asked for its recovery, and stays if he is gone.
+    let served = server.live(plan, helpers, |description, choice| {
+        on_live(description, choice).or_else(|error| {
+            log::warn!("recovered, but: {error}");
+            Ok(())
+        })
+    });
     let ended = server.take_down();
     served.and(ended)
 }
@@ -134,13 +142,17 @@ pub(super) fn take_over(
     let mut wait = Wait { began: Instant::now(), said: 0, heeds_signals, progress };
     let cdev = Arc::new(claim(server, &mut wait)?);
     server.cdev = Some(Arc::clone(&cdev));
+    step("claimed");
     // Nobody else can have the device from here on, so this is what it is.
     let info = server.control.info(id)?;
     let plan = plan(server, record, &info, &mut wait)?;
     protect(&plan.needed_paths());
+    step("planned");
     server.start_lanes(&info, &plan, &cdev)?;
+    step("lanes-up");
     server.take_charge(&plan)?;
     let end = server.control.end_recovery(id, std::process::id())?;
+    step("start-sent");
     server.await_recovery(end)?;
     Ok(plan)
 }
@@ -268,8 +280,11 @@ fn claim(server: &Server, wait: &mut Wait<'_>) -> Result<File, DeviceError> {
                 }
             },
             Err(error) if error.errno() == Some(Errno::EBUSY) => {
-                // Recovered by another one meanwhile.
+                // Recovered by another one meanwhile, or stopped.
                 let info = server.control.info(id).map_err(|error| missing(id, error))?;
+                if !state::has_disk(&info) {
+                    return Err(CannotRecoverDevice::NotStarted(id).into());
+                }
                 if let Some(server) = server_of(&info) {
                     return Err(CannotRecoverDevice::Served { id, server }.into());
                 }

@@ -63,6 +63,17 @@ impl Wakeups {
         wakeups.map(Arc::new).map_err(|errno| DeviceError::setup("cannot wait for signals", errno))
     }
 
+    /// Takes a signal, if one has come, and leaves all else for later.
+    ///
+    /// # Errors
+    /// [`DeviceError::Interrupted`] if one has.
+    pub(super) fn check(&self) -> Result<(), DeviceError> {
+        match self.signals.read_signal() {
+            Ok(Some(_)) => Err(DeviceError::Interrupted),
+            Ok(None) | Err(_) => Ok(()),
+        }
+    }
+
     /// Says that a lane has ended. Callable from any thread.
     pub fn lane_ended(&self) {
         // It can only fail at 2^64 - 1 ended lanes.
@@ -158,9 +169,14 @@ impl Watch {
     /// Waits at most `timeout` for the end of the process; whether it has ended.
     #[must_use]
     pub fn has_ended(&self, timeout: Duration) -> bool {
-        let Some(fd) = self.fd() else { return true };
-        let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
-        let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
-        matches!(poll(&mut fds, timeout), Ok(1..))
+        self.fd().is_none_or(|fd| has_ended(fd, timeout))
     }
+}
+
+/// Waits at most `timeout` for the end of the process of a descriptor; whether it has ended.
+#[must_use]
+pub fn has_ended(pidfd: BorrowedFd<'_>, timeout: Duration) -> bool {
+    let mut fds = [PollFd::new(pidfd, PollFlags::POLLIN)];
+    let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
+    matches!(poll(&mut fds, timeout), Ok(1..))
 }

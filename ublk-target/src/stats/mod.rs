@@ -62,11 +62,8 @@ pub fn socket_path(directory: &Path, id: u32) -> PathBuf {
     directory.join(format!("{id}.sock"))
 }
 
-/// Removes the socket of a device if its server is dead, that is if nobody listens.
-pub fn remove_stale_socket(directory: &Path, id: u32) {
-    let path = socket_path(directory, id);
-    if client::is_deserted(&path) {
-        // A missing file is what is wanted; whoever cannot remove it cannot connect to it either.
-        let _ = std::fs::remove_file(path);
-    }
+/// Whether nobody listens on the socket of a device: its server is dead.
+#[must_use]
+pub fn is_deserted(directory: &Path, id: u32) -> bool {
+    client::is_deserted(&socket_path(directory, id))
 }

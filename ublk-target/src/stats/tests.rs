@@ -11,7 +11,7 @@ use bufreg::{Generation, Lent, Owner, SlotIndex, SlotState};
 
 use super::client::{Client, ClientError};
 use super::protocol::{Answer, Command, MAX_REQUEST_BYTES};
-use super::{Limits, StatsServer, remove_stale_socket, socket_path};
+use super::{Limits, StatsServer, is_deserted, socket_path};
 use crate::engine::{Recorder, Stamps};
 use crate::request::RequestKind;
 use crate::server::message::{LaneHandle, LaneMessage, LaneSnapshot};
@@ -395,13 +395,12 @@ fn the_socket_is_its_owners_and_replaces_a_stale_one() {
     let metadata = std::fs::metadata(&path).unwrap();
     assert!(metadata.file_type().is_socket());
     assert_eq!(metadata.permissions().mode() & 0o777, 0o600);
-    remove_stale_socket(directory.path(), 7);
-    assert!(path.exists(), "somebody listens");
+    assert!(!is_deserted(directory.path(), 7), "somebody listens");
     drop(server);
+    assert!(!is_deserted(directory.path(), 7), "it is gone");
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
-    remove_stale_socket(directory.path(), 7);
-    assert!(!path.exists());
-    remove_stale_socket(directory.path(), 7);
+    assert!(is_deserted(directory.path(), 7));
+    std::fs::remove_file(&path).unwrap();
     let nowhere = socket_path(&directory.path().join("missing"), 7);
     assert!(StatsServer::start(nowhere, 7, Vec::new(), nobody(), PATIENT).is_err());
 }

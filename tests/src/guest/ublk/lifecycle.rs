@@ -211,8 +211,10 @@ fn kill_under_load(ctx: &Ctx) -> Result<Outcome> {
 /// nothing. Where the device was live before, it stays.
 fn abandoned(_ctx: &Ctx) -> Result<Outcome> {
     load_driver()?;
-    let mut reader =
-        Command::new(PROGRAM).args(["add", "null", "--daemon"]).stdout(Stdio::piped()).spawn()?;
+    let mut reader = Command::new(PROGRAM)
+        .args(["add", "null", "--role", "server"])
+        .stdout(Stdio::piped())
+        .spawn()?;
     // Nobody reads what the server prints when it is live.
     drop(reader.stdout.take());
     let status = reader.wait()?;

@@ -5,6 +5,7 @@ mod backing_errors;
 mod commands;
 mod crossing;
 mod data;
+mod deletion;
 pub(crate) mod device;
 mod fault_target;
 mod filesystem;
@@ -14,11 +15,13 @@ mod old_kernel;
 mod passthrough;
 mod polled;
 mod reaching;
+mod remains;
 mod resize;
 mod service;
 mod splitting;
 mod stacks;
 mod stats;
+mod steps;
 pub(crate) mod trace;
 mod upgrade;
 mod verify;
@@ -28,12 +31,13 @@ mod zeroing;
 use super::TestCase;
 
 /// The tests of all modules here.
-pub const TABLES: [&[TestCase]; 21] = [
+pub const TABLES: [&[TestCase]; 23] = [
     arguments::TESTS,
     backing_errors::TESTS,
     commands::TESTS,
     crossing::TESTS,
     data::TESTS,
+    deletion::TESTS,
     fault_target::TESTS,
     filesystem::TESTS,
     lend_modes::TESTS,
@@ -47,6 +51,7 @@ pub const TABLES: [&[TestCase]; 21] = [
     splitting::TESTS,
     stacks::TESTS,
     stats::TESTS,
+    steps::TESTS,
     upgrade::TESTS,
     zero_copy::TESTS,
     zeroing::TESTS,

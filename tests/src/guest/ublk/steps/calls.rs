@@ -1,0 +1,188 @@
+//! Each system call of a command and of all that it starts, through strace.
+//!
+//! A command is run once to count the calls, then again and again: in each run the processes that
+//! come to the N-th call of a name are killed before it is carried out. strace counts for each
+//! thread, so the command, its server and its lanes are hit at their own N-th call each.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::{ID, Storm, commands::orphan, verify};
+use crate::guest::ublk::device::{PROGRAM, text};
+use crate::guest::ublk::remains;
+use crate::guest::{Ctx, Outcome, process, wait_for};
+
+/// Of a call that is made more often than this, every fourth is hit after so many: allocations, and
+/// lines of files.
+const EACH: u32 = 8;
+/// Kills of each command in the short run, spread over all calls.
+const SHORT: usize = 5;
+
+/// A command, and what goes before and after it.
+struct Traced<'a> {
+    arguments: &'a [&'a str],
+    before: &'a dyn Fn() -> Result<()>,
+    after: &'a dyn Fn() -> Result<()>,
+}
+
+/// Kills the processes of each command at their system calls.
+pub fn storm(ctx: &Ctx) -> Result<Outcome> {
+    let mut storm = Storm::new()?;
+    let backing = storm.backing();
+    let backing = text(&backing)?;
+    let add = ["add", "loop", "-f", backing, "-n", ID];
+    let supervised = [&add[..], &["--supervise"]].concat();
+    let outliving = [&add[..], &["--on-death", "reissue"]].concat();
+    let run = |arguments: &[&str]| process::run(&[&[PROGRAM], arguments].concat()).map(drop);
+    let nothing = || Ok(());
+    let delete = || {
+        if !remains::devices()?.is_empty() {
+            run(&["del", "-n", ID])?;
+        }
+        remains::ensure_none()?;
+        run(&add)?;
+        verify(remains::devices()?.first().context("a device")?)?;
+        run(&["del", "-n", ID])?;
+        remains::ensure_none()
+    };
+    let recover = || {
+        let devices = remains::devices()?;
+        if devices.first().context("the device")?.pid.is_none() {
+            run(&["recover", "-n", ID])?;
+        }
+        verify(remains::devices()?.first().context("the device")?)?;
+        orphan()
+    };
+    for arguments in [&add[..], &supervised] {
+        let traced = Traced { arguments, before: &nothing, after: &delete };
+        each_call(ctx, &mut storm, &traced)?;
+    }
+    run(&outliving)?;
+    orphan()?;
+    let traced = Traced { arguments: &["recover", "-n", ID], before: &nothing, after: &recover };
+    each_call(ctx, &mut storm, &traced)?;
+    run(&["del", "-n", ID])?;
+    remains::ensure_none()?;
+    let traced =
+        Traced { arguments: &["del", "-n", ID], before: &|| run(&supervised), after: &delete };
+    each_call(ctx, &mut storm, &traced)?;
+    Ok(storm.figure("kills at system calls"))
+}
+
+fn each_call(ctx: &Ctx, storm: &mut Storm, traced: &Traced<'_>) -> Result<()> {
+    let log = ctx.directory().join("calls");
+    (traced.before)()?;
+    strace(traced, &["-o", text(&log)?])?;
+    settle()?;
+    end_tracers()?;
+    (traced.after)()?;
+    let all = calls(&count(&log)?);
+    let stride = if ctx.long { 1 } else { all.len().div_ceil(SHORT).max(1) };
+    for (name, number) in all.iter().step_by(stride) {
+        storm.blow(&format!("{:?}: {name} {number}", traced.arguments));
+        (traced.before)()?;
+        let only = format!("trace={name}");
+        let inject = format!("inject={name}:signal=SIGKILL:when={number}");
+        strace(traced, &["-o", "/dev/null", "-e", &only, "-e", &inject])?;
+        settle()?;
+        // Or they would kill what comes to that call later.
+        end_tracers()?;
+        settle()?;
+        (traced.after)()?;
+    }
+    println!("{:?}: {} calls", traced.arguments, all.len());
+    Ok(())
+}
+
+/// Runs a command, however it ends. The tracer stays with what the command has started.
+fn strace(traced: &Traced<'_>, options: &[&str]) -> Result<()> {
+    let said = File::create("/tmp/said")?;
+    let mut child = Command::new("strace")
+        .args(["-f", "-D", "-qqq"])
+        .args(options)
+        .arg(PROGRAM)
+        .args(traced.arguments)
+        .stdin(Stdio::null())
+        .stdout(said.try_clone()?)
+        .stderr(said)
+        .spawn()?;
+    let ended = wait_for("the command", Duration::from_secs(60), || Ok(child.try_wait()?));
+    ended.with_context(|| fs::read_to_string("/tmp/said").unwrap_or_default()).map(drop)
+}
+
+/// What is traced goes on.
+fn end_tracers() -> Result<()> {
+    wait_for("the tracers to end", Duration::from_secs(10), || {
+        let tracers = remains::pids_of("strace");
+        for pid in &tracers {
+            // It can only fail because it has ended.
+            let _ = kill(Pid::from_raw(i32::try_from(*pid)?), Signal::SIGKILL);
+        }
+        Ok(tracers.is_empty().then_some(()))
+    })
+}
+
+/// Waits until what the command has left is served, gone, or dead.
+fn settle() -> Result<()> {
+    wait_for("a device or none", Duration::from_secs(30), || {
+        let processes = remains::processes();
+        let devices = remains::devices()?;
+        let is_served = devices.iter().any(|it| it.state == "LIVE" && it.pid.is_some());
+        Ok((processes.is_empty() || is_served).then_some(()))
+    })
+    .with_context(|| format!("{:?}", remains::processes()))
+}
+
+/// How often a call was made by one thread at most.
+fn count(log: &Path) -> Result<BTreeMap<String, u32>> {
+    let text = fs::read_to_string(log)?;
+    let mut each: BTreeMap<(&str, &str), u32> = BTreeMap::new();
+    for line in text.lines() {
+        let Some((thread, rest)) = line.split_once(' ') else { continue };
+        let Some((name, _)) = rest.trim_start().split_once('(') else { continue };
+        if !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+        {
+            *each.entry((thread, name)).or_default() += 1;
+        }
+    }
+    ensure!(!each.is_empty(), "strace has written nothing");
+    let mut most = BTreeMap::new();
+    for ((_, name), calls) in each {
+        let entry = most.entry(name.to_owned()).or_insert(0);
+        *entry = calls.max(*entry);
+    }
+    Ok(most)
+}
+
+/// The calls that are to be hit.
+fn calls(counts: &BTreeMap<String, u32>) -> Vec<(String, u32)> {
+    let numbers = |most: u32| (1..=most).filter(|number| *number <= EACH || number % 4 == 0);
+    counts.iter().flat_map(|(name, most)| numbers(*most).map(move |n| (name.clone(), n))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn calls_are_counted_for_each_thread() {
+        let directory = tempfile::tempdir().unwrap();
+        let log = directory.path().join("log");
+        let text = "17 openat(AT_FDCWD, \"x\") = 3\n17 read(3, <unfinished ...>\n\
+                    18 openat(AT_FDCWD, \"(y)\") = 3\n17 <... read resumed>) = 0\n\
+                    17 openat(AT_FDCWD, \"z\") = 4\n18 +++ exited with 0 +++\n";
+        fs::write(&log, text).unwrap();
+        let counts = count(&log).unwrap();
+        assert_eq!(counts, [("openat".to_owned(), 2), ("read".to_owned(), 1)].into());
+        let all = calls(&[("read".to_owned(), 14)].into());
+        let numbers: Vec<_> = all.iter().map(|(_, number)| *number).collect();
+        assert_eq!(numbers, [1, 2, 3, 4, 5, 6, 7, 8, 12]);
+    }
+}

@@ -1,0 +1,251 @@
+//! Processes of this program: what each is, and which device it is about.
+//!
+//! They are known by their name, their arguments and the devices that they have open. What a state
+//! file says of a process is believed only as far as these agree.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use rustix::process::{Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
+use std::os::fd::{AsFd, OwnedFd};
+
+use crate::backing::usage;
+use crate::server::signals::has_ended;
+use crate::state::{RUN_DIR, StateFile, is_ours};
+
+/// What a process of this program is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// A command that a user waits for, and that ends with what it has started.
+    Command,
+    /// A server.
+    Server,
+    /// A supervisor.
+    Supervisor,
+    /// One that does for others what may take long.
+    Helper,
+}
+
+/// A process of this program.
+#[derive(Debug)]
+pub struct Process {
+    /// Process id.
+    pub pid: u32,
+    /// What it is.
+    pub role: Role,
+    /// The device that it serves, or was told to see to.
+    pub device: Option<u32>,
+    /// Process id of its supervisor.
+    pub supervisor: Option<u32>,
+    /// When it was started, since the machine was.
+    pub started: Duration,
+    pidfd: OwnedFd,
+}
+
+impl Process {
+    /// The process `pid`, if it lives and is of this program.
+    #[must_use]
+    pub fn find(pid: u32) -> Option<Self> {
+        let id = Pid::from_raw(i32::try_from(pid).ok()?)?;
+        // What is read from here on is about this process: the descriptor tells it from a later
+        // one of the same id.
+        let pidfd = pidfd_open(id, PidfdFlags::empty()).ok()?;
+        if !is_ours(pid) {
+            return None;
+        }
+        let told = Told::by(&arguments(pid)?);
+        let process = Self {
+            pid,
+            role: told.role,
+            device: usage::served_by(pid).first().copied().or(told.device),
+            supervisor: told.supervisor,
+            started: started(pid)?,
+            pidfd,
+        };
+        (!process.has_ended(Duration::ZERO)).then_some(process)
+    }
+
+    /// Waits at most `timeout` for its end; whether it has ended.
+    #[must_use]
+    pub fn has_ended(&self, timeout: Duration) -> bool {
+        has_ended(self.pidfd.as_fd(), timeout)
+    }
+
+    /// Sends a signal to this process and no other. One that has ended needs none.
+    pub fn tell(&self, signal: Signal) {
+        if let Some(signal) = rustix::process::Signal::from_named_raw(signal as i32) {
+            // It can only fail because there is no such process any more.
+            let _ = pidfd_send_signal(&self.pidfd, signal);
+        }
+    }
+}
+
+impl fmt::Display for Process {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let role = match self.role {
+            Role::Command => "the command",
+            Role::Server => "the server",
+            Role::Supervisor => "the supervisor",
+            Role::Helper => "the helper",
+        };
+        write!(f, "{role} ({}", self.pid)?;
+        if is_suspended(self.pid) {
+            f.write_str(", which a signal has suspended")?;
+        }
+        f.write_str(")")
+    }
+}
+
+/// What its arguments tell a process to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Told {
+    role: Role,
+    device: Option<u32>,
+    supervisor: Option<u32>,
+}
+
+impl Told {
+    fn by(arguments: &[String]) -> Self {
+        let value = |names: &[&str]| value_of(arguments, names);
+        let has = |name: &str| arguments.iter().any(|argument| argument == name);
+        let command = arguments.iter().skip(1).find(|argument| !argument.starts_with('-'));
+        let command = command.map_or("", String::as_str);
+        let role = match (command, value(&["--role"])) {
+            ("supervise", _) | (_, Some("supervisor")) => Role::Supervisor,
+            ("stop-device", _) => Role::Helper,
+            (_, Some("server")) => Role::Server,
+            ("add" | "recover", _) if has("--foreground") => {
+                if has("--supervise") {
+                    Role::Supervisor
+                } else {
+                    Role::Server
+                }
+            }
+            _ => Role::Command,
+        };
+        // The device that `add` is told need not be the one that it adds: it may be somebody
+        // else's.
+        let device = if command == "add" { None } else { value(&["-n", "--id"]) };
+        Self {
+            role,
+            device: device.and_then(|id| id.parse().ok()),
+            supervisor: value(&["--supervisor"]).and_then(|pid| pid.parse().ok()),
+        }
+    }
+}
+
+/// The value of an option, given as one word or two.
+fn value_of<'a>(arguments: &'a [String], names: &[&str]) -> Option<&'a str> {
+    arguments.iter().enumerate().find_map(|(at, argument)| {
+        let rest = names.iter().find_map(|name| argument.strip_prefix(name))?;
+        match rest.strip_prefix('=') {
+            Some(value) => Some(value),
+            None if rest.is_empty() => arguments.get(at + 1).map(String::as_str),
+            // -n3, but no --idle.
+            None => (!argument.starts_with("--")).then_some(rest),
+        }
+    })
+}
+
+fn arguments(pid: u32) -> Option<Vec<String>> {
+    let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    let words = line.split(|byte| *byte == 0).filter(|word| !word.is_empty());
+    Some(words.map(|word| String::from_utf8_lossy(word).into_owned()).collect())
+}
+
+/// The fields of `/proc/PID/stat` that follow the name, from the third on.
+fn stat(pid: u32) -> Option<Vec<String>> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    Some(stat.rsplit_once(')')?.1.split_whitespace().map(str::to_owned).collect())
+}
+
+fn is_suspended(pid: u32) -> bool {
+    stat(pid).is_some_and(|fields| fields.first().is_some_and(|state| state == "T"))
+}
+
+fn started(pid: u32) -> Option<Duration> {
+    let ticks: u64 = stat(pid)?.get(19)?.parse().ok()?;
+    // The kernel's USER_HZ is 100 on every architecture that ublk is used on.
+    Some(Duration::from_millis(ticks.saturating_mul(10)))
+}
+
+/// How long the machine has run.
+#[must_use]
+pub fn now() -> Duration {
+    let uptime = fs::read_to_string("/proc/uptime").unwrap_or_default();
+    let seconds = uptime.split(' ').next().and_then(|seconds| seconds.parse().ok());
+    Duration::from_secs_f64(seconds.unwrap_or(0.0))
+}
+
+/// All processes of this program but the calling one, in the order of their ids.
+#[must_use]
+pub fn all() -> Vec<Process> {
+    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let pids: BTreeSet<u32> = pids.filter(|pid| *pid != std::process::id()).collect();
+    pids.into_iter().filter_map(Process::find).collect()
+}
+
+/// The processes that see to a device: its server and supervisor, and those that recover or stop it.
+/// `adder` is the one that has added it.
+#[must_use]
+pub fn of_device(id: u32, adder: Option<u32>) -> Vec<Process> {
+    let record = StateFile::read(Path::new(RUN_DIR), id).ok();
+    let mut known: Vec<u32> = adder.into_iter().collect();
+    known.extend(record.iter().flat_map(|record| [Some(record.pid), record.supervisor]).flatten());
+    let mut found = all();
+    let is_about_it =
+        |process: &Process| process.device == Some(id) || known.contains(&process.pid);
+    let supervisors: Vec<u32> =
+        found.iter().filter(|it| is_about_it(it)).filter_map(|it| it.supervisor).collect();
+    found.retain(|process| {
+        let is_another_ones = process.device.is_some_and(|device| device != id);
+        let is_it = is_about_it(process) || supervisors.contains(&process.pid);
+        process.role != Role::Command && is_it && !is_another_ones
+    });
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments_tell_what_a_process_is() {
+        use Role::{Command, Helper, Server, Supervisor};
+        let table = [
+            ("add null", Command, None, None),
+            ("add null -n 3 --role server", Server, None, None),
+            ("-v add loop -f add --role supervisor --supervise", Supervisor, None, None),
+            ("add null --role server --supervisor 77 --json", Server, None, Some(77)),
+            ("add null --foreground", Server, None, None),
+            ("add null --foreground --supervise", Supervisor, None, None),
+            ("recover -n 3", Command, Some(3), None),
+            ("recover -n3 --role server", Server, Some(3), None),
+            ("recover --id=3 --foreground", Server, Some(3), None),
+            ("recover -n=3 --role=server --supervisor 8", Server, Some(3), Some(8)),
+            ("supervise -n 4 --server 5", Supervisor, Some(4), None),
+            ("stop-device -n 4", Helper, Some(4), None),
+            ("del -n 3", Command, Some(3), None),
+            ("list --json", Command, None, None),
+        ];
+        for (line, role, device, supervisor) in table {
+            let line = format!("ublk-target {line}");
+            let arguments: Vec<_> = line.split(' ').map(str::to_owned).collect();
+            assert_eq!(Told::by(&arguments), Told { role, device, supervisor }, "{line}");
+        }
+    }
+
+    #[test]
+    fn other_programs_are_not_ours() {
+        // Neither this test nor the first process.
+        assert!(Process::find(std::process::id()).is_none());
+        assert!(Process::find(1).is_none());
+        assert!(started(std::process::id()).unwrap() <= now() + Duration::from_millis(20));
+        assert!(!is_suspended(std::process::id()));
+    }
+}

@@ -1,0 +1,63 @@
+//! Named steps of the control path, for tests that kill a process at each of them.
+//!
+//! `UBLK_TARGET_STEP` in the environment is `STEP WHOM SIGNAL FILE`: the first process that comes to
+//! the step removes the file and sends the signal, to itself (`self`) or to the process that has
+//! started it (`parent`). All others, and the same one later, find no file and go on.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::OnceLock;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// The variable.
+pub const VARIABLE: &str = "UBLK_TARGET_STEP";
+
+struct Asked {
+    step: String,
+    whom: Pid,
+    signal: Signal,
+    file: PathBuf,
+}
+
+impl Asked {
+    fn parse(text: &str) -> Option<Self> {
+        let mut words = text.split(' ');
+        let step = words.next()?.to_owned();
+        let whom = match words.next()? {
+            "self" => Pid::this(),
+            "parent" => Pid::parent(),
+            _ => return None,
+        };
+        let signal = Signal::from_str(words.next()?).ok()?;
+        Some(Self { step, whom, signal, file: PathBuf::from(words.next()?) })
+    }
+}
+
+/// The process has come to a step.
+pub fn step(name: &str) {
+    static ASKED: OnceLock<Option<Asked>> = OnceLock::new();
+    let asked = ASKED.get_or_init(|| Asked::parse(&std::env::var(VARIABLE).ok()?));
+    let Some(asked) = asked.as_ref().filter(|asked| asked.step == name) else { return };
+    if std::fs::remove_file(&asked.file).is_ok() {
+        log::debug!("{name}: {} to {}", asked.signal, asked.whom);
+        let _ = kill(asked.whom, asked.signal);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_asked_for_is_read() {
+        let asked = Asked::parse("added self SIGTERM /tmp/x").unwrap();
+        assert_eq!((asked.step.as_str(), asked.whom), ("added", Pid::this()));
+        assert_eq!((asked.signal, asked.file), (Signal::SIGTERM, PathBuf::from("/tmp/x")));
+        for wrong in ["", "added", "added me SIGTERM f", "added self TERM f", "added self SIGTERM"]
+        {
+            assert!(Asked::parse(wrong).is_none(), "{wrong}");
+        }
+    }
+}
