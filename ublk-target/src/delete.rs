@@ -40,6 +40,18 @@ pub enum DeleteError {
         /// Its users, in words.
         users: Vec<String>,
     },
+    /// Somebody uses it, and may wait for a server.
+    #[error(
+        "{} is in use: {}; its server is dead: `ublk-target recover -n {id}` lets that use go on, \
+         `ublk-target del -n {id} --force` fails its I/O",
+        state::block_path(*id).display(), users.join(", ")
+    )]
+    Waited {
+        /// The device.
+        id: u32,
+        /// Its users, in words.
+        users: Vec<String>,
+    },
     /// Somebody waits for something that does not come.
     #[error("gave up waiting after {} s for {what}; the deletion may still complete", waited.as_secs())]
     Stuck {

@@ -120,8 +120,11 @@ pub fn supervise(
                 }
             }
             step("recovering");
+            let asked = Instant::now();
             match recover(id) {
                 Ok(new) => {
+                    let took = asked.elapsed().as_millis();
+                    log::info!("device {id} has a new server ({new}) after {took} ms");
                     pid = new;
                     break;
                 }

@@ -6,7 +6,7 @@
 //! error, which the server keeps until then; afterwards it logs to a file.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -91,7 +91,7 @@ fn start(command: &mut Command) -> anyhow::Result<ExitCode> {
             print!("{line}");
             Ok(ExitCode::SUCCESS)
         }
-        Err(status) => has_failed(status),
+        Err(Ended { status, .. }) => has_failed(status),
     }
 }
 
@@ -104,12 +104,20 @@ fn has_failed(status: ExitStatus) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// Starts a process, and waits for a line from it or its end. A signal is passed on to it. Of a
-/// device that it was to add nothing is left if it ends.
+/// A process that has ended before it said a line.
+struct Ended {
+    status: ExitStatus,
+    /// What was on its standard error, where that was a pipe.
+    said: String,
+}
+
+/// Starts a process, and waits for a line from it or its end. A signal is passed on to it. What it
+/// says on standard error until then is passed on, too, where that is a pipe. Of a device that it was
+/// to add nothing is left if it ends.
 fn wait_for_line(
     command: &mut Command,
     wakeups: Option<&Wakeups>,
-) -> anyhow::Result<Result<(Child, String), ExitStatus>> {
+) -> anyhow::Result<Result<(Child, String), Ended>> {
     let is_add = command.get_args().find(|it| !it.to_string_lossy().starts_with('-'));
     let is_add = is_add.is_some_and(|word| word == "add");
     let mut server = command.stdout(Stdio::piped()).spawn().context("cannot start the server")?;
@@ -125,6 +133,13 @@ fn wait_for_line(
         BufReader::new(out).read_line(&mut line).context("cannot hear from the server")?;
     }
     step(if wakeups.is_some() { "supervisor-heard-it" } else { "heard-it" });
+    let mut said = Vec::new();
+    if let Some(mut error) = server.stderr.take() {
+        // By now it has ended, or logs elsewhere.
+        error.read_to_end(&mut said).context("cannot hear from the server")?;
+        // There is nobody else to be told.
+        let _ = io::stderr().write_all(&said);
+    }
     if line.ends_with('\n') {
         return Ok(Ok((server, line)));
     }
@@ -132,7 +147,7 @@ fn wait_for_line(
     if is_add {
         take_back(server.id());
     }
-    Ok(Err(status))
+    Ok(Err(Ended { status, said: String::from_utf8_lossy(&said).into_owned() }))
 }
 
 /// Deletes what a server that has ended has added: one that was killed could not.
@@ -170,7 +185,7 @@ fn supervise_new(life: &Life) -> anyhow::Result<ExitCode> {
     }
     let (server, line) = match wait_for_line(command.stdin(Stdio::null()), Some(&wakeups))? {
         Ok(started) => started,
-        Err(status) => return has_failed(status),
+        Err(Ended { status, .. }) => return has_failed(status),
     };
     let description: Description =
         serde_json::from_str(&line).context("the server has told nonsense")?;
@@ -235,10 +250,19 @@ fn recover_with(program: &Path, id: u32, foreground: bool) -> anyhow::Result<u32
     let (id, own) = (id.to_string(), std::process::id().to_string());
     let mut command = Command::new(program);
     command.args(["recover", "-n", &id, "--role", "server", "--supervisor", &own, "--json"]);
-    command.args(foreground.then_some("--foreground"));
+    if foreground {
+        command.arg("--foreground");
+    } else {
+        command.stderr(Stdio::piped());
+    }
     match wait_for_line(command.stdin(Stdio::null()), None)? {
         Ok((server, _)) => Ok(server.id()),
-        Err(status) => anyhow::bail!("a server that should recover it ended ({status})"),
+        Err(Ended { status, said }) => match said.trim_end().lines().last() {
+            Some(last) if status.code().is_some() => {
+                anyhow::bail!("{}", last.strip_prefix("ublk-target: ").unwrap_or(last))
+            }
+            _ => anyhow::bail!("a server that should recover it ended ({status})"),
+        },
     }
 }
 

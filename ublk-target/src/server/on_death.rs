@@ -11,8 +11,9 @@ use crate::kernel;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnDeath {
-    /// The device goes away: outstanding and later I/O fails (EIO). For scratch data, and where
-    /// something above, such as RAID, replaces a device that fails.
+    /// The device goes away: outstanding I/O fails (EIO), and later I/O finds nothing (writes fail
+    /// with ENOSPC, reads are at the end). For scratch data, and where something above, such as
+    /// RAID, replaces a device that fails.
     #[default]
     Fail,
     /// I/O waits for `recover`; what was outstanding fails (EIO), so that nothing is ever written
@@ -23,8 +24,9 @@ pub enum OnDeath {
     /// for file systems, databases and all else that would do the same after a power cut; wrong
     /// for clients of which several write the same blocks and order that by other means.
     Reissue,
-    /// I/O fails (EIO) until `recover`, and works again from then on. For clients that must never
-    /// hang, such as multipath.
+    /// I/O fails until `recover`, and works again from then on: what was outstanding with EIO, later
+    /// I/O with EREMOTEIO, which dm-multipath takes for an error of the data and not of the path.
+    /// For clients that must never hang.
     Error,
 }
 

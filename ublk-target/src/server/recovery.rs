@@ -118,17 +118,25 @@ pub fn recover(
     let record = if is_next { read(&control, id)? } else { check(&control, id)? };
     let mut server = Server::new(control, wakeups, id, supervisor);
     server.leave();
-    let plan = take_over(&mut server, &record, !is_next, progress)?;
+    let taken = take_over(&mut server, &record, !is_next, progress)?;
     server.keep();
     // The device was there before whoever asked for its recovery, and stays if he is gone.
-    let served = server.live(plan, helpers, |description, choice| {
-        on_live(description, choice).or_else(|error| {
+    let served = server.live(taken.plan, helpers, |description, choice| {
+        if let Err(error) = on_live(description, choice) {
             log::warn!("recovered, but: {error}");
-            Ok(())
-        })
+        }
+        log::info!("recovered: {}", taken.times);
+        Ok(())
     });
     let ended = server.take_down();
     served.and(ended)
+}
+
+/// A device that is the calling process's now.
+pub(super) struct Taken {
+    pub plan: Plan,
+    /// What took how long, in words.
+    pub times: String,
 }
 
 /// Makes a device whose server is gone the calling process's.
@@ -137,24 +145,37 @@ pub(super) fn take_over(
     record: &StateFile,
     heeds_signals: bool,
     progress: &mut dyn FnMut(&str),
-) -> Result<Plan, DeviceError> {
-    let id = server.id;
-    let mut wait = Wait { began: Instant::now(), said: 0, heeds_signals, progress };
+) -> Result<Taken, DeviceError> {
+    let (id, began) = (server.id, Instant::now());
+    let mut wait = Wait { began, said: 0, heeds_signals, progress };
     let cdev = Arc::new(claim(server, &mut wait)?);
+    let claimed = began.elapsed();
     server.cdev = Some(Arc::clone(&cdev));
     step("claimed");
     // Nobody else can have the device from here on, so this is what it is.
     let info = server.control.info(id)?;
     let plan = plan(server, record, &info, &mut wait)?;
+    let opened = began.elapsed();
     protect(&plan.needed_paths());
+    let protected = began.elapsed();
     step("planned");
     server.start_lanes(&info, &plan, &cdev)?;
     step("lanes-up");
     server.take_charge(&plan)?;
+    let ready = began.elapsed();
     let end = server.control.end_recovery(id, std::process::id())?;
     step("start-sent");
     server.await_recovery(end)?;
-    Ok(plan)
+    let times = format!(
+        "{} ms until the device was let go of, {} to open the backings, {} to be protected, {} to \
+         start the lanes, {} to be live",
+        claimed.as_millis(),
+        (opened - claimed).as_millis(),
+        (protected - opened).as_millis(),
+        (ready - protected).as_millis(),
+        (began.elapsed() - ready).as_millis()
+    );
+    Ok(Taken { plan, times })
 }
 
 /// Whether a device can be recovered: what is known of it.

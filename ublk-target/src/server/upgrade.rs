@@ -102,10 +102,10 @@ impl Server {
     fn take_back(&mut self) -> Result<Plan, DeviceError> {
         let record = recovery::read(&self.control, self.id)?;
         let mut progress = |what: &str| log::warn!("{what}");
-        let plan = recovery::take_over(self, &record, false, &mut progress)?;
+        let taken = recovery::take_over(self, &record, false, &mut progress)?;
         self.keep();
-        log::info!("{} is live again", state::block_path(self.id).display());
-        Ok(plan)
+        log::info!("{} is live again: {}", state::block_path(self.id).display(), taken.times);
+        Ok(taken.plan)
     }
 
     /// Has the driver deliver nothing more.

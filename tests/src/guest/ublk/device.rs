@@ -96,6 +96,11 @@ impl Device {
         self.assert_gone()
     }
 
+    /// Somebody else has deleted it.
+    pub fn was_deleted(mut self) {
+        self.deleted = true;
+    }
+
     /// Waits for its server to end, and checks that nothing is left.
     pub fn wait_until_gone(mut self) -> Result<()> {
         self.deleted = true;

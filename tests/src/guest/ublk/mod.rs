@@ -5,6 +5,7 @@ mod backing_errors;
 mod commands;
 mod crossing;
 mod data;
+mod death;
 mod deletion;
 pub(crate) mod device;
 mod fault_target;
@@ -31,12 +32,17 @@ mod zeroing;
 use super::TestCase;
 
 /// The tests of all modules here.
-pub const TABLES: [&[TestCase]; 23] = [
+pub const TABLES: [&[TestCase]; 28] = [
     arguments::TESTS,
     backing_errors::TESTS,
     commands::TESTS,
     crossing::TESTS,
     data::TESTS,
+    death::modes::TESTS,
+    death::mounted::TESTS,
+    death::refusals::TESTS,
+    death::storm::TESTS,
+    death::supervision::TESTS,
     deletion::TESTS,
     fault_target::TESTS,
     filesystem::TESTS,

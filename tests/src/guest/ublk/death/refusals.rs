@@ -1,0 +1,214 @@
+//! What `recover` refuses: in one line, with nothing changed, and not for longer than its cause is
+//! there.
+
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::{FileExt, PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+use std::thread;
+
+use anyhow::{Context, Result, anyhow, ensure};
+
+use super::{RUN_DIR, await_nothing, end, kill_server, look, recover, refused};
+use crate::config::DEFAULT;
+use crate::guest::direct::{self, Aligned};
+use crate::guest::ublk::device::{Device, PROGRAM, file_on_drive, fresh_drive, load_driver, text};
+use crate::guest::{Ctx, Outcome, TestCase, process};
+
+pub const TESTS: &[TestCase] = &[
+    TestCase::guest("death_recover_refuses_devices_that_need_none", DEFAULT, without_need),
+    TestCase::guest("death_recover_refuses_state_files_that_it_cannot_trust", DEFAULT, state_files),
+    TestCase::guest("death_recover_refuses_backings_that_have_changed", DEFAULT, backings),
+    TestCase::guest("death_del_frees_the_clients_of_a_lost_device", DEFAULT, lost),
+    TestCase::guest("death_recover_all_goes_on_after_a_refusal", DEFAULT, all),
+];
+
+fn without_need(_ctx: &Ctx) -> Result<Outcome> {
+    load_driver()?;
+    let said = process::run_for_code(&[PROGRAM, "recover", "-n", "77"], 1)?.stderr;
+    ensure!(
+        said == "ublk-target: there is no ublk device 77; `ublk-target list` shows those that are\n",
+        "{said}"
+    );
+    for on_death in ["fail", "wait", "reissue", "error"] {
+        let device = Device::add(&["null", "--on-death", on_death])?;
+        let said = refused(&device)?;
+        let expected = match on_death {
+            "fail" => "goes away with its server".to_owned(),
+            _ => format!("is served by ublk-target ({})", device.pid()?),
+        };
+        ensure!(said.contains(&expected), "{said}");
+        ensure!(look(&device)? == device.described, "{:?}", look(&device)?);
+        device.delete()?;
+    }
+    await_nothing()?;
+    Ok(Outcome::Pass)
+}
+
+fn record_of(device: &Device) -> PathBuf {
+    PathBuf::from(format!("{RUN_DIR}/{}.json", device.id()))
+}
+
+/// Fails unless the device is refused with these words and is then as it was.
+fn ensure_refused(device: &Device, expected: &str) -> Result<()> {
+    let record = record_of(device);
+    let state = || -> Result<_> { Ok((look(device)?, fs::read(&record).ok())) };
+    let before = state()?;
+    let said = refused(device)?;
+    println!("{said}");
+    ensure!(said.contains(expected), "no `{expected}` in: {said}");
+    let after = state()?;
+    ensure!(before == after, "{before:?} has become {after:?}");
+    ensure!(after.0.state == "QUIESCED" && after.0.pid.is_none(), "{after:?}");
+    Ok(())
+}
+
+fn state_files(_ctx: &Ctx) -> Result<Outcome> {
+    let drive = fresh_drive("drive0")?;
+    let path = drive.path();
+    let mut device = Device::add_loop(&path, &["--on-death", "reissue"])?;
+    kill_server(&device)?;
+    let record = record_of(&device);
+    let good = fs::read_to_string(&record)?;
+    let number: u64 = device.attribute("diskseq")?.parse()?;
+    let changed = |from: &str, to: &str| -> Result<String> {
+        ensure!(good.contains(from), "no `{from}` in {good}");
+        Ok(good.replace(from, to))
+    };
+    let diskseq = format!("\"diskseq\": {number}");
+    let id = format!("\"id\": {}", device.id());
+    for (text, expected) in [
+        (String::new(), "is corrupt: "),
+        (good[..good.len() / 2].to_owned(), "is corrupt: "),
+        ("\0".repeat(4096), "is corrupt: "),
+        (changed("\"depth\": 128", "\"depth\": -1")?, "is corrupt: "),
+        (changed(&id, "\"id\": 99")?, "it is of device 99"),
+        (changed("\"version\": 2", "\"version\": 99")?, "has format 99, and this program knows 2"),
+        (
+            changed(&diskseq, &format!("\"diskseq\": {}", number + 1))?,
+            "is not this device's: it says disk",
+        ),
+        (changed("\"depth\": 128", "\"depth\": 64")?, "it says depth 64, and the driver 128"),
+        (changed("\"reissue\"", "\"wait\"")?, "it says --on-death wait, and the driver reissue"),
+        (changed("\"lend\": \"fused\"", "\"lend\": \"copy\"")?, "it does not lend by fused"),
+    ] {
+        fs::write(&record, &text)?;
+        ensure_refused(&device, expected)?;
+    }
+    fs::write(&record, &good)?;
+
+    fs::set_permissions(&record, Permissions::from_mode(0o646))?;
+    ensure_refused(&device, "is not trusted: it belongs to user 0 and has mode 646")?;
+    fs::set_permissions(&record, Permissions::from_mode(0o644))?;
+    chown(&record, Some(1000), None)?;
+    ensure_refused(&device, "is not trusted: it belongs to user 1000")?;
+    chown(&record, Some(0), None)?;
+
+    let away = record.with_extension("away");
+    fs::rename(&record, &away)?;
+    ensure_refused(&device, "there is no state file")?;
+    fs::rename(&away, &record)?;
+
+    // With its own file back it is recovered.
+    recover(&mut device, &[])?;
+    kill_server(&device)?;
+    // And without any it is cleaned up.
+    fs::remove_file(&record)?;
+    ensure_refused(&device, &format!("del -n {}", device.id()))?;
+    device.delete()?;
+    await_nothing()?;
+    Ok(Outcome::Pass)
+}
+
+fn backings(ctx: &Ctx) -> Result<Outcome> {
+    let (mount, file) = file_on_drive(ctx, "drive1", 64)?;
+    let mut device = Device::add_loop(&file, &["--on-death", "reissue"])?;
+    kill_server(&device)?;
+
+    let away = file.with_extension("away");
+    fs::rename(&file, &away)?;
+    ensure_refused(&device, "does not exist")?;
+    File::create(&file)?.set_len(64 << 20)?;
+    ensure_refused(&device, "it is inode")?;
+    fs::rename(&away, &file)?;
+
+    let resize = |mib: u64| -> Result<()> {
+        Ok(File::options().write(true).open(&file)?.set_len(mib << 20)?)
+    };
+    resize(32)?;
+    ensure_refused(&device, "it has 32 MiB, and had 64 MiB")?;
+    resize(64)?;
+
+    // Somebody else has it: `recover` waits for the dead server's lock only so long.
+    recover(&mut device, &[])?;
+    kill_server(&device)?;
+    // What was added to it is not used.
+    resize(96)?;
+    recover(&mut device, &[])?;
+    ensure!(look(&device)?.size_bytes == 64 << 20, "{:?}", look(&device)?);
+    end(device)?;
+
+    // Another drive under the name of the first one.
+    let (one, other) = (fresh_drive("drive0")?.path(), fresh_drive("drive2")?.path());
+    let device = Device::add_loop(&one, &["--on-death", "reissue"])?;
+    kill_server(&device)?;
+    let record = record_of(&device);
+    let good = fs::read_to_string(&record)?;
+    fs::write(&record, good.replace(text(&one)?, text(&other)?))?;
+    ensure_refused(&device, "it is wwid")?;
+    device.delete()?;
+    mount.unmount()?;
+    await_nothing()?;
+    Ok(Outcome::Pass)
+}
+
+/// What a device is made of is lost, and a client waits for it, where no signal reaches it.
+fn lost(_ctx: &Ctx) -> Result<Outcome> {
+    for on_death in ["wait", "reissue", "error"] {
+        let device = Device::add(&["null", "--on-death", on_death])?;
+        let file = direct::open(device.path()?)?;
+        let force = [PROGRAM, "del", "-n", &device.id(), "--force"];
+        let said = process::run_for_code(&force, 1)?.stderr;
+        ensure!(said.contains("is in use") && !said.contains("recover"), "{said}");
+        ensure!(look(&device)? == device.described, "{:?}", look(&device)?);
+        kill_server(&device)?;
+        fs::remove_file(record_of(&device))?;
+        let client = thread::Builder::new()
+            .name("client".into())
+            .spawn(move || file.read_exact_at(Aligned::new(4096, 0).bytes(), 0).is_err())?;
+        if on_death != "error" {
+            let said = process::run_for_code(&[PROGRAM, "del", "-n", &device.id()], 1)?.stderr;
+            ensure!(said.contains("is in use") && said.contains("--force"), "{said}");
+            ensure!(said.trim_end().lines().count() == 1, "{said}");
+        }
+        process::run(&force)?;
+        let has_failed = client.join().map_err(|_| anyhow!("the client has panicked"))?;
+        ensure!(has_failed, "the client has read from nothing");
+        await_nothing()?;
+        device.was_deleted();
+    }
+    Ok(Outcome::Pass)
+}
+
+fn all(_ctx: &Ctx) -> Result<Outcome> {
+    let mut devices = Vec::new();
+    for _ in 0..3 {
+        let device = Device::add(&["null", "--on-death", "wait"])?;
+        kill_server(&device)?;
+        devices.push(device);
+    }
+    fs::write(record_of(&devices[1]), "{}")?;
+    let printed = process::run_for_code(&[PROGRAM, "recover", "--all"], 1)?;
+    let expected = format!("{}\n{}\n", devices[0].path()?, devices[2].path()?);
+    ensure!(printed.stdout == expected, "{printed:?}");
+    let said = printed.stderr.trim_end();
+    ensure!(said.lines().count() == 1 && said.contains("it has no version"), "{said}");
+    let states: Vec<_> =
+        devices.iter().map(|it| Ok(look(it)?.state)).collect::<Result<_>>().context("list")?;
+    ensure!(states == ["LIVE", "QUIESCED", "LIVE"], "{states:?}");
+    process::run(&[PROGRAM, "del", "--all"])?;
+    for device in &devices {
+        ensure!(!Path::new(device.path()?).exists(), "{device:?} is left");
+    }
+    await_nothing()?;
+    Ok(Outcome::Pass)
+}
