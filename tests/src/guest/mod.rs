@@ -10,15 +10,20 @@ pub mod dm;
 pub mod drives;
 pub mod fio;
 pub mod losetup;
+pub mod nbd;
+pub mod netlink;
+pub mod nvmet;
 pub mod pressure;
 pub mod prober;
 pub mod process;
+pub mod rng;
 mod selftest;
 pub(crate) mod ublk;
 pub mod udev;
+pub mod volatile;
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 
@@ -30,6 +35,9 @@ pub const SKIP_EXIT_CODE: u8 = 77;
 
 /// Variable that is set to 1 when the user asked for long tests.
 pub const LONG_VARIABLE: &str = "UBLK_VM_LONG";
+
+/// Variable with the seed of tests that draw lots, to repeat what one of them has found.
+pub const SEED_VARIABLE: &str = "UBLK_VM_SEED";
 
 /// How a line begins, on a test's standard output, that is shown with its result even if it passes.
 pub const FIGURE: &str = "figure: ";
@@ -134,7 +142,7 @@ pub const TABLES: &[&[TestCase]] = &[selftest::TESTS, crate::hosted::TESTS];
 
 /// All tests, in the order of the tables.
 pub fn all() -> impl Iterator<Item = &'static TestCase> {
-    TABLES.iter().chain(&ublk::TABLES).flat_map(|table| table.iter())
+    TABLES.iter().chain(ublk::TABLES).flat_map(|table| table.iter())
 }
 
 /// What a test in the guest gets.
@@ -142,6 +150,8 @@ pub fn all() -> impl Iterator<Item = &'static TestCase> {
 pub struct Ctx {
     /// The user asked for long tests.
     pub long: bool,
+    /// What the lots are drawn from; tests that do so print it.
+    pub seed: u64,
     directory: PathBuf,
 }
 
@@ -164,7 +174,12 @@ pub fn run(name: &str) -> Result<Outcome> {
     };
     let directory = tempfile::Builder::new().prefix("test-").tempdir()?;
     let long = std::env::var(LONG_VARIABLE).is_ok_and(|value| value == "1");
-    code(&Ctx { long, directory: directory.path().to_owned() })
+    let seed = match std::env::var(SEED_VARIABLE) {
+        Ok(seed) => seed.parse().with_context(|| format!("{SEED_VARIABLE}: {seed}"))?,
+        // Six digits are enough to be different, and can be typed.
+        Err(_) => SystemTime::now().duration_since(UNIX_EPOCH)?.subsec_micros().into(),
+    };
+    code(&Ctx { long, seed, directory: directory.path().to_owned() })
 }
 
 /// Waits until `condition` gives something, asking every few milliseconds.

@@ -10,7 +10,9 @@ use super::Selection;
 use super::report::{Ending, Report};
 use crate::cleanup::RunDir;
 use crate::config::{GROUPS, Group};
-use crate::guest::{self, Code, FIGURE, LONG_VARIABLE, Outcome, SKIP_EXIT_CODE, TestCase};
+use crate::guest::{
+    self, Code, FIGURE, LONG_VARIABLE, Outcome, SEED_VARIABLE, SKIP_EXIT_CODE, TestCase,
+};
 use crate::hosted::HostCtx;
 use crate::image::{self, Image};
 use crate::klog::{self, Finding};
@@ -198,6 +200,7 @@ impl Runner<'_> {
         if self.long {
             env.push((LONG_VARIABLE.to_owned(), "1".to_owned()));
         }
+        env.extend(std::env::var(SEED_VARIABLE).map(|seed| (SEED_VARIABLE.to_owned(), seed)));
         let argv = vec!["guest-tests".to_owned(), test.name.to_owned()];
         let job = Job { argv, env, terminal: None };
         let (mut out, mut err) = (Vec::new(), Vec::new());

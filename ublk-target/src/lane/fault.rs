@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::plan::OpKind;
+
 /// The variable of the server's environment that asks for faults: a list of names, separated by
 /// commas.
 pub const VARIABLE: &str = "UBLK_TARGET_FAULT";
@@ -17,6 +19,10 @@ pub struct Faults {
     short_every: Option<u64>,
     /// Let every n-th operation fail with `EAGAIN` (`again=N`).
     again_every: Option<u64>,
+    /// Answer flushes with success, and do not carry them out (`ignore-flush`).
+    ignore_flush: bool,
+    /// Carry out writes with FUA as if they had none (`ignore-fua`).
+    ignore_fua: bool,
     ops: u64,
     injected: Injected,
 }
@@ -28,11 +34,37 @@ pub struct Injected {
     pub short: u64,
     /// Failed with `EAGAIN`.
     pub again: u64,
+    /// Flushes that were not carried out.
+    #[serde(default)]
+    pub ignored_flushes: u64,
+    /// Writes with FUA that were carried out without.
+    #[serde(default)]
+    pub ignored_fua: u64,
+}
+
+impl std::fmt::Display for Injected {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let counts = [
+            (self.short, "short"),
+            (self.again, "again"),
+            (self.ignored_flushes, "ignored flushes"),
+            (self.ignored_fua, "ignored FUA"),
+        ];
+        let mut separator = "";
+        for (count, name) in counts.into_iter().filter(|(count, _)| *count > 0) {
+            write!(f, "{separator}{count} {name}")?;
+            separator = ", ";
+        }
+        Ok(())
+    }
 }
 
 /// A fault that is not known.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{VARIABLE}: `{0}` is no fault; there are auto-register, register, short=N and again=N")]
+#[error(
+    "{VARIABLE}: `{0}` is no fault; there are auto-register, register, short=N, again=N, \
+     ignore-flush and ignore-fua"
+)]
 pub struct UnknownFault(String);
 
 /// What an operation meets.
@@ -58,6 +90,8 @@ impl Faults {
             match name.split_once('=') {
                 None if name == "auto-register" => faults.auto_register = true,
                 None if name == "register" => faults.register = true,
+                None if name == "ignore-flush" => faults.ignore_flush = true,
+                None if name == "ignore-fua" => faults.ignore_fua = true,
                 Some(("short", n)) if number(n).is_some() => faults.short_every = number(n),
                 Some(("again", n)) if number(n).is_some() => faults.again_every = number(n),
                 Some(_) | None => return Err(UnknownFault(name.to_owned())),
@@ -83,6 +117,33 @@ impl Faults {
         }
     }
 
+    /// What an operation becomes that was to bring data to stable storage: `None` if it is not
+    /// carried out at all.
+    pub fn weaken(&mut self, kind: OpKind) -> Option<OpKind> {
+        match kind {
+            OpKind::Flush if self.ignore_flush => {
+                self.injected.ignored_flushes += 1;
+                None
+            }
+            OpKind::Write { fua: true } if self.ignore_fua => {
+                self.injected.ignored_fua += 1;
+                Some(OpKind::Write { fua: false })
+            }
+            OpKind::WriteScratch { fua: true } if self.ignore_fua => {
+                self.injected.ignored_fua += 1;
+                Some(OpKind::WriteScratch { fua: false })
+            }
+            OpKind::Read
+            | OpKind::Write { .. }
+            | OpKind::Flush
+            | OpKind::Discard
+            | OpKind::WriteZeroes { .. }
+            | OpKind::ReadScratch
+            | OpKind::WriteScratch { .. }
+            | OpKind::Delay => Some(kind),
+        }
+    }
+
     /// How many operations have met a fault.
     #[must_use]
     pub const fn injected(&self) -> Injected {
@@ -100,7 +161,9 @@ mod tests {
         assert!(faults.auto_register && !faults.register);
         assert_eq!((faults.short_every, faults.again_every), (Some(3), Some(5)));
         assert_eq!(Faults::parse(""), Ok(Faults::default()));
-        for bad in ["flood", "short", "short=0", "again=x", "register=1"] {
+        let faults = Faults::parse("ignore-fua,ignore-flush").unwrap();
+        assert!(faults.ignore_flush && faults.ignore_fua);
+        for bad in ["flood", "short", "short=0", "again=x", "register=1", "ignore-flush=2"] {
             assert_eq!(Faults::parse(bad), Err(UnknownFault(bad.to_owned())));
         }
     }
@@ -111,10 +174,35 @@ mod tests {
         let met: Vec<_> = (0..6).map(|_| faults.next(Some(8192), 512)).collect();
         let (short, again) = (Fault::Short(4096), Fault::Again);
         assert_eq!(met, [Fault::None, short, again, short, Fault::None, again]);
-        assert_eq!(faults.injected(), Injected { short: 2, again: 2 });
+        assert_eq!(faults.injected(), Injected { short: 2, again: 2, ..Default::default() });
         let mut faults = Faults::parse("short=1").unwrap();
         assert_eq!(faults.next(Some(512), 512), Fault::None, "one block is not divided");
         assert_eq!(faults.next(None, 512), Fault::None);
         assert_eq!(faults.next(Some(1536), 512), Fault::Short(512));
+    }
+
+    #[test]
+    fn promises_are_broken_only_if_that_is_asked_for() {
+        const KINDS: [OpKind; 5] = [
+            OpKind::Flush,
+            OpKind::Write { fua: true },
+            OpKind::WriteScratch { fua: true },
+            OpKind::Write { fua: false },
+            OpKind::Read,
+        ];
+        let weakened = |list: &str| {
+            let mut faults = Faults::parse(list).unwrap();
+            (KINDS.map(|kind| faults.weaken(kind)), faults.injected())
+        };
+        let mut expected = KINDS.map(Some);
+        assert_eq!(weakened("short=1"), (expected, Injected::default()));
+        expected[0] = None;
+        let injected = Injected { ignored_flushes: 1, ..Default::default() };
+        assert_eq!(weakened("ignore-flush"), (expected, injected));
+        expected[1] = Some(OpKind::Write { fua: false });
+        expected[2] = Some(OpKind::WriteScratch { fua: false });
+        let injected = Injected { ignored_flushes: 1, ignored_fua: 2, ..Default::default() };
+        assert_eq!(weakened("ignore-fua,ignore-flush"), (expected, injected));
+        assert_eq!(injected.to_string(), "1 ignored flushes, 2 ignored FUA");
     }
 }

@@ -197,6 +197,11 @@ impl<Io: LaneIo> RingPort<Io> {
                     return OpEntry::Single([self.named(Sqe::nop(), Event::Injected(key))]);
                 }
             }
+            match faults.weaken(op.kind) {
+                Some(kind) => op.kind = kind,
+                // Succeeds, as a flush does.
+                None => return OpEntry::Single([self.named(Sqe::nop(), Event::Op(key))]),
+            }
         }
         let buffer = self.buffer(slot.unwrap_or(SlotIndex(0)), op.buf_offset);
         match route {

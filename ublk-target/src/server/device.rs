@@ -723,9 +723,8 @@ impl Supervision {
 
 fn report_lane(qid: Qid, report: &LaneReport) {
     log::info!("queue {}: {}", qid.0, report.stats);
-    let Injected { short, again } = report.injected;
-    if short + again > 0 {
-        log::warn!("queue {}: faults asked for: {short} short, {again} again", qid.0);
+    if report.injected != Injected::default() {
+        log::warn!("queue {}: faults asked for: {}", qid.0, report.injected);
     }
     for leak in &report.leaks {
         log::error!("queue {}: leaked: {leak}", qid.0);

@@ -15,6 +15,7 @@ mod lifecycle;
 mod old_kernel;
 mod passthrough;
 mod polled;
+mod power_cut;
 mod reaching;
 mod remains;
 mod resize;
@@ -32,7 +33,7 @@ mod zeroing;
 use super::TestCase;
 
 /// The tests of all modules here.
-pub const TABLES: [&[TestCase]; 28] = [
+pub const TABLES: &[&[TestCase]] = &[
     arguments::TESTS,
     backing_errors::TESTS,
     commands::TESTS,
@@ -51,6 +52,7 @@ pub const TABLES: [&[TestCase]; 28] = [
     old_kernel::TESTS,
     passthrough::TESTS,
     polled::TESTS,
+    power_cut::TESTS,
     reaching::TESTS,
     resize::TESTS,
     service::TESTS,

@@ -90,8 +90,7 @@ fn since_the_start(activity: &Activity) -> String {
 
 fn faults(lane: &LaneStats) -> String {
     let Some(injected) = lane.injected else { return String::new() };
-    let (short, again) = (injected.short, injected.again);
-    format!("queue {}: faults asked for by a test: short {short}, again {again}\n", lane.qid)
+    format!("queue {}: faults asked for by a test: {injected}\n", lane.qid)
 }
 
 fn latencies(latencies: &[Latency]) -> String {

@@ -23,7 +23,7 @@ use crate::guest::{Ctx, Outcome, process, wait_for};
 /// lines of files.
 const EACH: u32 = 8;
 /// Kills of each command in the short run, spread over all calls.
-const SHORT: usize = 5;
+const SHORT: usize = 2;
 
 /// A command, and what goes before and after it.
 struct Traced<'a> {
