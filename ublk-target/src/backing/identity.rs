@@ -19,7 +19,7 @@ pub struct Known {
     pub path: PathBuf,
     /// The bytes that were used, whole blocks.
     pub size: Bytes,
-    /// What tells it from others ([`Backing::identity`]); empty where nothing does.
+    /// What tells it from others, in words; empty where nothing does.
     pub identity: String,
 }
 
