@@ -76,7 +76,9 @@ pub fn serve(
     let wakeups = Wakeups::ready()?;
     step("signals-blocked");
     let plan = Plan::make(config, &control, None)?;
-    protect(&plan.needed_paths());
+    if let Some(mounts) = protect() {
+        mounts.forget(&plan.needed_paths());
+    }
     step("planned");
     wakeups.check()?;
     let added = add(&control, &plan)?;

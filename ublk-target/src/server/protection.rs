@@ -12,13 +12,12 @@ use nix::sys::mman::{MlockAllFlags, mlockall};
 
 use crate::backing::usage::{Mount, mounts};
 
-/// Makes the calling process, which has one thread, fit to serve a device.
-///
-/// `needed` are paths that will be opened later.
-pub(super) fn protect(needed: &[PathBuf]) {
+/// Makes the calling process, which has one thread, fit to serve a device. Returns its mounts, if
+/// these are its own now.
+pub(super) fn protect() -> Option<OwnMounts> {
     lock_memory();
     spare_from_oom_killer();
-    leave_mounts(needed);
+    OwnMounts::take()
 }
 
 /// Keeps the program in memory. When memory is short and all that could be freed is dirty, pages
@@ -41,26 +40,42 @@ fn spare_from_oom_killer() {
     }
 }
 
-/// Takes the process into a mount namespace of its own, without the file systems that it does not
-/// need.
-///
-/// The last process of a mount namespace unmounts, as it exits, what is mounted there. If that is a
-/// file system on the device that it serves, it waits for itself for ever. And a file system that
-/// was mounted here when it is unmounted elsewhere would stay in use.
-fn leave_mounts(needed: &[PathBuf]) {
-    let left = unshare(CloneFlags::CLONE_NEWNS).and_then(|()| {
-        let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
-        mount(None::<&str>, "/", None::<&str>, private, None::<&str>)
-    });
-    if let Err(errno) = left {
-        log::warn!("cannot leave the mount namespace: {errno}");
-        return;
+/// The mount namespace of a process that is in one of its own.
+#[derive(Debug)]
+pub(super) struct OwnMounts(());
+
+impl OwnMounts {
+    /// Takes the process into a mount namespace of its own.
+    ///
+    /// The last process of a mount namespace unmounts, as it exits, what is mounted there. If that
+    /// is a file system on the device that it serves, it waits for itself for ever.
+    fn take() -> Option<Self> {
+        let left = unshare(CloneFlags::CLONE_NEWNS).and_then(|()| {
+            let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+            mount(None::<&str>, "/", None::<&str>, private, None::<&str>)
+        });
+        match left {
+            Ok(()) => Some(Self(())),
+            Err(errno) => {
+                log::warn!("cannot leave the mount namespace: {errno}");
+                None
+            }
+        }
     }
-    // The last ones are on top of the first.
-    for mount in mounts().into_iter().rev() {
-        if is_dispensable(&mount, needed) {
-            if let Err(errno) = umount2(&mount.point, MntFlags::MNT_DETACH) {
-                log::debug!("{} stays mounted: {errno}", mount.point.display());
+
+    /// Unmounts, here, the file systems that the process does not need: one that was mounted here
+    /// when it is unmounted elsewhere would stay in use. `needed` are paths that will be opened
+    /// later.
+    ///
+    /// The device has to be served: a file system on it that is unmounted everywhere else meanwhile
+    /// is unmounted for good here.
+    pub fn forget(self, needed: &[PathBuf]) {
+        // The last ones are on top of the first.
+        for mount in mounts().into_iter().rev() {
+            if is_dispensable(&mount, needed) {
+                if let Err(errno) = umount2(&mount.point, MntFlags::MNT_DETACH) {
+                    log::debug!("{} stays mounted: {errno}", mount.point.display());
+                }
             }
         }
     }

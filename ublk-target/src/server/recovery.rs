@@ -156,7 +156,7 @@ pub(super) fn take_over(
     let info = server.control.info(id)?;
     let plan = plan(server, record, &info, &mut wait)?;
     let opened = began.elapsed();
-    protect(&plan.needed_paths());
+    let mounts = protect();
     let protected = began.elapsed();
     step("planned");
     server.start_lanes(&info, &plan, &cdev)?;
@@ -166,6 +166,11 @@ pub(super) fn take_over(
     let end = server.control.end_recovery(id, std::process::id())?;
     step("start-sent");
     server.await_recovery(end)?;
+    let live = began.elapsed();
+    // File systems on the device may be mounted.
+    if let Some(mounts) = mounts {
+        mounts.forget(&plan.needed_paths());
+    }
     let times = format!(
         "{} ms until the device was let go of, {} to open the backings, {} to be protected, {} to \
          start the lanes, {} to be live",
@@ -173,7 +178,7 @@ pub(super) fn take_over(
         (opened - claimed).as_millis(),
         (protected - opened).as_millis(),
         (ready - protected).as_millis(),
-        (began.elapsed() - ready).as_millis()
+        (live - ready).as_millis()
     );
     Ok(Taken { plan, times })
 }
@@ -183,11 +188,23 @@ pub(super) fn take_over(
 /// # Errors
 /// [`CannotRecoverDevice`], and those of the driver.
 pub fn check(control: &Control, id: u32) -> Result<StateFile, DeviceError> {
-    let info = control.info(id).map_err(|error| missing(id, error))?;
+    let info = lasting(control, id)?;
     if let Some(server) = server_of(&info) {
         return Err(CannotRecoverDevice::Served { id, server }.into());
     }
     read(control, id)
+}
+
+/// What the driver says of a device that outlives its server.
+fn lasting(control: &Control, id: u32) -> Result<sys::ublksrv_ctrl_dev_info, DeviceError> {
+    let info = control.info(id).map_err(|error| missing(id, error))?;
+    if OnDeath::of_flags(info.flags) == OnDeath::Fail {
+        return Err(CannotRecoverDevice::NotRecoverable(id).into());
+    }
+    if !state::has_disk(&info) {
+        return Err(CannotRecoverDevice::NotStarted(id).into());
+    }
+    Ok(info)
 }
 
 /// Whether a device can have another server, now or when its present one is dead: what is known of
@@ -196,13 +213,7 @@ pub fn check(control: &Control, id: u32) -> Result<StateFile, DeviceError> {
 /// # Errors
 /// [`CannotRecoverDevice`], and those of the driver.
 pub fn read(control: &Control, id: u32) -> Result<StateFile, DeviceError> {
-    let info = control.info(id).map_err(|error| missing(id, error))?;
-    if OnDeath::of_flags(info.flags) == OnDeath::Fail {
-        return Err(CannotRecoverDevice::NotRecoverable(id).into());
-    }
-    if !state::has_disk(&info) {
-        return Err(CannotRecoverDevice::NotStarted(id).into());
-    }
+    let info = lasting(control, id)?;
     let record = StateFile::read(Path::new(RUN_DIR), id)
         .map_err(|problem| CannotRecoverDevice::State { id, problem })?;
     match difference(&record, &info, state::diskseq(id)) {
