@@ -9,7 +9,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 
 use anyhow::Context;
@@ -46,7 +46,7 @@ pub fn live(
         (None, true, false) => Role::Server,
         (None, false, supervise) => {
             let role = if supervise { Role::Supervisor } else { Role::Server };
-            return start(Command::new(OWN).args(arguments()).args(["--role", name(role)]));
+            return start(own().args(arguments()).args(["--role", name(role)]));
         }
     };
     start_log(verbose, "info");
@@ -73,7 +73,11 @@ const fn name(role: Role) -> &'static str {
 }
 
 /// This program, even if its file was replaced or is elsewhere for whoever starts it.
-pub const OWN: &str = "/proc/self/exe";
+pub fn own() -> Command {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0(env!("CARGO_PKG_NAME"));
+    command
+}
 
 /// The user's arguments, without those of a role.
 fn arguments() -> Vec<std::ffi::OsString> {
@@ -173,13 +177,13 @@ fn supervise_new(life: &Life) -> anyhow::Result<ExitCode> {
     // Before the server is there, so that no signal is lost.
     let wakeups =
         Wakeups::new().map_err(|errno| anyhow::anyhow!("cannot wait for signals: {errno}"))?;
-    let own = std::process::id().to_string();
-    let mut command = Command::new(OWN);
+    let pid = std::process::id().to_string();
+    let mut command = own();
     if life.foreground {
         // Its own group: this process passes the terminal's signals on.
         command.process_group(0);
     }
-    command.args(arguments()).args(["--role", "server", "--supervisor", &own]);
+    command.args(arguments()).args(["--role", "server", "--supervisor", &pid]);
     if !life.json {
         command.arg("--json");
     }
@@ -235,10 +239,10 @@ fn reap() {
 /// the last server, which may be newer than this one, or else of this one.
 fn recover_under(id: u32, foreground: bool) -> anyhow::Result<u32> {
     let last = StateFile::read(Path::new(RUN_DIR), id).ok().map(|record| record.program);
-    let programs = last.into_iter().chain([PathBuf::from(OWN)]);
+    let programs = last.map(Command::new).into_iter().chain([own()]);
     let mut result = Err(anyhow::anyhow!("no program"));
     for program in programs {
-        result = recover_with(&program, id, foreground);
+        result = recover_with(program, id, foreground);
         if result.is_ok() {
             break;
         }
@@ -246,10 +250,9 @@ fn recover_under(id: u32, foreground: bool) -> anyhow::Result<u32> {
     result
 }
 
-fn recover_with(program: &Path, id: u32, foreground: bool) -> anyhow::Result<u32> {
-    let (id, own) = (id.to_string(), std::process::id().to_string());
-    let mut command = Command::new(program);
-    command.args(["recover", "-n", &id, "--role", "server", "--supervisor", &own, "--json"]);
+fn recover_with(mut command: Command, id: u32, foreground: bool) -> anyhow::Result<u32> {
+    let (id, pid) = (id.to_string(), std::process::id().to_string());
+    command.args(["recover", "-n", &id, "--role", "server", "--supervisor", &pid, "--json"]);
     if foreground {
         command.arg("--foreground");
     } else {
@@ -271,7 +274,7 @@ fn recover_with(program: &Path, id: u32, foreground: bool) -> anyhow::Result<u32
 /// `life` is this process's own.
 pub fn helpers(life: &Life) -> Helpers<'_> {
     let prepare = |arguments: &[&str]| {
-        let mut command = Command::new(OWN);
+        let mut command = own();
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null());
         command
     };

@@ -1,7 +1,7 @@
 //! `recover`.
 
 use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
 use ublk_target::server::config::DeviceError;
 use ublk_target::server::recovery::{self, CannotRecoverDevice};
@@ -10,7 +10,7 @@ use uring_ext::control::Control;
 
 use super::Recover;
 use super::device::Life;
-use super::processes::{self, OWN, announce};
+use super::processes::{self, announce, own};
 
 /// Gives devices whose server is dead a new one.
 pub fn recover(args: &Recover, verbose: u8) -> anyhow::Result<ExitCode> {
@@ -50,7 +50,7 @@ fn recover_all(args: &Recover) -> anyhow::Result<ExitCode> {
                 continue;
             }
         }
-        let mut one = Command::new(OWN);
+        let mut one = own();
         one.args(["recover", "-n", &id.to_string()]);
         one.args(args.life.supervise.then_some("--supervise"));
         one.args(args.life.json.then_some("--json"));
