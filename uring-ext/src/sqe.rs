@@ -327,6 +327,16 @@ impl Sqe {
         unsafe { &*std::ptr::from_ref(&self.0).cast() }
     }
 
+    /// Completes when the thread does the work that the kernel has for it (`IORING_NOP_TW`, Linux
+    /// 6.16; at once, with `EINVAL`, before that).
+    #[cfg(test)]
+    pub(crate) fn nop_as_work() -> Self {
+        const IORING_NOP_TW: u32 = 1 << 4;
+        let mut bytes = *Self::nop().as_bytes();
+        bytes[28..32].copy_from_slice(&IORING_NOP_TW.to_ne_bytes());
+        Self::from_bytes(bytes)
+    }
+
     fn from_bytes(bytes: [u8; 64]) -> Self {
         // SAFETY: an entry is 64 bytes of plain integers, `repr(C)` and without padding.
         Self(unsafe { std::mem::transmute::<[u8; 64], squeue::Entry>(bytes) })

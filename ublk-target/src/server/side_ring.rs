@@ -79,10 +79,14 @@ impl SideQueues<'_> {
             self.queues.push(&[sqe])?;
             self.is_watched = true;
         }
-        // What comes from now on rings the bell; what came before is found by submitting.
+        // The bell is rung by work that finds none before it: what comes from now on rings, if there
+        // is nothing left of what came before.
         polling.signal(true);
-        polling.submit()?;
-        let slept = if polling.has_news() || self.queues.has_news() {
+        polling.submit_and_settle()?;
+        // A kernel that is short of memory has neither taken all entries nor done all work. The side
+        // ring is not asked for news: waiting sees them, and is not misled by a mark of work that was
+        // made after the work had been done, which would stay until there is other work.
+        let slept = if polling.has_queued() || polling.has_news() {
             self.queues.submit()
         } else {
             match limit {

@@ -222,6 +222,22 @@ impl Queues<'_> {
         self.enter(1)
     }
 
+    /// Submits what is queued and does all the work that the kernel has for this thread: at some
+    /// time during the call there was none left, unless [entries](Queues::has_queued) or
+    /// completions are. For a ring that polls and has nothing to poll for; others wait.
+    ///
+    /// [`Queues::submit`] may leave work undone: beyond a certain amount (`IO_LOCAL_TW_DEFAULT_MAX`),
+    /// and, since Linux 7.2, all that another CPU is just adding to (`mpscq_pop`). What is added to
+    /// work that was left is not [signalled](Queues::register_event).
+    ///
+    /// # Errors
+    /// See [`Queues::submit_and_wait`].
+    pub fn submit_and_settle(&mut self) -> Result<(), Errno> {
+        // The kernel goes on until there are that many completions or no work
+        // (`io_run_local_work_continue`), and does not wait where nothing is to be polled for.
+        self.enter(self.cq.capacity())
+    }
+
     fn enter(&mut self, want: usize) -> Result<(), Errno> {
         self.enter_with(|submitter| submitter.submit_and_wait(want))
     }

@@ -126,6 +126,23 @@ fn delays_take_their_time_and_can_be_cancelled() {
     assert_eq!(seen, [&[(8, 0), (9, -libc::ECANCELED)], &over[..]].concat());
 }
 
+#[test]
+fn settling_leaves_no_work_undone() {
+    // More than the kernel does at a time, in an entry that does not ask for more.
+    const ENTRIES: usize = 100;
+    let setup = RingSetup { sq_entries: 128, cq_entries: 128, ..RingSetup::default() };
+    let mut ring = Ring::new(&RingSetup { polling: Polling::Busy, ..setup }).unwrap();
+    let mut queues = ring.queues();
+    let mut cqes = [Cqe::default(); ENTRIES + 1];
+    queues.submit_and_settle().unwrap();
+    assert_eq!(queues.reap(&mut cqes), 0, "there is no work, and nobody waits");
+    for _ in 0..ENTRIES {
+        queues.push(&[Sqe::nop_as_work()]).unwrap();
+    }
+    queues.submit_and_settle().unwrap();
+    assert_eq!(queues.reap(&mut cqes), ENTRIES);
+}
+
 fn ring(sq_entries: u32, cq_entries: u32) -> Ring {
     Ring::new(&RingSetup { sq_entries, cq_entries, ..RingSetup::default() }).unwrap()
 }
