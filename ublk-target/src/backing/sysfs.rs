@@ -107,7 +107,11 @@ impl SysfsDevice {
             discard: self.discard_limits(logical_block),
             max_write_zeroes: self.number_or("write_zeroes_max_bytes", 0),
             volatile_cache: self.text("write_cache").is_some_and(|mode| mode == "write back"),
-            fua: self.number_or("fua", 0) == 1,
+            // Offered also where the drive has none: the block layer below makes a write and a
+            // flush of it. It would do so above us too, but if the server dies while such a write
+            // waits for its flush, the driver never gives up either of them, and their users hang
+            // (`ublk_cancel_cmd()` in `drivers/block/ublk_drv.c`, seen in Linux 7.2).
+            fua: true,
             rotational: self.number_or("rotational", 0) == 1,
             read_only: self.is_read_only(),
         }
@@ -202,6 +206,8 @@ mod tests {
         assert_eq!(limits.max_write_zeroes, 131_072);
         assert!(limits.volatile_cache && limits.fua && !limits.rotational && !limits.read_only);
         assert!(!device.is_zoned());
+        fs::write(sys.path().join("block/nvme0n1/queue/fua"), "0\n").unwrap();
+        assert!(device.limits().fua, "the block layer makes do with a flush");
         assert_eq!(device.holders(), ["dm-3"]);
         assert_eq!(device.partitions(), [(259, 1)]);
     }
