@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Child;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
@@ -20,19 +20,17 @@ use uring_ext::{Errno, sys};
 
 use super::config::{DeviceConfig, DeviceError};
 use super::lane::{self, LaneConfig, LaneReport};
-use super::layout::{Layout, slot_table};
 use super::message::{LaneHandle, LaneMessage};
 use super::petition::{Petition, Petitioner};
-use super::polling;
+use super::plan::{Plan, add};
 use super::protection::protect;
 use super::signals::{Wake, Wakeups, Watch};
-use crate::backing::identity::Known;
-use crate::engine::{EngineConfig, QueueIdentity, SlotTable};
-use crate::kernel;
+use super::supervision::Supervision;
+use crate::engine::{EngineConfig, QueueIdentity};
 use crate::lane::LaneError;
-use crate::lane::fault::{self, Faults, Injected};
-use crate::lend::{self, Choice, LendMode};
-use crate::state::{self, Description, LOG_DIR, RUN_DIR, StateFile};
+use crate::lane::fault::Injected;
+use crate::lend::Choice;
+use crate::state::{self, Description, RUN_DIR, StateFile};
 use crate::stats::{self, Limits, StatsServer};
 use crate::steps::step;
 use crate::units::{Bytes, Qid};
@@ -88,92 +86,6 @@ pub fn serve(
     let served = is_live.and_then(|()| server.live(plan, helpers, on_live));
     let ended = server.take_down();
     served.and(ended)
-}
-
-/// What is decided before the driver is asked for anything.
-pub(super) struct Plan {
-    pub config: DeviceConfig,
-    pub choice: Choice,
-    pub layout: Layout,
-    slots: SlotTable,
-    faults: Option<Faults>,
-    /// Servers that the device has had before.
-    pub incarnation: u32,
-}
-
-impl Plan {
-    /// `known` are the backings of a device that is to be recovered.
-    pub fn make(
-        config: &DeviceConfig,
-        control: &Control,
-        known: Option<&[Known]>,
-    ) -> Result<Self, DeviceError> {
-        let features = kernel::features(control)?;
-        let mut choice = config.lend.choose(features)?;
-        choice.flags |= config.on_death.flags(features)?;
-        if config.io_lane {
-            lend::check_io_lane(features)?;
-            if choice.mode != LendMode::Slot {
-                return Err(DeviceError::Mismatch {
-                    option: "--io-lane",
-                    needs: "registration by command",
-                    lend: choice.mode,
-                    instead: "leave it out, or use `--lend slot`",
-                });
-            }
-        }
-        polling::check(config)?;
-        let faults = match std::env::var(fault::VARIABLE) {
-            Ok(list) => Some(Faults::parse(&list)?),
-            Err(_) => None,
-        };
-        let layout = Layout::open(config, choice.mode, known)?;
-        let slots = slot_table(config, &choice, &layout.target)?;
-        layout.check_memory(config.queues, config.depth, choice.mode, &slots)?;
-        log::info!("lend mode {}: {}", choice.mode, choice.reason);
-        let mut config = DeviceConfig { lend: choice.mode.into(), ..config.clone() };
-        config.target.absolute();
-        Ok(Self { config, choice, layout, slots, faults, incarnation: 0 })
-    }
-
-    /// What this server, or the next one in its place, opens later.
-    pub fn needed_paths(&self) -> Vec<PathBuf> {
-        let program = std::env::current_exe().ok();
-        let backings = self.layout.backings.iter().map(|backing| backing.path().to_owned());
-        backings.chain(program).chain([RUN_DIR, LOG_DIR].map(PathBuf::from)).collect()
-    }
-}
-
-fn add(control: &Control, plan: &Plan) -> Result<sys::ublksrv_ctrl_dev_info, DeviceError> {
-    let config = &plan.config;
-    let info = sys::ublksrv_ctrl_dev_info {
-        dev_id: config.id.unwrap_or(u32::MAX),
-        nr_hw_queues: config.queues,
-        queue_depth: config.depth,
-        max_io_buf_bytes: plan.layout.buffer_bytes,
-        ublksrv_pid: i32::try_from(std::process::id()).unwrap_or(0),
-        flags: plan.choice.flags | uring_ext::feature::CMD_IOCTL_ENCODE.bit,
-        ublksrv_flags: state::mark(),
-        ..Default::default()
-    };
-    let mut added = control.add(info);
-    // A device that is gone keeps its id for a moment, while the driver takes it apart
-    // (`ublk_cdev_rel`), and nobody tells when that is over.
-    let deadline = Instant::now() + Duration::from_secs(5);
-    while let (Err(error), Some(id)) = (&added, config.id) {
-        let is_taken = error.errno() == Some(Errno::EEXIST);
-        let is_gone = || control.info(id).is_err_and(|error| state::is_missing(&error));
-        if !is_taken || !is_gone() || Instant::now() > deadline {
-            break;
-        }
-        std::thread::sleep(Duration::from_millis(5));
-        added = control.add(info);
-    }
-    added.map_err(|error| match (error.errno(), config.id) {
-        (Some(Errno::EEXIST), Some(id)) => DeviceError::IdTaken(id),
-        (Some(Errno::EACCES | Errno::ENOSPC), _) => DeviceError::NoRoom,
-        _ => DeviceError::Control(error),
-    })
 }
 
 struct LaneThread {
@@ -662,64 +574,6 @@ impl Server {
     /// It is this server's now, to its orderly end.
     pub fn keep(&mut self) {
         self.is_left = false;
-    }
-}
-
-/// The server's side of its supervision.
-struct Supervision {
-    watch: Option<Watch>,
-    /// The supervisor, if this server has started it; kept so that it can be reaped.
-    child: Option<Child>,
-    /// When there is to be another one.
-    revive_at: Option<Instant>,
-}
-
-impl Supervision {
-    /// The pause after a supervisor's death: one that dies at once must not be started again as
-    /// fast as that.
-    const PAUSE: Duration = Duration::from_millis(500);
-
-    fn of(supervisor: Option<u32>) -> Self {
-        let mut own = Self { watch: supervisor.map(Watch::on), child: None, revive_at: None };
-        if own.watch.as_ref().is_some_and(|watch| watch.fd().is_none()) {
-            own.has_died();
-        }
-        own
-    }
-
-    fn has_died(&mut self) {
-        log::warn!("the supervisor has died");
-        self.watch = None;
-        if let Some(mut child) = self.child.take() {
-            let _ = child.wait();
-        }
-        self.revive_at = Some(Instant::now() + Self::PAUSE);
-    }
-
-    /// How long to wait for what comes by itself.
-    fn pause(&self) -> PollTimeout {
-        self.revive_at.map_or(PollTimeout::NONE, |at| {
-            // Rounded up, so that it has passed when the wait is over.
-            let left = at.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
-            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
-        })
-    }
-
-    /// Starts another supervisor; its process id.
-    fn revive(&mut self, start: impl FnOnce() -> io::Result<Child>) -> Option<u32> {
-        match start() {
-            Ok(child) => {
-                log::info!("supervised by {}", child.id());
-                self.watch = Some(Watch::on(child.id()));
-                self.revive_at = None;
-                self.child = Some(child);
-            }
-            Err(error) => {
-                log::error!("cannot start a supervisor: {error}");
-                self.revive_at = Some(Instant::now() + 10 * Self::PAUSE);
-            }
-        }
-        self.child.as_ref().map(Child::id)
     }
 }
 

@@ -10,8 +10,9 @@ use uring_ext::params::Params;
 use uring_ext::{Errno, sys};
 
 use super::config::{DeviceConfig, DeviceError};
-use super::device::{Helpers, Plan, Server};
+use super::device::{Helpers, Server};
 use super::on_death::OnDeath;
+use super::plan::Plan;
 use super::protection::protect;
 use super::signals::Wakeups;
 use crate::backing::usage;

@@ -18,7 +18,8 @@ use uring_ext::Errno;
 use uring_ext::control::{Control, ControlError};
 
 use super::config::DeviceError;
-use super::device::{Helpers, Plan, Server};
+use super::device::{Helpers, Server};
+use super::plan::Plan;
 use super::recovery;
 use super::signals::Wake;
 use crate::state;

@@ -3,7 +3,6 @@
 
 pub mod modes;
 pub mod mounted;
-mod prober;
 pub mod refusals;
 pub mod storm;
 pub mod supervision;

@@ -13,7 +13,7 @@ use super::device::{Device, PROGRAM, fresh_drive, fresh_drives, text};
 use crate::config::DEFAULT;
 use crate::guest::drives::Drive;
 use crate::guest::fio::{self, Running};
-use crate::guest::prober::{Prober, distribution};
+use crate::guest::prober::{Prober, distribution, longest};
 use crate::guest::{Ctx, Outcome, TestCase, process, wait_for};
 
 pub const TESTS: &[TestCase] = &[
@@ -78,7 +78,7 @@ fn under_load(ctx: &Ctx) -> Result<Outcome> {
     let device = Device::add_loop(&drive.path(), &options)?;
     let (pid, _) = served_by(&device)?;
     let running = load(ctx, &device, upgrades)?;
-    let prober = Prober::start(device.path()?)?;
+    let prober = Prober::start(device.path()?, 0)?;
     let mut spans = Vec::new();
     for number in 0..upgrades {
         let program = &programs[number as usize % 2];
@@ -90,8 +90,8 @@ fn under_load(ctx: &Ctx) -> Result<Outcome> {
         ensure!(served_by(&device)? == (pid, program.clone()), "{said}");
     }
     let report = running.finish()?;
-    let reads = prober.finish()?;
-    let mut stalls: Vec<_> = spans.iter().map(|(from, to)| reads.longest(*from, *to)).collect();
+    let reads = prober.end()?;
+    let mut stalls: Vec<_> = spans.iter().map(|(from, to)| longest(&reads, *from, *to)).collect();
     let mut whole: Vec<_> = spans.iter().map(|(from, to)| *to - *from).collect();
     println!("{upgrades} upgrades under load: no error in {} writes", report.write.requests);
     println!("longest I/O during an upgrade: {}", distribution(&mut stalls));

@@ -10,9 +10,9 @@ use anyhow::{Context, Result, anyhow, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use super::prober::{Prober, Read, Sleeper};
 use super::{PATIENCE, RUN_DIR, end, look, processes, signal};
 use crate::config::DEFAULT;
+use crate::guest::prober::{Prober, Read, Sleeper};
 use crate::guest::ublk::device::{Device, fresh_drives, text};
 use crate::guest::ublk::stats::reports::{number, report};
 use crate::guest::{Ctx, FIGURE, Outcome, TestCase, fio, wait_for};
