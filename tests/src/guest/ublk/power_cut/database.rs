@@ -20,9 +20,9 @@ use crate::guest::rng::Rng;
 /// Threads, each with blocks of its own, so that no two writes to a block overlap.
 const THREADS: usize = 4;
 /// Blocks of the longest write.
-const LONGEST: usize = 24;
+const LONGEST: usize = 12;
 /// Writes before a flush, at most: one of these.
-const BATCHES: [u64; 3] = [2, 6, 40];
+const BATCHES: [u64; 3] = [2, 6, 20];
 /// Bytes read at once when everything is checked.
 const CHECKED: usize = 256 << 10;
 

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+use super::writers::Ending;
 use crate::guest::rng::{Rng, mix};
 
 /// What a name may stand for.
@@ -144,6 +145,7 @@ pub struct Changer {
     /// Open as long as names in it change.
     opened: File,
     pub files: Files,
+    ending: Ending,
     rng: Rng,
 }
 
@@ -152,7 +154,7 @@ impl Changer {
     ///
     /// # Errors
     /// Of the file system.
-    pub fn new(directory: PathBuf, mut files: Files, rng: Rng) -> Result<Self> {
+    pub fn new(directory: PathBuf, mut files: Files, ending: Ending, rng: Rng) -> Result<Self> {
         if !directory.exists() {
             fs::create_dir(&directory)?;
             File::open(directory.parent().context("a parent")?)?.sync_all()?;
@@ -168,7 +170,7 @@ impl Changer {
         log.sync_all()?;
         let opened = File::open(&directory)?;
         opened.sync_all()?;
-        Ok(Self { directory, opened, files, rng })
+        Ok(Self { directory, opened, files, ending, rng })
     }
 
     /// Changes something. When this returns, it is durable.
@@ -189,6 +191,13 @@ impl Changer {
         }
     }
 
+    /// A name has changed, and the file system says that this is durable.
+    fn settle(&mut self, name: &str, state: State) -> Result<()> {
+        self.ending.ensure_promised()?;
+        self.files.settle(name, state);
+        Ok(())
+    }
+
     fn draw(&mut self) -> (u64, usize) {
         let version = self.rng.next_u64() >> 32;
         let most = if self.rng.chance(1) { 128 << 10 } else { 12 << 10 };
@@ -206,8 +215,7 @@ impl Changer {
         file.write_all(&contents_of(version, len))?;
         file.sync_all()?;
         self.opened.sync_all()?;
-        self.files.settle(&name, State::Whole { version, len });
-        Ok(())
+        self.settle(&name, State::Whole { version, len })
     }
 
     /// What editors do: either the old file is there or the new one.
@@ -221,8 +229,7 @@ impl Changer {
         self.files.begin(name, state);
         fs::rename(&new, self.directory.join(name))?;
         self.opened.sync_all()?;
-        self.files.settle(name, state);
-        Ok(())
+        self.settle(name, state)
     }
 
     fn rewrite(&mut self, name: &str) -> Result<()> {
@@ -233,8 +240,7 @@ impl Changer {
         let mut file = File::options().write(true).open(&path)?;
         file.write_all(&contents_of(version, len))?;
         file.sync_data()?;
-        self.files.settle(name, State::Whole { version, len });
-        Ok(())
+        self.settle(name, State::Whole { version, len })
     }
 
     fn append(&mut self) -> Result<()> {
@@ -244,6 +250,7 @@ impl Changer {
         let mut file = File::options().append(true).open(self.directory.join(LOG))?;
         file.write_all(&contents_of(version, most)[least..])?;
         file.sync_data()?;
+        self.ending.ensure_promised()?;
         self.files.log.0 = most;
         Ok(())
     }
@@ -252,8 +259,7 @@ impl Changer {
         self.files.begin(name, State::Absent);
         fs::remove_file(self.directory.join(name))?;
         self.opened.sync_all()?;
-        self.files.settle(name, State::Absent);
-        Ok(())
+        self.settle(name, State::Absent)
     }
 }
 
@@ -332,12 +338,28 @@ mod tests {
     }
 
     #[test]
+    fn what_a_file_system_says_after_the_cut_is_no_promise() {
+        let directory = tempfile::tempdir().unwrap();
+        let (own, ending) = (directory.path().join("own"), Ending::default());
+        let files = Files::default();
+        let mut changer = Changer::new(own.clone(), files, ending.clone(), Rng::new(1)).unwrap();
+        changer.create().unwrap();
+        let name = changer.files.names.keys().next().unwrap().clone();
+        ending.expect_cut();
+        assert!(changer.remove(&name).is_err());
+        let mut files = changer.files;
+        assert_eq!(files.names[&name].len(), 2, "it may be there or not");
+        assert_eq!(checked(&mut files, &own), (1, Vec::new()));
+    }
+
+    #[test]
     fn changes_leave_what_they_say() {
         let directory = tempfile::tempdir().unwrap();
         let own = directory.path().join("own");
         let mut files = Files::default();
         for seed in 0..3 {
-            let mut changer = Changer::new(own.clone(), files, Rng::new(seed)).unwrap();
+            let mut changer =
+                Changer::new(own.clone(), files, Ending::default(), Rng::new(seed)).unwrap();
             (0..100).for_each(|_| changer.change().unwrap());
             files = changer.files;
             assert_eq!(checked(&mut files, &own), (0, Vec::new()));

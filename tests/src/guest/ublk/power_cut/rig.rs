@@ -7,7 +7,6 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::super::device::{Counters, Device, text};
-use crate::guest::Ctx;
 use crate::guest::nvmet::NvmeOverBlock;
 use crate::guest::rng::Rng;
 use crate::guest::volatile::{Asked, Lost, Moment, Shape, Survival, VolatileDrives};
@@ -44,8 +43,8 @@ pub struct Rig {
 
 impl Rig {
     /// Adds the device, on drives that read as zeros.
-    pub fn new(ctx: &Ctx, plan: Plan) -> Result<Self> {
-        let mut rng = Rng::new(ctx.seed);
+    pub fn new(seed: u64, plan: Plan) -> Result<Self> {
+        let mut rng = Rng::new(seed);
         let drives = VolatileDrives::new(plan.drives, &mut rng)?;
         let mut rig = Self {
             plan,
@@ -87,6 +86,16 @@ impl Rig {
     /// What the drives were asked for so far.
     pub fn asked(&self) -> Asked {
         self.drives.asked()
+    }
+
+    /// What the drives did and lost.
+    pub fn figure(&self) -> String {
+        let (Lost { cached, lost }, asked) = (self.lost, self.asked());
+        format!(
+            "drives had {} writes ({} with FUA), {} flushes, and lost {lost} of {cached} blocks in \
+             their caches",
+            asked.writes, asked.fua, asked.flushes
+        )
     }
 
     /// Cuts the power, of all drives at once. The server dies of it, without the chance to write

@@ -55,7 +55,8 @@ fn start_storm(mount: &Mount, files: Vec<Files>, rng: &mut Rng) -> Result<Writer
     let mut files = files.into_iter();
     Writers::start(CHANGERS, |number, ending, acknowledged| {
         let known = files.next().unwrap_or_default();
-        let mut changer = Changer::new(directory(mount, number), known, rng.fork())?;
+        let mut changer =
+            Changer::new(directory(mount, number), known, ending.clone(), rng.fork())?;
         let mut scribbler = Scribbler::new(&mount.point().join(format!("scratch-{number}")), rng)?;
         let run = move || {
             while !ending.is_wanted() {
@@ -86,8 +87,8 @@ pub struct Storm<'a> {
 
 impl<'a> Storm<'a> {
     /// Makes the file system.
-    pub fn new(ctx: &'a Ctx, kind: Kind, plan: Plan) -> Result<Self> {
-        let rig = Rig::new(ctx, plan)?;
+    pub fn new(ctx: &'a Ctx, seed: u64, kind: Kind, plan: Plan) -> Result<Self> {
+        let rig = Rig::new(seed, plan)?;
         process::run(&[kind.make, &[rig.device()?.path()?]].concat())?;
         let (files, checked) = (Vec::new(), Checked::default());
         Ok(Self { ctx, rig, kind, files, checked, acknowledged: 0 })
@@ -108,6 +109,11 @@ impl<'a> Storm<'a> {
         self.files = writers.join()?;
         mount.unmount()?;
         self.rig.power_on()
+    }
+
+    /// Whether the cuts had something to lose, and some changes to interrupt.
+    pub fn is_convincing(&self) -> bool {
+        self.rig.lost.lost > 0 && self.checked.uncertain > 0 && self.acknowledged > 0
     }
 
     /// Recovers the file system and looks at every file. Says what is wrong.

@@ -22,6 +22,23 @@ impl Ending {
         self.wanted.load(Ordering::SeqCst)
     }
 
+    /// The power is about to be cut.
+    pub fn expect_cut(&self) {
+        self.cut.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether what a file system has just called durable can be relied on: not once its device
+    /// fails. When a commit of ext4's journal fails, an `fsync` that asks for it right afterwards
+    /// finds that it is no longer under way, and returns success (`jbd2_complete_transaction()` in
+    /// `fs/jbd2/journal.c`, 7.2).
+    ///
+    /// # Errors
+    /// When it cannot.
+    pub fn ensure_promised(&self) -> Result<()> {
+        ensure!(!self.cut.load(Ordering::SeqCst), "this was called durable after the power cut");
+        Ok(())
+    }
+
     /// An error is none if the power is being cut.
     ///
     /// # Errors
@@ -73,7 +90,7 @@ impl<T> Writers<T> {
 
     /// From now on errors are what a power cut brings about.
     pub fn expect_cut(&self) {
-        self.ending.cut.store(true, Ordering::SeqCst);
+        self.ending.expect_cut();
     }
 
     /// How many things they have been told are durable.
