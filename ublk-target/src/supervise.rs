@@ -78,9 +78,18 @@ pub enum End {
     GivenUp(String),
 }
 
+/// Why a device has no new server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NotRecovered {
+    /// A signal came that would end the server, and was passed on to the one that was starting.
+    Told(Signal),
+    /// The server has failed, for this reason.
+    Failed(String),
+}
+
 /// Starts a server that recovers a device, and waits until it is live. Returns its process id, or
-/// why it has failed. Its supervisor is the calling process.
-pub type Recover<'a> = dyn Fn(u32) -> Result<u32, String> + 'a;
+/// why there is none. Its supervisor is the calling process.
+pub type Recover<'a> = dyn Fn(u32) -> Result<u32, NotRecovered> + 'a;
 
 /// Supervises a device until it is gone, or no server stays alive. A signal that would end the
 /// server is passed on to it.
@@ -114,10 +123,7 @@ pub fn supervise(
             match rest(pause, wakeups, || is_stopped(&control, id)) {
                 Rest::Over => {}
                 Rest::Stopped => return Ok(End::Stopped),
-                Rest::Told(signal) => {
-                    log::info!("{signal}: ending; device {id} waits for recovery");
-                    return Ok(End::Stopped);
-                }
+                Rest::Told(signal) => return Ok(leave(id, signal)),
             }
             step("recovering");
             let asked = Instant::now();
@@ -128,7 +134,8 @@ pub fn supervise(
                     pid = new;
                     break;
                 }
-                Err(error) => {
+                Err(NotRecovered::Told(signal)) => return Ok(leave(id, signal)),
+                Err(NotRecovered::Failed(error)) => {
                     // Somebody else may have been faster.
                     if let Some(other) = live_server(&control, id) {
                         pid = other;
@@ -139,6 +146,12 @@ pub fn supervise(
             }
         }
     }
+}
+
+/// Ends, though the device has no server.
+fn leave(id: u32, signal: Signal) -> End {
+    log::info!("{signal}: ending; device {id} waits for recovery");
+    End::Stopped
 }
 
 /// How a pause ends.

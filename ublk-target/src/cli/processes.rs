@@ -16,7 +16,7 @@ use anyhow::Context;
 use clap::ValueEnum;
 use clap::builder::PossibleValue;
 use nix::poll::PollTimeout;
-use nix::sys::signal::kill;
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, dup2_stderr, dup2_stdout, setsid};
 use sd_notify::NotifyState;
 use ublk_target::delete::{self, Deletion};
@@ -26,7 +26,7 @@ use ublk_target::server::device::Helpers;
 use ublk_target::server::signals::{Wake, Wakeups};
 use ublk_target::state::{self, Description, RUN_DIR, StateFile, log_path};
 use ublk_target::steps::step;
-use ublk_target::supervise::{End, Policy, supervise};
+use ublk_target::supervise::{End, NotRecovered, Policy, supervise};
 use uring_ext::Errno;
 use uring_ext::control::Control;
 
@@ -113,6 +113,8 @@ struct Ended {
     status: ExitStatus,
     /// What was on its standard error, where that was a pipe.
     said: String,
+    /// The last signal that was passed on to it.
+    told: Option<Signal>,
 }
 
 /// Starts a process, and waits for a line from it or its end. A signal is passed on to it. What it
@@ -126,11 +128,12 @@ fn wait_for_line(
     let is_add = is_add.is_some_and(|word| word == "add");
     let mut server = command.stdout(Stdio::piped()).spawn().context("cannot start the server")?;
     step(if wakeups.is_some() { "supervisor-started-it" } else { "started-it" });
-    let mut line = String::new();
+    let (mut line, mut told) = (String::new(), None);
     if let Some(out) = server.stdout.take() {
         while let Some(Wake::Signal(signal)) =
             wakeups.map(|wakeups| wakeups.wait_or(out.as_fd(), PollTimeout::NONE))
         {
+            told = Some(signal);
             // It can only fail if the server has ended.
             let _ = kill(Pid::from_raw(i32::try_from(server.id())?), signal);
         }
@@ -151,7 +154,7 @@ fn wait_for_line(
     if is_add {
         take_back(server.id());
     }
-    Ok(Err(Ended { status, said: String::from_utf8_lossy(&said).into_owned() }))
+    Ok(Err(Ended { status, said: String::from_utf8_lossy(&said).into_owned(), told }))
 }
 
 /// Deletes what a server that has ended has added: one that was killed could not.
@@ -215,7 +218,7 @@ fn watch(id: u32, server: u32, foreground: bool, wakeups: &Wakeups) -> anyhow::R
     log::info!("supervising the server ({server}) of device {id}");
     let recover = |id: u32| {
         reap();
-        recover_under(id, foreground).map_err(|error| format!("{error:#}"))
+        recover_under(id, foreground, wakeups)
     };
     let end = supervise(id, server, Policy::default(), wakeups, &recover)?;
     match end {
@@ -237,20 +240,25 @@ fn reap() {
 
 /// Starts a server that recovers a device, with this process as its supervisor: of the program of
 /// the last server, which may be newer than this one, or else of this one.
-fn recover_under(id: u32, foreground: bool) -> anyhow::Result<u32> {
+fn recover_under(id: u32, foreground: bool, wakeups: &Wakeups) -> Result<u32, NotRecovered> {
     let last = StateFile::read(Path::new(RUN_DIR), id).ok().map(|record| record.program);
     let programs = last.map(Command::new).into_iter().chain([own()]);
-    let mut result = Err(anyhow::anyhow!("no program"));
+    let mut result = Err(NotRecovered::Failed("no program".to_owned()));
     for program in programs {
-        result = recover_with(program, id, foreground);
-        if result.is_ok() {
+        result = recover_with(program, id, foreground, wakeups);
+        if !matches!(result, Err(NotRecovered::Failed(_))) {
             break;
         }
     }
     result
 }
 
-fn recover_with(mut command: Command, id: u32, foreground: bool) -> anyhow::Result<u32> {
+fn recover_with(
+    mut command: Command,
+    id: u32,
+    foreground: bool,
+    wakeups: &Wakeups,
+) -> Result<u32, NotRecovered> {
     let (id, pid) = (id.to_string(), std::process::id().to_string());
     command.args(["recover", "-n", &id, "--role", "server", "--supervisor", &pid, "--json"]);
     if foreground {
@@ -258,15 +266,21 @@ fn recover_with(mut command: Command, id: u32, foreground: bool) -> anyhow::Resu
     } else {
         command.stderr(Stdio::piped());
     }
-    match wait_for_line(command.stdin(Stdio::null()), None)? {
-        Ok((server, _)) => Ok(server.id()),
-        Err(Ended { status, said }) => match said.trim_end().lines().last() {
-            Some(last) if status.code().is_some() => {
-                anyhow::bail!("{}", last.strip_prefix("ublk-target: ").unwrap_or(last))
-            }
-            _ => anyhow::bail!("a server that should recover it ended ({status})"),
-        },
+    let heard = wait_for_line(command.stdin(Stdio::null()), Some(wakeups))
+        .map_err(|error| NotRecovered::Failed(format!("{error:#}")))?;
+    let Ended { status, said, told } = match heard {
+        Ok((server, _)) => return Ok(server.id()),
+        Err(ended) => ended,
+    };
+    if let Some(signal) = told {
+        return Err(NotRecovered::Told(signal));
     }
+    Err(NotRecovered::Failed(match said.trim_end().lines().last() {
+        Some(last) if status.code().is_some() => {
+            last.strip_prefix("ublk-target: ").unwrap_or(last).to_owned()
+        }
+        _ => format!("a server that should recover it ended ({status})"),
+    }))
 }
 
 /// What a server has others do.

@@ -13,6 +13,7 @@ use ublk_target::server::on_death::OnDeath;
 use ublk_target::server::signals::Watch;
 use ublk_target::state::{self, Description, RUN_DIR, StateFile, device_ids, recorded_ids};
 use ublk_target::stats::client::Client;
+use ublk_target::steps::step;
 use uring_ext::control::Control;
 use uring_ext::feature::{Features, QUIESCE};
 
@@ -77,6 +78,7 @@ fn one(control: &Control, id: u32, program: &Path) -> anyhow::Result<()> {
     let before = StateFile::read(Path::new(RUN_DIR), id)?;
     let meta = fs::metadata(program).with_context(|| program.display().to_string())?;
     let server = Watch::on(pid);
+    step("upgrade-checked");
     let began = Instant::now();
     let asked = Client::connect(id)
         .and_then(|mut client| client.upgrade(program, (meta.dev(), meta.ino())));
@@ -85,10 +87,11 @@ fn one(control: &Control, id: u32, program: &Path) -> anyhow::Result<()> {
         Err(_) if server.has_ended(Duration::from_millis(500)) => {}
         asked => asked?,
     }
+    step("upgrade-sent");
     let fallback = old.as_ref().map_or_else(|_| before.program.clone(), path_of);
     let programs = [program.to_owned(), fallback];
-    let record = await_next(control, id, before.incarnation, &server, began, &programs)?;
-    if !same_program(record.pid, &meta) {
+    let (record, next) = await_next(control, id, before.incarnation, &server, began, &programs)?;
+    if (next.dev(), next.ino()) != (meta.dev(), meta.ino()) {
         anyhow::bail!(
             "{} could not take over; {} is served by {} again; see {}",
             program.display(),
@@ -125,13 +128,8 @@ fn path_of(file: &File) -> PathBuf {
     PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()))
 }
 
-fn same_program(pid: u32, wanted: &fs::Metadata) -> bool {
-    fs::metadata(format!("/proc/{pid}/exe"))
-        .is_ok_and(|meta| (meta.dev(), meta.ino()) == (wanted.dev(), wanted.ino()))
-}
-
-/// Waits until the device has its next server. Should the present one die on the way, one of the
-/// programs recovers the device.
+/// Waits until the device has its next server, and returns the file of its program. Should the
+/// present one die on the way, one of the programs recovers the device.
 fn await_next(
     control: &Control,
     id: u32,
@@ -139,15 +137,18 @@ fn await_next(
     server: &Watch,
     began: Instant,
     programs: &[PathBuf],
-) -> anyhow::Result<StateFile> {
+) -> anyhow::Result<(StateFile, fs::Metadata)> {
     let mut said = 0;
     let mut programs = programs.iter();
     loop {
         if let Ok(record) = StateFile::read(Path::new(RUN_DIR), id) {
             let described = Description::of(control, id)?;
             let is_live = described.state == "LIVE" && described.pid == Some(record.pid);
-            if is_live && record.incarnation != before {
-                return Ok(record);
+            // It may be dead again before the driver knows.
+            let next = fs::metadata(format!("/proc/{}/exe", record.pid));
+            match next {
+                Ok(next) if is_live && record.incarnation != before => return Ok((record, next)),
+                Ok(_) | Err(_) => {}
             }
         }
         // Nobody tells when a server is live.

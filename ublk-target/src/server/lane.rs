@@ -193,7 +193,7 @@ pub(super) fn make_ring(
         mixed_sizes: has_namespace(config),
         ..setup
     };
-    let ring = Ring::new(&setup).map_err(failed("making the ring"))?;
+    let mut ring = Ring::new(&setup).map_err(failed("making the ring"))?;
     let backings = config.backings.iter().map(AsRawFd::as_raw_fd);
     let files: Vec<_> = std::iter::once(config.cdev.as_raw_fd())
         .chain(backings)

@@ -23,6 +23,7 @@ use super::plan::Plan;
 use super::recovery;
 use super::signals::Wake;
 use crate::state;
+use crate::steps::step;
 
 /// How long the driver waits until each queue has a fetch that it can take back. After that, I/O
 /// waits all the same.
@@ -45,7 +46,9 @@ pub fn quiesce(id: u32, server: u32) -> Result<(), ControlError> {
     if u32::try_from(getppid().as_raw()) != Ok(server) {
         return Ok(());
     }
+    step("quiescing");
     let mut pending = control.quiesce(id, PATIENCE)?;
+    step("quiesce-sent");
     loop {
         match control.wait(&mut pending, Duration::from_secs(10)) {
             // The queues had no idle tag; their fetches end with their ring.
@@ -75,11 +78,14 @@ impl Server {
         helpers: &Helpers<'_>,
     ) -> Result<Plan, DeviceError> {
         log::info!("handing over to {}", program.display());
+        step("upgrade-asked");
         if let Err(error) = self.stop_deliveries(helpers) {
             log::error!("the device stays with this program: {error}");
             return Ok(plan);
         }
+        step("upgrade-quiesced");
         self.let_device_go(plan);
+        step("upgrade-let-go");
         let error = (helpers.become_next)(self.id, program, self.supervisor);
         log::error!("cannot become {}: {error}; going on with this program", program.display());
         self.take_back()

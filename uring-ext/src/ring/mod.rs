@@ -29,20 +29,24 @@ pub struct Ring {
     times: Box<[types::Timespec]>,
 }
 
-struct RingInner(IoUring);
+struct RingInner {
+    ring: IoUring,
+    /// How many files are registered.
+    files: usize,
+}
 
 impl Drop for RingInner {
     fn drop(&mut self) {
         // The kernel takes a ring apart some time after it is closed (`io_ring_exit_work`), and its
         // files, such as those of a file system that is to be unmounted, would stay open until then.
-        // Without registered files there is nothing to do (ENXIO).
-        let _ = self.0.submitter().unregister_files();
+        // Taking the whole table away would wait, before Linux 6.13, for all that is outstanding.
+        let _ = self.ring.submitter().register_files_update(0, &vec![-1; self.files]);
     }
 }
 
 impl std::fmt::Debug for RingInner {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "IoUring({})", self.0.as_raw_fd())
+        write!(f, "IoUring({})", self.ring.as_raw_fd())
     }
 }
 
@@ -59,7 +63,8 @@ impl Ring {
             match setup.build(mode) {
                 Ok(ring) => {
                     let times = vec![types::Timespec::new(); ring.params().sq_entries() as usize];
-                    return Ok(Self { ring: RingInner(ring), mode, times: times.into() });
+                    let ring = RingInner { ring, files: 0 };
+                    return Ok(Self { ring, mode, times: times.into() });
                 }
                 // Only an unknown flag is worth another try.
                 Err(error) if Errno::of(&error) == Errno::EINVAL => last = Errno::EINVAL,
@@ -79,8 +84,11 @@ impl Ring {
     ///
     /// # Errors
     /// `EBADF` for a closed file, `EMFILE` beyond the limit of open files.
-    pub fn register_files(&self, files: &[RawFd]) -> Result<(), Errno> {
-        self.ring.0.submitter().register_files(files).map_err(|error| Errno::of(&error))
+    pub fn register_files(&mut self, files: &[RawFd]) -> Result<(), Errno> {
+        let registered = self.ring.ring.submitter().register_files(files);
+        registered.map_err(|error| Errno::of(&error))?;
+        self.ring.files = files.len();
+        Ok(())
     }
 
     /// Registers a buffer table of empty slots, to be filled by the driver.
@@ -88,7 +96,7 @@ impl Ring {
     /// # Errors
     /// `EINVAL` beyond [`MAX_BUFFER_SLOTS`], `ENOMEM`.
     pub fn register_slots(&self, slots: u32) -> Result<(), Errno> {
-        self.ring.0.submitter().register_buffers_sparse(slots).map_err(|error| Errno::of(&error))
+        self.ring.ring.submitter().register_buffers_sparse(slots).map_err(|error| Errno::of(&error))
     }
 
     /// Registers a buffer table of `slots` empty slots, to be filled by the driver, and behind them
@@ -103,14 +111,14 @@ impl Ring {
         let mut iovecs = vec![empty; usize::from(slots)];
         iovecs.extend(pool.iovecs());
         // SAFETY: pool memory is never unmapped, so it outlives any ring.
-        let registered = unsafe { self.ring.0.submitter().register_buffers(&iovecs) };
+        let registered = unsafe { self.ring.ring.submitter().register_buffers(&iovecs) };
         registered.map_err(|error| Errno::of(&error))
     }
 
     /// The two queues and the submitter, for the thread that made the ring. Registers the ring's
     /// own descriptor (Linux 5.18), which saves a look-up in every system call.
     pub fn queues(&mut self) -> Queues<'_> {
-        let (mut submitter, sq, cq) = self.ring.0.split();
+        let (mut submitter, sq, cq) = self.ring.ring.split();
         // Older kernels lack it; then the plain descriptor serves.
         let _ = submitter.register_ring_fd();
         let times = &mut self.times;
@@ -121,7 +129,7 @@ impl Ring {
 /// The ring's descriptor, for messages from other rings.
 impl AsRawFd for Ring {
     fn as_raw_fd(&self) -> RawFd {
-        self.ring.0.as_raw_fd()
+        self.ring.ring.as_raw_fd()
     }
 }
 

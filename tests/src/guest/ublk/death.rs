@@ -7,11 +7,13 @@ pub mod refusals;
 pub mod storm;
 pub mod supervision;
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use nix::fcntl::OFlag;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -103,6 +105,14 @@ fn processes() -> Result<Vec<(u32, String)>> {
         }
     }
     Ok(found)
+}
+
+/// Opens a device as those do who want it for themselves: nobody else has it so, nor a mount.
+fn exclusively(device: impl AsRef<Path>) -> Result<File> {
+    let device = device.as_ref();
+    let options = OFlag::O_EXCL.bits();
+    let file = File::options().read(true).write(true).custom_flags(options).open(device);
+    file.with_context(|| format!("{} is still in use", device.display()))
 }
 
 /// Waits until there is nothing of the program: no process, file or device.

@@ -6,6 +6,7 @@
 
 mod calls;
 mod commands;
+mod upgrades;
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -29,6 +30,7 @@ pub const TESTS: &[TestCase] = &[
     TestCase::guest("a_kill_at_each_step_of_del", DEFAULT, commands::del).seconds(600),
     TestCase::guest("a_signal_at_each_step_of_add_is_obeyed", DEFAULT, commands::signals)
         .seconds(900),
+    TestCase::guest("a_kill_at_each_step_of_upgrade", DEFAULT, upgrades::upgrade).seconds(600),
     TestCase::guest("a_kill_at_each_system_call", DEFAULT, calls::storm).seconds(5400),
 ];
 
@@ -69,6 +71,9 @@ const RECOVERING: [&str; 11] = [
 const ENDING: [&str; 5] = ["stopping", "stopped", "deleted", "deaf", "forgotten"];
 /// Steps of the commands that delete.
 const DELETING: [&str; 4] = ["del-found", "del-stopped", "del-removed", "del-cleaned"];
+
+/// Steps of a server that becomes another program, before it recovers its device.
+const UPGRADING: [&str; 3] = ["upgrade-asked", "upgrade-quiesced", "upgrade-let-go"];
 
 /// Something that happens to a process at a step.
 pub struct Blow {

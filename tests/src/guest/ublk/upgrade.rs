@@ -27,7 +27,7 @@ pub const TESTS: &[TestCase] = &[
 ];
 
 /// Copies of the program, where servers of each other see them.
-fn programs(ctx: &Ctx) -> Result<[PathBuf; 2]> {
+pub fn programs(ctx: &Ctx) -> Result<[PathBuf; 2]> {
     let own = process::run(&["sh", "-c", &format!("readlink -f $(command -v {PROGRAM})")])?.stdout;
     let copy = |name: &str| -> Result<PathBuf> {
         let path = ctx.directory().join(name).join(PROGRAM);

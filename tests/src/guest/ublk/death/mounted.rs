@@ -1,14 +1,12 @@
 //! File systems on a device whose server dies.
 
-use std::fs::File;
-use std::os::unix::fs::OpenOptionsExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
 
-use super::{await_new_server, await_nothing, end, kill_server, recover, signal};
+use super::{await_new_server, await_nothing, end, exclusively, kill_server, recover, signal};
 use crate::config::DEFAULT;
 use crate::guest::ublk::device::{Device, Mount, fresh_drive, text, wait_for_requests};
 use crate::guest::ublk::filesystem::EXT4;
@@ -19,13 +17,6 @@ pub const TESTS: &[TestCase] = &[
     TestCase::guest("death_recovered_server_holds_no_file_system", DEFAULT, holds_none)
         .seconds(180),
 ];
-
-/// Opens a device as those do who want it for themselves, which a mounted one refuses.
-fn exclusively(device: &str) -> Result<File> {
-    const O_EXCL: i32 = 0o200;
-    let file = File::options().read(true).write(true).custom_flags(O_EXCL).open(device);
-    file.with_context(|| format!("{device} is still in use"))
-}
 
 fn digest(root: &str) -> Result<String> {
     let script = "cd \"$1\" && find . -type f -print0 | sort -z | xargs -0 sha256sum | sha256sum";

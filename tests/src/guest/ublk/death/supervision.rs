@@ -9,8 +9,8 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
 
 use super::{
-    RUN_DIR, await_device, await_new_server, await_nothing, end, kill_server, look, processes,
-    recover, refused, signal,
+    RUN_DIR, await_device, await_new_server, await_nothing, end, exclusively, kill_server, look,
+    processes, recover, refused, signal,
 };
 use crate::config::DEFAULT;
 use crate::guest::ublk::device::{
@@ -21,6 +21,7 @@ use crate::guest::{Ctx, FIGURE, Outcome, TestCase, fio, process, wait_for};
 pub const TESTS: &[TestCase] = &[
     TestCase::guest("death_supervisor_gives_up_on_a_crash_loop", DEFAULT, crash_loop).seconds(240),
     TestCase::guest("death_supervisor_passes_signals_on", DEFAULT, terminated).seconds(180),
+    TestCase::guest("death_supervisor_is_told_while_its_server_waits", DEFAULT, told_amid_recovery),
     TestCase::guest("death_stopped_server_goes_on", DEFAULT, stopped).seconds(240),
     TestCase::guest("death_supervisor_recovers_from_an_oom_kill", DEFAULT, out_of_memory)
         .allow_in_log(&["Out of memory: Killed process", "oom_reaper"]),
@@ -134,6 +135,35 @@ fn terminated(_ctx: &Ctx) -> Result<Outcome> {
         ensure!(!said.contains("ERROR") && !said.contains("recovering"), "{said}");
         fs::remove_file(log)?;
     }
+    Ok(Outcome::Pass)
+}
+
+/// A supervisor whose new server waits for a backing ends at once when it is told to, and so does
+/// that server; the device is left to be recovered.
+fn told_amid_recovery(_ctx: &Ctx) -> Result<Outcome> {
+    let drive = fresh_drive("drive0")?;
+    let path = drive.path();
+    let device = supervised(&["loop", "-f", text(&path)?])?;
+    let supervisor = supervisor(&device)?;
+    let server = device.pid()?;
+    signal(supervisor, Signal::SIGSTOP)?;
+    signal(server, Signal::SIGKILL)?;
+    let held = wait_for("the backing", Duration::from_secs(10), || Ok(exclusively(&path).ok()))?;
+    signal(supervisor, Signal::SIGCONT)?;
+    wait_for("a new server", Duration::from_secs(20), || {
+        Ok(processes()?.iter().any(|(pid, _)| ![supervisor, server].contains(pid)).then_some(()))
+    })?;
+    signal(supervisor, Signal::SIGTERM)?;
+    let began = Instant::now();
+    wait_for("their end", Duration::from_secs(10), || Ok(processes()?.is_empty().then_some(())))
+        .with_context(|| format!("{:?}", processes()))?;
+    println!("ended after {:?}", began.elapsed());
+    let state = look(&device)?.state;
+    ensure!(state == "QUIESCED", "{state}");
+    drop(held);
+    process::run(&[PROGRAM, "recover", "-n", &device.id()])?;
+    read_a_block(&device)?;
+    device.delete()?;
     Ok(Outcome::Pass)
 }
 

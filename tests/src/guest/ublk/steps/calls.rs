@@ -3,10 +3,12 @@
 //! A command is run once to count the calls, then again and again: in each run the processes that
 //! come to the N-th call of a name are killed before it is carried out. strace counts for each
 //! thread, so the command, its server and its lanes are hit at their own N-th call each.
+//!
+//! Calls that change nothing outside of their process are left out: a process that is killed at one
+//! of them leaves the same as one that is killed at the next call that does change something.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
-use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -19,9 +21,55 @@ use crate::guest::ublk::device::{PROGRAM, text};
 use crate::guest::ublk::remains;
 use crate::guest::{Ctx, Outcome, process, wait_for};
 
-/// Of a call that is made more often than this, every fourth is hit after so many: allocations, and
-/// lines of files.
-const EACH: u32 = 8;
+/// Calls that nobody but the process itself notices.
+const UNNOTICED: [&str; 42] = [
+    "access",
+    "arch_prctl",
+    "brk",
+    "clock_nanosleep",
+    "dup",
+    "epoll_wait",
+    "fstat",
+    "futex",
+    "getcwd",
+    "getdents64",
+    "geteuid",
+    "getpid",
+    "getppid",
+    "getrandom",
+    "gettid",
+    "getuid",
+    "lseek",
+    "madvise",
+    "mmap",
+    "mprotect",
+    "mremap",
+    "munmap",
+    "newfstatat",
+    "poll",
+    "ppoll",
+    "pread64",
+    "prlimit64",
+    "read",
+    "readlink",
+    "readlinkat",
+    "restart_syscall",
+    "rseq",
+    "rt_sigaction",
+    "rt_sigprocmask",
+    "rt_sigreturn",
+    "sched_getaffinity",
+    "set_robust_list",
+    "set_tid_address",
+    "sigaltstack",
+    "statx",
+    "uname",
+    "sched_yield",
+];
+/// Calls that matter only for what they are about.
+const OPENING: [&str; 2] = ["close", "openat"];
+/// Where files are only read.
+const READ_ONLY: [&str; 5] = ["/etc/", "/lib", "/proc/", "/sys/", "/usr/"];
 /// Kills of each command in the short run, spread over all calls.
 const SHORT: usize = 2;
 
@@ -79,11 +127,12 @@ pub fn storm(ctx: &Ctx) -> Result<Outcome> {
 fn each_call(ctx: &Ctx, storm: &mut Storm, traced: &Traced<'_>) -> Result<()> {
     let log = ctx.directory().join("calls");
     (traced.before)()?;
-    strace(traced, &["-o", text(&log)?])?;
+    strace(traced, &["-y", "-o", text(&log)?])?;
     settle()?;
     end_tracers()?;
     (traced.after)()?;
-    let all = calls(&count(&log)?);
+    let all = calls(&fs::read_to_string(&log)?);
+    ensure!(!all.is_empty(), "strace has seen nothing");
     let stride = if ctx.long { 1 } else { all.len().div_ceil(SHORT).max(1) };
     for (name, number) in all.iter().step_by(stride) {
         storm.blow(&format!("{:?}: {name} {number}", traced.arguments));
@@ -140,31 +189,31 @@ fn settle() -> Result<()> {
     .with_context(|| format!("{:?}", remains::processes()))
 }
 
-/// How often a call was made by one thread at most.
-fn count(log: &Path) -> Result<BTreeMap<String, u32>> {
-    let text = fs::read_to_string(log)?;
+/// The calls that are to be hit: their names, and which of that name they were in some thread.
+fn calls(log: &str) -> BTreeSet<(String, u32)> {
     let mut each: BTreeMap<(&str, &str), u32> = BTreeMap::new();
-    for line in text.lines() {
+    let mut all = BTreeSet::new();
+    for line in log.lines() {
         let Some((thread, rest)) = line.split_once(' ') else { continue };
-        let Some((name, _)) = rest.trim_start().split_once('(') else { continue };
-        if !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
-        {
-            *each.entry((thread, name)).or_default() += 1;
+        let Some((name, arguments)) = rest.trim_start().split_once('(') else { continue };
+        let is_name = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+        if name.is_empty() || !name.bytes().all(is_name) {
+            continue;
+        }
+        let number = each.entry((thread, name)).or_default();
+        *number += 1;
+        if !is_unnoticed(name, arguments) {
+            all.insert((name.to_owned(), *number));
         }
     }
-    ensure!(!each.is_empty(), "strace has written nothing");
-    let mut most = BTreeMap::new();
-    for ((_, name), calls) in each {
-        let entry = most.entry(name.to_owned()).or_insert(0);
-        *entry = calls.max(*entry);
-    }
-    Ok(most)
+    all
 }
 
-/// The calls that are to be hit.
-fn calls(counts: &BTreeMap<String, u32>) -> Vec<(String, u32)> {
-    let numbers = |most: u32| (1..=most).filter(|number| *number <= EACH || number % 4 == 0);
-    counts.iter().flat_map(|(name, most)| numbers(*most).map(move |n| (name.clone(), n))).collect()
+fn is_unnoticed(name: &str, arguments: &str) -> bool {
+    // A path is written in quotes, and that of an open file in angle brackets.
+    let is_at =
+        |place: &&str| ["\"", "<"].iter().any(|it| arguments.contains(&format!("{it}{place}")));
+    UNNOTICED.contains(&name) || OPENING.contains(&name) && READ_ONLY.iter().any(is_at)
 }
 
 #[cfg(test)]
@@ -172,17 +221,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn calls_are_counted_for_each_thread() {
-        let directory = tempfile::tempdir().unwrap();
-        let log = directory.path().join("log");
-        let text = "17 openat(AT_FDCWD, \"x\") = 3\n17 read(3, <unfinished ...>\n\
-                    18 openat(AT_FDCWD, \"(y)\") = 3\n17 <... read resumed>) = 0\n\
-                    17 openat(AT_FDCWD, \"z\") = 4\n18 +++ exited with 0 +++\n";
-        fs::write(&log, text).unwrap();
-        let counts = count(&log).unwrap();
-        assert_eq!(counts, [("openat".to_owned(), 2), ("read".to_owned(), 1)].into());
-        let all = calls(&[("read".to_owned(), 14)].into());
-        let numbers: Vec<_> = all.iter().map(|(_, number)| *number).collect();
-        assert_eq!(numbers, [1, 2, 3, 4, 5, 6, 7, 8, 12]);
+    fn calls_are_counted_for_each_thread_and_chosen_by_what_they_change() {
+        let log = "17 openat(AT_FDCWD</>, \"x\", O_RDONLY) = 3\n17 read(3</x>, <unfinished ...>\n\
+                   18 openat(AT_FDCWD</>, \"(y)\") = 3\n17 <... read resumed>) = 0\n\
+                   17 close(3</sys/block>) = 0\n17 close(4</dev/ublkc0>) = 0\n\
+                   17    openat(AT_FDCWD</>, \"/etc/z\") = 4\n18 +++ exited with 0 +++\n\
+                   17 openat(AT_FDCWD</>, \"/run/a\", O_CREAT) = 5\n";
+        let expected = [("close", 2), ("openat", 1), ("openat", 3)];
+        let expected = expected.map(|(name, number)| (name.to_owned(), number));
+        assert_eq!(calls(log), expected.into());
     }
 }

@@ -17,7 +17,7 @@ use crate::guest::{Ctx, Outcome, process, wait_for};
 /// what is hit matters less, or was hit by another test.
 const TELLING: [&str; 6] = ["added", "lanes-up", "recorded", "start-sent", "live", "announced"];
 
-fn is_of_this_run(ctx: &Ctx, step: &str) -> bool {
+pub fn is_of_this_run(ctx: &Ctx, step: &str) -> bool {
     ctx.long || TELLING.contains(&step) || step.ends_with("-it") || step == "supervising"
 }
 
@@ -27,7 +27,7 @@ fn is_in_foreground(ctx: &Ctx, step: &str) -> bool {
 }
 
 /// Without and with a supervisor; in the short run one after the other.
-fn in_turn(ctx: &Ctx, turn: usize) -> impl Iterator<Item = &'static [&'static str]> {
+pub fn in_turn(ctx: &Ctx, turn: usize) -> impl Iterator<Item = &'static [&'static str]> {
     let modes: [&[&str]; 2] = [&[], &["--supervise"]];
     let long = ctx.long;
     modes.into_iter().enumerate().filter(move |(n, _)| long || turn % 2 == *n).map(|(_, it)| it)
@@ -65,7 +65,7 @@ fn delete_if_there() -> Result<()> {
     }
 }
 
-fn said(output: &Output) -> String {
+pub fn said(output: &Output) -> String {
     format!("{}: {}", output.status, String::from_utf8_lossy(&output.stderr))
 }
 
