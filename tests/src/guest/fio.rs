@@ -107,6 +107,23 @@ pub fn run_in(directory: &Path, options: &[impl AsRef<str>]) -> Result<Report> {
     start_in(directory, "test", options)?.finish()
 }
 
+/// Runs jobs one after the other, each with `shared` options and its own: starting fio takes longer
+/// than many of them. Fails if one of them does.
+///
+/// # Errors
+/// As [`run()`].
+pub fn run_each(ctx: &Ctx, shared: &[&str], jobs: &[Vec<String>]) -> Result<Vec<Report>> {
+    let mut arguments = vec!["--name=global".to_owned()];
+    arguments.extend(shared.iter().map(|option| format!("--{option}")));
+    for (number, job) in jobs.iter().enumerate() {
+        arguments.extend([format!("--name=test{number}"), "--stonewall".to_owned()]);
+        arguments.extend(job.iter().map(|option| format!("--{option}")));
+    }
+    let reports = start_with(ctx.directory(), "test", &arguments)?.finish_each()?;
+    ensure!(reports.len() == jobs.len(), "fio reported {} of {} jobs", reports.len(), jobs.len());
+    Ok(reports)
+}
+
 /// A fio that runs beside the test; it is killed with its handle.
 #[derive(Debug)]
 pub struct Running {
@@ -125,12 +142,17 @@ pub fn start(ctx: &Ctx, name: &str, options: &[&str]) -> Result<Running> {
 }
 
 fn start_in(directory: &Path, name: &str, options: &[impl AsRef<str>]) -> Result<Running> {
+    let options = options.iter().map(|option| format!("--{}", option.as_ref()));
+    let arguments: Vec<_> = std::iter::once(format!("--name={name}")).chain(options).collect();
+    start_with(directory, name, &arguments)
+}
+
+fn start_with(directory: &Path, name: &str, arguments: &[String]) -> Result<Running> {
     let report = directory.join(format!("{name}.json"));
     let said = directory.join(format!("{name}.stderr"));
     let child = Command::new("fio")
-        .args([format!("--name={name}"), format!("--output={}", report.display())])
-        .arg("--output-format=json")
-        .args(options.iter().map(|option| format!("--{}", option.as_ref())))
+        .args(["--output-format=json".to_owned(), format!("--output={}", report.display())])
+        .args(arguments)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(File::create(&said)?)
@@ -144,14 +166,19 @@ impl Running {
     ///
     /// # Errors
     /// When fio fails or its report cannot be read; the message holds its output.
-    pub fn finish(mut self) -> Result<Report> {
+    pub fn finish(self) -> Result<Report> {
+        let report = Report::of_all(&self.finish_each()?);
+        ensure!(report.error == 0, "fio reported error {}", report.error);
+        Ok(report)
+    }
+
+    /// As [`Running::finish`], with a report of each job.
+    fn finish_each(mut self) -> Result<Vec<Report>> {
         let status = self.child.wait()?;
         let text = fs::read_to_string(&self.report).unwrap_or_default();
         let said = fs::read_to_string(&self.said).unwrap_or_default();
         ensure!(status.success(), "fio: {status}\n{}\nit reported:\n{}", said.trim(), text.trim());
-        let report = parse(&text)?;
-        ensure!(report.error == 0, "fio reported error {}", report.error);
-        Ok(report)
+        parse_each(&text)
     }
 }
 
@@ -191,32 +218,55 @@ struct JobErrors {
     total_err: u64,
 }
 
-/// Reads a report; fio may print warnings before it.
+impl Report {
+    fn of(job: &JobReport) -> Self {
+        let [read, write, trim] = [job.read, job.write, job.trim];
+        let longest = |each: &[u64]| Duration::from_nanos(each.iter().copied().max().unwrap_or(0));
+        Self {
+            read,
+            write,
+            trim,
+            longest_request: longest(&[read.lat_ns.max, write.lat_ns.max, trim.lat_ns.max]),
+            longest_sync: longest(&[job.sync.lat_ns.max]),
+            error: job.error,
+        }
+    }
+
+    /// Of jobs that ran at the same time.
+    fn of_all(jobs: &[Self]) -> Self {
+        let sum = |direction: fn(&Self) -> Direction| {
+            jobs.iter().map(direction).fold(Direction::default(), |a, b| Direction {
+                bytes: a.bytes + b.bytes,
+                requests: a.requests + b.requests,
+                iops: a.iops + b.iops,
+                lat_ns: a.lat_ns.of_both(b.lat_ns),
+                runtime_ms: a.runtime_ms.max(b.runtime_ms),
+            })
+        };
+        Self {
+            read: sum(|job| job.read),
+            write: sum(|job| job.write),
+            trim: sum(|job| job.trim),
+            longest_request: jobs.iter().map(|job| job.longest_request).max().unwrap_or_default(),
+            longest_sync: jobs.iter().map(|job| job.longest_sync).max().unwrap_or_default(),
+            error: jobs.iter().map(|job| job.error).find(|error| *error != 0).unwrap_or(0),
+        }
+    }
+}
+
+/// Reads a report of jobs that ran at the same time.
 ///
 /// # Errors
 /// When it is not one.
 pub fn parse(text: &str) -> Result<Report> {
+    Ok(Report::of_all(&parse_each(text)?))
+}
+
+/// Reads the reports of all jobs; fio may print warnings before them.
+fn parse_each(text: &str) -> Result<Vec<Report>> {
     let start = text.find('{').context("fio wrote no report")?;
     let whole: Whole = serde_json::from_str(&text[start..]).context("fio's report")?;
-    let sum = |direction: fn(&JobReport) -> Direction| {
-        whole.jobs.iter().map(direction).fold(Direction::default(), |a, b| Direction {
-            bytes: a.bytes + b.bytes,
-            requests: a.requests + b.requests,
-            iops: a.iops + b.iops,
-            lat_ns: a.lat_ns.of_both(b.lat_ns),
-            runtime_ms: a.runtime_ms.max(b.runtime_ms),
-        })
-    };
-    let [read, write, trim] = [sum(|job| job.read), sum(|job| job.write), sum(|job| job.trim)];
-    let longest = |nanoseconds: Option<u64>| Duration::from_nanos(nanoseconds.unwrap_or(0));
-    Ok(Report {
-        read,
-        write,
-        trim,
-        longest_request: longest([read, write, trim].iter().map(|each| each.lat_ns.max).max()),
-        longest_sync: longest(whole.jobs.iter().map(|job| job.sync.lat_ns.max).max()),
-        error: whole.jobs.iter().map(|job| job.error).find(|error| *error != 0).unwrap_or(0),
-    })
+    Ok(whole.jobs.iter().map(Report::of).collect())
 }
 
 #[cfg(test)]

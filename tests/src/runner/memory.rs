@@ -59,7 +59,7 @@ const PROGRAMS: &[Program] = &[
     Program {
         kind: "bin",
         name: "sim",
-        args: &["--seeds", "20"],
+        args: &["--seeds", "6"],
         long_args: &["--seeds", "100"],
         fault: "",
     },
@@ -69,7 +69,7 @@ const PROGRAMS: &[Program] = &[
 const PACKAGES: &[&str] = &["bufreg", "uring-ext", "ublk-target", "sim"];
 
 /// Everything is some thirty times slower than without the checker, hence fewer cases and seeds.
-const COUNTS: &[(&str, &str)] = &[("PROPTEST_CASES", "50"), ("UBLK_SIM_SEEDS", "20")];
+const COUNTS: &[(&str, &str)] = &[("PROPTEST_CASES", "16"), ("UBLK_SIM_SEEDS", "6")];
 const LONG_COUNTS: &[(&str, &str)] = &[("PROPTEST_CASES", "200"), ("UBLK_SIM_SEEDS", "100")];
 
 /// Makes the check; tests that say that they cannot run are counted as skipped.

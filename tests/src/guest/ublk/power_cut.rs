@@ -108,7 +108,7 @@ fn database(ctx: &Ctx, plan: Plan) -> Result<Outcome> {
         let block_bytes = rig.device()?.attribute("queue/logical_block_size")?.parse()?;
         let database = Database::new(BLOCKS, block_bytes);
         let mut tally = Tally::default();
-        while !is_enough(ctx, 4, rig.cuts, tally.is_convincing(&rig)) {
+        while !is_enough(ctx, 2, rig.cuts, tally.is_convincing(&rig)) {
             let path = rig.device()?.described.device.clone();
             let acknowledged = load_and_cut(&mut rig, &database, &path, Habit::Both)?;
             rig.power_on()?;
@@ -125,7 +125,7 @@ fn database_in_a_file(ctx: &Ctx) -> Result<Outcome> {
     seeded(ctx, || {
         let mut this = InAFile::new(ctx, ctx.seed, FILES_FUSED)?;
         let mut tally = Tally::default();
-        while !is_enough(ctx, 4, this.rig.cuts, tally.is_convincing(&this.rig)) {
+        while !is_enough(ctx, 2, this.rig.cuts, tally.is_convincing(&this.rig)) {
             let habit = if this.rig.cuts % 2 == 0 { Habit::Fua } else { Habit::Both };
             let (acknowledged, _) = this.load_and_cut(habit)?;
             let findings = this.check()?;
@@ -142,7 +142,7 @@ fn database_in_a_file(ctx: &Ctx) -> Result<Outcome> {
 fn file_system(ctx: &Ctx, kind: Kind, plan: Plan) -> Result<Outcome> {
     seeded(ctx, || {
         let mut storm = Storm::new(ctx, ctx.seed, kind, plan)?;
-        while !is_enough(ctx, 3, storm.rig.cuts, storm.is_convincing()) {
+        while !is_enough(ctx, 2, storm.rig.cuts, storm.is_convincing()) {
             storm.cut()?;
             let wrong = storm.check().with_context(|| format!("cut {}", storm.rig.cuts))?;
             ensure!(wrong.is_empty(), "cut {}: {}", storm.rig.cuts, wrong.join("; "));

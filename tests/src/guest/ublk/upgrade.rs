@@ -118,7 +118,7 @@ fn kinds(ctx: &Ctx) -> Result<Outcome> {
         &["fault", "--rule", "delay=1ms", "loop", "-f", one],
     ] {
         let device = Device::add(&[target, &["--on-death", "reissue"]].concat())?;
-        let running = load(ctx, &device, 2)?;
+        let running = load(ctx, &device, if ctx.long { 3 } else { 1 })?;
         for program in &programs {
             upgrade(&device, program).with_context(|| target.join(" "))?;
             ensure!(served_by(&device)?.1 == *program, "{target:?}");
