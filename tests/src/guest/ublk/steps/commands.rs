@@ -56,7 +56,7 @@ fn run(blow: &Blow, arguments: &[&str]) -> Result<Output> {
 }
 
 /// Deletes a device that may be about to end.
-fn delete_if_there() -> Result<()> {
+pub fn delete_if_there() -> Result<()> {
     let deleted = process::run(&[PROGRAM, "del", "-n", ID]);
     let is_gone = |error: &anyhow::Error| error.to_string().contains("there is no ublk device 7");
     match deleted {
