@@ -60,7 +60,7 @@ const PROGRAMS: &[Program] = &[
         kind: "bin",
         name: "sim",
         args: &["--seeds", "6"],
-        long_args: &["--seeds", "100"],
+        long_args: &["--seeds", "40"],
         fault: "",
     },
 ];
@@ -70,7 +70,7 @@ const PACKAGES: &[&str] = &["bufreg", "uring-ext", "ublk-target", "sim"];
 
 /// Everything is some thirty times slower than without the checker, hence fewer cases and seeds.
 const COUNTS: &[(&str, &str)] = &[("PROPTEST_CASES", "16"), ("UBLK_SIM_SEEDS", "6")];
-const LONG_COUNTS: &[(&str, &str)] = &[("PROPTEST_CASES", "200"), ("UBLK_SIM_SEEDS", "100")];
+const LONG_COUNTS: &[(&str, &str)] = &[("PROPTEST_CASES", "64"), ("UBLK_SIM_SEEDS", "40")];
 
 /// Makes the check; tests that say that they cannot run are counted as skipped.
 pub fn run(long: bool, report: &mut Report) {

@@ -90,7 +90,7 @@ const BLOCKS: usize = 2048;
 
 /// Whether there were enough cuts: so many, and more until one had something to lose.
 fn is_enough(ctx: &Ctx, short: u64, cuts: u64, is_convincing: bool) -> bool {
-    let count = if ctx.long { 32 } else { short };
+    let count = if ctx.long { 10 } else { short };
     cuts >= count && (is_convincing || cuts >= 4 * count)
 }
 

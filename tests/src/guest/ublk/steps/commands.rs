@@ -306,12 +306,13 @@ pub fn signals(ctx: &Ctx) -> Result<Outcome> {
     for (turn, step) in ADDING.iter().enumerate() {
         for (mode, more) in modes.into_iter().enumerate() {
             for (number, signal) in ENDINGS.iter().enumerate() {
-                // In the short run one mode and signal for each step, all of them in turn.
-                let is_its_turn = mode == turn % modes.len() && number == turn % ENDINGS.len();
+                // One signal for each step and mode, all of them in turn; in the short run one mode.
+                let is_its_turn = number == (turn + mode) % ENDINGS.len()
+                    && (ctx.long || mode == turn % modes.len());
                 // To the server, and to its supervisor or the command.
                 for whom in ["self", "parent"] {
                     let is_nobodys = whom == "parent" && more == ["--foreground"];
-                    if is_nobodys || !(ctx.long || is_its_turn) {
+                    if is_nobodys || !is_its_turn {
                         continue;
                     }
                     storm.blow(&format!("{step}: {signal} to {whom} {more:?}"));
