@@ -22,6 +22,8 @@ use crate::guest::{process, wait_for};
 
 /// The longest wait for anything that is to come by itself.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// A server that is killed later than this was sound; the supervisor's limit is 1 s.
+const SOUND: Duration = Duration::from_millis(1300);
 const RUN_DIR: &str = "/run/ublk-target";
 
 fn signal(pid: u32, signal: Signal) -> Result<()> {

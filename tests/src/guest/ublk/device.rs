@@ -233,7 +233,12 @@ impl Mount {
 impl Drop for Mount {
     fn drop(&mut self) {
         if self.mounted {
-            let _ = process::run(&["umount", "--lazy", &self.point.to_string_lossy()]);
+            let unmounting = Command::new("umount").arg("--lazy").arg(&self.point).spawn();
+            let Ok(mut unmounting) = unmounting else { return };
+            // Where nobody serves the device any more it ends when that is deleted, and the test
+            // has to come to that.
+            let ended = || Ok(unmounting.try_wait()?.map(drop));
+            let _ = wait_for("umount", Duration::from_secs(10), ended);
         }
     }
 }

@@ -1,12 +1,15 @@
 //! File systems on a device whose server dies.
 
 use std::process::Command;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
 
-use super::{await_new_server, await_nothing, end, exclusively, kill_server, recover, signal};
+use super::{
+    SOUND, await_new_server, await_nothing, end, exclusively, kill_server, recover, signal,
+};
 use crate::config::DEFAULT;
 use crate::guest::ublk::device::{Device, Mount, fresh_drive, text, wait_for_requests};
 use crate::guest::ublk::filesystem::EXT4;
@@ -31,15 +34,19 @@ fn outlives(ctx: &Ctx) -> Result<Outcome> {
     let mut device = Device::add_loop(&path, &["--supervise"])?;
     process::run(&[EXT4.make, &[device.path()?]].concat())?;
     let mount = Mount::new(ctx, device.path()?, "fs")?;
+    let mut live_since = Instant::now();
     for kill in 0..kills {
         let tree = mount.point().join(format!("tree{kill}"));
         let script = "cp -a \"$1\" \"$2\" && sync -f \"$2\"";
         let mut copy =
             Command::new("sh").args(["-c", script, "copy", TREE, text(&tree)?]).spawn()?;
         wait_for_requests(&device, 20)?;
+        // The supervisor gives up when too many in a row have not lived so long.
+        thread::sleep(SOUND.saturating_sub(live_since.elapsed()));
         let old = device.pid()?;
         signal(old, Signal::SIGKILL)?;
         await_new_server(&mut device, old)?;
+        live_since = Instant::now();
         let status = copy.wait()?;
         ensure!(status.success(), "copying: {status}");
     }
@@ -50,6 +57,7 @@ fn outlives(ctx: &Ctx) -> Result<Outcome> {
         ensure!(copy == original, "tree {kill} differs: {copy} {original}");
     }
     // Right after a recovery.
+    thread::sleep(SOUND.saturating_sub(live_since.elapsed()));
     let old = device.pid()?;
     signal(old, Signal::SIGKILL)?;
     await_new_server(&mut device, old)?;

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use super::{PATIENCE, RUN_DIR, end, look, processes, signal};
+use super::{PATIENCE, RUN_DIR, SOUND, end, look, processes, signal};
 use crate::config::DEFAULT;
 use crate::guest::prober::{Prober, Read, Sleeper};
 use crate::guest::ublk::device::{Device, fresh_drives, text};
@@ -32,8 +32,6 @@ const fn storm(name: &'static str, run: fn(&Ctx) -> Result<Outcome>) -> TestCase
 
 /// The blocks of fio's are before this, those of the prober after it.
 const PROBED: u64 = 900 << 20;
-/// A server that is killed later than this was sound; the supervisor's limit is 1 s.
-const SOUND: Duration = Duration::from_millis(1300);
 /// Servers in a row that are killed before. The supervisor gives up after 10, and its pauses
 /// double.
 const YOUNG: u32 = 3;
