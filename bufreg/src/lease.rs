@@ -110,6 +110,9 @@ pub const MAX_BORROWS: u32 = u16::BITS;
 pub(crate) struct Place(u16);
 
 impl Place {
+    /// The lowest.
+    pub(crate) const FIRST: Self = Self(1);
+
     pub(crate) const fn index(self) -> usize {
         self.0.trailing_zeros() as usize
     }
@@ -138,6 +141,11 @@ impl Places {
 
     pub(crate) const fn holds(self, place: Place) -> bool {
         self.0 & place.0 != 0
+    }
+
+    /// Whether it is taken, and no other.
+    pub(crate) const fn is_only(self, place: Place) -> bool {
+        self.0 == place.0
     }
 
     pub(crate) const fn count(self) -> u32 {

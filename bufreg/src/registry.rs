@@ -4,8 +4,8 @@ use crate::error::{Busy, NoneFree, NotBorrowable, Stale, StillBorrowed, Unsettle
 use crate::free::FreeSlots;
 use crate::identity::{Borrower, Generation, Incarnation, LeaseKey, Owner, SlotIndex};
 use crate::lease::{
-    Active, Borrow, Lease, LeaseState, MAX_BORROWS, Places, Quarantinable, Quarantined, Reserved,
-    Retiring,
+    Active, Borrow, Lease, LeaseState, MAX_BORROWS, Place, Places, Quarantinable, Quarantined,
+    Reserved, Retiring,
 };
 use crate::report::{Borrowers, Counts, Leak, Lent, SlotState, Stats};
 
@@ -149,6 +149,72 @@ impl Registry {
         self.borrows[usize::from(slot.0)][place.index()] = BorrowRecord { borrower, turn };
         self.stats.borrowed += 1;
         Ok(Borrow { incarnation, generation, turn, slot, place })
+    }
+
+    /// Reserves a slot whose buffer is registered already, for a request that is one operation:
+    /// [`reserve`](Self::reserve), [`activate`](Self::activate) and [`borrow`](Self::borrow) in
+    /// one.
+    ///
+    /// # Errors
+    /// [`Busy`] if the slot is lent or beyond the table.
+    #[inline]
+    pub fn lend(
+        &mut self,
+        slot: SlotIndex,
+        owner: Owner,
+        now: u64,
+        borrower: Borrower,
+    ) -> Result<(Lease<Active>, Borrow), Busy> {
+        let entry = self.slots.get_mut(usize::from(slot.0)).ok_or(Busy::Beyond(slot))?;
+        if entry.state != SlotState::Free {
+            return Err(Busy::Lent(entry.describe(slot)));
+        }
+        let generation = Generation(entry.generation.0.wrapping_add(1));
+        let place = Place::FIRST;
+        let mut out = Places::NONE;
+        out.take(place);
+        *entry = Slot { state: SlotState::Active, out, generation, turn: 1, owner, since: now };
+        self.borrows[usize::from(slot.0)][place.index()] = BorrowRecord { borrower, turn: 0 };
+        self.free.remove(slot);
+        self.stats.reserved += 1;
+        self.stats.borrowed += 1;
+        let incarnation = self.incarnation;
+        let lease = Lease::new(LeaseKey { incarnation, slot, generation });
+        Ok((lease, Borrow { incarnation, generation, turn: 0, slot, place }))
+    }
+
+    /// The only operation that borrows a buffer has completed, and the buffer goes back with the
+    /// answer: [`give_back`](Self::give_back), [`retire`](Self::retire) and
+    /// [`release`](Self::release) in one.
+    ///
+    /// # Errors
+    /// The lease, if the borrow is not of it, is not out, or is not the only one. Nothing changes
+    /// then.
+    ///
+    /// # Panics
+    /// If the lease is of another registry.
+    #[inline]
+    pub fn take_back(&mut self, lease: Lease<Active>, borrow: Borrow) -> Result<(), Lease<Active>> {
+        let entry = self.held(&lease);
+        let is_only = entry.out.is_only(borrow.place);
+        let LeaseKey { incarnation, slot, generation } = lease.key();
+        let is_of_lease = borrow.incarnation == incarnation
+            && borrow.slot == slot
+            && borrow.generation == generation;
+        if !is_only || !is_of_lease {
+            return Err(lease);
+        }
+        let record = &self.borrows[usize::from(slot.0)][borrow.place.index()];
+        if record.turn != borrow.turn {
+            return Err(lease);
+        }
+        let entry = &mut self.slots[usize::from(slot.0)];
+        entry.state = SlotState::Free;
+        entry.out = Places::NONE;
+        self.free.insert(slot);
+        self.stats.given_back += 1;
+        self.stats.released += 1;
+        Ok(())
     }
 
     /// The operation was issued again and has a new name.

@@ -17,6 +17,10 @@ const PLACES: usize = 16;
 enum Step {
     Reserve(usize),
     ReserveAny,
+    /// Reserves, activates and borrows, with a label.
+    Lend(usize, u64),
+    /// Ends the lease of the slot that the n-th last borrow is of, with this borrow.
+    TakeBack(usize),
     Activate(usize),
     Cancel(usize),
     /// A number of borrows, with labels from the one given.
@@ -43,6 +47,8 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         3 => (0..SLOTS + 1).prop_map(Step::Reserve),
         3 => Just(Step::ReserveAny),
+        4 => (0..SLOTS + 1, 0..1000_u64).prop_map(|(slot, label)| Step::Lend(slot, label)),
+        6 => (0..12_usize).prop_map(Step::TakeBack),
         8 => slot().prop_map(Step::Activate),
         1 => slot().prop_map(Step::Cancel),
         8 => (slot(), 0..1000_u64, burst).prop_map(|(slot, label, n)| Step::Borrow(slot, label, n)),
@@ -146,6 +152,10 @@ impl World {
         match step {
             Step::Reserve(slot) => self.reserve(slot),
             Step::ReserveAny => self.reserve_any(),
+            Step::Lend(slot, label) => self.lend(slot, label),
+            Step::TakeBack(number) => {
+                self.recall(number).into_iter().for_each(|made| self.take_back(made));
+            }
             Step::Borrow(slot, label, number) => {
                 (label..label + number).for_each(|label| self.borrow(slot, label));
             }
@@ -198,6 +208,62 @@ impl World {
         assert_eq!((lease.slot(), lease.generation().0), (index(slot), entry.generation));
         entry.held = Some(Held::Reserved(lease));
         self.stats.reserved += 1;
+    }
+
+    fn lend(&mut self, slot: usize, label: u64) {
+        let (owner, now) = (self.owner(), self.now);
+        match self.registry.lend(index(slot), owner, now, Borrower(label)) {
+            Ok((lease, borrow)) => {
+                let entry = &mut self.slots[slot];
+                assert_eq!((entry.state, borrow.slot()), (SlotState::Free, index(slot)));
+                assert!(!self.history.contains(&borrow), "no borrow is like another");
+                let generation = entry.generation + 1;
+                *entry = Slot {
+                    state: SlotState::Active,
+                    generation,
+                    owner,
+                    since: now,
+                    ..Slot::free()
+                };
+                assert_eq!((lease.slot(), lease.generation().0), (index(slot), generation));
+                entry.held = Some(Held::Active(lease));
+                entry.out[0] = Some((self.history.len(), label));
+                self.history.push(borrow);
+                self.stats.reserved += 1;
+                self.stats.borrowed += 1;
+            }
+            Err(Busy::Lent(lent)) => assert_eq!(Some(lent), self.slots[slot].lent(slot)),
+            Err(Busy::Beyond(beyond)) => assert_eq!((beyond, slot), (index(slot), SLOTS)),
+        }
+    }
+
+    fn take_back(&mut self, made: usize) {
+        let borrow = self.history[made];
+        let slot = usize::from(borrow.slot().0);
+        let is_out = self.place(made).is_some();
+        let entry = &mut self.slots[slot];
+        let lease = match entry.held.take() {
+            Some(Held::Active(lease)) => lease,
+            held => {
+                entry.held = held;
+                return;
+            }
+        };
+        let is_only = is_out && entry.borrows() == 1;
+        match self.registry.take_back(lease, borrow) {
+            Ok(()) => {
+                assert!(is_only, "taken back while it is borrowed, or by a stale borrow");
+                let generation = entry.generation;
+                let (owner, since) = (entry.owner, entry.since);
+                *entry = Slot { generation, owner, since, ..Slot::free() };
+                self.stats.given_back += 1;
+                self.stats.released += 1;
+            }
+            Err(lease) => {
+                assert!(!is_only);
+                entry.held = Some(Held::Active(lease));
+            }
+        }
     }
 
     fn change(&mut self, step: Step, slot: usize) {

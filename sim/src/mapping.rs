@@ -138,6 +138,13 @@ impl Planner for Mapping {
         }
     }
 
+    fn single(&self, request: &Request) -> Option<Op> {
+        match self {
+            Self::Target(target) => target.single(request),
+            Self::Stripe(_) | Self::Mirror(_) | Self::Cow(_) | Self::Fault(_) => None,
+        }
+    }
+
     fn scratch_bytes(&self) -> u32 {
         match self {
             Self::Target(target) => target.scratch_bytes(),

@@ -300,6 +300,13 @@ pub trait Planner {
     /// What the request is to be answered with; nothing of the window is then issued.
     fn plan(&self, request: &Request, from: u64, plan: &mut Plan) -> Result<(), Errno>;
 
+    /// The operation of a read or write that needs no other one: what [`Planner::plan`] would make
+    /// of it, sooner. `None` sends the request there.
+    #[inline]
+    fn single(&self, _request: &Request) -> Option<Op> {
+        None
+    }
+
     /// Bytes of scratch buffer that a request may need, 0 for none. Each tag has its own.
     #[inline]
     fn scratch_bytes(&self) -> u32 {

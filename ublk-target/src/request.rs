@@ -76,6 +76,7 @@ impl Request {
     ///
     /// # Errors
     /// [`Refusal`].
+    #[inline]
     pub fn decode(iod: IoDesc, geometry: &Geometry) -> Result<Self, Refusal> {
         let kind = match iod.op() {
             sys::UBLK_IO_OP_READ => RequestKind::Read,
@@ -94,10 +95,12 @@ impl Request {
         if request.fits(geometry) { Ok(request) } else { Err(Refusal::Malformed) }
     }
 
+    #[inline]
     fn fits(&self, geometry: &Geometry) -> bool {
         let inside = self.offset.checked_add(self.len).is_some_and(|end| end <= geometry.size);
-        let block = u64::from(geometry.block);
-        let aligned = self.offset % block == 0 && self.len % block == 0;
+        // Blocks are powers of two.
+        let into_block = u64::from(geometry.block) - 1;
+        let aligned = (self.offset | self.len) & into_block == 0;
         let short = !self.has_data() || self.len <= u64::from(geometry.max_bytes);
         inside && aligned && short && self.len > 0
     }

@@ -27,6 +27,8 @@ struct Told {
     planning: Box<Planning>,
     verdict: Cell<Verdict>,
     scratch: u32,
+    /// Reads and writes need no planning.
+    is_single: bool,
     asked: RefCell<Vec<(u64, u64)>>,
     failed: RefCell<Vec<(u16, Errno)>>,
     settled: RefCell<Vec<(u64, Result<(), Errno>)>>,
@@ -40,6 +42,7 @@ impl Told {
             planning: Box::new(planning),
             verdict: Cell::new(Verdict::Fail),
             scratch: 0,
+            is_single: false,
             asked: RefCell::default(),
             failed: RefCell::default(),
             settled: RefCell::default(),
@@ -53,6 +56,10 @@ impl Planner for Told {
         assert!(plan.is_empty() && plan.next().is_none() && plan.delay_ns() == 0);
         self.asked.borrow_mut().push((request.offset, from));
         (self.planning)(request, from, plan)
+    }
+
+    fn single(&self, request: &Request) -> Option<Op> {
+        (self.is_single && request.has_data()).then(|| op(OpKind::Read, request.len))
     }
 
     fn scratch_bytes(&self) -> u32 {
@@ -155,6 +162,72 @@ fn op(kind: OpKind, len: u64) -> Op {
 
 fn push(plan: &mut Plan, kind: OpKind, len: u64) {
     plan.push(op(kind, len)).unwrap();
+}
+
+fn single(verdict: Verdict) -> Play {
+    let mut told = Told::new(|request, _, plan| {
+        push(plan, OpKind::Read, request.len);
+        Ok(())
+    });
+    told.is_single = true;
+    told.verdict.set(verdict);
+    Play::new(told)
+}
+
+#[test]
+fn requests_that_need_no_planning_end_like_others() {
+    let elsewhere = Verdict::Instead { backing: BackingIndex(3), offset: 4096 };
+    let (fine, failed) = (16384, EIO);
+    for (results, verdict, answer) in [
+        (&[fine][..], Verdict::Fail, fine),
+        (&[4096, 12288], Verdict::Fail, fine),
+        (&[4096, EIO], Verdict::Fail, failed),
+        (&[EIO, fine], elsewhere, fine),
+        (&[EIO, 512, fine - 512], elsewhere, fine),
+        (&[Errno::EAGAIN.negated(), fine], Verdict::Fail, fine),
+        (&[fine + 1], Verdict::Fail, failed),
+        (&[0], Verdict::Fail, failed),
+    ] {
+        let mut play = single(verdict);
+        for turn in 1..3 {
+            play.deliver(1, READ, 5);
+            let ops: Vec<_> = results.iter().map(|res| play.complete(*res)).collect();
+            assert_eq!(ops[0], op(OpKind::Read, 16384));
+            assert_eq!(play.answers(), [(1, answer)], "{results:?}");
+            let ended = if answer == fine { Ok(()) } else { Err(Errno::EIO) };
+            assert_eq!(play.settled(), [(5 << 14, ended)], "{results:?}");
+            assert!(play.wanted.ops.is_empty() && play.engine.planner().asked.borrow().is_empty());
+            let told = play.engine.planner().failed.take().len();
+            assert_eq!(told, usize::from(answer != fine || verdict == elsewhere));
+            let holdings = play.engine.holdings();
+            assert_eq!((holdings.requests, holdings.slots.free, holdings.leaked), (0, 5, 0));
+            let stats = play.engine.stats();
+            assert_eq!((stats.commits, stats.requests[0], stats.ops), (turn, turn, turn));
+            assert_eq!(stats.bytes[0], turn * 16384);
+        }
+    }
+}
+
+#[test]
+fn what_is_unusual_is_planned_all_the_same() {
+    // Delivered again, without having been answered.
+    let mut play = single(Verdict::Fail);
+    let key = play.wanted.fetches[0].unwrap();
+    play.deliver(0, READ, 0);
+    play.wanted.fetches[0] = Some(key);
+    play.deliver(0, READ, 0);
+    assert_eq!((play.wanted.ops.len(), play.engine.stats().unexpected), (1, 1));
+    // Of an earlier turn.
+    play.complete(16384);
+    play.wanted.fetches[0] = Some(key);
+    play.deliver(0, READ, 0);
+    assert_eq!((play.wanted.ops.len(), play.engine.stats().stale), (0, 1));
+    // Not lent by the driver; beyond the end.
+    play.deliver(1, READ | sys::UBLK_IO_F_NEED_REG_BUF, 0);
+    assert_eq!((play.wanted.ops.len(), play.engine.stats().need_reg_buf), (0, 1));
+    assert_eq!(play.engine.planner().asked.take().len(), 1);
+    play.deliver(2, READ, 64);
+    assert_eq!(play.answers(), [(0, 16384), (2, EIO)]);
 }
 
 #[test]

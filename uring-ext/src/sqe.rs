@@ -266,12 +266,18 @@ impl Sqe {
         Self(opcode::Timeout::new(ns).build())
     }
 
+    /// Whether this is a [`delay`](Self::delay).
+    #[inline]
+    pub(crate) fn is_delay(&self) -> bool {
+        self.as_bytes()[0] == opcode::Timeout::CODE
+    }
+
     /// The time of a [`delay`](Self::delay) that has not been pushed, in nanoseconds.
     #[must_use]
     pub fn delay_ns(&self) -> Option<u64> {
         let raw = self.as_bytes();
         let ns = || raw[16..24].iter().rev().fold(0, |ns, byte| ns << 8 | u64::from(*byte));
-        (raw[0] == opcode::Timeout::CODE).then(ns)
+        self.is_delay().then(ns)
     }
 
     /// A delay whose time the kernel finds at an address.

@@ -32,6 +32,7 @@ mod lending;
 mod planning;
 mod scratch;
 mod stats;
+mod straight;
 mod tag;
 
 pub use config::{EngineConfig, QueueIdentity, SlotChoice, SlotTable};
@@ -51,7 +52,7 @@ use crate::request::{Refusal, Request};
 use crate::units::Tag;
 use inflight::{Cancel, InFlightTable, Progress};
 pub use planning::MAX_SUBSTITUTES;
-use tag::{Phase, Run, TagState};
+use tag::{Phase, TagState};
 
 /// How often an operation or a registration is tried again after `EAGAIN`, `EINTR` or `ENOMEM`,
 /// without progress in between.
@@ -152,7 +153,15 @@ impl<P: Planner> Engine<P> {
     }
 
     /// The driver delivered a request.
+    #[inline]
     pub fn delivered(&mut self, key: TagKey, iod: IoDesc, port: &mut impl Port) {
+        if self.deliver_straight(key, iod, port) {
+            return self.serve_deferred(port);
+        }
+        self.deliver(key, iod, port);
+    }
+
+    fn deliver(&mut self, key: TagKey, iod: IoDesc, port: &mut impl Port) {
         if !self.believes(key) {
             return;
         }
@@ -171,7 +180,7 @@ impl<P: Planner> Engine<P> {
         self.stats.bytes[request.kind.index()] += request.len;
         let stamps = self.stamps(port);
         let state = &mut self.tags[tag.index()];
-        state.run = Run::new(request, iod.has(sys::UBLK_IO_F_NEED_REG_BUF), stamps);
+        state.run.renew(request, iod.has(sys::UBLK_IO_F_NEED_REG_BUF), stamps);
         self.begin(tag, port);
         self.serve_deferred(port);
     }
@@ -193,7 +202,16 @@ impl<P: Planner> Engine<P> {
     }
 
     /// An operation completed with `res`.
+    #[inline]
     pub fn completed(&mut self, key: OpKey, res: i32, port: &mut impl Port) {
+        if !self.complete_straight(key, res, port) {
+            self.complete(key, res, port);
+        }
+        self.serve_waiting(port);
+        self.serve_deferred(port);
+    }
+
+    fn complete(&mut self, key: OpKey, res: i32, port: &mut impl Port) {
         let Some(op) = self.inflight.get_mut(key) else {
             self.stats.stale += 1;
             return;
@@ -245,8 +263,6 @@ impl<P: Planner> Engine<P> {
                 self.proceed(tag, port);
             }
         }
-        self.serve_waiting(port);
-        self.serve_deferred(port);
     }
 
     /// What [`Engine::completed`] is told of an operation that has been carried out as a whole.

@@ -190,6 +190,28 @@ impl Run {
         }
     }
 
+    /// Makes it that of another request, in its place.
+    #[inline]
+    pub fn renew(&mut self, request: Request, need_reg_buf: bool, stamps: Stamps) {
+        self.request = request;
+        self.way = Way::Delivered;
+        self.held = Held::Nothing;
+        self.scratch = Held::Nothing;
+        self.chain = None;
+        self.accepted = false;
+        self.need_reg_buf = need_reg_buf;
+        self.tries = 0;
+        self.retries = 0;
+        self.moved = 0;
+        self.substitutes = 0;
+        self.copied_from = 0;
+        self.cursor = 0;
+        self.next_op = 0;
+        self.pending = 0;
+        self.error = None;
+        self.stamps = stamps;
+    }
+
     /// Remembers the first error.
     pub fn fail(&mut self, errno: Errno) {
         self.error.get_or_insert(errno);

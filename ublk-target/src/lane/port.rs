@@ -134,6 +134,7 @@ impl<Io: LaneIo> RingPort<Io> {
     }
 
     /// Pushes entries of the lane's own.
+    #[inline]
     pub fn push(&mut self, role: RingRole, sqes: &[Sqe]) {
         if self.backlog.is_empty() {
             match self.io.push(role, sqes) {
@@ -163,6 +164,7 @@ impl<Io: LaneIo> RingPort<Io> {
         }
     }
 
+    #[inline]
     fn buffer(&self, slot: SlotIndex, offset: u32) -> FixedBuffer {
         match slot.0.checked_sub(self.slots.lent) {
             Some(index) => {
@@ -260,6 +262,7 @@ fn first_group(backlog: &VecDeque<(RingRole, Sqe)>) -> usize {
     group
 }
 
+#[inline]
 fn file_sqe(op: &Op, buffer: FixedBuffer, route: Route) -> Sqe {
     let file = backing_file(op.backing.0);
     let len = u32::try_from(op.len).unwrap_or(u32::MAX);
@@ -300,6 +303,12 @@ impl<Io: LaneIo> Port for RingPort<Io> {
     }
 
     fn submit(&mut self, key: OpKey, op: &Op, slot: Option<SlotIndex>) {
+        if let (Some(slot), None) = (slot, &self.faults) {
+            if let route @ Route::File(_) = self.routes[usize::from(op.backing.0)] {
+                let sqe = file_sqe(op, self.buffer(slot, op.buf_offset), route);
+                return self.push(RingRole::Io, &[self.named(sqe, Event::Op(key))]);
+            }
+        }
         let entry = self.op_entry(key, op, slot);
         self.push(self.role(op), entry.sqes());
     }

@@ -79,6 +79,7 @@ impl RingIo<'_> {
 }
 
 impl LaneIo for RingIo<'_> {
+    #[inline]
     fn push(&mut self, role: RingRole, sqes: &[Sqe]) -> Result<(), Errno> {
         match (role, &mut self.parts.io_lane, &mut self.side) {
             (RingRole::Io, Some(io_lane), _) => io_lane.push(sqes),
@@ -87,6 +88,7 @@ impl LaneIo for RingIo<'_> {
         }
     }
 
+    #[inline]
     fn iod(&self, tag: Tag) -> IoDesc {
         self.parts.iods.get(tag.0)
     }

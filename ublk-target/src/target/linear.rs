@@ -2,7 +2,7 @@
 
 use uring_ext::Errno;
 
-use super::{op_kind, push_flushes};
+use super::{of_all, op_kind, push_flushes};
 use crate::plan::{BackingIndex, Op, Plan, Planner};
 use crate::request::{Request, RequestKind};
 
@@ -116,6 +116,17 @@ impl Planner for LinearTarget {
             at += len;
         }
         Ok(())
+    }
+
+    #[inline]
+    fn single(&self, request: &Request) -> Option<Op> {
+        if !request.has_data() || request.end_within(self.size).is_err() {
+            return None;
+        }
+        let extent = self.extents.get(self.index_of(request.offset))?;
+        let into = request.offset - extent.device_start;
+        let is_inside = request.len <= extent.len - into;
+        is_inside.then(|| of_all(request, extent.backing, extent.start + into))
     }
 }
 

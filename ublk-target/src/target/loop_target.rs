@@ -2,7 +2,7 @@
 
 use uring_ext::Errno;
 
-use super::op_kind;
+use super::{of_all, op_kind};
 use crate::plan::{BackingIndex, Op, Plan, Planner};
 use crate::request::Request;
 
@@ -25,6 +25,12 @@ impl Planner for LoopTarget {
             buf_offset: request.buf_offset(offset)?,
         };
         plan.push(op).map_err(|_full| Errno::EIO)
+    }
+
+    #[inline]
+    fn single(&self, request: &Request) -> Option<Op> {
+        let is_inside = request.end_within(self.size).is_ok();
+        (is_inside && request.has_data()).then(|| of_all(request, BackingIndex(0), request.offset))
     }
 }
 

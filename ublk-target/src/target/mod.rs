@@ -103,6 +103,16 @@ impl Planner for AnyTarget {
         }
     }
 
+    #[inline]
+    fn single(&self, request: &Request) -> Option<Op> {
+        match self {
+            Self::Loop(target) => target.single(request),
+            Self::Linear(target) => target.single(request),
+            Self::Stripe(target) => target.single(request),
+            Self::Null(_) | Self::Fault(_) => None,
+        }
+    }
+
     fn scratch_bytes(&self) -> u32 {
         match self {
             Self::Null(_) | Self::Loop(_) | Self::Linear(_) | Self::Stripe(_) => 0,
@@ -124,6 +134,12 @@ impl Planner for AnyTarget {
             Self::Fault(target) => target.settled(request, result),
         }
     }
+}
+
+/// A read or write of a whole request at one place.
+#[inline]
+const fn of_all(request: &Request, backing: BackingIndex, offset: u64) -> Op {
+    Op { kind: op_kind(request.kind), backing, offset, len: request.len, buf_offset: 0 }
 }
 
 /// What is asked of a backing that has a part of the request's range.

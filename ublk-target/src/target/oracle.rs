@@ -143,6 +143,9 @@ fn play(
         plan.clear();
         target.plan(&request, from, &mut plan)?;
         assert!(plan.ops().count() <= WINDOW_OPS);
+        if let Some(op) = target.single(&request).filter(|_| from == 0) {
+            assert_eq!(plan.single(), Some(op), "the shortcut leads elsewhere");
+        }
         if let Some(bytes) = plan.short() {
             assert!(from == 0 && request.has_data() && 0 < bytes && bytes < request.len);
             assert_eq!(bytes % 512, 0, "short answers are of whole blocks");

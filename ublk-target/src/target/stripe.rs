@@ -2,7 +2,7 @@
 
 use uring_ext::Errno;
 
-use super::{op_kind, push_flushes};
+use super::{of_all, op_kind, push_flushes};
 use crate::plan::{BackingIndex, Op, Plan, Planner};
 use crate::request::{Request, RequestKind};
 
@@ -215,6 +215,22 @@ impl Planner for StripeTarget {
             }
             RequestKind::Flush => push_flushes(self.backings, from, plan),
         }
+    }
+
+    #[inline]
+    fn single(&self, request: &Request) -> Option<Op> {
+        if !request.has_data() || request.end_within(self.size).is_err() {
+            return None;
+        }
+        let zone = &self.zones[self.zone_of(request.offset)];
+        let into = request.offset - zone.device_start;
+        let (chunk, into_chunk) = (into / self.chunk, into % self.chunk);
+        if request.len > self.chunk - into_chunk {
+            return None;
+        }
+        let (row, column) = zone.row_and_column(chunk);
+        let offset = zone.start + row * self.chunk + into_chunk;
+        Some(of_all(request, zone.backings[column], offset))
     }
 }
 

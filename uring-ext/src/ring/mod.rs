@@ -165,7 +165,18 @@ impl Queues<'_> {
     /// # Errors
     /// `EBUSY` if there is still no room, since the kernel did not take what was queued; otherwise
     /// that of `io_uring_enter(2)`.
+    #[inline]
     pub fn push(&mut self, sqes: &[Sqe]) -> Result<(), Errno> {
+        if let [sqe] = sqes {
+            if !sqe.is_delay() && !self.sq.is_full() {
+                return self.push_entries(sqes);
+            }
+        }
+        self.push_any(sqes)
+    }
+
+    #[cold]
+    fn push_any(&mut self, sqes: &[Sqe]) -> Result<(), Errno> {
         let padding = padding(sqes, self.sq.capacity(), self.pushed);
         let room = self.sq.capacity() - self.sq.len();
         if room < padding + sqes.len() {
@@ -185,6 +196,7 @@ impl Queues<'_> {
         self.push_entries(sqes)
     }
 
+    #[inline]
     fn push_entries(&mut self, sqes: &[Sqe]) -> Result<(), Errno> {
         // SAFETY: an `Sqe` names memory only by slot or in a pool that is never unmapped.
         let pushed = unsafe { self.sq.push_multiple(Sqe::entries(sqes)) };
