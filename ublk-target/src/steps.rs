@@ -2,14 +2,18 @@
 //!
 //! `UBLK_TARGET_STEP` in the environment is `STEP WHOM SIGNAL FILE`: the first process that comes to
 //! the step removes the file and sends the signal, to itself (`self`) or to the process that has
-//! started it (`parent`). All others, and the same one later, find no file and go on.
+//! started it (`parent`). All others, and the same one later, find no file and go on. After a kill it
+//! goes on when the killed process has closed its files, as if it had come to the step later.
 
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+
+use crate::server::signals::Watch;
 
 /// The variable.
 pub const VARIABLE: &str = "UBLK_TARGET_STEP";
@@ -42,7 +46,11 @@ pub fn step(name: &str) {
     let Some(asked) = asked.as_ref().filter(|asked| asked.step == name) else { return };
     if std::fs::remove_file(&asked.file).is_ok() {
         log::debug!("{name}: {} to {}", asked.signal, asked.whom);
+        let victim = u32::try_from(asked.whom.as_raw()).map(Watch::on);
         let _ = kill(asked.whom, asked.signal);
+        if let (Ok(victim), Signal::SIGKILL) = (victim, asked.signal) {
+            let _ = victim.has_ended(Duration::from_secs(5));
+        }
     }
 }
 

@@ -18,6 +18,7 @@ use super::signals::Wakeups;
 use crate::backing::usage;
 use crate::backing::{BackingError, BackingProblem};
 use crate::lend::{Choice, LendMode};
+use crate::processes::{Process, Role};
 use crate::state::{self, Description, RUN_DIR, StateFile, StateProblem};
 use crate::steps::step;
 use crate::units::{Bytes, Sectors};
@@ -117,6 +118,10 @@ pub fn recover(
     step("signals-blocked");
     // Its process is alive: it is this one.
     let record = if is_next { read(&control, id)? } else { check(&control, id)? };
+    // One that was faster than the supervisor is supervised all the same.
+    let is_supervisor =
+        |pid: &u32| Process::find(*pid).is_some_and(|process| process.role == Role::Supervisor);
+    let supervisor = supervisor.or_else(|| record.supervisor.filter(is_supervisor));
     let mut server = Server::new(control, wakeups, id, supervisor);
     server.leave();
     let taken = take_over(&mut server, &record, !is_next, progress)?;

@@ -87,12 +87,13 @@ pub fn upgrade(ctx: &Ctx) -> Result<Outcome> {
                 println!("{}", said(&output));
             }
             blow.ensure_fallen()?;
-            if more.is_empty() && matches!(step, "live" | "announced") {
+            if more.is_empty() && matches!(step, "start-sent" | "live" | "announced") {
                 // The command may have seen it live, and be gone.
                 recover_if_dead()?;
             }
             let device = served()?;
             verify(&device).with_context(|| format!("{device:?}"))?;
+            ensure!(more.is_empty() || device.supervisor.is_some(), "{device:?}");
             process::run(&[PROGRAM, "upgrade", "-n", ID, "--program", two])?;
             let pid = served()?.pid.context("a server")?;
             let program = std::fs::read_link(format!("/proc/{pid}/exe"))?;
