@@ -4,7 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::device::{Description, PROGRAM};
 use crate::guest::{process, wait_for};
@@ -78,6 +78,22 @@ pub fn files() -> Vec<PathBuf> {
 /// All devices.
 pub fn devices() -> Result<Vec<Description>> {
     Ok(serde_json::from_str(&process::run(&[PROGRAM, "list", "--json"])?.stdout)?)
+}
+
+/// Recovers the only device, unless it is served: nobody else does it for a server that dies right
+/// after an upgrade which the command has seen to succeed.
+pub fn recover_if_dead() -> Result<()> {
+    let look = || {
+        let devices = devices()?;
+        let device = devices.first().context("a device")?;
+        let is_dead = device.pid.is_none() && device.state == "QUIESCED";
+        let is_served = device.pid.is_some() && device.state == "LIVE";
+        Ok((is_dead || is_served).then(|| is_dead.then(|| device.id.to_string())))
+    };
+    if let Some(id) = wait_for("a server or none", Duration::from_secs(30), look)? {
+        process::run(&[PROGRAM, "recover", "-n", &id])?;
+    }
+    Ok(())
 }
 
 /// Fails if there is a server, a supervisor, a device or a file; commands have a moment to end.

@@ -10,6 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::device::{Device, PROGRAM, fresh_drive, fresh_drives, text};
+use super::remains;
 use crate::config::DEFAULT;
 use crate::guest::drives::Drive;
 use crate::guest::fio::{self, Running};
@@ -195,7 +196,9 @@ fn killed(ctx: &Ctx) -> Result<Outcome> {
         let victim = if is_server { server } else { command.id() };
         // The command may be over.
         let _ = kill(Pid::from_raw(i32::try_from(victim)?), Signal::SIGKILL);
-        command.wait()?;
+        if command.wait()?.success() && is_server {
+            remains::recover_if_dead()?;
+        }
         // Without the command, the server goes on with what it has begun.
         let (_, by) =
             wait_for("a server", Duration::from_secs(30), || Ok(served_by(&device).ok()))?;

@@ -27,21 +27,6 @@ fn served() -> Result<Description> {
     })
 }
 
-/// Recovers the device, unless it is served or the command does.
-fn recover_if_dead() -> Result<()> {
-    let is_settled = || {
-        let devices = remains::devices()?;
-        let device = devices.first().context("the device")?;
-        let is_dead = device.pid.is_none() && device.state == "QUIESCED";
-        let is_served = device.pid.is_some() && device.state == "LIVE";
-        Ok((is_dead || is_served).then_some(is_dead))
-    };
-    if wait_for("a server or none", Duration::from_secs(30), is_settled)? {
-        process::run(&[PROGRAM, "recover", "-n", ID])?;
-    }
-    Ok(())
-}
-
 /// Whoever is killed at whatever step: the device is served by one of the two programs, with what
 /// was written before, and can be upgraded.
 pub fn upgrade(ctx: &Ctx) -> Result<Outcome> {
@@ -89,7 +74,7 @@ pub fn upgrade(ctx: &Ctx) -> Result<Outcome> {
             blow.ensure_fallen()?;
             if more.is_empty() && matches!(step, "start-sent" | "live" | "announced") {
                 // The command may have seen it live, and be gone.
-                recover_if_dead()?;
+                remains::recover_if_dead()?;
             }
             let device = served()?;
             verify(&device).with_context(|| format!("{device:?}"))?;
