@@ -71,6 +71,10 @@ fn served_by(device: &Device) -> Result<(u32, PathBuf)> {
     Ok((pid, std::fs::read_link(format!("/proc/{pid}/exe"))?))
 }
 
+fn await_server(device: &Device) -> Result<(u32, PathBuf)> {
+    wait_for("a server", Duration::from_secs(30), || Ok(served_by(device).ok()))
+}
+
 fn under_load(ctx: &Ctx) -> Result<Outcome> {
     let drive = fresh_drive("drive0")?;
     let programs = programs(ctx)?;
@@ -184,7 +188,8 @@ fn killed(ctx: &Ctx) -> Result<Outcome> {
     let mut ended = [0; 2];
     for number in 0..kills {
         let program = &programs[number as usize % 2];
-        let (server, _) = served_by(&device)?;
+        // One whose command was killed may be at its upgrade still.
+        let (server, _) = await_server(&device)?;
         let mut command = Command::new(PROGRAM)
             .args(["upgrade", "-n", &device.id(), "--program", text(program)?])
             .stdout(Stdio::null())
@@ -200,8 +205,7 @@ fn killed(ctx: &Ctx) -> Result<Outcome> {
             remains::recover_if_dead()?;
         }
         // Without the command, the server goes on with what it has begun.
-        let (_, by) =
-            wait_for("a server", Duration::from_secs(30), || Ok(served_by(&device).ok()))?;
+        let (_, by) = await_server(&device)?;
         ended[usize::from(by == *program)] += 1;
     }
     let report = running.finish()?;
