@@ -15,7 +15,7 @@ use crate::config::DEFAULT;
 use crate::guest::drives::Drive;
 use crate::guest::fio::{self, Running};
 use crate::guest::prober::{Prober, distribution, longest};
-use crate::guest::{Ctx, Outcome, TestCase, process, wait_for};
+use crate::guest::{Ctx, FIGURE, Outcome, TestCase, process, wait_for};
 
 pub const TESTS: &[TestCase] = &[
     TestCase::guest("upgrades_under_load_lose_nothing", DEFAULT, under_load).seconds(900),
@@ -98,9 +98,12 @@ fn under_load(ctx: &Ctx) -> Result<Outcome> {
     let reads = prober.end()?;
     let mut stalls: Vec<_> = spans.iter().map(|(from, to)| longest(&reads, *from, *to)).collect();
     let mut whole: Vec<_> = spans.iter().map(|(from, to)| *to - *from).collect();
-    println!("{upgrades} upgrades under load: no error in {} writes", report.write.requests);
-    println!("longest I/O during an upgrade: {}", distribution(&mut stalls));
-    println!("the command: {}", distribution(&mut whole));
+    println!(
+        "{FIGURE}{upgrades} upgrades under load: no error in {} writes",
+        report.write.requests
+    );
+    println!("{FIGURE}longest I/O during an upgrade: {}", distribution(&mut stalls));
+    println!("{FIGURE}the command: {}", distribution(&mut whole));
     ensure!(report.read.requests > 0, "nothing was verified");
     device.delete()?;
     Ok(Outcome::Pass)
@@ -210,7 +213,7 @@ fn killed(ctx: &Ctx) -> Result<Outcome> {
     }
     let report = running.finish()?;
     println!(
-        "{kills} kills: {} times by the old program, {} times by the new one; {} writes verified",
+        "{FIGURE}{kills} kills: {} times by the old program, {} times by the new one; {} writes verified",
         ended[0], ended[1], report.write.requests
     );
     device.delete()?;
