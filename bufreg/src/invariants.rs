@@ -26,8 +26,8 @@
 //! 12. The counts of slots by state add up to the capacity (`counts_add_up_to_the_capacity`).
 //!
 //! # What they rest on
-//! * A lease is made by `reserve`, `reserve_any` and `lend` only, cannot be copied, and is consumed by each
-//!   transition. One that contradicts the registry is of another registry: a bug, which ends in a
+//! * A lease is made by `reserve`, `reserve_any` and `lend` only, cannot be copied, and is consumed
+//!   by each transition. One that contradicts the registry is of another registry: a bug, which ends in a
 //!   panic (`tests/foreign_leases.rs`). One that happens to agree in incarnation, slot, generation
 //!   and state is not recognised: a lane must keep to its own registry.
 //! * Generations wrap after 2^32 leases of a slot, and the numbers that tell the borrows of a lease

@@ -119,8 +119,10 @@ pub fn recover(
     // Its process is alive: it is this one.
     let record = if is_next { read(&control, id)? } else { check(&control, id)? };
     // One that was faster than the supervisor is supervised all the same.
-    let is_supervisor =
-        |pid: &u32| Process::find(*pid).is_some_and(|process| process.role == Role::Supervisor);
+    let is_supervisor = |pid: &u32| {
+        let is_of_it = |it: Process| it.device.is_none_or(|other| other == id);
+        Process::find(*pid).is_some_and(|it| it.role == Role::Supervisor && is_of_it(it))
+    };
     let supervisor = supervisor.or_else(|| record.supervisor.filter(is_supervisor));
     let mut server = Server::new(control, wakeups, id, supervisor);
     server.leave();
