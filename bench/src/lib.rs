@@ -1,4 +1,4 @@
-//! Micro-benchmarks of the parts of the data path that run in user space; see `benches/`.
-//!
-//! `cargo bench -p ublk-bench` runs them on any machine. They say what the registry and the
-//! engine cost for each request, and nothing about drives.
+//! `ublk-bench`: the zero-copy benchmark, and micro-benchmarks of the parts of the data path that
+//! run in user space (`benches/`; `cargo bench -p ublk-bench` runs them on any machine).
+
+pub mod results;

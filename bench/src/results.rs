@@ -1,0 +1,189 @@
+//! What a run of the benchmark has found: the file that `run` writes, and `compare` and the report
+//! read. It is plain data, and *untrusted* when it is read back.
+
+use serde::{Deserialize, Serialize};
+
+/// Version of the file's format.
+pub const FORMAT: u32 = 1;
+
+/// A run: what was measured, on what, how, and what came of it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Results {
+    /// [`FORMAT`] of the program that wrote it.
+    pub format: u32,
+    /// Version of ublk-bench.
+    pub version: String,
+    /// The command line, without the program.
+    pub arguments: Vec<String>,
+    /// When it began, in seconds since 1970 (UTC).
+    pub began_s: u64,
+    /// How long it took, in seconds.
+    pub took_s: f64,
+    /// The machine.
+    pub machine: Machine,
+    /// The backing.
+    pub backing: Backing,
+    /// How it was measured.
+    pub method: Method,
+    /// What was measured, in the order of the tables.
+    pub subjects: Vec<Subject>,
+    /// With what, in the order of the tables.
+    pub loads: Vec<Load>,
+    /// Each single measurement, in the order in which they were made.
+    pub samples: Vec<Sample>,
+    /// Why the run is not whole, if it is not: interrupted, or given up.
+    pub incomplete: Option<String>,
+}
+
+/// The machine that was measured on.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Machine {
+    /// Release of the kernel.
+    pub kernel: String,
+    /// What the processor calls itself.
+    pub cpu: String,
+    /// Processors that are online.
+    pub cpus: u32,
+    /// Memory, in bytes.
+    pub memory_bytes: u64,
+    /// What virtual machine this is, if it is one.
+    pub virtualization: Option<String>,
+    /// The governor of the processors' frequency, where there is one.
+    pub governor: Option<String>,
+    /// Version of fio.
+    pub fio: String,
+}
+
+/// The backing that all devices lie on.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Backing {
+    /// Its path, as it was given.
+    pub path: String,
+    /// What it is: `nvme`, `block` or `file`.
+    pub kind: String,
+    /// What the drive calls itself, where it says.
+    pub model: Option<String>,
+    /// Its size, in bytes.
+    pub size_bytes: u64,
+    /// Its logical block size, in bytes.
+    pub logical_block_bytes: u32,
+    /// How much of it was used, in bytes.
+    pub span_bytes: u64,
+    /// Its scheduler, where it has one.
+    pub scheduler: Option<String>,
+    /// Its queues for polled I/O.
+    pub poll_queues: u32,
+}
+
+/// How it was measured.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Method {
+    /// Name of the profile.
+    pub profile: String,
+    /// Rounds that were wanted; in each, each subject is measured once with each load.
+    pub rounds: u32,
+    /// How long a sample lasts, in seconds, without its warm-up.
+    pub sample_s: f64,
+    /// What precedes each sample and is not counted, in seconds.
+    pub warm_up_s: f64,
+}
+
+/// Who made a subject.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Family {
+    /// The backing itself: the limit.
+    Raw,
+    /// A driver of the kernel.
+    Kernel,
+    /// rublk.
+    Rublk,
+    /// ublk-target.
+    Ours,
+}
+
+/// A device that was measured.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Subject {
+    /// What samples and options call it.
+    pub name: String,
+    /// What tables call it.
+    pub title: String,
+    /// Who made it.
+    pub family: Family,
+    /// The version, where it is not the kernel's.
+    pub version: Option<String>,
+    /// The command that made the device, without the backing's path.
+    pub command: String,
+    /// Why it was not measured, if it was not.
+    pub skipped: Option<String>,
+}
+
+/// A load.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Load {
+    /// What samples call it.
+    pub name: String,
+    /// What tables call it.
+    pub title: String,
+    /// fio's `rw`.
+    pub rw: String,
+    /// Bytes of a request.
+    pub block_bytes: u64,
+    /// Requests in flight.
+    pub depth: u32,
+    /// Percentage of reads, where the load is mixed.
+    pub read_percent: Option<u32>,
+}
+
+/// One measurement of one subject with one load.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Sample {
+    /// The subject's name.
+    pub subject: String,
+    /// The load's name.
+    pub load: String,
+    /// The round, from 0.
+    pub round: u32,
+    /// Requests completed in a second.
+    pub iops: f64,
+    /// Bytes moved in a second.
+    pub bytes_per_s: f64,
+    /// How long requests took.
+    pub latency: Latency,
+    /// Processor time for each request.
+    pub cpu: Cpu,
+}
+
+/// How long requests took, reads and writes together, in nanoseconds.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Latency {
+    /// The mean.
+    pub mean_ns: f64,
+    /// The longest.
+    pub max_ns: u64,
+    /// Percentile and value, the least percentile first: 1 to 99.99.
+    pub percentiles: Vec<(f64, u64)>,
+}
+
+/// Processor time for each request, in microseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Cpu {
+    /// Of the whole machine while the sample ran, interrupts included.
+    pub machine_us: f64,
+    /// Of the load generator.
+    pub client_us: f64,
+    /// Of the server, where there is one.
+    pub server_us: Option<f64>,
+}
+
+impl Results {
+    /// The samples of a subject with a load, in their order.
+    pub fn samples_of<'a>(
+        &'a self,
+        subject: &'a str,
+        load: &'a str,
+    ) -> impl Iterator<Item = &'a Sample> {
+        self.samples.iter().filter(move |sample| sample.subject == subject && sample.load == load)
+    }
+}
