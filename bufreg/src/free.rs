@@ -1,8 +1,9 @@
-//! The set of free slots.
+//! Where free slots are.
 
 use crate::identity::SlotIndex;
 
-/// One bit a free slot, and one bit a word that has any: the lowest free slot is found in at most
+/// One bit for each slot that may be free, which all free slots are among, and one bit a word that
+/// has any: the lowest free slot is found in at most
 /// 16 + 1 words (4 + 1 for a ring's largest table), and a slot chosen by the caller is taken out
 /// as cheaply as the lowest.
 #[derive(Debug)]
@@ -38,12 +39,26 @@ impl FreeSlots {
         }
     }
 
-    /// The lowest. Slots used lately tend to be low, so this one is likely in the cache.
+    /// The lowest that is free. Slots used lately tend to be low, so this one is likely in the
+    /// cache.
     #[inline]
-    pub(crate) fn lowest(&self) -> Option<SlotIndex> {
-        let (group, occupied) = self.occupied.iter().enumerate().find(|(_, bits)| **bits != 0)?;
-        let word = group * 64 + occupied.trailing_zeros() as usize;
-        let slot = word * 64 + self.words[word].trailing_zeros() as usize;
-        u16::try_from(slot).ok().map(SlotIndex)
+    pub(crate) fn lowest(&self, is_free: impl Fn(SlotIndex) -> bool) -> Option<SlotIndex> {
+        for (group, occupied) in self.occupied.iter().enumerate() {
+            for word in bits(*occupied).map(|bit| group * 64 + bit) {
+                let slots =
+                    bits(self.words[word]).filter_map(|bit| u16::try_from(word * 64 + bit).ok());
+                if let Some(slot) = slots.map(SlotIndex).find(|slot| is_free(*slot)) {
+                    return Some(slot);
+                }
+            }
+        }
+        None
     }
+}
+
+/// The bits that are set, the lowest first.
+fn bits(word: u64) -> impl Iterator<Item = usize> {
+    std::iter::successors(Some(word), |word| word.checked_sub(1).map(|below| word & below))
+        .take_while(|word| *word != 0)
+        .map(|word| word.trailing_zeros() as usize)
 }

@@ -8,6 +8,10 @@ use crate::report::SlotState;
 /// State of a lease whose registration is under way.
 #[derive(Debug)]
 pub enum Reserved {}
+/// State of a lease whose buffer one operation borrows, and no other may: the lease stands for
+/// that borrow too.
+#[derive(Debug)]
+pub enum Sole {}
 /// State of a lease whose buffer may be borrowed.
 #[derive(Debug)]
 pub enum Active {}
@@ -19,7 +23,7 @@ pub enum Retiring {}
 pub enum Quarantined {}
 
 /// What the slot's state is while its lease has a given type. Not exported, so that the states are
-/// these four.
+/// these.
 pub trait LeaseState {
     /// The slot's state.
     const SLOT: SlotState;
@@ -27,6 +31,9 @@ pub trait LeaseState {
 
 impl LeaseState for Reserved {
     const SLOT: SlotState = SlotState::Reserved;
+}
+impl LeaseState for Sole {
+    const SLOT: SlotState = SlotState::Active;
 }
 impl LeaseState for Active {
     const SLOT: SlotState = SlotState::Active;
@@ -124,6 +131,8 @@ pub(crate) struct Places(u16);
 
 impl Places {
     pub(crate) const NONE: Self = Self(0);
+    /// The first place, and no other.
+    pub(crate) const FIRST: Self = Self(Place::FIRST.0);
 
     /// The lowest place that is not taken; the low ones share a cache line.
     pub(crate) const fn vacant(self) -> Option<Place> {
@@ -141,11 +150,6 @@ impl Places {
 
     pub(crate) const fn holds(self, place: Place) -> bool {
         self.0 & place.0 != 0
-    }
-
-    /// Whether it is taken, and no other.
-    pub(crate) const fn is_only(self, place: Place) -> bool {
-        self.0 == place.0
     }
 
     pub(crate) const fn count(self) -> u32 {

@@ -58,7 +58,7 @@ mod report;
 pub use error::{Busy, NoneFree, NotBorrowable, Stale, StillBorrowed, Unsettled};
 pub use identity::{Borrower, Generation, Incarnation, LeaseKey, Owner, SlotIndex};
 pub use lease::{
-    Active, Borrow, Lease, MAX_BORROWS, Quarantinable, Quarantined, Reserved, Retiring,
+    Active, Borrow, Lease, MAX_BORROWS, Quarantinable, Quarantined, Reserved, Retiring, Sole,
 };
 pub use registry::Registry;
 pub use report::{Borrowers, Counts, Leak, Lent, SlotState, Stats};

@@ -5,7 +5,7 @@ use crate::free::FreeSlots;
 use crate::identity::{Borrower, Generation, Incarnation, LeaseKey, Owner, SlotIndex};
 use crate::lease::{
     Active, Borrow, Lease, LeaseState, MAX_BORROWS, Place, Places, Quarantinable, Quarantined,
-    Reserved, Retiring,
+    Reserved, Retiring, Sole,
 };
 use crate::report::{Borrowers, Counts, Leak, Lent, SlotState, Stats};
 
@@ -39,7 +39,8 @@ pub struct Registry {
     slots: Box<[Slot]>,
     /// By slot and place; meaningful where the slot's `out` has the place.
     borrows: Box<[[BorrowRecord; MAX_BORROWS as usize]]>,
-    /// The slots in state `Free`.
+    /// The slots in state `Free`, and those that [`Registry::lend`] has lent, which spares it the
+    /// look into yet another table.
     free: FreeSlots,
     stats: Stats,
 }
@@ -104,7 +105,8 @@ impl Registry {
     /// [`NoneFree`] if all slots are lent.
     #[inline]
     pub fn reserve_any(&mut self, owner: Owner, now: u64) -> Result<Lease<Reserved>, NoneFree> {
-        let slot = self.free.lowest().ok_or(NoneFree)?;
+        let is_free = |slot: SlotIndex| self.slots[usize::from(slot.0)].state == SlotState::Free;
+        let slot = self.free.lowest(is_free).ok_or(NoneFree)?;
         Ok(self.reserve(slot, owner, now).expect("a slot in the free set is free"))
     }
 
@@ -157,64 +159,53 @@ impl Registry {
     ///
     /// # Errors
     /// [`Busy`] if the slot is lent or beyond the table.
-    #[inline]
+    #[inline(always)]
     pub fn lend(
         &mut self,
         slot: SlotIndex,
         owner: Owner,
         now: u64,
         borrower: Borrower,
-    ) -> Result<(Lease<Active>, Borrow), Busy> {
+    ) -> Result<Lease<Sole>, Busy> {
         let entry = self.slots.get_mut(usize::from(slot.0)).ok_or(Busy::Beyond(slot))?;
         if entry.state != SlotState::Free {
             return Err(Busy::Lent(entry.describe(slot)));
         }
         let generation = Generation(entry.generation.0.wrapping_add(1));
-        let place = Place::FIRST;
-        let mut out = Places::NONE;
-        out.take(place);
+        let out = Places::FIRST;
         *entry = Slot { state: SlotState::Active, out, generation, turn: 1, owner, since: now };
-        self.borrows[usize::from(slot.0)][place.index()] = BorrowRecord { borrower, turn: 0 };
-        self.free.remove(slot);
+        let first = Place::FIRST.index();
+        self.borrows[usize::from(slot.0)][first] = BorrowRecord { borrower, turn: 0 };
         self.stats.reserved += 1;
         self.stats.borrowed += 1;
-        let incarnation = self.incarnation;
-        let lease = Lease::new(LeaseKey { incarnation, slot, generation });
-        Ok((lease, Borrow { incarnation, generation, turn: 0, slot, place }))
+        Ok(Lease::new(LeaseKey { incarnation: self.incarnation, slot, generation }))
     }
 
     /// The only operation that borrows a buffer has completed, and the buffer goes back with the
     /// answer: [`give_back`](Self::give_back), [`retire`](Self::retire) and
     /// [`release`](Self::release) in one.
     ///
-    /// # Errors
-    /// The lease, if the borrow is not of it, is not out, or is not the only one. Nothing changes
-    /// then.
-    ///
     /// # Panics
     /// If the lease is of another registry.
     #[inline]
-    pub fn take_back(&mut self, lease: Lease<Active>, borrow: Borrow) -> Result<(), Lease<Active>> {
+    pub fn take_back(&mut self, lease: Lease<Sole>) {
         let entry = self.held(&lease);
-        let is_only = entry.out.is_only(borrow.place);
-        let LeaseKey { incarnation, slot, generation } = lease.key();
-        let is_of_lease = borrow.incarnation == incarnation
-            && borrow.slot == slot
-            && borrow.generation == generation;
-        if !is_only || !is_of_lease {
-            return Err(lease);
-        }
-        let record = &self.borrows[usize::from(slot.0)][borrow.place.index()];
-        if record.turn != borrow.turn {
-            return Err(lease);
-        }
-        let entry = &mut self.slots[usize::from(slot.0)];
         entry.state = SlotState::Free;
         entry.out = Places::NONE;
-        self.free.insert(slot);
         self.stats.given_back += 1;
         self.stats.released += 1;
-        Ok(())
+    }
+
+    /// Parts what [`lend`](Self::lend) has made into the lease and the borrow, for a request that
+    /// turns out to need more than one operation.
+    ///
+    /// # Panics
+    /// If the lease is of another registry.
+    pub fn part(&mut self, lease: Lease<Sole>) -> (Lease<Active>, Borrow) {
+        self.held(&lease);
+        let LeaseKey { incarnation, slot, generation } = lease.key();
+        let borrow = Borrow { incarnation, generation, turn: 0, slot, place: Place::FIRST };
+        (lease.into_state(), borrow)
     }
 
     /// The operation was issued again and has a new name.

@@ -4,7 +4,7 @@
 use bufreg::{
     Active, Borrow, Borrower, Busy, Counts, Generation, Incarnation, Lease, LeaseKey, Lent,
     NoneFree, NotBorrowable, Owner, Quarantined, Registry, Reserved, Retiring, SlotIndex,
-    SlotState, Stale, Stats,
+    SlotState, Sole, Stale, Stats,
 };
 use proptest::prelude::*;
 
@@ -19,8 +19,10 @@ enum Step {
     ReserveAny,
     /// Reserves, activates and borrows, with a label.
     Lend(usize, u64),
-    /// Ends the lease of the slot that the n-th last borrow is of, with this borrow.
+    /// Ends the lease of a slot that was lent.
     TakeBack(usize),
+    /// Makes it a lease with a borrow.
+    Part(usize),
     Activate(usize),
     Cancel(usize),
     /// A number of borrows, with labels from the one given.
@@ -48,7 +50,8 @@ fn step() -> impl Strategy<Value = Step> {
         3 => (0..SLOTS + 1).prop_map(Step::Reserve),
         3 => Just(Step::ReserveAny),
         4 => (0..SLOTS + 1, 0..1000_u64).prop_map(|(slot, label)| Step::Lend(slot, label)),
-        6 => (0..12_usize).prop_map(Step::TakeBack),
+        6 => slot().prop_map(Step::TakeBack),
+        2 => slot().prop_map(Step::Part),
         8 => slot().prop_map(Step::Activate),
         1 => slot().prop_map(Step::Cancel),
         8 => (slot(), 0..1000_u64, burst).prop_map(|(slot, label, n)| Step::Borrow(slot, label, n)),
@@ -67,6 +70,7 @@ fn step() -> impl Strategy<Value = Step> {
 /// A lease in the caller's hands.
 enum Held {
     Reserved(Lease<Reserved>),
+    Sole(Lease<Sole>),
     Active(Lease<Active>),
     Retiring(Lease<Retiring>),
     Quarantined(Lease<Quarantined>),
@@ -76,6 +80,7 @@ impl Held {
     fn key(&self) -> LeaseKey {
         match self {
             Self::Reserved(lease) => lease.key(),
+            Self::Sole(lease) => lease.key(),
             Self::Active(lease) => lease.key(),
             Self::Retiring(lease) => lease.key(),
             Self::Quarantined(lease) => lease.key(),
@@ -85,6 +90,9 @@ impl Held {
 
 /// A place to borrow at: which borrow of the history is out there, and its label.
 type Place = Option<(usize, u64)>;
+
+/// A borrow that nobody but the lease stands for.
+const UNMADE: usize = usize::MAX;
 
 /// What a slot must be.
 struct Slot {
@@ -153,9 +161,6 @@ impl World {
             Step::Reserve(slot) => self.reserve(slot),
             Step::ReserveAny => self.reserve_any(),
             Step::Lend(slot, label) => self.lend(slot, label),
-            Step::TakeBack(number) => {
-                self.recall(number).into_iter().for_each(|made| self.take_back(made));
-            }
             Step::Borrow(slot, label, number) => {
                 (label..label + number).for_each(|label| self.borrow(slot, label));
             }
@@ -170,6 +175,8 @@ impl World {
             Step::Restart => self.restart(),
             Step::Activate(slot)
             | Step::Cancel(slot)
+            | Step::TakeBack(slot)
+            | Step::Part(slot)
             | Step::Retire(slot)
             | Step::Release(slot)
             | Step::Quarantine(slot)
@@ -213,10 +220,9 @@ impl World {
     fn lend(&mut self, slot: usize, label: u64) {
         let (owner, now) = (self.owner(), self.now);
         match self.registry.lend(index(slot), owner, now, Borrower(label)) {
-            Ok((lease, borrow)) => {
+            Ok(lease) => {
                 let entry = &mut self.slots[slot];
-                assert_eq!((entry.state, borrow.slot()), (SlotState::Free, index(slot)));
-                assert!(!self.history.contains(&borrow), "no borrow is like another");
+                assert_eq!(entry.state, SlotState::Free);
                 let generation = entry.generation + 1;
                 *entry = Slot {
                     state: SlotState::Active,
@@ -226,43 +232,13 @@ impl World {
                     ..Slot::free()
                 };
                 assert_eq!((lease.slot(), lease.generation().0), (index(slot), generation));
-                entry.held = Some(Held::Active(lease));
-                entry.out[0] = Some((self.history.len(), label));
-                self.history.push(borrow);
+                entry.held = Some(Held::Sole(lease));
+                entry.out[0] = Some((UNMADE, label));
                 self.stats.reserved += 1;
                 self.stats.borrowed += 1;
             }
             Err(Busy::Lent(lent)) => assert_eq!(Some(lent), self.slots[slot].lent(slot)),
             Err(Busy::Beyond(beyond)) => assert_eq!((beyond, slot), (index(slot), SLOTS)),
-        }
-    }
-
-    fn take_back(&mut self, made: usize) {
-        let borrow = self.history[made];
-        let slot = usize::from(borrow.slot().0);
-        let is_out = self.place(made).is_some();
-        let entry = &mut self.slots[slot];
-        let lease = match entry.held.take() {
-            Some(Held::Active(lease)) => lease,
-            held => {
-                entry.held = held;
-                return;
-            }
-        };
-        let is_only = is_out && entry.borrows() == 1;
-        match self.registry.take_back(lease, borrow) {
-            Ok(()) => {
-                assert!(is_only, "taken back while it is borrowed, or by a stale borrow");
-                let generation = entry.generation;
-                let (owner, since) = (entry.owner, entry.since);
-                *entry = Slot { generation, owner, since, ..Slot::free() };
-                self.stats.given_back += 1;
-                self.stats.released += 1;
-            }
-            Err(lease) => {
-                assert!(!is_only);
-                entry.held = Some(Held::Active(lease));
-            }
         }
     }
 
@@ -272,7 +248,7 @@ impl World {
         self.slots[slot].state = match &held {
             None => SlotState::Free,
             Some(Held::Reserved(_)) => SlotState::Reserved,
-            Some(Held::Active(_)) => SlotState::Active,
+            Some(Held::Sole(_) | Held::Active(_)) => SlotState::Active,
             Some(Held::Retiring(_)) => SlotState::Retiring,
             Some(Held::Quarantined(_)) => SlotState::Quarantined,
         };
@@ -291,6 +267,22 @@ impl World {
                 registry.cancel(lease);
                 stats.released += 1;
                 None
+            }
+            (Step::TakeBack(_), Held::Sole(lease)) => {
+                registry.take_back(lease);
+                self.slots[slot].out = [None; PLACES];
+                stats.given_back += 1;
+                stats.released += 1;
+                None
+            }
+            (Step::Part(_), Held::Sole(lease)) => {
+                let (lease, borrow) = registry.part(lease);
+                assert_eq!(borrow.slot(), index(slot));
+                assert!(!self.history.contains(&borrow), "no borrow is like another");
+                let label = self.slots[slot].out[0].map_or(0, |(_, label)| label);
+                self.slots[slot].out[0] = Some((self.history.len(), label));
+                self.history.push(borrow);
+                Some(Held::Active(lease))
             }
             (Step::Retire(_), Held::Active(lease)) => match registry.retire(lease) {
                 Ok(lease) => {
@@ -349,8 +341,9 @@ impl World {
 
     fn drain(&mut self, slot: usize) {
         for made in self.slots[slot].out.map(|place| place.map(|(made, _)| made)) {
-            made.into_iter().for_each(|made| self.give_back(made));
+            made.filter(|made| *made != UNMADE).into_iter().for_each(|made| self.give_back(made));
         }
+        self.change(Step::TakeBack(slot), slot);
         self.change(Step::Retire(slot), slot);
         self.change(Step::Release(slot), slot);
     }

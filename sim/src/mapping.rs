@@ -1,7 +1,7 @@
 //! Planners of the simulation: the real targets, and some that need many operations, several stages
 //! and several windows.
 
-use ublk_target::plan::{BackingIndex, Op, OpKind, Plan, Planner, Verdict, WINDOW_OPS};
+use ublk_target::plan::{BackingIndex, Op, OpKind, Place, Plan, Planner, Verdict, WINDOW_OPS};
 use ublk_target::request::{Request, RequestKind};
 use ublk_target::target::{AnyTarget, FaultTarget};
 use uring_ext::Errno;
@@ -138,7 +138,7 @@ impl Planner for Mapping {
         }
     }
 
-    fn single(&self, request: &Request) -> Option<Op> {
+    fn single(&self, request: &Request) -> Option<Place> {
         match self {
             Self::Target(target) => target.single(request),
             Self::Stripe(_) | Self::Mirror(_) | Self::Cow(_) | Self::Fault(_) => None,

@@ -6,7 +6,7 @@
 use smallvec::SmallVec;
 use uring_ext::Errno;
 
-use crate::request::Request;
+use crate::request::{Request, RequestKind};
 
 /// How many operations a window holds. A request that needs more gets more windows, one after
 /// the other, so that no request takes more than this from the bounded tables.
@@ -15,6 +15,15 @@ pub const WINDOW_OPS: usize = 8;
 /// Which backing of a device an operation goes to, in the order that the target lists them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BackingIndex(pub u16);
+
+/// A place on a backing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The backing.
+    pub backing: BackingIndex,
+    /// First byte on it.
+    pub offset: u64,
+}
 
 /// What an operation does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,7 +79,31 @@ pub struct Op {
     pub buf_offset: u32,
 }
 
+impl OpKind {
+    /// What is asked of a backing that has a part of a request's range.
+    #[must_use]
+    #[inline]
+    pub const fn of_request(kind: RequestKind) -> Self {
+        match kind {
+            RequestKind::Read => Self::Read,
+            RequestKind::Write { fua } => Self::Write { fua },
+            RequestKind::Flush => Self::Flush,
+            RequestKind::Discard => Self::Discard,
+            RequestKind::WriteZeroes { may_unmap } => Self::WriteZeroes { may_unmap },
+        }
+    }
+}
+
 impl Op {
+    /// The whole of a request, at one place.
+    #[must_use]
+    #[inline]
+    pub const fn all_of(request: &Request, place: Place) -> Self {
+        let Place { backing, offset } = place;
+        let kind = OpKind::of_request(request.kind);
+        Self { kind, backing, offset, len: request.len, buf_offset: 0 }
+    }
+
     /// The buffer that it borrows.
     #[must_use]
     pub const fn buffer(&self) -> Option<Buffer> {
@@ -146,6 +179,14 @@ impl Plan {
         }
         self.ops.push((self.stage, op));
         Ok(())
+    }
+
+    /// Makes the plan that of a request with one operation.
+    #[inline]
+    pub(crate) fn set_single(&mut self, op: Op) {
+        self.clear();
+        // Within its own room, so nothing is allocated.
+        self.ops.push((0, op));
     }
 
     /// Begins the next stage, which starts when all operations of this one have succeeded.
@@ -300,10 +341,10 @@ pub trait Planner {
     /// What the request is to be answered with; nothing of the window is then issued.
     fn plan(&self, request: &Request, from: u64, plan: &mut Plan) -> Result<(), Errno>;
 
-    /// The operation of a read or write that needs no other one: what [`Planner::plan`] would make
-    /// of it, sooner. `None` sends the request there.
+    /// Where the whole of a read or write is, if it is at one place and needs no more than one
+    /// operation there: what [`Planner::plan`] would say, sooner. `None` sends the request there.
     #[inline]
-    fn single(&self, _request: &Request) -> Option<Op> {
+    fn single(&self, _request: &Request) -> Option<Place> {
         None
     }
 

@@ -10,7 +10,7 @@ use ublk_target::engine::{
     TagKey,
 };
 use ublk_target::lend::LendMode;
-use ublk_target::plan::{BackingIndex, Op, OpKind, Plan, Planner, Verdict};
+use ublk_target::plan::{BackingIndex, Op, OpKind, Place, Plan, Planner, Verdict};
 use ublk_target::request::{Geometry, Request};
 use ublk_target::units::{Qid, Tag};
 use uring_ext::iod::IoDesc;
@@ -58,8 +58,9 @@ impl Planner for Told {
         (self.planning)(request, from, plan)
     }
 
-    fn single(&self, request: &Request) -> Option<Op> {
-        (self.is_single && request.has_data()).then(|| op(OpKind::Read, request.len))
+    fn single(&self, request: &Request) -> Option<Place> {
+        let place = Place { backing: BackingIndex(0), offset: 0 };
+        (self.is_single && request.has_data()).then_some(place)
     }
 
     fn scratch_bytes(&self) -> u32 {

@@ -81,6 +81,7 @@ impl IoDescArray {
     /// # Panics
     /// If `tag` is not below the queue's depth.
     #[must_use]
+    #[inline]
     pub fn get(&self, tag: u16) -> IoDesc {
         assert!(tag < self.depth, "tag {tag} of a queue of depth {}", self.depth);
         // SAFETY: the index is below the depth that was mapped.

@@ -354,6 +354,10 @@ impl Sqe {
         Self(self.0.user_data(user_data))
     }
 
+    pub(crate) const fn entry(&self) -> &squeue::Entry {
+        &self.0
+    }
+
     pub(crate) fn entries(sqes: &[Self]) -> &[squeue::Entry] {
         // SAFETY: `Sqe` is a transparent wrapper, so a slice of them is a slice of entries.
         unsafe { std::slice::from_raw_parts(sqes.as_ptr().cast(), sqes.len()) }

@@ -21,7 +21,7 @@ impl<P: Planner> Engine<P> {
         // The ring's order makes the registration precede the use.
         let lease = self.registry.activate(lease);
         let slot = lease.slot();
-        let key = self.inflight.next_key();
+        let key = self.inflight.next_key(tag);
         let borrow = key.and_then(|key| self.registry.borrow(&lease, key.borrower()).ok());
         let run = &mut self.tags[tag.index()].run;
         run.held = Held::Active(lease);
@@ -38,7 +38,7 @@ impl<P: Planner> Engine<P> {
         let (borrow, cancel) = (Some(borrow), Cancel::No);
         let (retries, substitutes, moved) = (run.retries, run.substitutes, run.moved);
         let inflight = InFlight { tag, op, moved, borrow, retries, substitutes, cancel, deadline };
-        self.inflight.insert(inflight);
+        self.inflight.insert(key, inflight);
         self.stats.ops += 1;
         self.stamp_issue(tag, port);
         port.submit_chain(self.next_turn(tag), slot, key, &op);

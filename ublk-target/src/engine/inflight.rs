@@ -1,11 +1,10 @@
 //! The table of operations in flight.
 
 use bufreg::{Borrow, Borrower};
-use slab::Slab;
 use uring_ext::Errno;
 
 use super::key::OpKey;
-use crate::plan::{Op, WINDOW_OPS};
+use crate::plan::{BackingIndex, Op, OpKind, WINDOW_OPS};
 use crate::units::Tag;
 
 /// What a completion means for its operation.
@@ -48,6 +47,15 @@ pub(super) struct InFlight {
 }
 
 impl InFlight {
+    /// What stands in a place of a tag that has had no operation.
+    const fn nothing(tag: Tag) -> Self {
+        let op =
+            Op { kind: OpKind::Flush, backing: BackingIndex(0), offset: 0, len: 0, buf_offset: 0 };
+        let (cancel, deadline) = (Cancel::No, u64::MAX);
+        let (borrow, retries, substitutes) = (None, 0, 0);
+        Self { tag, op, moved: 0, borrow, retries, substitutes, cancel, deadline }
+    }
+
     /// Goes back to the start of the block that it has come to, for somebody else to go on with: a
     /// drive may take whole blocks only.
     pub fn rewind(&mut self, block: u32) {
@@ -77,46 +85,99 @@ impl InFlight {
     }
 }
 
+/// Places of a tag.
+const PLACES: u16 = 8;
+const _: () = assert!(PLACES as usize == WINDOW_OPS);
+
+/// A place of the table. A vacant one keeps what was in it last.
 #[derive(Debug)]
 struct Entry {
+    live: bool,
     serial: u32,
     inflight: InFlight,
 }
 
-/// Room for a full window of every tag, allocated once.
+/// Room for a full window of every tag, allocated once. Each tag has places of its own.
 #[derive(Debug)]
 pub(super) struct InFlightTable {
-    entries: Slab<Entry>,
-    capacity: usize,
+    entries: Box<[Entry]>,
     next_serial: u32,
+    /// Operations that go straight; the rest is about the others.
+    straight: usize,
+    count: usize,
     transfers: usize,
 }
 
 impl InFlightTable {
     pub fn new(depth: u16) -> Self {
-        let capacity = usize::from(depth) * WINDOW_OPS;
-        Self { entries: Slab::with_capacity(capacity), capacity, next_serial: 0, transfers: 0 }
+        let vacant = |tag| Entry { live: false, serial: 0, inflight: InFlight::nothing(Tag(tag)) };
+        let places = |tag| std::iter::repeat_with(move || vacant(tag)).take(WINDOW_OPS);
+        let entries = (0..depth).flat_map(places).collect();
+        Self { entries, next_serial: 0, straight: 0, count: 0, transfers: 0 }
     }
 
-    /// The key that the next operation added will have; `None` if the table is full.
-    pub fn next_key(&self) -> Option<OpKey> {
-        if self.entries.len() == self.capacity {
-            return None;
-        }
-        let place = u16::try_from(self.entries.vacant_key()).ok()?;
-        Some(OpKey { place, serial: self.next_serial })
+    /// The tag that has a place.
+    #[inline]
+    pub fn tag_of(key: OpKey) -> Tag {
+        Tag(key.place / PLACES)
     }
 
-    /// Adds an operation under [`InFlightTable::next_key`].
-    pub fn insert(&mut self, inflight: InFlight) {
-        let serial = self.take_serial();
+    /// Whether a place is the first of its tag, which is that of operations that go straight.
+    #[inline]
+    pub const fn is_first(key: OpKey) -> bool {
+        key.place % PLACES == 0
+    }
+
+    /// The key of an operation that goes straight, of a tag that has none in flight.
+    #[inline]
+    pub fn first_key(&self, tag: Tag) -> OpKey {
+        OpKey { place: tag.0 * PLACES, serial: self.next_serial }
+    }
+
+    /// An operation goes straight, under [`InFlightTable::first_key`]; others know what it is.
+    #[inline]
+    pub fn begin_straight(&mut self) {
+        self.next_serial = self.next_serial.wrapping_add(1);
+        self.straight += 1;
+    }
+
+    /// An operation that went straight is no more, or goes on as any other.
+    #[inline]
+    pub fn end_straight(&mut self) {
+        self.straight -= 1;
+    }
+
+    /// Adds an operation that went straight.
+    pub fn insert_straight(&mut self, serial: u32, inflight: InFlight) {
+        let next_serial = self.next_serial;
+        self.insert(OpKey { place: inflight.tag.0 * PLACES, serial }, inflight);
+        self.next_serial = next_serial;
+    }
+
+    /// The key that the next operation of a tag will have; `None` if the tag has a full window.
+    #[inline]
+    pub fn next_key(&self, tag: Tag) -> Option<OpKey> {
+        let first = tag.index() * WINDOW_OPS;
+        let places = self.entries.get(first..first + WINDOW_OPS)?;
+        let place = first + places.iter().position(|entry| !entry.live)?;
+        Some(OpKey { place: u16::try_from(place).ok()?, serial: self.next_serial })
+    }
+
+    /// Adds an operation under the key that [`InFlightTable::next_key`] has just given.
+    #[inline]
+    pub fn insert(&mut self, key: OpKey, inflight: InFlight) {
+        let entry = &mut self.entries[usize::from(key.place)];
+        debug_assert!(!entry.live && entry.inflight.tag == inflight.tag);
+        *entry = Entry { live: true, serial: key.serial, inflight };
+        self.next_serial = key.serial.wrapping_add(1);
+        self.count += 1;
         self.transfers += usize::from(inflight.op.has_data());
-        self.entries.insert(Entry { serial, inflight });
     }
 
+    #[inline]
     pub fn get_mut(&mut self, key: OpKey) -> Option<&mut InFlight> {
         let entry = self.entries.get_mut(usize::from(key.place))?;
-        (entry.serial == key.serial).then_some(&mut entry.inflight)
+        (entry.live && entry.serial == key.serial).then_some(&mut entry.inflight)
     }
 
     /// Gives a live operation a new key, for its next submission.
@@ -124,48 +185,43 @@ impl InFlightTable {
     /// # Panics
     /// If the key is not live.
     pub fn renew(&mut self, key: OpKey) -> (OpKey, InFlight) {
-        let serial = self.take_serial();
+        let serial = self.next_serial;
+        self.next_serial = serial.wrapping_add(1);
         let entry = &mut self.entries[usize::from(key.place)];
-        assert_eq!(entry.serial, key.serial, "renewed a stale operation");
+        assert!(entry.live && entry.serial == key.serial, "renewed a stale operation");
         entry.serial = serial;
         (OpKey { place: key.place, serial }, entry.inflight)
     }
 
     pub fn remove(&mut self, key: OpKey) -> Option<InFlight> {
-        self.get_mut(key)?;
-        let entry = self.entries.try_remove(usize::from(key.place))?;
-        self.transfers -= usize::from(entry.inflight.op.has_data());
-        Some(entry.inflight)
+        let inflight = *self.get_mut(key)?;
+        self.entries[usize::from(key.place)].live = false;
+        self.count -= 1;
+        self.transfers -= usize::from(inflight.op.has_data());
+        Some(inflight)
     }
 
     /// How many read or write.
     pub fn transfers(&self) -> usize {
-        self.transfers
+        self.transfers + self.straight
     }
 
     /// All operations, for what happens rarely.
     pub fn iter_mut(&mut self) -> impl Iterator<Item = (OpKey, &mut InFlight)> {
-        self.entries.iter_mut().filter_map(|(place, entry)| {
-            let place = u16::try_from(place).ok()?;
-            Some((OpKey { place, serial: entry.serial }, &mut entry.inflight))
-        })
+        self.entries
+            .iter_mut()
+            .zip(0..=u16::MAX)
+            .filter(|(entry, _)| entry.live)
+            .map(|(entry, place)| (OpKey { place, serial: entry.serial }, &mut entry.inflight))
     }
 
     pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
+        self.count + self.straight == 0
     }
 
-    /// The operation that the registry knows by this label.
-    pub fn borrower(&self, borrower: Borrower) -> Option<&InFlight> {
-        let [_, _, p1, p0, s3, s2, s1, s0] = borrower.0.to_be_bytes();
-        let entry = self.entries.get(usize::from(u16::from_be_bytes([p1, p0])))?;
-        (entry.serial == u32::from_be_bytes([s3, s2, s1, s0])).then_some(&entry.inflight)
-    }
-
-    fn take_serial(&mut self) -> u32 {
-        let serial = self.next_serial;
-        self.next_serial = serial.wrapping_add(1);
-        serial
+    pub fn get(&self, key: OpKey) -> Option<&InFlight> {
+        let entry = self.entries.get(usize::from(key.place))?;
+        (entry.live && entry.serial == key.serial).then_some(&entry.inflight)
     }
 }
 
@@ -173,6 +229,13 @@ impl OpKey {
     /// By which the registry knows the operation.
     pub(super) fn borrower(self) -> Borrower {
         Borrower((u64::from(self.place) << 32) | u64::from(self.serial))
+    }
+
+    /// The operation that the registry knows by a label.
+    pub(super) fn of_borrower(borrower: Borrower) -> Self {
+        let [_, _, p1, p0, s3, s2, s1, s0] = borrower.0.to_be_bytes();
+        let place = u16::from_be_bytes([p1, p0]);
+        Self { place, serial: u32::from_be_bytes([s3, s2, s1, s0]) }
     }
 }
 
@@ -190,8 +253,8 @@ mod tests {
     }
 
     fn insert(table: &mut InFlightTable) -> Option<OpKey> {
-        let key = table.next_key()?;
-        table.insert(inflight(OpKind::Read));
+        let key = table.next_key(Tag(0))?;
+        table.insert(key, inflight(OpKind::Read));
         Some(key)
     }
 
@@ -229,8 +292,8 @@ mod tests {
         let first = insert(&mut table).unwrap();
         let (renewed, _) = table.renew(first);
         assert!(table.get_mut(first).is_none());
-        assert!(table.borrower(first.borrower()).is_none());
-        assert!(table.borrower(renewed.borrower()).is_some());
+        assert!(table.get(OpKey::of_borrower(first.borrower())).is_none());
+        assert!(table.get(OpKey::of_borrower(renewed.borrower())).is_some());
         assert!(table.remove(renewed).is_some());
         let next = insert(&mut table).unwrap();
         assert_eq!(next.place, renewed.place);
@@ -240,11 +303,16 @@ mod tests {
     }
 
     #[test]
-    fn the_table_is_bounded() {
+    fn a_tag_has_a_window_of_its_own() {
         let mut table = InFlightTable::new(2);
-        for _ in 0..2 * WINDOW_OPS {
+        for _ in 0..WINDOW_OPS {
             assert!(insert(&mut table).is_some());
         }
         assert!(insert(&mut table).is_none());
+        let other = table.next_key(Tag(1)).unwrap();
+        assert_eq!(usize::from(other.place), WINDOW_OPS);
+        assert!(table.get_mut(other).is_none(), "not yet");
+        assert!(table.next_key(Tag(2)).is_none(), "there is no such tag");
+        assert_eq!(table.iter_mut().count(), WINDOW_OPS);
     }
 }

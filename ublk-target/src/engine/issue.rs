@@ -47,7 +47,7 @@ impl<P: Planner> Engine<P> {
         port: &mut impl Port,
     ) -> Result<(), Errno> {
         // The table holds a window for every tag, so it has room.
-        let key = self.inflight.next_key().ok_or(Errno::EIO)?;
+        let key = self.inflight.next_key(tag).ok_or(Errno::EIO)?;
         if op.buffer() == Some(Buffer::Scratch) {
             self.hold_scratch(tag)?;
         }
@@ -72,7 +72,7 @@ impl<P: Planner> Engine<P> {
         let deadline = deadline_of(self.config.deadline, self.now);
         let (moved, retries, cancel) = (0, 0, Cancel::No);
         let inflight = InFlight { tag, op, moved, borrow, retries, substitutes, cancel, deadline };
-        self.inflight.insert(inflight);
+        self.inflight.insert(key, inflight);
         run.pending += 1;
         port.submit(key, &op, borrow.map(|borrow| borrow.slot()));
         Ok(())

@@ -114,6 +114,8 @@ pub struct Engine<P> {
     /// Tags that the driver will not deliver to again.
     ended: u16,
     now: u64,
+    /// The slot of tag 0, while requests may go straight.
+    straight_slots: Option<SlotIndex>,
     recorder: Option<Box<Recorder>>,
     stats: EngineStats,
 }
@@ -133,6 +135,7 @@ impl<P: Planner> Engine<P> {
             settled: false,
             ended: 0,
             now: 0,
+            straight_slots: config.straight_slots(),
             recorder: None,
             stats: EngineStats::default(),
         }
@@ -153,14 +156,14 @@ impl<P: Planner> Engine<P> {
     }
 
     /// The driver delivered a request.
-    #[inline]
+    #[inline(always)]
     pub fn delivered(&mut self, key: TagKey, iod: IoDesc, port: &mut impl Port) {
-        if self.deliver_straight(key, iod, port) {
-            return self.serve_deferred(port);
+        if !self.deliver_straight(key, iod, port) {
+            self.deliver(key, iod, port);
         }
-        self.deliver(key, iod, port);
     }
 
+    #[inline(never)]
     fn deliver(&mut self, key: TagKey, iod: IoDesc, port: &mut impl Port) {
         if !self.believes(key) {
             return;
@@ -202,15 +205,16 @@ impl<P: Planner> Engine<P> {
     }
 
     /// An operation completed with `res`.
-    #[inline]
+    #[inline(always)]
     pub fn completed(&mut self, key: OpKey, res: i32, port: &mut impl Port) {
         if !self.complete_straight(key, res, port) {
             self.complete(key, res, port);
+            self.serve_waiting(port);
         }
-        self.serve_waiting(port);
         self.serve_deferred(port);
     }
 
+    #[inline(never)]
     fn complete(&mut self, key: OpKey, res: i32, port: &mut impl Port) {
         let Some(op) = self.inflight.get_mut(key) else {
             self.stats.stale += 1;
@@ -267,7 +271,9 @@ impl<P: Planner> Engine<P> {
 
     /// What [`Engine::completed`] is told of an operation that has been carried out as a whole.
     pub fn whole(&mut self, key: OpKey) -> i32 {
-        let len = self.inflight.get_mut(key).map_or(0, |inflight| inflight.op.len);
+        let straight = self.straight_tag(key).map(|state| state.straight.request.len);
+        let len = straight.or_else(|| self.inflight.get(key).map(|inflight| inflight.op.len));
+        let len = len.unwrap_or(0);
         i32::try_from(len).unwrap_or(i32::MAX)
     }
 
@@ -333,11 +339,17 @@ impl<P: Planner> Engine<P> {
 
     /// The operation and tag that the registry knows by a label, while it is in flight.
     pub fn borrower(&self, borrower: Borrower) -> Option<(Tag, Op)> {
-        self.inflight.borrower(borrower).map(|inflight| (inflight.tag, inflight.op))
+        let key = OpKey::of_borrower(borrower);
+        let straight = self.straight_tag(key).map(|state| {
+            let op = Op::all_of(&state.straight.request, state.straight.place);
+            (InFlightTable::tag_of(key), op)
+        });
+        straight.or_else(|| self.inflight.get(key).map(|inflight| (inflight.tag, inflight.op)))
     }
 
     /// Begins or ends the measuring of latencies; returns the recorder that ends.
     pub fn measure(&mut self, recorder: Option<Box<Recorder>>) -> Option<Box<Recorder>> {
+        self.straight_slots = self.config.straight_slots().filter(|_| recorder.is_none());
         std::mem::replace(&mut self.recorder, recorder)
     }
 

@@ -149,7 +149,8 @@ impl<P: Planner> Engine<P> {
             // What it was to wait for may have settled meanwhile.
             return self.begin_again(tag, port);
         }
-        let is_awaited = self.tags.iter().any(|state| state.run.accepted);
+        let is_awaited = |state: &TagState| state.run.accepted || state.phase == Phase::Straight;
+        let is_awaited = self.tags.iter().any(is_awaited);
         let TagState { phase, run, .. } = &mut self.tags[tag.index()];
         if !is_awaited {
             // It would wait for ever.

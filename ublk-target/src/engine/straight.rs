@@ -1,18 +1,31 @@
 //! Requests that go straight: lent by the driver, one operation, done as a whole. Most do, so they
-//! pay for nothing that others may need. Whatever is unusual goes the long way, which finds
-//! everything as if the request had come by it.
+//! pay for nothing that others may need, and what is known of them is in one place. Whatever is
+//! unusual goes the long way, which finds everything as if the request had come by it.
 
+use bufreg::SlotIndex;
 use uring_ext::iod::IoDesc;
 use uring_ext::sys;
 
-use super::inflight::{Cancel, InFlight};
+use super::inflight::{Cancel, InFlight, InFlightTable};
 use super::key::{OpKey, TagKey};
 use super::latency::Stamps;
-use super::tag::{Held, Phase, Way};
-use super::{Engine, Port, SlotChoice, deadline_of};
+use super::tag::{Held, Phase, Straight, TagState};
+use super::{Engine, EngineConfig, Port, SlotChoice};
 use crate::lend::LendMode;
-use crate::plan::Planner;
+use crate::plan::{Op, Planner};
 use crate::request::Request;
+use crate::units::Tag;
+
+impl EngineConfig {
+    /// The slot of tag 0 if the driver lends each tag's buffer in a slot of its own, and nobody
+    /// has asked for deadlines.
+    pub(super) fn straight_slots(&self) -> Option<SlotIndex> {
+        match (self.lend, self.slots.choice, self.deadline) {
+            (LendMode::Fused, SlotChoice::From(first), None) => Some(SlotIndex(first)),
+            (_, SlotChoice::From(_) | SlotChoice::AnyFree, _) => None,
+        }
+    }
+}
 
 impl<P: Planner> Engine<P> {
     /// Takes a request up and issues its operation. Returns false, and changes nothing, if it
@@ -24,84 +37,101 @@ impl<P: Planner> Engine<P> {
         iod: IoDesc,
         port: &mut impl Port,
     ) -> bool {
-        let (LendMode::Fused, SlotChoice::From(_), None) =
-            (self.config.lend, self.config.slots.choice, &self.recorder)
-        else {
-            return false;
-        };
-        if key.tag.0 >= self.config.queue.depth {
-            return false;
-        }
-        let (slot, owner) = (self.tag_slot(key.tag), self.owner(key.tag));
-        let state = &mut self.tags[key.tag.index()];
+        let Some(SlotIndex(first)) = self.straight_slots else { return false };
+        let owner = self.owner(key.tag);
+        let Some(state) = self.tags.get_mut(key.tag.index()) else { return false };
         let is_expected = state.turn == key.turn && state.phase == Phase::WithDriver;
         if !is_expected || iod.has(sys::UBLK_IO_F_NEED_REG_BUF) {
             return false;
         }
         let Ok(request) = Request::decode(iod, &self.config.geometry) else { return false };
-        let Some(op) = self.planner.single(&request) else { return false };
-        let Some(op_key) = self.inflight.next_key() else { return false };
-        // It is not free if it was in quarantine, or the tag has a request.
+        let Some(place) = self.planner.single(&request) else { return false };
+        let op_key = self.inflight.first_key(key.tag);
+        let slot = SlotIndex(first + key.tag.0);
+        // It is not free if it was in quarantine.
         let lent = self.registry.lend(slot, owner, self.now, op_key.borrower());
-        let Ok((lease, borrow)) = lent else { return false };
-        state.phase = Phase::Running;
-        state.plan.clear();
-        // The window has room: it was empty.
-        let _ = state.plan.push(op);
-        let run = &mut state.run;
-        run.renew(request, false, Stamps::default());
-        run.accepted = true;
-        run.held = Held::Active(lease);
-        (run.next_op, run.pending) = (1, 1);
+        let Ok(lease) = lent else { return false };
+        self.inflight.begin_straight();
+        state.phase = Phase::Straight;
+        state.straight = Straight { lease: Some(lease), serial: op_key.serial, request, place };
         self.stats.requests[request.kind.index()] += 1;
         self.stats.bytes[request.kind.index()] += request.len;
         self.stats.ops += 1;
-        let deadline = deadline_of(self.config.deadline, self.now);
-        let (moved, retries, substitutes, cancel) = (0, 0, 0, Cancel::No);
-        let (tag, borrow) = (key.tag, Some(borrow));
-        let inflight = InFlight { tag, op, moved, borrow, retries, substitutes, cancel, deadline };
-        self.inflight.insert(inflight);
-        port.submit(op_key, &op, Some(slot));
+        port.submit(op_key, &Op::all_of(&request, place), Some(slot));
         true
     }
 
-    /// Ends a request whose last operation has moved all its bytes. Returns false, and changes
-    /// nothing, if there is more to be done.
+    /// Ends a request whose operation has moved all its bytes. Returns false if there is more to be
+    /// done, or the operation is none that went straight.
     #[inline(always)]
     pub(super) fn complete_straight(&mut self, key: OpKey, res: i32, port: &mut impl Port) -> bool {
-        let Some(&mut InFlight { tag, op, borrow, .. }) = self.inflight.get_mut(key) else {
-            return false;
-        };
-        let is_whole = u64::try_from(res) == Ok(op.len) && op.has_data();
-        let state = &mut self.tags[tag.index()];
-        let run = &mut state.run;
-        let is_last = state.phase == Phase::Running
-            && run.pending == 1
-            && run.is_complete(&state.plan)
-            && !state.plan.is_marked();
-        let is_plain = run.way == Way::Delivered
-            && matches!(run.scratch, Held::Nothing)
-            && self.recorder.is_none();
-        let (true, true, true, Some(borrow)) = (is_whole, is_last, is_plain, borrow) else {
-            return false;
-        };
-        let lease = match run.held.take() {
-            Held::Active(lease) => lease,
-            held @ (Held::Nothing
-            | Held::Reserved(_)
-            | Held::Retiring(_)
-            | Held::Quarantined(_)) => {
-                run.held = held;
-                return false;
-            }
-        };
-        if let Err(lease) = self.registry.take_back(lease, borrow) {
-            run.held = Held::Active(lease);
+        let tag = InFlightTable::tag_of(key);
+        let Some(state) = self.tags.get_mut(tag.index()) else { return false };
+        if !state.goes_straight(key) {
             return false;
         }
-        run.pending = 0;
-        self.inflight.remove(key);
-        self.answer(tag, port);
+        let request = state.straight.request;
+        let is_whole = u64::try_from(res) == Ok(request.len);
+        if !is_whole || self.straight_slots.is_none() {
+            self.leave_straight(tag);
+            return false;
+        }
+        let Some(lease) = state.straight.lease.take() else { return false };
+        let slot = lease.slot();
+        self.registry.take_back(lease);
+        self.inflight.end_straight();
+        state.phase = Phase::WithDriver;
+        state.turn = state.turn.wrapping_add(1);
+        self.stats.commits += 1;
+        let next = TagKey { tag, turn: state.turn };
+        self.planner.settled(&request, Ok(()));
+        port.commit(next, res, slot);
+        self.settled = !self.deferred.is_empty();
         true
+    }
+
+    /// Has a request that goes straight go on as any other.
+    #[cold]
+    pub(super) fn leave_straight(&mut self, tag: Tag) {
+        let state = &mut self.tags[tag.index()];
+        let Straight { lease, serial, request, place } = &mut state.straight;
+        let Some(lease) = lease.take() else { return };
+        let (lease, borrow) = self.registry.part(lease);
+        let (op, borrow) = (Op::all_of(request, *place), Some(borrow));
+        state.run.renew(*request, false, Stamps::default());
+        state.run.accepted = true;
+        state.run.held = Held::Active(lease);
+        (state.run.next_op, state.run.pending) = (1, 1);
+        state.plan.set_single(op);
+        state.phase = Phase::Running;
+        let (moved, retries, substitutes, cancel) = (0, 0, 0, Cancel::No);
+        let deadline = u64::MAX;
+        let inflight = InFlight { tag, op, moved, borrow, retries, substitutes, cancel, deadline };
+        self.inflight.end_straight();
+        self.inflight.insert_straight(*serial, inflight);
+    }
+
+    /// Has all requests go on as any others.
+    pub(super) fn leave_all_straight(&mut self) {
+        for tag in 0..self.config.queue.depth {
+            if self.tags[usize::from(tag)].phase == Phase::Straight {
+                self.leave_straight(Tag(tag));
+            }
+        }
+    }
+
+    /// The tag of the operation that goes straight under a label of the registry.
+    pub(super) fn straight_tag(&self, key: OpKey) -> Option<&TagState> {
+        let state = self.tags.get(InFlightTable::tag_of(key).index())?;
+        state.goes_straight(key).then_some(state)
+    }
+}
+
+impl TagState {
+    /// Whether the key is that of the operation of a request that goes straight.
+    #[inline]
+    fn goes_straight(&self, key: OpKey) -> bool {
+        let is_first = InFlightTable::is_first(key);
+        self.phase == Phase::Straight && is_first && self.straight.serial == key.serial
     }
 }

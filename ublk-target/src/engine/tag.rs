@@ -1,11 +1,11 @@
 //! The state of a tag.
 
-use bufreg::{Active, Lease, LeaseKey, Quarantined, Reserved, Retiring};
+use bufreg::{Active, Lease, LeaseKey, Quarantined, Reserved, Retiring, Sole};
 use uring_ext::Errno;
 
 use super::inflight::{InFlight, Progress};
 use super::latency::Stamps;
-use crate::plan::Plan;
+use crate::plan::{BackingIndex, Place, Plan};
 use crate::request::{Request, RequestKind};
 
 /// Who has a tag, and what for.
@@ -22,18 +22,35 @@ pub(super) enum Phase {
     Registering,
     /// The engine; the request is being carried out.
     Running,
+    /// The engine; the request is being carried out by one operation, of which nothing is known but
+    /// what is in [`TagState::straight`].
+    Straight,
     /// The engine; the buffer is being unregistered, then the result is committed.
     Unregistering,
     /// Nobody: the device is stopped.
     Ended,
 }
 
+/// All that most requests need, in one or two cache lines with what comes before it.
+#[derive(Debug)]
+pub(super) struct Straight {
+    /// Stands for the operation's borrow too.
+    pub lease: Option<Lease<Sole>>,
+    /// Serial of the operation, which has the first of the tag's places.
+    pub serial: u32,
+    pub request: Request,
+    pub place: Place,
+}
+
 /// Everything about a tag, in one place that it has from the start.
 #[derive(Debug)]
+#[repr(C, align(64))]
 pub(super) struct TagState {
     pub phase: Phase,
     /// Which of the tag's commands is the last.
     pub turn: u32,
+    /// The request that goes straight, or the last one that did.
+    pub straight: Straight,
     /// The request, or the last one.
     pub run: Run,
     /// The request's window of operations.
@@ -45,9 +62,11 @@ pub(super) struct TagState {
 impl TagState {
     pub fn new() -> Self {
         let nothing = Request { kind: RequestKind::Flush, offset: 0, len: 0 };
+        let place = Place { backing: BackingIndex(0), offset: 0 };
         Self {
             phase: Phase::WithDriver,
             turn: 0,
+            straight: Straight { lease: None, serial: 0, request: nothing, place },
             run: Run::new(nothing, false, Stamps::default()),
             plan: Plan::default(),
             quarantined: None,
@@ -62,14 +81,16 @@ impl TagState {
             | Phase::Deferred
             | Phase::Registering
             | Phase::Running
+            | Phase::Straight
             | Phase::Unregistering => true,
         }
     }
 
     /// The leases that the tag holds.
     pub fn lease_keys(&self) -> impl Iterator<Item = LeaseKey> {
+        let straight = self.straight.lease.as_ref().map(Lease::key);
         let held = self.run.held.key().into_iter().chain(self.run.scratch.key());
-        held.chain(self.quarantined.as_ref().map(Lease::key))
+        held.chain(straight).chain(self.quarantined.as_ref().map(Lease::key))
     }
 
     /// The chain that is under way.

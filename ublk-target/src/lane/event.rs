@@ -39,6 +39,7 @@ const INCARNATION_MASK: u32 = 0xfff;
 impl Event {
     /// As `user_data` of an entry.
     #[must_use]
+    #[inline]
     pub fn encode(self, incarnation: Incarnation) -> u64 {
         let of_tag = |key: TagKey| (u64::from(key.tag.0) << 32) | u64::from(key.turn);
         let of_op = |key: OpKey| (u64::from(key.place) << 32) | u64::from(key.serial);
@@ -61,16 +62,19 @@ impl Event {
     /// From the `user_data` of a completion; `None` for what another incarnation asked for, and
     /// for what nobody did.
     #[must_use]
+    #[inline(always)]
     pub fn decode(user_data: u64, incarnation: Incarnation) -> Option<Self> {
-        let [head, low, h1, h0, l3, l2, l1, l0] = user_data.to_be_bytes();
-        if (u32::from(head & 0xf) << 8 | u32::from(low)) != incarnation.0 & INCARNATION_MASK {
+        let [l0, l1, l2, l3, h0, h1, ..] = user_data.to_le_bytes();
+        if (user_data >> INCARNATION_SHIFT) & u64::from(INCARNATION_MASK)
+            != u64::from(incarnation.0 & INCARNATION_MASK)
+        {
             return None;
         }
-        let high = u16::from_be_bytes([h1, h0]);
-        let low = u32::from_be_bytes([l3, l2, l1, l0]);
+        let high = u16::from_le_bytes([h0, h1]);
+        let low = u32::from_le_bytes([l0, l1, l2, l3]);
         let of_tag = TagKey { tag: Tag(high), turn: low };
         let of_op = OpKey { place: high, serial: low };
-        match head >> 4 {
+        match user_data >> KIND_SHIFT {
             0 => Some(Self::Fetched(of_tag)),
             1 => Some(Self::Op(of_op)),
             2 => Some(Self::Registered(of_tag)),

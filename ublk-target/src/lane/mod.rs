@@ -118,6 +118,7 @@ impl<P: Planner, Io: LaneIo> Lane<P, Io> {
     }
 
     /// Deals with a completion.
+    #[inline(always)]
     pub fn handle(&mut self, cqe: Cqe) -> Handled {
         let incarnation = self.engine.config().incarnation;
         let Some(event) = Event::decode(cqe.user_data, incarnation) else {
@@ -125,40 +126,56 @@ impl<P: Planner, Io: LaneIo> Lane<P, Io> {
             return Handled::Done;
         };
         let (engine, port) = (&mut self.engine, &mut self.port);
+        let (key, res) = match event {
+            Event::Fetched(key) if cqe.res >= 0 && key.tag.0 < engine.config().queue.depth => {
+                let iod = port.io.iod(key.tag);
+                engine.delivered(key, iod, port);
+                return Handled::Done;
+            }
+            Event::Op(key) => (key, cqe.res),
+            Event::Command(key) => match nvme::error_of(cqe.res) {
+                Some(errno) => (key, errno.negated()),
+                // Commands are carried out as a whole or not at all.
+                None => (key, engine.whole(key)),
+            },
+            Event::Injected(key) => (key, Errno::EAGAIN.negated()),
+            Event::Fetched(_)
+            | Event::Registered(_)
+            | Event::Unregistered(_)
+            | Event::Cancelled
+            | Event::Wake
+            | Event::Told
+            | Event::Unsent => return self.handle_other(event, cqe.res),
+        };
+        engine.completed(key, res, port);
+        Handled::Done
+    }
+
+    /// Deals with what is neither a delivery nor the end of an operation.
+    #[inline(never)]
+    fn handle_other(&mut self, event: Event, res: i32) -> Handled {
+        let (engine, port) = (&mut self.engine, &mut self.port);
         match event {
-            Event::Fetched(key) => match Errno::from_result(cqe.res) {
+            Event::Fetched(key) => match Errno::from_result(res) {
                 // There is no descriptor of a tag that does not exist.
-                Ok(_) if key.tag.0 >= engine.config().queue.depth => engine.note_stale(),
-                Ok(_) => {
-                    let iod = port.io.iod(key.tag);
-                    engine.delivered(key, iod, port);
-                }
+                Ok(_) => engine.note_stale(),
                 Err(errno) => {
                     if engine.fetch_ended(key) && errno != Errno::ENODEV {
                         self.refused.get_or_insert(LaneError::Refused { tag: key.tag, errno });
                     }
                 }
             },
-            Event::Op(key) => engine.completed(key, cqe.res, port),
-            Event::Command(key) => {
-                let res = match nvme::error_of(cqe.res) {
-                    Some(errno) => errno.negated(),
-                    // Commands are carried out as a whole or not at all.
-                    None => engine.whole(key),
-                };
-                engine.completed(key, res, port);
-            }
-            Event::Injected(key) => engine.completed(key, Errno::EAGAIN.negated(), port),
-            Event::Registered(key) => engine.registered(key, cqe.res, port),
-            Event::Unregistered(key) => engine.unregistered(key, cqe.res, port),
+            Event::Registered(key) => engine.registered(key, res, port),
+            Event::Unregistered(key) => engine.unregistered(key, res, port),
             // What it achieved shows in the operation's own completion.
             Event::Cancelled => {}
             Event::Wake => return Handled::Wake,
             Event::Told => return Handled::Told,
             Event::Unsent => {
-                let errno = Errno::from_result(cqe.res).err().unwrap_or(Errno::EIO);
-                self.port.failure.get_or_insert(errno);
+                let errno = Errno::from_result(res).err().unwrap_or(Errno::EIO);
+                port.failure.get_or_insert(errno);
             }
+            Event::Op(_) | Event::Command(_) | Event::Injected(_) => engine.note_stale(),
         }
         Handled::Done
     }

@@ -134,25 +134,30 @@ impl<Io: LaneIo> RingPort<Io> {
     }
 
     /// Pushes entries of the lane's own.
-    #[inline]
+    #[inline(always)]
     pub fn push(&mut self, role: RingRole, sqes: &[Sqe]) {
-        if self.backlog.is_empty() {
-            match self.io.push(role, sqes) {
-                Ok(()) => return,
-                Err(Errno::EBUSY) => {}
-                Err(errno) => {
-                    self.failure.get_or_insert(errno);
-                    return;
-                }
-            }
+        let pushed =
+            if self.backlog.is_empty() { self.io.push(role, sqes) } else { Err(Errno::EBUSY) };
+        if let Err(errno) = pushed {
+            self.not_pushed(role, sqes, errno);
         }
-        self.backlog.extend(sqes.iter().map(|sqe| (role, sqe.clone())));
     }
 
+    #[cold]
+    fn not_pushed(&mut self, role: RingRole, sqes: &[Sqe], errno: Errno) {
+        if errno == Errno::EBUSY {
+            self.backlog.extend(sqes.iter().map(|sqe| (role, sqe.clone())));
+        } else {
+            self.failure.get_or_insert(errno);
+        }
+    }
+
+    #[inline]
     fn named(&self, sqe: Sqe, event: Event) -> Sqe {
         sqe.user_data(event.encode(self.incarnation))
     }
 
+    #[inline]
     fn delivery(&self, tag: Tag, slot: SlotIndex) -> Delivery {
         match self.lend {
             LendMode::Fused if self.faults.is_some_and(|faults| faults.auto_register) => {
@@ -186,6 +191,7 @@ impl<Io: LaneIo> RingPort<Io> {
         self.named(sqe, Event::Unregistered(key))
     }
 
+    #[inline(never)]
     fn op_entry(&mut self, key: OpKey, op: &Op, slot: Option<SlotIndex>) -> OpEntry {
         let mut op = *op;
         let route = self.routes[usize::from(op.backing.0)];
@@ -243,6 +249,12 @@ impl<Io: LaneIo> RingPort<Io> {
         }
     }
 
+    #[inline(never)]
+    fn submit_other(&mut self, key: OpKey, op: &Op, slot: Option<SlotIndex>) {
+        let entry = self.op_entry(key, op, slot);
+        self.push(self.role(op), entry.sqes());
+    }
+
     /// The ring that an operation goes to.
     fn role(&self, op: &Op) -> RingRole {
         if self.polled && !op.has_data() { RingRole::Side } else { RingRole::Io }
@@ -288,6 +300,7 @@ impl<Io: LaneIo> Port for RingPort<Io> {
         self.push(RingRole::Fetch, &[self.named(sqe, Event::Fetched(key))]);
     }
 
+    #[inline]
     fn commit(&mut self, key: TagKey, result: i32, slot: SlotIndex) {
         let delivery = self.delivery(key.tag, slot);
         let sqe = Sqe::commit_and_fetch(CDEV, self.qid, key.tag.0, result, delivery);
@@ -302,6 +315,7 @@ impl<Io: LaneIo> Port for RingPort<Io> {
         self.push(RingRole::Io, &[self.unregister_sqe(key, slot)]);
     }
 
+    #[inline]
     fn submit(&mut self, key: OpKey, op: &Op, slot: Option<SlotIndex>) {
         if let (Some(slot), None) = (slot, &self.faults) {
             if let route @ Route::File(_) = self.routes[usize::from(op.backing.0)] {
@@ -309,8 +323,7 @@ impl<Io: LaneIo> Port for RingPort<Io> {
                 return self.push(RingRole::Io, &[self.named(sqe, Event::Op(key))]);
             }
         }
-        let entry = self.op_entry(key, op, slot);
-        self.push(self.role(op), entry.sqes());
+        self.submit_other(key, op, slot);
     }
 
     fn submit_chain(&mut self, tag: TagKey, slot: SlotIndex, key: OpKey, op: &Op) {

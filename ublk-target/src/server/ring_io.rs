@@ -79,7 +79,7 @@ impl RingIo<'_> {
 }
 
 impl LaneIo for RingIo<'_> {
-    #[inline]
+    #[inline(always)]
     fn push(&mut self, role: RingRole, sqes: &[Sqe]) -> Result<(), Errno> {
         match (role, &mut self.parts.io_lane, &mut self.side) {
             (RingRole::Io, Some(io_lane), _) => io_lane.push(sqes),

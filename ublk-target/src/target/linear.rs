@@ -2,8 +2,8 @@
 
 use uring_ext::Errno;
 
-use super::{of_all, op_kind, push_flushes};
-use crate::plan::{BackingIndex, Op, Plan, Planner};
+use super::push_flushes;
+use crate::plan::{BackingIndex, Op, OpKind, Place, Plan, Planner};
 use crate::request::{Request, RequestKind};
 
 /// A contiguous range of a backing, and where it begins on the device.
@@ -103,7 +103,7 @@ impl Planner for LinearTarget {
             let into = at - extent.device_start;
             let len = (extent.len - into).min(end - at);
             let op = Op {
-                kind: op_kind(request.kind),
+                kind: OpKind::of_request(request.kind),
                 backing: extent.backing,
                 offset: extent.start + into,
                 len,
@@ -119,14 +119,15 @@ impl Planner for LinearTarget {
     }
 
     #[inline]
-    fn single(&self, request: &Request) -> Option<Op> {
+    fn single(&self, request: &Request) -> Option<Place> {
         if !request.has_data() || request.end_within(self.size).is_err() {
             return None;
         }
         let extent = self.extents.get(self.index_of(request.offset))?;
         let into = request.offset - extent.device_start;
         let is_inside = request.len <= extent.len - into;
-        is_inside.then(|| of_all(request, extent.backing, extent.start + into))
+        let place = Place { backing: extent.backing, offset: extent.start + into };
+        is_inside.then_some(place)
     }
 }
 

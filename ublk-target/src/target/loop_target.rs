@@ -2,8 +2,7 @@
 
 use uring_ext::Errno;
 
-use super::{of_all, op_kind};
-use crate::plan::{BackingIndex, Op, Plan, Planner};
+use crate::plan::{BackingIndex, Op, OpKind, Place, Plan, Planner};
 use crate::request::Request;
 
 /// Maps the device onto the start of backing 0.
@@ -18,7 +17,7 @@ impl Planner for LoopTarget {
         request.end_within(self.size)?;
         let offset = request.offset + from;
         let op = Op {
-            kind: op_kind(request.kind),
+            kind: OpKind::of_request(request.kind),
             backing: BackingIndex(0),
             offset,
             len: request.len - from,
@@ -28,9 +27,10 @@ impl Planner for LoopTarget {
     }
 
     #[inline]
-    fn single(&self, request: &Request) -> Option<Op> {
+    fn single(&self, request: &Request) -> Option<Place> {
         let is_inside = request.end_within(self.size).is_ok();
-        (is_inside && request.has_data()).then(|| of_all(request, BackingIndex(0), request.offset))
+        let place = Place { backing: BackingIndex(0), offset: request.offset };
+        (is_inside && request.has_data()).then_some(place)
     }
 }
 

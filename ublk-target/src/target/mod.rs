@@ -18,8 +18,8 @@ pub use stripe::{BACKINGS as STRIPE_BACKINGS, BadStripe, MIN_CHUNK, StripeTarget
 
 use uring_ext::Errno;
 
-use crate::plan::{BackingIndex, Op, OpKind, Plan, Planner, Verdict};
-use crate::request::{Request, RequestKind};
+use crate::plan::{BackingIndex, Op, OpKind, Place, Plan, Planner, Verdict};
+use crate::request::Request;
 use crate::units::Qid;
 
 /// Any of the targets, told apart without a virtual call.
@@ -104,7 +104,7 @@ impl Planner for AnyTarget {
     }
 
     #[inline]
-    fn single(&self, request: &Request) -> Option<Op> {
+    fn single(&self, request: &Request) -> Option<Place> {
         match self {
             Self::Loop(target) => target.single(request),
             Self::Linear(target) => target.single(request),
@@ -133,23 +133,6 @@ impl Planner for AnyTarget {
             Self::Null(_) | Self::Loop(_) | Self::Linear(_) | Self::Stripe(_) => {}
             Self::Fault(target) => target.settled(request, result),
         }
-    }
-}
-
-/// A read or write of a whole request at one place.
-#[inline]
-const fn of_all(request: &Request, backing: BackingIndex, offset: u64) -> Op {
-    Op { kind: op_kind(request.kind), backing, offset, len: request.len, buf_offset: 0 }
-}
-
-/// What is asked of a backing that has a part of the request's range.
-const fn op_kind(kind: RequestKind) -> OpKind {
-    match kind {
-        RequestKind::Read => OpKind::Read,
-        RequestKind::Write { fua } => OpKind::Write { fua },
-        RequestKind::Flush => OpKind::Flush,
-        RequestKind::Discard => OpKind::Discard,
-        RequestKind::WriteZeroes { may_unmap } => OpKind::WriteZeroes { may_unmap },
     }
 }
 

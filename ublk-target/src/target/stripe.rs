@@ -2,8 +2,8 @@
 
 use uring_ext::Errno;
 
-use super::{of_all, op_kind, push_flushes};
-use crate::plan::{BackingIndex, Op, Plan, Planner};
+use super::push_flushes;
+use crate::plan::{BackingIndex, Op, OpKind, Place, Plan, Planner};
 use crate::request::{Request, RequestKind};
 
 /// Fewest and most backings.
@@ -130,7 +130,7 @@ impl StripeTarget {
             let len = (self.chunk - into_chunk).min(end - at);
             let (row, column) = zone.row_and_column(chunk);
             let op = Op {
-                kind: op_kind(request.kind),
+                kind: OpKind::of_request(request.kind),
                 backing: zone.backings[column],
                 offset: zone.start + row * self.chunk + into_chunk,
                 len,
@@ -166,7 +166,7 @@ impl StripeTarget {
                     continue;
                 }
                 let op = Op {
-                    kind: op_kind(request.kind),
+                    kind: OpKind::of_request(request.kind),
                     backing: *backing,
                     offset: zone.start + start,
                     len: stop - start,
@@ -218,7 +218,7 @@ impl Planner for StripeTarget {
     }
 
     #[inline]
-    fn single(&self, request: &Request) -> Option<Op> {
+    fn single(&self, request: &Request) -> Option<Place> {
         if !request.has_data() || request.end_within(self.size).is_err() {
             return None;
         }
@@ -230,7 +230,7 @@ impl Planner for StripeTarget {
         }
         let (row, column) = zone.row_and_column(chunk);
         let offset = zone.start + row * self.chunk + into_chunk;
-        Some(of_all(request, zone.backings[column], offset))
+        Some(Place { backing: zone.backings[column], offset })
     }
 }
 

@@ -165,11 +165,15 @@ impl Queues<'_> {
     /// # Errors
     /// `EBUSY` if there is still no room, since the kernel did not take what was queued; otherwise
     /// that of `io_uring_enter(2)`.
-    #[inline]
+    #[inline(always)]
     pub fn push(&mut self, sqes: &[Sqe]) -> Result<(), Errno> {
         if let [sqe] = sqes {
-            if !sqe.is_delay() && !self.sq.is_full() {
-                return self.push_entries(sqes);
+            if !sqe.is_delay() {
+                // SAFETY: an `Sqe` names memory only by slot or in a pool that is never unmapped.
+                if unsafe { self.sq.push(sqe.entry()) }.is_ok() {
+                    self.pushed = self.pushed.wrapping_add(1);
+                    return Ok(());
+                }
             }
         }
         self.push_any(sqes)
