@@ -76,7 +76,7 @@ impl Request {
     ///
     /// # Errors
     /// [`Refusal`].
-    #[inline]
+    #[inline(always)]
     pub fn decode(iod: IoDesc, geometry: &Geometry) -> Result<Self, Refusal> {
         let kind = match iod.op() {
             sys::UBLK_IO_OP_READ => RequestKind::Read,
@@ -95,7 +95,7 @@ impl Request {
         if request.fits(geometry) { Ok(request) } else { Err(Refusal::Malformed) }
     }
 
-    #[inline]
+    #[inline(always)]
     fn fits(&self, geometry: &Geometry) -> bool {
         let inside = self.offset.checked_add(self.len).is_some_and(|end| end <= geometry.size);
         // Blocks are powers of two.

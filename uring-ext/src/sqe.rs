@@ -96,12 +96,6 @@ impl FixedBuffer {
             Self::Pool { addr, .. } => addr.get(),
         }
     }
-
-    fn pointer(self) -> *mut u8 {
-        let addr = self.addr();
-        // The kernel looks it up in the slot's range and never treats it as a bare address.
-        std::ptr::with_exposed_provenance_mut(usize::try_from(addr).unwrap_or(usize::MAX))
-    }
 }
 
 /// `struct ublksrv_io_cmd` as bytes.
@@ -112,6 +106,45 @@ fn io_cmd(qid: u16, tag: u16, result: i32, addr: u64) -> [u8; 16] {
     bytes[4..8].copy_from_slice(&result.to_ne_bytes());
     bytes[8..16].copy_from_slice(&addr.to_ne_bytes());
     bytes
+}
+
+/// `struct io_uring_sqe` as eight words: what every request is made of is written so, since it is
+/// far less work than by the crate's builders, which the tests compare it with.
+#[inline(always)]
+fn from_words(words: [u64; 8]) -> Sqe {
+    // SAFETY: an entry is 64 bytes of plain integers, `repr(C)` and without padding.
+    Sqe(unsafe { std::mem::transmute::<[u64; 8], squeue::Entry>(words) })
+}
+
+/// Two halves of a word, in the order of their addresses.
+#[inline(always)]
+const fn pair(first: u32, second: u32) -> u64 {
+    if cfg!(target_endian = "little") {
+        (second as u64) << 32 | first as u64
+    } else {
+        (first as u64) << 32 | second as u64
+    }
+}
+
+/// The first word: opcode, flags and file.
+#[inline(always)]
+fn head(opcode: u8, file: FixedFile) -> u64 {
+    pair(u32::from_ne_bytes([opcode, squeue::Flags::FIXED_FILE.bits(), 0, 0]), file.0)
+}
+
+/// A read or write at `offset` of a file.
+#[inline(always)]
+fn transfer(
+    opcode: u8,
+    file: FixedFile,
+    buffer: FixedBuffer,
+    len: u32,
+    offset: u64,
+    rw_flags: u32,
+) -> Sqe {
+    let [low, high] = buffer.slot().to_ne_bytes();
+    let index = pair(u32::from_ne_bytes([low, high, 0, 0]), 0);
+    from_words([head(opcode, file), offset, buffer.addr(), pair(len, rw_flags), 0, index, 0, 0])
 }
 
 fn ublk(cdev: FixedFile, op: u32, cmd: [u8; 16], addr: Option<u64>) -> Sqe {
@@ -130,6 +163,7 @@ impl Sqe {
     /// negated error number) and fetch its next one. Must be pushed to the ring that fetched:
     /// from another one the buffer is not returned and the request sticks.
     #[must_use]
+    #[inline(always)]
     pub fn commit_and_fetch(
         cdev: FixedFile,
         qid: u16,
@@ -137,8 +171,18 @@ impl Sqe {
         result: i32,
         delivery: Delivery,
     ) -> Self {
-        let cmd = io_cmd(qid, tag, result, delivery.cmd_addr());
-        ublk(cdev, sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ, cmd, delivery.sqe_addr())
+        let ([q0, q1], [t0, t1]) = (qid.to_ne_bytes(), tag.to_ne_bytes());
+        let request = u32::from_ne_bytes([q0, q1, t0, t1]);
+        from_words([
+            head(opcode::UringCmd16::CODE, cdev),
+            pair(sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ, 0),
+            delivery.sqe_addr().unwrap_or(0),
+            0,
+            0,
+            0,
+            pair(request, u32::from_ne_bytes(result.to_ne_bytes())),
+            delivery.cmd_addr(),
+        ])
     }
 
     /// `UBLK_U_IO_REGISTER_IO_BUF` (Linux 6.15): put the buffer of a delivered request into a slot.
@@ -155,18 +199,16 @@ impl Sqe {
 
     /// Reads `len` bytes at byte `offset` of a file into a fixed buffer.
     #[must_use]
+    #[inline(always)]
     pub fn read_fixed(file: FixedFile, buffer: FixedBuffer, len: u32, offset: u64) -> Self {
-        Self(
-            opcode::ReadFixed::new(types::Fixed(file.0), buffer.pointer(), len, buffer.slot())
-                .offset(offset)
-                .build(),
-        )
+        transfer(opcode::ReadFixed::CODE, file, buffer, len, offset, 0)
     }
 
     /// Writes `len` bytes from a fixed buffer at byte `offset` of a file. With `dsync`
     /// (`RWF_DSYNC`) the data is on stable storage at completion: a FUA write on block devices
     /// that have it, write and flush elsewhere.
     #[must_use]
+    #[inline(always)]
     pub fn write_fixed(
         file: FixedFile,
         buffer: FixedBuffer,
@@ -174,18 +216,8 @@ impl Sqe {
         offset: u64,
         dsync: bool,
     ) -> Self {
-        let flags = if dsync { libc::RWF_DSYNC } else { 0 };
-        Self(
-            opcode::WriteFixed::new(
-                types::Fixed(file.0),
-                buffer.pointer().cast_const(),
-                len,
-                buffer.slot(),
-            )
-            .offset(offset)
-            .rw_flags(flags)
-            .build(),
-        )
+        let flags = if dsync { u32::from_ne_bytes(libc::RWF_DSYNC.to_ne_bytes()) } else { 0 };
+        transfer(opcode::WriteFixed::CODE, file, buffer, len, offset, flags)
     }
 
     /// `fdatasync` of a file, or a flush of a block device's cache. Runs on an io-wq thread.

@@ -39,7 +39,7 @@ const INCARNATION_MASK: u32 = 0xfff;
 impl Event {
     /// As `user_data` of an entry.
     #[must_use]
-    #[inline]
+    #[inline(always)]
     pub fn encode(self, incarnation: Incarnation) -> u64 {
         let of_tag = |key: TagKey| (u64::from(key.tag.0) << 32) | u64::from(key.turn);
         let of_op = |key: OpKey| (u64::from(key.place) << 32) | u64::from(key.serial);
@@ -62,18 +62,13 @@ impl Event {
     /// From the `user_data` of a completion; `None` for what another incarnation asked for, and
     /// for what nobody did.
     #[must_use]
-    #[inline(always)]
     pub fn decode(user_data: u64, incarnation: Incarnation) -> Option<Self> {
-        let [l0, l1, l2, l3, h0, h1, ..] = user_data.to_le_bytes();
         if (user_data >> INCARNATION_SHIFT) & u64::from(INCARNATION_MASK)
             != u64::from(incarnation.0 & INCARNATION_MASK)
         {
             return None;
         }
-        let high = u16::from_le_bytes([h0, h1]);
-        let low = u32::from_le_bytes([l0, l1, l2, l3]);
-        let of_tag = TagKey { tag: Tag(high), turn: low };
-        let of_op = OpKey { place: high, serial: low };
+        let (of_tag, of_op) = (tag_key(user_data), op_key(user_data));
         match user_data >> KIND_SHIFT {
             0 => Some(Self::Fetched(of_tag)),
             1 => Some(Self::Op(of_op)),
@@ -88,6 +83,52 @@ impl Event {
             _ => None,
         }
     }
+}
+
+/// How the two events that almost all completions are begin, so that these are told from others by
+/// one comparison each.
+#[derive(Clone, Copy, Debug)]
+pub struct Common {
+    fetched: u64,
+    op: u64,
+}
+
+impl Common {
+    /// Those of an incarnation.
+    pub fn of(incarnation: Incarnation) -> Self {
+        let fetched = Event::Fetched(TagKey { tag: Tag(0), turn: 0 });
+        let op = Event::Op(OpKey { place: 0, serial: 0 });
+        let head = |event: Event| event.encode(incarnation) >> INCARNATION_SHIFT;
+        Self { fetched: head(fetched), op: head(op) }
+    }
+
+    /// The key of an [`Event::Fetched`].
+    #[inline(always)]
+    pub fn fetched(&self, user_data: u64) -> Option<TagKey> {
+        (user_data >> INCARNATION_SHIFT == self.fetched).then(|| tag_key(user_data))
+    }
+
+    /// The key of an [`Event::Op`].
+    #[inline(always)]
+    pub fn op(&self, user_data: u64) -> Option<OpKey> {
+        (user_data >> INCARNATION_SHIFT == self.op).then(|| op_key(user_data))
+    }
+}
+
+fn tag_key(user_data: u64) -> TagKey {
+    let (tag, turn) = halves(user_data);
+    TagKey { tag: Tag(tag), turn }
+}
+
+fn op_key(user_data: u64) -> OpKey {
+    let (place, serial) = halves(user_data);
+    OpKey { place, serial }
+}
+
+#[inline]
+fn halves(user_data: u64) -> (u16, u32) {
+    let [l0, l1, l2, l3, h0, h1, ..] = user_data.to_le_bytes();
+    (u16::from_le_bytes([h0, h1]), u32::from_le_bytes([l0, l1, l2, l3]))
 }
 
 #[cfg(test)]
@@ -112,7 +153,13 @@ mod tests {
     fn events_survive_the_kernel() {
         for incarnation in [Incarnation(0), Incarnation(0xabc), Incarnation(0xffff_ffff)] {
             for event in EVENTS {
-                assert_eq!(Event::decode(event.encode(incarnation), incarnation), Some(event));
+                let user_data = event.encode(incarnation);
+                assert_eq!(Event::decode(user_data, incarnation), Some(event));
+                let common = Common::of(incarnation);
+                let fetched = common.fetched(user_data).map(Event::Fetched);
+                let found = fetched.or(common.op(user_data).map(Event::Op));
+                let is_common = matches!(event, Event::Fetched(_) | Event::Op(_));
+                assert_eq!(found, is_common.then_some(event));
             }
         }
     }

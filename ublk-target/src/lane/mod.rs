@@ -16,10 +16,10 @@ use uring_ext::pool::{Direction, PoolAddr};
 use uring_ext::ring::Cqe;
 use uring_ext::sqe::{FixedFile, Sqe};
 
-use crate::engine::{Engine, EngineConfig};
+use crate::engine::{Engine, EngineConfig, OpKey};
 use crate::plan::Planner;
 use crate::units::Tag;
-use event::Event;
+use event::{Common, Event};
 use fault::Injected;
 use port::RingPort;
 
@@ -97,6 +97,7 @@ pub enum Handled {
 pub struct Lane<P, Io> {
     engine: Engine<P>,
     port: RingPort<Io>,
+    common: Common,
     refused: Option<LaneError>,
 }
 
@@ -104,7 +105,8 @@ impl<P: Planner, Io: LaneIo> Lane<P, Io> {
     /// A lane that has not fetched yet.
     pub fn new(planner: P, config: EngineConfig, port: PortConfig, io: Io) -> Self {
         let port = RingPort::new(io, &config, port);
-        Self { engine: Engine::new(planner, config), port, refused: None }
+        let common = Common::of(config.incarnation);
+        Self { engine: Engine::new(planner, config), port, common, refused: None }
     }
 
     /// Hands all tags to the driver, with the next submission.
@@ -120,41 +122,29 @@ impl<P: Planner, Io: LaneIo> Lane<P, Io> {
     /// Deals with a completion.
     #[inline(always)]
     pub fn handle(&mut self, cqe: Cqe) -> Handled {
-        let incarnation = self.engine.config().incarnation;
-        let Some(event) = Event::decode(cqe.user_data, incarnation) else {
-            self.engine.note_stale();
-            return Handled::Done;
-        };
         let (engine, port) = (&mut self.engine, &mut self.port);
-        let (key, res) = match event {
-            Event::Fetched(key) if cqe.res >= 0 && key.tag.0 < engine.config().queue.depth => {
+        if let Some(key) = self.common.op(cqe.user_data) {
+            engine.completed(key, cqe.res, port);
+            return Handled::Done;
+        }
+        match self.common.fetched(cqe.user_data) {
+            Some(key) if cqe.res >= 0 && key.tag.0 < engine.config().queue.depth => {
                 let iod = port.io.iod(key.tag);
                 engine.delivered(key, iod, port);
-                return Handled::Done;
+                Handled::Done
             }
-            Event::Op(key) => (key, cqe.res),
-            Event::Command(key) => match nvme::error_of(cqe.res) {
-                Some(errno) => (key, errno.negated()),
-                // Commands are carried out as a whole or not at all.
-                None => (key, engine.whole(key)),
-            },
-            Event::Injected(key) => (key, Errno::EAGAIN.negated()),
-            Event::Fetched(_)
-            | Event::Registered(_)
-            | Event::Unregistered(_)
-            | Event::Cancelled
-            | Event::Wake
-            | Event::Told
-            | Event::Unsent => return self.handle_other(event, cqe.res),
-        };
-        engine.completed(key, res, port);
-        Handled::Done
+            Some(_) | None => self.handle_other(cqe),
+        }
     }
 
-    /// Deals with what is neither a delivery nor the end of an operation.
+    /// Deals with what is neither a delivery nor the end of an operation on a file.
     #[inline(never)]
-    fn handle_other(&mut self, event: Event, res: i32) -> Handled {
+    fn handle_other(&mut self, Cqe { user_data, res }: Cqe) -> Handled {
         let (engine, port) = (&mut self.engine, &mut self.port);
+        let Some(event) = Event::decode(user_data, engine.config().incarnation) else {
+            engine.note_stale();
+            return Handled::Done;
+        };
         match event {
             Event::Fetched(key) => match Errno::from_result(res) {
                 // There is no descriptor of a tag that does not exist.
@@ -175,9 +165,23 @@ impl<P: Planner, Io: LaneIo> Lane<P, Io> {
                 let errno = Errno::from_result(res).err().unwrap_or(Errno::EIO);
                 port.failure.get_or_insert(errno);
             }
-            Event::Op(_) | Event::Command(_) | Event::Injected(_) => engine.note_stale(),
+            Event::Op(key) => self.completed(key, res),
+            Event::Command(key) => {
+                let res = match nvme::error_of(res) {
+                    Some(errno) => errno.negated(),
+                    // Commands are carried out as a whole or not at all.
+                    None => engine.whole(key),
+                };
+                self.completed(key, res);
+            }
+            Event::Injected(key) => self.completed(key, Errno::EAGAIN.negated()),
         }
         Handled::Done
+    }
+
+    #[inline(never)]
+    fn completed(&mut self, key: OpKey, res: i32) {
+        self.engine.completed(key, res, &mut self.port);
     }
 
     /// Before each submission: pushes what there was no room for, and looks after deadlines.

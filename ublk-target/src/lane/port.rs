@@ -80,6 +80,10 @@ pub(super) struct RingPort<Io> {
     routes: Box<[Route]>,
     polled: bool,
     pub faults: Option<Faults>,
+    /// Automatic registrations are to fail.
+    misregisters: bool,
+    /// Operations with data go to files, and without faults.
+    is_plain: bool,
     /// Entries that the ring had no room for, in order. It has room for all that a queue's tags
     /// can ask for.
     backlog: VecDeque<(RingRole, Sqe)>,
@@ -101,6 +105,8 @@ impl<Io: LaneIo> RingPort<Io> {
             lend: config.lend,
             slots: config.slots,
             block: config.geometry.block.into(),
+            misregisters: faults.is_some_and(|faults| faults.auto_register),
+            is_plain: faults.is_none() && !routes.iter().any(|route| route.is_namespace()),
             routes,
             polled,
             faults,
@@ -157,13 +163,11 @@ impl<Io: LaneIo> RingPort<Io> {
         sqe.user_data(event.encode(self.incarnation))
     }
 
-    #[inline]
+    #[inline(always)]
     fn delivery(&self, tag: Tag, slot: SlotIndex) -> Delivery {
         match self.lend {
-            LendMode::Fused if self.faults.is_some_and(|faults| faults.auto_register) => {
-                Delivery::AutoRegister { slot: self.slots.capacity() }
-            }
-            LendMode::Fused => Delivery::AutoRegister { slot: slot.0 },
+            LendMode::Fused if !self.misregisters => Delivery::AutoRegister { slot: slot.0 },
+            LendMode::Fused => Delivery::AutoRegister { slot: self.slots.capacity() },
             LendMode::Slot | LendMode::UserCopy => Delivery::ByServer,
             LendMode::Copy => Delivery::Copy(self.io.pool_addr(tag.0, 0)),
         }
@@ -315,13 +319,21 @@ impl<Io: LaneIo> Port for RingPort<Io> {
         self.push(RingRole::Io, &[self.unregister_sqe(key, slot)]);
     }
 
-    #[inline]
+    #[inline(always)]
     fn submit(&mut self, key: OpKey, op: &Op, slot: Option<SlotIndex>) {
-        if let (Some(slot), None) = (slot, &self.faults) {
-            if let route @ Route::File(_) = self.routes[usize::from(op.backing.0)] {
-                let sqe = file_sqe(op, self.buffer(slot, op.buf_offset), route);
-                return self.push(RingRole::Io, &[self.named(sqe, Event::Op(key))]);
-            }
+        if let (Some(slot), true, Ok(len)) = (slot, self.is_plain, u32::try_from(op.len)) {
+            let (file, buffer) = (backing_file(op.backing.0), self.buffer(slot, op.buf_offset));
+            let sqe = match op.kind {
+                OpKind::Read => Sqe::read_fixed(file, buffer, len, op.offset),
+                OpKind::Write { fua } => Sqe::write_fixed(file, buffer, len, op.offset, fua),
+                OpKind::ReadScratch
+                | OpKind::WriteScratch { .. }
+                | OpKind::Flush
+                | OpKind::Discard
+                | OpKind::WriteZeroes { .. }
+                | OpKind::Delay => return self.submit_other(key, op, Some(slot)),
+            };
+            return self.push(RingRole::Io, &[self.named(sqe, Event::Op(key))]);
         }
         self.submit_other(key, op, slot);
     }

@@ -14,7 +14,7 @@ use uring_ext::Errno;
 use uring_ext::iod::IoDescArray;
 use uring_ext::nvme::Ranges;
 use uring_ext::pool::BufferPool;
-use uring_ext::ring::{Cqe, Polling, Ring, RingSetup};
+use uring_ext::ring::{Polling, Ring, RingSetup};
 
 use super::io_lane::IoLane;
 use super::message::{LaneMessage, LaneSnapshot};
@@ -233,7 +233,6 @@ struct LaneThread<'ring> {
 
 impl LaneThread<'_> {
     fn run(mut self, config: &LaneConfig) -> Result<LaneReport, LaneError> {
-        let mut batch = [Cqe::default(); REAP_BATCH];
         while !self.lane.engine().is_finished() {
             self.lane.before_submit();
             let is_idle = self.is_draining && self.is_idle();
@@ -243,18 +242,9 @@ impl LaneThread<'_> {
             self.lane.io().submit_and_wait(patience, transfers)?;
             let mut reaped = 0;
             loop {
-                let count = self.lane.io().reap(&mut batch);
+                let count = self.reap(config);
                 reaped += count;
-                let now = self.now();
-                self.lane.set_now(now);
-                for cqe in &batch[..count] {
-                    match self.lane.handle(*cqe) {
-                        Handled::Done => {}
-                        Handled::Wake => self.read_messages(config),
-                        Handled::Told => self.take_told(),
-                    }
-                }
-                if count < batch.len() {
+                if count < REAP_BATCH {
                     break;
                 }
             }
@@ -270,6 +260,25 @@ impl LaneThread<'_> {
             }
         }
         Ok(self.report())
+    }
+
+    /// Deals with a bounded batch of completions; returns how many there were.
+    fn reap(&mut self, config: &LaneConfig) -> usize {
+        self.lane.io().look();
+        let now = self.now();
+        self.lane.set_now(now);
+        let mut count = 0;
+        while count < REAP_BATCH {
+            let Some(cqe) = self.lane.io().take() else { break };
+            count += 1;
+            match self.lane.handle(cqe) {
+                Handled::Done => {}
+                Handled::Wake => self.read_messages(config),
+                Handled::Told => self.take_told(),
+            }
+        }
+        self.lane.io().look();
+        count
     }
 
     /// Whether no request is in hand and every commit is on its way.

@@ -63,13 +63,18 @@ impl RingIo<'_> {
         .map_err(LaneError::Ring)
     }
 
-    /// Takes completions, as many as fit; returns how many.
-    pub fn reap(&mut self, into: &mut [Cqe]) -> usize {
-        let count = self.queues.reap(into);
-        match &mut self.side {
-            None => count,
-            Some(side) => count + side.reap(&mut into[count..]),
+    /// Sees what has come; see [`Queues::look`].
+    pub fn look(&mut self) {
+        self.queues.look();
+        if let Some(side) = &mut self.side {
+            side.look();
         }
+    }
+
+    /// Takes a completion of those that were there at the last look.
+    #[inline(always)]
+    pub fn take(&mut self) -> Option<Cqe> {
+        self.queues.take().or_else(|| self.side.as_mut().and_then(SideQueues::take))
     }
 
     fn tell_io_lane(&mut self) -> Result<(), LaneError> {

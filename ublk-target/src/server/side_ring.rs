@@ -101,15 +101,18 @@ impl SideQueues<'_> {
         polling.submit()
     }
 
-    /// Takes completions, but those of the bell, which are its own.
-    pub fn reap(&mut self, into: &mut [Cqe]) -> usize {
-        let count = self.queues.reap(into);
-        let Some(at) = into[..count].iter().position(|cqe| cqe.user_data == BELL) else {
-            return count;
-        };
+    /// See [`Queues::look`].
+    pub fn look(&mut self) {
+        self.queues.look();
+    }
+
+    /// See [`Queues::take`]. Completions of the bell are its own.
+    pub fn take(&mut self) -> Option<Cqe> {
+        let cqe = self.queues.take()?;
+        if cqe.user_data != BELL {
+            return Some(cqe);
+        }
         self.is_watched = false;
-        // The order of completions means nothing.
-        into.swap(at, count - 1);
-        count - 1
+        self.queues.take()
     }
 }

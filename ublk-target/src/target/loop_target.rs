@@ -26,7 +26,7 @@ impl Planner for LoopTarget {
         plan.push(op).map_err(|_full| Errno::EIO)
     }
 
-    #[inline]
+    #[inline(always)]
     fn single(&self, request: &Request) -> Option<Place> {
         let is_inside = request.end_within(self.size).is_ok();
         let place = Place { backing: BackingIndex(0), offset: request.offset };

@@ -92,6 +92,18 @@ impl AnyTarget {
     }
 }
 
+impl AnyTarget {
+    #[inline(never)]
+    fn single_of_others(&self, request: &Request) -> Option<Place> {
+        match self {
+            Self::Loop(target) => target.single(request),
+            Self::Linear(target) => target.single(request),
+            Self::Stripe(target) => target.single(request),
+            Self::Null(_) | Self::Fault(_) => None,
+        }
+    }
+}
+
 impl Planner for AnyTarget {
     fn plan(&self, request: &Request, from: u64, plan: &mut Plan) -> Result<(), Errno> {
         match self {
@@ -103,14 +115,12 @@ impl Planner for AnyTarget {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn single(&self, request: &Request) -> Option<Place> {
-        match self {
-            Self::Loop(target) => target.single(request),
-            Self::Linear(target) => target.single(request),
-            Self::Stripe(target) => target.single(request),
-            Self::Null(_) | Self::Fault(_) => None,
+        if let Self::Loop(target) = self {
+            return target.single(request);
         }
+        self.single_of_others(request)
     }
 
     fn scratch_bytes(&self) -> u32 {

@@ -293,12 +293,18 @@ impl Queues<'_> {
         })
     }
 
-    /// Takes completions off the queue, as many as fit; returns how many.
-    pub fn reap(&mut self, into: &mut [Cqe]) -> usize {
+    /// Sees what has come since the last time, and tells the kernel what was [taken](Self::take):
+    /// before the next wait, lest it takes that for news and does not wait.
+    #[inline]
+    pub fn look(&mut self) {
         self.cq.sync();
-        let mut count = 0;
-        while count < into.len() {
-            let Some(cqe) = self.cq.next() else { break };
+    }
+
+    /// Takes a completion off the queue, of those that were there at the last [look](Self::look).
+    #[inline(always)]
+    pub fn take(&mut self) -> Option<Cqe> {
+        loop {
+            let cqe = self.cq.next()?;
             let flags = cqe.flags();
             if flags & (CQE_SKIP | CQE_DOUBLE) != 0 {
                 if flags & CQE_SKIP != 0 {
@@ -307,11 +313,19 @@ impl Queues<'_> {
                 // The second half comes with the first; nothing in it is of use here.
                 let _ = self.cq.next();
             }
-            into[count] = Cqe { user_data: cqe.user_data(), res: cqe.result() };
+            return Some(Cqe { user_data: cqe.user_data(), res: cqe.result() });
+        }
+    }
+
+    /// Takes completions off the queue, as many as fit; returns how many.
+    pub fn reap(&mut self, into: &mut [Cqe]) -> usize {
+        self.look();
+        let mut count = 0;
+        for (place, cqe) in into.iter_mut().zip(std::iter::from_fn(|| self.take())) {
+            *place = cqe;
             count += 1;
         }
-        // Now, so that the kernel does not take what was reaped for news and refuse to wait.
-        self.cq.sync();
+        self.look();
         count
     }
 

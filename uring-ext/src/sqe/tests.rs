@@ -99,3 +99,38 @@ fn flush_and_fallocate() {
     assert_eq!(raw[0], 17, "IORING_OP_FALLOCATE");
     assert_eq!((u64_at(&raw, 8), u64_at(&raw, 16), u32_at(&raw, 24)), (8192, 4096, 3));
 }
+
+#[test]
+fn entries_made_by_hand_are_those_of_the_builders() {
+    use io_uring::{opcode, types};
+    let pool = crate::pool::BufferPool::new(2, 4096).unwrap();
+    let addr = pool.addr(1, 512);
+    let of_pool = FixedBuffer::Pool { slot: 0x0102, addr };
+    for buffer in [FixedBuffer::Lent { slot: 0xfedc, offset: 0x1234_5600 }, of_pool] {
+        let pointer =
+            std::ptr::with_exposed_provenance_mut(usize::try_from(buffer.addr()).unwrap());
+        let (file, len, offset) = (types::Fixed(0x0a0b_0c0d), 0xfedc_ba98, 0x0123_4567_89ab_cdef);
+        let slot = buffer.slot();
+        let read = opcode::ReadFixed::new(file, pointer, len, slot).offset(offset).build();
+        assert_eq!(
+            bytes(&Sqe::read_fixed(FixedFile(file.0), buffer, len, offset)),
+            bytes(&Sqe(read))
+        );
+        for dsync in [false, true] {
+            let flags = if dsync { libc::RWF_DSYNC } else { 0 };
+            let write = opcode::WriteFixed::new(file, pointer.cast_const(), len, slot);
+            let write = write.offset(offset).rw_flags(flags).build();
+            let ours = Sqe::write_fixed(FixedFile(file.0), buffer, len, offset, dsync);
+            assert_eq!(bytes(&ours), bytes(&Sqe(write)), "dsync: {dsync}");
+        }
+    }
+    for delivery in
+        [Delivery::AutoRegister { slot: 0x1234 }, Delivery::Copy(addr), Delivery::ByServer]
+    {
+        let cmd = io_cmd(0x0102, 0x0304, -5, delivery.cmd_addr());
+        let built =
+            ublk(FixedFile(7), sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ, cmd, delivery.sqe_addr());
+        let ours = Sqe::commit_and_fetch(FixedFile(7), 0x0102, 0x0304, -5, delivery);
+        assert_eq!(bytes(&ours), bytes(&built), "{delivery:?}");
+    }
+}
