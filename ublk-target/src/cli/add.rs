@@ -32,6 +32,7 @@ pub fn add(target: &Target, verbose: u8) -> anyhow::Result<ExitCode> {
         io_timeout: device.io_timeout,
         passthru: device.passthru,
         polling: device.polling(),
+        busy_wait: device.busy_wait,
         unpolled: device.unpolled(),
         on_death,
         target,

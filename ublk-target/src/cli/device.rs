@@ -5,6 +5,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use ublk_target::lend::LendRequest;
 use ublk_target::server::on_death::OnDeath;
+use ublk_target::server::pace::BusyWait;
 use ublk_target::server::polling;
 use uring_ext::ring::Polling;
 
@@ -44,6 +45,11 @@ pub struct Device {
     /// With --poll: what to do where a backing has no queues for it
     #[arg(long, value_name = "WHAT", default_value = "refuse", requires = "poll")]
     pub unpolled: Unpolled,
+    /// Look for completions for a while before sleeping, while requests come one by one: `auto`
+    /// (200 us at most, and only where that is usually enough), `off`, or at most so many
+    /// microseconds
+    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = busy_wait)]
+    pub busy_wait: BusyWait,
     /// What becomes of the device when its server dies; all but `fail` let it be recovered, or
     /// recover by itself with --supervise [default: fail; with --supervise: reissue]
     #[arg(long, value_name = "WHAT")]
@@ -124,6 +130,20 @@ impl Device {
         match self.unpolled {
             Unpolled::Refuse => polling::Unpolled::Refuse,
             Unpolled::Interrupt => polling::Unpolled::Interrupt,
+        }
+    }
+}
+
+/// `auto`, `off`, or a number of microseconds up to a second.
+fn busy_wait(text: &str) -> Result<BusyWait, String> {
+    match text {
+        "auto" => Ok(BusyWait::Auto),
+        "off" => Ok(BusyWait::Off),
+        _ => {
+            let limit = text.parse().ok().filter(|us| (1..=1_000_000).contains(us));
+            let limit =
+                limit.ok_or("neither `auto` nor `off` nor microseconds from 1 to 1000000")?;
+            Ok(BusyWait::Limit(Duration::from_micros(limit)))
         }
     }
 }

@@ -9,6 +9,7 @@ use uring_ext::control::ControlError;
 use uring_ext::ring::Polling;
 
 use super::on_death::{CannotRecover, OnDeath};
+use super::pace::BusyWait;
 use super::polling::{CannotPoll, Unpolled, WrittenPolling};
 use super::recovery::CannotRecoverDevice;
 use crate::backing::BackingError;
@@ -42,6 +43,9 @@ pub struct DeviceConfig {
     /// How completions of operations are found.
     #[serde(with = "WrittenPolling")]
     pub polling: Polling,
+    /// Whether lanes look for completions for a while before they sleep.
+    #[serde(default)]
+    pub busy_wait: BusyWait,
     /// What to do where a backing cannot be polled.
     pub unpolled: Unpolled,
     /// What becomes of the device when its server dies.
@@ -64,6 +68,7 @@ impl DeviceConfig {
             io_timeout: None,
             passthru: false,
             polling: Polling::Off,
+            busy_wait: BusyWait::Auto,
             unpolled: Unpolled::Refuse,
             on_death: OnDeath::Fail,
             target,

@@ -251,6 +251,7 @@ impl Server {
                 },
                 io_lane: plan.config.io_lane,
                 polling: plan.layout.polling,
+                busy_wait: plan.config.busy_wait,
                 faults: plan.faults,
                 buffer_bytes: plan.layout.pool_bytes(),
                 target: plan.layout.target.for_queue(qid),

@@ -10,6 +10,7 @@ use std::sync::mpsc::{Receiver, SyncSender};
 use std::time::Duration;
 
 use nix::sys::eventfd::EventFd;
+use nix::sys::resource::{UsageWho, getrusage};
 use uring_ext::Errno;
 use uring_ext::iod::IoDescArray;
 use uring_ext::nvme::Ranges;
@@ -18,6 +19,7 @@ use uring_ext::ring::{Polling, Ring, RingSetup};
 
 use super::io_lane::IoLane;
 use super::message::{LaneMessage, LaneSnapshot};
+use super::pace::{BusyWait, Pace};
 use super::ring_io::{Parts, RingIo};
 use super::side_ring::SideRing;
 use super::signals::Wakeups;
@@ -40,6 +42,8 @@ pub struct LaneConfig {
     pub io_lane: bool,
     /// How completions of operations are found.
     pub polling: Polling,
+    /// Whether to look for completions for a while before sleeping.
+    pub busy_wait: BusyWait,
     /// Faults that a test asked for.
     pub faults: Option<Faults>,
     /// Bytes of each of the server's buffers.
@@ -97,6 +101,7 @@ pub fn serve(
         inbox,
         is_draining: false,
         is_undelivered: false,
+        pace: Pace::new(busy_wait(config), processors()),
     };
     thread.lane.fetch_all();
     thread.lane.watch(wake_file(config));
@@ -138,7 +143,8 @@ pub(super) fn failed(doing: &'static str) -> impl Fn(Errno) -> LaneError {
 
 fn set_up(config: &LaneConfig) -> Result<(Ring, Option<SideRing>, Parts), LaneError> {
     let polling = config.polling;
-    let setup = RingSetup { polling, ..RingSetup::default() };
+    let show_work = busy_wait(config) != BusyWait::Off && processors() > 1;
+    let setup = RingSetup { polling, show_work, ..RingSetup::default() };
     let ring = make_ring(config, &[config.wake.as_fd().as_raw_fd()], setup)?;
     let side = (polling != Polling::Off).then(|| SideRing::new(config)).transpose()?;
     let pool = match config.engine.slots.buffers() {
@@ -229,6 +235,7 @@ struct LaneThread<'ring> {
     inbox: Receiver<LaneMessage>,
     is_draining: bool,
     is_undelivered: bool,
+    pace: Pace,
 }
 
 impl LaneThread<'_> {
@@ -239,7 +246,12 @@ impl LaneThread<'_> {
             let engine = self.lane.engine();
             let patience = if is_idle { Some(Duration::ZERO) } else { engine.patience() };
             let transfers = engine.transfers_in_flight();
-            self.lane.io().submit_and_wait(patience, transfers)?;
+            let began = if self.pace.is_timed() { precise_now() } else { 0 };
+            let look_for = if is_idle { 0 } else { self.pace.look_for() };
+            if look_for == 0 || !self.lane.io().submit_and_look(look_for)? {
+                self.lane.io().submit_and_wait(patience, transfers)?;
+            }
+            let waited = if self.pace.is_timed() { precise_now() - began } else { 0 };
             let mut reaped = 0;
             loop {
                 let count = self.reap(config);
@@ -247,6 +259,9 @@ impl LaneThread<'_> {
                 if count < REAP_BATCH {
                     break;
                 }
+            }
+            if self.pace.is_timed() {
+                self.pace.waited(waited, reaped, times_preempted);
             }
             self.lane.check()?;
             if self.lane.engine().has_ended_tags() && !self.is_undelivered {
@@ -341,6 +356,22 @@ impl LaneThread<'_> {
             quarantined: engine.registry().counts().quarantined,
         }
     }
+}
+
+/// How the lane may wait. One whose ring polls has its own way.
+fn busy_wait(config: &LaneConfig) -> BusyWait {
+    if config.polling == Polling::Off { config.busy_wait } else { BusyWait::Off }
+}
+
+/// Processors that this thread may run on.
+fn processors() -> usize {
+    std::thread::available_parallelism().map_or(1, Into::into)
+}
+
+/// How often another thread was given the processor while this one could run.
+fn times_preempted() -> u64 {
+    let usage = getrusage(UsageWho::RUSAGE_THREAD);
+    usage.map_or(0, |it| u64::try_from(it.involuntary_context_switches()).unwrap_or(0))
 }
 
 /// The monotonic clock, to the nanosecond.

@@ -7,6 +7,7 @@ pub mod lane;
 mod layout;
 pub mod message;
 pub mod on_death;
+pub mod pace;
 pub mod petition;
 mod plan;
 pub mod polling;

@@ -63,6 +63,13 @@ impl RingIo<'_> {
         .map_err(LaneError::Ring)
     }
 
+    /// Submits what is queued, and looks for completions for so many nanoseconds at most. Says
+    /// whether there are any.
+    pub fn submit_and_look(&mut self, ns: u64) -> Result<bool, LaneError> {
+        self.tell_io_lane()?;
+        self.queues.submit_and_look(ns).map_err(LaneError::Ring)
+    }
+
     /// Sees what has come; see [`Queues::look`].
     pub fn look(&mut self) {
         self.queues.look();

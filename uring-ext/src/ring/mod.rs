@@ -8,7 +8,7 @@ pub use setup::{Polling, RingMode, RingSetup};
 pub(crate) use setup::{SetupParams, flag};
 
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use io_uring::{CompletionQueue, IoUring, SubmissionQueue, Submitter, types};
 
@@ -327,6 +327,34 @@ impl Queues<'_> {
         }
         self.look();
         count
+    }
+
+    /// Submits what is queued, and looks for completions, or work that brings some, for so many
+    /// nanoseconds at most. Says whether there are any. For a ring that
+    /// [shows its work](RingSetup::show_work).
+    ///
+    /// # Errors
+    /// See [`Queues::submit_and_wait`].
+    pub fn submit_and_look(&mut self, ns: u64) -> Result<bool, Errno> {
+        /// So that the clock is not what the time is spent on.
+        const LOOKS_A_CLOCK: u32 = 32;
+        self.submit()?;
+        let (limit, began) = (Duration::from_nanos(ns), Instant::now());
+        loop {
+            for _ in 0..LOOKS_A_CLOCK {
+                self.cq.sync();
+                if !self.cq.is_empty() {
+                    return Ok(true);
+                }
+                if self.sq.taskrun() {
+                    self.submit()?;
+                }
+                std::hint::spin_loop();
+            }
+            if began.elapsed() >= limit {
+                return Ok(false);
+            }
+        }
     }
 
     /// Whether entries wait to be submitted.

@@ -2,6 +2,7 @@
 
 mod arguments;
 mod backing_errors;
+mod busy_wait;
 mod commands;
 mod crossing;
 mod data;
@@ -52,6 +53,7 @@ pub const TABLES: &[&[TestCase]] = &[
     old_kernel::TESTS,
     passthrough::TESTS,
     polled::TESTS,
+    busy_wait::TESTS,
     power_cut::TESTS,
     reaching::TESTS,
     resize::TESTS,

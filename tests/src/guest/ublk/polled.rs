@@ -29,7 +29,7 @@ const fn verified(name: &'static str, run: fn(&Ctx) -> Result<Outcome>) -> TestC
     TestCase::guest(name, DEFAULT, run).seconds(900)
 }
 
-const QUIET: [&str; 6] = ["failed", "retries", "copied", "stale", "unexpected", "timed out"];
+pub const QUIET: [&str; 6] = ["failed", "retries", "copied", "stale", "unexpected", "timed out"];
 
 fn modes(ctx: &Ctx) -> Result<Outcome> {
     let drive = fresh_drive("drive0")?;
@@ -200,7 +200,7 @@ fn interrupts(ctx: &Ctx) -> Result<Outcome> {
 }
 
 /// CPU time that a server has used, in ticks of 10 ms.
-fn ticks(pid: u32) -> Result<u64> {
+pub fn ticks(pid: u32) -> Result<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
     let fields: Vec<_> = stat.rsplit(')').next().context("stat")?.split_whitespace().collect();
     Ok(fields[11].parse::<u64>()? + fields[12].parse::<u64>()?)

@@ -1,0 +1,191 @@
+//! How a lane waits: whether it looks for completions for a while before it sleeps. It goes by what
+//! the last waits were like, so nobody has to choose.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+/// Whether lanes look for completions for a while before they sleep.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BusyWait {
+    /// They never do.
+    Off,
+    /// While requests come one by one and waits are short: [`BusyWait::AUTO_LIMIT`].
+    #[default]
+    Auto,
+    /// As `Auto`, with another limit.
+    Limit(Duration),
+}
+
+impl BusyWait {
+    /// No sleep is put off for longer, and none where waits tend to be longer. A lane that does
+    /// not sleep therefore deals with 5,000 completions a second at least.
+    pub const AUTO_LIMIT: Duration = Duration::from_micros(200);
+
+    /// How long a sleep may be put off at most; `None` for not at all.
+    #[must_use]
+    pub const fn limit(self) -> Option<Duration> {
+        match self {
+            Self::Off => None,
+            Self::Auto => Some(Self::AUTO_LIMIT),
+            Self::Limit(limit) => Some(limit),
+        }
+    }
+}
+
+/// Averages have so many bits behind the point.
+const POINT: u32 = 8;
+/// What one wait counts for in an average, as a power of two.
+const WEIGHT: u32 = 3;
+/// With more completions than this a wait, on average, going to sleep costs each of them little.
+const FEW: u64 = 3 << POINT;
+/// After so many waits it is looked whether the processor was taken away meanwhile.
+const LOOK_EVERY: u32 = 64;
+/// Taken away more often than that, and somebody else needs the processor.
+const TAKEN_OFTEN: u64 = 8;
+/// For so many waits it is left to others then.
+const LEAVE_FOR: u32 = 4096;
+
+/// What the last waits of a lane were like.
+#[derive(Debug)]
+pub struct Pace {
+    /// Nanoseconds; 0 for a lane that always sleeps.
+    limit: u64,
+    /// Average length of waits in nanoseconds.
+    wait: u64,
+    /// Average number of completions that a wait brings, with a point.
+    brought: u64,
+    /// Waits for which the processor is left to others.
+    leave: u32,
+    /// Waits until the next look at how often it was taken away.
+    until_look: u32,
+    /// How often it had been at the last look.
+    taken: Option<u64>,
+}
+
+impl Pace {
+    /// For a lane that may run on so many processors. With one it would keep from running whomever
+    /// it waits for.
+    #[must_use]
+    pub fn new(busy_wait: BusyWait, processors: usize) -> Self {
+        let limit = busy_wait.limit().filter(|_| processors > 1);
+        let limit = limit.map_or(0, |it| u64::try_from(it.as_nanos()).unwrap_or(u64::MAX));
+        Self {
+            limit,
+            // As if it had been idle.
+            wait: limit.saturating_mul(4),
+            brought: FEW,
+            leave: 0,
+            until_look: LOOK_EVERY,
+            taken: None,
+        }
+    }
+
+    /// Whether the lengths of waits are of interest.
+    #[must_use]
+    pub const fn is_timed(&self) -> bool {
+        self.limit > 0
+    }
+
+    /// For how many nanoseconds to look for completions before the next sleep; 0 for not at all.
+    #[must_use]
+    pub const fn look_for(&self) -> u64 {
+        let is_worth_it = self.wait <= self.limit / 2 && self.brought <= FEW && self.leave == 0;
+        if is_worth_it { self.limit } else { 0 }
+    }
+
+    /// A wait of so many nanoseconds has brought so many completions. `taken` tells how often the
+    /// processor has been taken away from this thread in its life.
+    pub fn waited(&mut self, ns: u64, brought: usize, taken: impl FnOnce() -> u64) {
+        // One pause, be it a day, is soon forgotten.
+        let ns = ns.min(self.limit.saturating_mul(4));
+        self.wait = self.wait - (self.wait >> WEIGHT) + (ns >> WEIGHT);
+        let brought = u64::try_from(brought.min(1 << 16)).unwrap_or(0) << POINT;
+        self.brought = self.brought - (self.brought >> WEIGHT) + (brought >> WEIGHT);
+        self.leave = self.leave.saturating_sub(1);
+        if self.look_for() == 0 {
+            return;
+        }
+        self.until_look -= 1;
+        if self.until_look == 0 {
+            self.until_look = LOOK_EVERY;
+            let taken = taken();
+            let before = self.taken.replace(taken).unwrap_or(taken);
+            if taken.saturating_sub(before) > TAKEN_OFTEN {
+                self.leave = LEAVE_FOR;
+                self.taken = None;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT: u64 = 200_000;
+
+    fn pace() -> Pace {
+        Pace::new(BusyWait::Auto, 2)
+    }
+
+    fn wait(pace: &mut Pace, times: u32, ns: u64, brought: usize) {
+        for _ in 0..times {
+            pace.waited(ns, brought, || 0);
+        }
+    }
+
+    #[test]
+    fn short_waits_are_looked_through_and_long_ones_slept_through() {
+        let table = [
+            ("one by one, at once", 20_000, 1, true),
+            ("one by one, each after a while", LIMIT * 2 / 5, 1, true),
+            ("rather rare", LIMIT, 1, false),
+            ("rare", 10 * LIMIT, 1, false),
+            ("many at once", 20_000, 20, false),
+        ];
+        for (name, ns, brought, looks) in table {
+            let mut pace = pace();
+            assert_eq!(pace.look_for(), 0, "{name}: a lane that begins sleeps");
+            wait(&mut pace, 100, ns, brought);
+            assert_eq!(pace.look_for() > 0, looks, "{name}");
+        }
+    }
+
+    #[test]
+    fn an_idle_lane_sleeps_from_its_second_wait_on() {
+        let mut pace = pace();
+        wait(&mut pace, 100, 20_000, 1);
+        wait(&mut pace, 2, 3_600_000_000_000, 1);
+        assert_eq!(pace.look_for(), 0);
+        wait(&mut pace, 20, 20_000, 1);
+        assert!(pace.look_for() > 0, "it looks again");
+    }
+
+    #[test]
+    fn whoever_has_one_processor_or_has_said_so_sleeps() {
+        for (busy_wait, processors) in [(BusyWait::Auto, 1), (BusyWait::Off, 64)] {
+            let mut pace = Pace::new(busy_wait, processors);
+            wait(&mut pace, 100, 0, 1);
+            assert!(!pace.is_timed() && pace.look_for() == 0, "{busy_wait:?}");
+        }
+        let mut pace = Pace::new(BusyWait::Limit(Duration::from_millis(1)), 2);
+        wait(&mut pace, 100, LIMIT, 1);
+        assert!(pace.look_for() == 1_000_000);
+    }
+
+    #[test]
+    fn the_processor_is_left_to_those_who_need_it() {
+        let (mut pace, mut taken) = (pace(), 0);
+        let mut looked = 0;
+        for _ in 0..10_000 {
+            looked += u32::from(pace.look_for() > 0);
+            taken += 1;
+            pace.waited(20_000, 1, || taken);
+        }
+        assert!((1..1000).contains(&looked), "{looked}");
+        wait(&mut pace, 2 * LEAVE_FOR, 20_000, 1);
+        assert!(pace.look_for() > 0, "it tries again");
+    }
+}
