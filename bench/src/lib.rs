@@ -2,3 +2,6 @@
 //! run in user space (`benches/`; `cargo bench -p ublk-bench` runs them on any machine).
 
 pub mod results;
+#[cfg(test)]
+mod sample;
+pub mod summary;
