@@ -9,6 +9,7 @@ mod data;
 mod death;
 mod deletion;
 pub(crate) mod device;
+mod explain;
 mod fault_target;
 mod filesystem;
 mod lend_modes;
@@ -46,6 +47,7 @@ pub const TABLES: &[&[TestCase]] = &[
     death::storm::TESTS,
     death::supervision::TESTS,
     deletion::TESTS,
+    explain::TESTS,
     fault_target::TESTS,
     filesystem::TESTS,
     lend_modes::TESTS,

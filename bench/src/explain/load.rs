@@ -1,0 +1,131 @@
+//! A small load: reads of one block, one at a time, at places all over the device.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use nix::fcntl::OFlag;
+use nix::time::{ClockId, clock_gettime};
+
+use super::stages::Read;
+
+/// What direct I/O is aligned to everywhere.
+const ALIGNMENT: usize = 4096;
+
+/// Bytes of a sector, the unit of the trace.
+const SECTOR: u64 = 512;
+
+/// A load that is ready to run.
+#[derive(Debug)]
+pub struct Load {
+    device: File,
+    blocks: u64,
+    block_bytes: u64,
+    buffer: Vec<u8>,
+}
+
+impl Load {
+    /// Opens a device for reading.
+    ///
+    /// # Errors
+    /// In a line: it cannot be opened, or is too short for blocks of this size.
+    pub fn open(device: &Path, block_bytes: u64) -> anyhow::Result<Self> {
+        let named = device.display();
+        let mut options = OpenOptions::new();
+        options.read(true).custom_flags(OFlag::O_DIRECT.bits());
+        let mut file = options.open(device).with_context(|| format!("cannot open {named}"))?;
+        let size =
+            file.seek(SeekFrom::End(0)).with_context(|| format!("cannot measure {named}"))?;
+        let blocks = size / block_bytes;
+        ensure!(blocks > 0, "{named} has {size} bytes, less than one block of {block_bytes}");
+        let buffer = vec![0; usize::try_from(block_bytes)? + ALIGNMENT];
+        Ok(Self { device: file, blocks, block_bytes, buffer })
+    }
+
+    /// Reads so many blocks, or until the time is over or `stop` is set.
+    ///
+    /// # Errors
+    /// In a line, when a read fails or is short.
+    pub fn run(
+        &mut self,
+        reads: usize,
+        limit: Duration,
+        stop: &Arc<AtomicBool>,
+    ) -> anyhow::Result<Vec<Read>> {
+        let deadline = Instant::now() + limit;
+        let mut done = Vec::with_capacity(reads);
+        for number in 0_u64.. {
+            if done.len() >= reads || Instant::now() >= deadline || stop.load(Ordering::Relaxed) {
+                break;
+            }
+            done.push(self.read(place(number, self.blocks))?);
+        }
+        Ok(done)
+    }
+
+    fn read(&mut self, block: u64) -> anyhow::Result<Read> {
+        let offset = block * self.block_bytes;
+        let from = self.buffer.as_ptr().align_offset(ALIGNMENT);
+        let length = usize::try_from(self.block_bytes)?;
+        let buffer = &mut self.buffer[from..from + length];
+        let began_us = now_us()?;
+        let read = self.device.read_at(buffer, offset);
+        let ended_us = now_us()?;
+        let read = read.with_context(|| format!("a read of {length} bytes at {offset} fails"))?;
+        ensure!(read == length, "a read of {length} bytes at {offset} returned {read}");
+        Ok(Read { sector: offset / SECTOR, began_us, ended_us })
+    }
+}
+
+/// Where the nth read goes: all over the device, and never twice the same place in a row unless
+/// there is only one.
+fn place(number: u64, blocks: u64) -> u64 {
+    // The golden ratio spreads multiples of it evenly.
+    number.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_shr(16) % blocks
+}
+
+/// The monotonic clock, cut to microseconds as the kernel does in a trace.
+fn now_us() -> anyhow::Result<u64> {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC)?;
+    let (seconds, nanos) = (u64::try_from(now.tv_sec())?, u64::try_from(now.tv_nsec())?);
+    Ok(seconds * 1_000_000 + nanos / 1000)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_are_all_over_the_device() {
+        let places: Vec<u64> = (0..1000).map(|number| place(number, 1 << 18)).collect();
+        for part in 0..8 {
+            let range = (part << 15)..((part + 1) << 15);
+            let within = places.iter().filter(|place| range.contains(*place)).count();
+            assert!((90..160).contains(&within), "{within} in part {part}");
+        }
+        assert!((0..100).all(|number| place(number, 1) == 0));
+    }
+
+    #[test]
+    fn a_load_reads_and_stops() {
+        // Direct I/O works on most file systems that builds are made on, and is refused in memory.
+        let file = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let mut load = Load::open(file.path(), 4096).unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let reads = load.run(50, Duration::from_secs(60), &stop).unwrap();
+        assert_eq!(reads.len(), 50);
+        assert!(reads.iter().all(|read| read.began_us <= read.ended_us && read.sector < 2048));
+        assert!(load.run(50, Duration::ZERO, &stop).unwrap().is_empty());
+        stop.store(true, Ordering::Relaxed);
+        assert!(load.run(50, Duration::from_secs(60), &stop).unwrap().is_empty());
+        let long = Load::open(file.path(), 2 << 20).unwrap_err().to_string();
+        assert!(long.contains("less than one block"), "{long}");
+        assert!(Load::open(Path::new("/no/such"), 4096).is_err());
+    }
+}

@@ -1,0 +1,30 @@
+//! The command line of `ublk-bench`.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use ublk_bench::explain;
+
+/// Compares ublk-target with other ways to serve a block device.
+#[derive(Debug, Parser)]
+#[command(name = "ublk-bench", version, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Show where the time of one I/O goes, stage by stage
+    Explain(explain::cli::Arguments),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Explain(arguments) => explain::cli::run(&arguments),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("ublk-bench: {error:#}");
+        ExitCode::FAILURE
+    })
+}
