@@ -1,8 +1,10 @@
 //! `ublk-bench`: the zero-copy benchmark, and micro-benchmarks of the parts of the data path that
 //! run in user space (`benches/`; `cargo bench -p ublk-bench` runs them on any machine).
 
+pub mod compare;
 pub mod explain;
 pub mod results;
 #[cfg(test)]
 mod sample;
 pub mod summary;
+pub mod table;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use ublk_bench::explain;
+use ublk_bench::{compare, explain, table};
 
 /// Compares ublk-target with other ways to serve a block device.
 #[derive(Debug, Parser)]
@@ -15,12 +15,18 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Show the results of a run as tables
+    Table(table::cli::Arguments),
+    /// Show what changed from one run to another, and whether it is more than noise
+    Compare(compare::cli::Arguments),
     /// Show where the time of one I/O goes, stage by stage
     Explain(explain::cli::Arguments),
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
+        Command::Table(arguments) => table::cli::run(&arguments),
+        Command::Compare(arguments) => compare::cli::run(&arguments),
         Command::Explain(arguments) => explain::cli::run(&arguments),
     };
     result.unwrap_or_else(|error| {

@@ -1,0 +1,261 @@
+//! `compare`: what changed from one run to another, and whether it is more than noise.
+//!
+//! What is compared is each figure as a part of the raw backing's in the same round, so that a
+//! machine that has become slower as a whole is not taken for a change; the figures of the rounds
+//! are put to a test of ranks, which needs nothing of their distribution, and its probabilities are
+//! corrected for how many cells are tested.
+
+pub mod cli;
+pub mod differences;
+pub mod show;
+pub mod test;
+#[cfg(test)]
+mod tests;
+
+use std::collections::HashMap;
+
+use serde::Serialize;
+
+use crate::results::{Results, Sample};
+use crate::summary::Summary;
+use crate::summary::check::Invalid;
+use crate::summary::estimate::median_of;
+use test::{corrected, least, mann_whitney};
+
+/// Probability of noise up to which a change counts.
+pub const LEVEL: f64 = 0.05;
+
+/// How to compare.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Options {
+    /// Compare the figures themselves, not their part of the raw backing's.
+    pub absolute: bool,
+    /// The least change that counts, as a part: 0.01.
+    pub threshold: f64,
+}
+
+/// What is compared of a cell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Measure {
+    /// Requests a second.
+    Throughput,
+    /// The latency that 99 of 100 requests do not exceed.
+    Latency,
+    /// Processor time of the machine for each request.
+    Cpu,
+}
+
+/// All measures.
+pub const MEASURES: [Measure; 3] = [Measure::Throughput, Measure::Latency, Measure::Cpu];
+
+/// What became of a cell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verdict {
+    /// It is better, by more than noise.
+    Better,
+    /// It is worse, by more than noise.
+    Worse,
+    /// It may be noise, or is too little to matter.
+    Unclear,
+}
+
+/// One measure of one subject with one load in both runs.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Change {
+    /// The subject's name.
+    pub subject: String,
+    /// The load's name.
+    pub load: String,
+    /// The measure.
+    pub measure: Measure,
+    /// Whether it is compared as a part of the raw backing's.
+    pub of_raw: bool,
+    /// Median in the first run: a ratio, requests a second, nanoseconds, or microseconds.
+    pub before: f64,
+    /// Median in the second.
+    pub after: f64,
+    /// The second divided by the first.
+    pub ratio: f64,
+    /// Probability that noise makes at least such a difference, corrected for the number of cells.
+    pub p: f64,
+    /// What that means.
+    pub verdict: Verdict,
+}
+
+/// Two runs compared.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Comparison {
+    /// What differs about machine, backing and method, and what else is to be known.
+    pub warnings: Vec<String>,
+    /// The cells that both have.
+    pub changes: Vec<Change>,
+}
+
+impl Comparison {
+    /// How many changes have a verdict.
+    #[must_use]
+    pub fn count(&self, verdict: Verdict) -> usize {
+        self.changes.iter().filter(|change| change.verdict == verdict).count()
+    }
+}
+
+impl Measure {
+    /// What people call it.
+    #[must_use]
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::Throughput => "requests a second",
+            Self::Latency => "99th percentile of the latency",
+            Self::Cpu => "processor time for each request",
+        }
+    }
+
+    fn of(self, sample: &Sample) -> Option<f64> {
+        match self {
+            Self::Throughput => Some(sample.iops),
+            Self::Latency => {
+                let mut percentiles = sample.latency.percentiles.iter();
+                let found = percentiles.find(|(percentile, _)| (percentile - 99.0).abs() < 1e-6);
+                found.map(|(_, ns)| *ns as f64)
+            }
+            Self::Cpu => Some(sample.cpu.machine_us),
+        }
+    }
+
+    /// Whether more of it is better.
+    fn more_is_better(self) -> bool {
+        match self {
+            Self::Throughput => true,
+            Self::Latency | Self::Cpu => false,
+        }
+    }
+}
+
+/// Compares two runs.
+///
+/// # Errors
+/// What cannot be in results.
+pub fn compare(before: &Results, after: &Results, options: Options) -> Result<Comparison, Invalid> {
+    let (one, other) = (Summary::of(before)?, Summary::of(after)?);
+    let mut warnings = differences::warnings(before, after);
+    let mut changes = Vec::new();
+    for measure in MEASURES {
+        let mut of_measure = tested(&one, &other, measure, options);
+        if let Some(weak) = too_weak(&of_measure, measure) {
+            warnings.push(weak);
+        }
+        judge(&mut of_measure, options.threshold);
+        changes.extend(of_measure.into_iter().map(|(change, _)| change));
+    }
+    warnings.extend(differences::moved_limit(before, &changes));
+    Ok(Comparison { warnings, changes })
+}
+
+/// A change with the rounds of either side, its probability not yet corrected.
+type Tested = (Change, (usize, usize));
+
+fn tested(one: &Summary, other: &Summary, measure: Measure, options: Options) -> Vec<Tested> {
+    let mut tested = Vec::new();
+    for (subject, described) in one.measured() {
+        let other_subjects = &other.results().subjects;
+        let Some(its) = other_subjects.iter().position(|each| each.name == described.name) else {
+            continue;
+        };
+        for (load, loaded) in one.loads() {
+            let other_loads = &other.results().loads;
+            let Some(its_load) = other_loads.iter().position(|each| each.name == loaded.name)
+            else {
+                continue;
+            };
+            let relative = !options.absolute && one.raw() != Some(subject);
+            let sides = relative
+                .then(|| {
+                    Some((
+                        of_raw(one, subject, load, measure)?,
+                        of_raw(other, its, its_load, measure)?,
+                    ))
+                })
+                .flatten();
+            let of_raw = sides.is_some();
+            let sides = sides.or_else(|| {
+                Some((
+                    figures(one, subject, load, measure)?,
+                    figures(other, its, its_load, measure)?,
+                ))
+            });
+            let names = (described.name.clone(), loaded.name.clone());
+            tested.extend(sides.and_then(|sides| change(names, measure, of_raw, sides)));
+        }
+    }
+    tested
+}
+
+fn change(
+    (subject, load): (String, String),
+    measure: Measure,
+    of_raw: bool,
+    (one, other): (Vec<f64>, Vec<f64>),
+) -> Option<Tested> {
+    let before = median_of(one.iter().copied())?;
+    let after = median_of(other.iter().copied())?;
+    let p = mann_whitney(&one, &other)?;
+    let ratio = if before > 0.0 { after / before } else { return None };
+    let verdict = Verdict::Unclear;
+    let change = Change { subject, load, measure, of_raw, before, after, ratio, p, verdict };
+    Some((change, (one.len(), other.len())))
+}
+
+/// The figures of the rounds; `None` if there are none.
+fn figures(summary: &Summary, subject: usize, load: usize, measure: Measure) -> Option<Vec<f64>> {
+    let samples = &summary.cell(subject, load)?.samples;
+    let figures: Vec<f64> = samples.iter().filter_map(|sample| measure.of(sample)).collect();
+    (!figures.is_empty()).then_some(figures)
+}
+
+/// The figures of the rounds as parts of the raw backing's; `None` if there are none.
+fn of_raw(summary: &Summary, subject: usize, load: usize, measure: Measure) -> Option<Vec<f64>> {
+    let raw = summary.cell(summary.raw()?, load)?;
+    let raw: HashMap<u32, f64> = raw
+        .samples
+        .iter()
+        .filter_map(|sample| Some((sample.round, measure.of(sample).filter(|base| *base > 0.0)?)))
+        .collect();
+    let samples = &summary.cell(subject, load)?.samples;
+    let parts: Vec<f64> = samples
+        .iter()
+        .filter_map(|sample| Some(measure.of(sample)? / raw.get(&sample.round)?))
+        .collect();
+    (!parts.is_empty()).then_some(parts)
+}
+
+/// Says so where no single change of a measure could be told from noise.
+fn too_weak(tested: &[Tested], measure: Measure) -> Option<String> {
+    let (_, (one, other)) = tested.iter().max_by_key(|(_, (one, other))| one.min(other))?;
+    let alone = least(*one, *other) * crate::summary::estimate::number(tested.len());
+    (alone > LEVEL).then(|| {
+        format!(
+            "{} and {} rounds are too few for a change of a single one of {} cells to stand out \
+             from noise ({})",
+            one,
+            other,
+            tested.len(),
+            measure.title()
+        )
+    })
+}
+
+fn judge(tested: &mut [Tested], threshold: f64) {
+    let probabilities: Vec<f64> = tested.iter().map(|(change, _)| change.p).collect();
+    for ((change, _), p) in tested.iter_mut().zip(corrected(&probabilities)) {
+        change.p = p;
+        let matters = (change.ratio - 1.0).abs() >= threshold;
+        let better = (change.ratio > 1.0) == change.measure.more_is_better();
+        change.verdict = match (p <= LEVEL && matters, better) {
+            (true, true) => Verdict::Better,
+            (true, false) => Verdict::Worse,
+            (false, _) => Verdict::Unclear,
+        };
+    }
+}

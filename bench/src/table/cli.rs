@@ -1,0 +1,39 @@
+//! The subcommand `table`.
+
+use std::io::{Write, stdout};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Args;
+
+use crate::summary::check::read;
+
+/// Arguments of `table`.
+#[derive(Debug, Args)]
+pub struct Arguments {
+    /// A file that `run` has written
+    #[arg(value_name = "RESULTS.json")]
+    results: PathBuf,
+    /// Columns of a line [default: those of the terminal, else 100]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(40..=1000))]
+    width: Option<u16>,
+}
+
+/// Prints the tables.
+///
+/// # Errors
+/// In a line, when the file cannot be read.
+pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let results = read(&arguments.results)?;
+    let width = arguments.width.map_or_else(terminal_width, usize::from);
+    stdout().lock().write_all(super::text(&results, width)?.as_bytes())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// How wide what standard output shows may be: as the terminal is, if it is one.
+#[must_use]
+pub fn terminal_width() -> usize {
+    let size = rustix::termios::tcgetwinsize(stdout());
+    let columns = size.map_or(0, |size| usize::from(size.ws_col));
+    if columns < 40 { super::WIDTH } else { columns }
+}
