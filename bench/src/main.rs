@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use ublk_bench::{compare, explain, table};
+use ublk_bench::{compare, explain, report, table};
 
 /// Compares ublk-target with other ways to serve a block device.
 #[derive(Debug, Parser)]
@@ -15,6 +15,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Make a page of the results of a run
+    Report(report::cli::Arguments),
     /// Show the results of a run as tables
     Table(table::cli::Arguments),
     /// Show what changed from one run to another, and whether it is more than noise
@@ -25,6 +27,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
+        Command::Report(arguments) => report::cli::run(&arguments),
         Command::Table(arguments) => table::cli::run(&arguments),
         Command::Compare(arguments) => compare::cli::run(&arguments),
         Command::Explain(arguments) => explain::cli::run(&arguments),

@@ -7,6 +7,7 @@
 
 pub mod cli;
 mod device;
+pub mod explanation;
 mod interrupt;
 mod load;
 pub mod show;
@@ -23,15 +24,14 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail, ensure};
-use serde::Serialize;
 use ublk_target::stats::client::Client;
 use ublk_target::stats::protocol::Latency;
 
-use crate::summary::estimate::number;
 use device::Device;
+use explanation::{Explanation, ServerStage};
 use interrupt::Interrupts;
 use load::Load;
-use stages::{Cause, Division, Parties, Read, Stage, divide};
+use stages::{Parties, Read, divide};
 use tracefs::Instance;
 
 /// Reads before those that count: the first ones find caches and clocks cold.
@@ -61,63 +61,6 @@ pub enum Outcome {
     Explained(Explanation),
     /// By this signal.
     Interrupted(i32),
-}
-
-/// Where the time of reads went.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Explanation {
-    /// The device.
-    pub device: PathBuf,
-    /// Its lend mode.
-    pub lend: String,
-    /// Bytes of a read.
-    pub block_bytes: u64,
-    /// Reads that count.
-    pub reads: usize,
-    /// Reads whose events did not fit together, and which do not count.
-    pub left_out: usize,
-    /// The whole of a read.
-    pub whole: Times,
-    /// Its stages, in order; their means add up to that of the whole.
-    pub stages: Vec<StageTimes>,
-    /// What the server has measured itself; empty if it does not tell.
-    pub server: Vec<ServerStage>,
-}
-
-/// How long something took, in nanoseconds; the trace is exact to 1000.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Times {
-    /// The median.
-    pub median_ns: u64,
-    /// What 99 of 100 do not exceed.
-    pub p99_ns: u64,
-    /// The mean.
-    pub mean_ns: f64,
-}
-
-/// A stage.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct StageTimes {
-    /// [`Stage::name`].
-    pub stage: &'static str,
-    /// [`Stage::title`].
-    pub title: &'static str,
-    /// Its part of the whole, from 0 to 1: of the mean, since only means add up.
-    pub share: f64,
-    /// How long it took.
-    #[serde(flatten)]
-    pub times: Times,
-}
-
-/// A stage within the server, by its own clock.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct ServerStage {
-    /// As `ublk-target stats` names it.
-    pub stage: String,
-    /// The median in nanoseconds.
-    pub median_ns: u64,
-    /// The mean in nanoseconds.
-    pub mean_ns: u64,
 }
 
 /// Reads from a device while the kernel traces it. Nothing is written, and no trace is left.
@@ -157,7 +100,7 @@ pub fn explain(options: &Options) -> anyhow::Result<Outcome> {
         client,
     };
     let division = divide(&reads, &trace.events, &parties);
-    explanation(options, device.described.lend, &division, server).map(Outcome::Explained)
+    Explanation::of(options, device.described.lend, &division, server).map(Outcome::Explained)
 }
 
 /// What came of the load.
@@ -248,127 +191,5 @@ impl ServerView {
             mean_ns,
         };
         reads.map(stage).collect()
-    }
-}
-
-/// Sums the reads up.
-fn explanation(
-    options: &Options,
-    lend: String,
-    division: &Division,
-    server: Vec<ServerStage>,
-) -> anyhow::Result<Explanation> {
-    let left_out = division.left_out;
-    let wholes: Vec<u64> = division.reads.iter().map(|stages| stages.iter().sum()).collect();
-    let Some(whole) = Times::of(wholes) else {
-        bail!(
-            "the trace does not show the requests of {left_out} reads; is {} a partition, or does \
-             its driver not tell of them?",
-            options.device.display()
-        );
-    };
-    let stage = |(index, stage): (usize, &Stage)| {
-        let times = Times::of(division.reads.iter().map(|stages| stages[index]).collect())?;
-        let share = if whole.mean_ns > 0.0 { times.mean_ns / whole.mean_ns } else { 0.0 };
-        Some(StageTimes { stage: stage.name(), title: stage.title(), share, times })
-    };
-    Ok(Explanation {
-        device: options.device.clone(),
-        lend,
-        block_bytes: options.block_bytes,
-        reads: division.reads.len(),
-        left_out,
-        whole,
-        stages: division.stages.iter().enumerate().filter_map(stage).collect(),
-        server,
-    })
-}
-
-impl Times {
-    /// Of figures in microseconds; `None` if there are none.
-    fn of(mut figures_us: Vec<u64>) -> Option<Self> {
-        figures_us.sort_unstable();
-        let last = figures_us.len().checked_sub(1)?;
-        let total: u64 = figures_us.iter().sum();
-        Some(Self {
-            median_ns: figures_us[last / 2] * 1000,
-            p99_ns: figures_us[(figures_us.len() * 99).div_ceil(100) - 1] * 1000,
-            mean_ns: total as f64 * 1000.0 / number(figures_us.len()),
-        })
-    }
-}
-
-impl Explanation {
-    /// What the time is spent on, the greatest part first.
-    #[must_use]
-    pub fn causes(&self) -> Vec<(Cause, f64)> {
-        let mut causes: Vec<(Cause, f64)> = Vec::new();
-        let all = stages::WITH_DRIVE.iter().chain(&stages::WITHOUT_DRIVE);
-        for times in &self.stages {
-            let Some(stage) = all.clone().find(|stage| stage.name() == times.stage) else {
-                continue;
-            };
-            match causes.iter_mut().find(|(cause, _)| *cause == stage.cause()) {
-                Some((_, share)) => *share += times.share,
-                None => causes.push((stage.cause(), times.share)),
-            }
-        }
-        causes.sort_by(|one, other| other.1.total_cmp(&one.1));
-        causes
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn options() -> Options {
-        let limit = Duration::from_secs(1);
-        Options { device: "/dev/ublkb0".into(), reads: 3, block_bytes: 4096, limit }
-    }
-
-    pub(super) fn explained() -> Explanation {
-        let reads = vec![
-            vec![10, 15, 15, 60, 22, 8, 30, 40],
-            vec![11, 16, 15, 50, 22, 8, 30, 40],
-            vec![12, 15, 18, 900, 25, 9, 35, 41],
-        ];
-        let division = Division { stages: &stages::WITH_DRIVE, reads, left_out: 1 };
-        let server = vec![
-            ServerStage { stage: "plan".into(), median_ns: 2100, mean_ns: 2300 },
-            ServerStage { stage: "total".into(), median_ns: 99_000, mean_ns: 120_000 },
-        ];
-        explanation(&options(), "fused".into(), &division, server).unwrap()
-    }
-
-    #[test]
-    fn means_and_shares_add_up() {
-        let explained = explained();
-        let means: f64 = explained.stages.iter().map(|stage| stage.times.mean_ns).sum();
-        assert!((means - explained.whole.mean_ns).abs() < 1e-6);
-        let shares: f64 = explained.stages.iter().map(|stage| stage.share).sum();
-        assert!((shares - 1.0).abs() < 1e-9);
-        assert_eq!((explained.reads, explained.left_out), (3, 1));
-        assert_eq!(explained.whole.median_ns, 200_000);
-        let drive = &explained.stages[3];
-        assert_eq!(
-            (drive.stage, drive.times.median_ns, drive.times.p99_ns),
-            ("drive", 60_000, 900_000)
-        );
-    }
-
-    #[test]
-    fn causes_are_ordered_by_their_shares() {
-        let causes = explained().causes();
-        let order: Vec<_> = causes.iter().map(|(cause, _)| *cause).collect();
-        assert_eq!(order, [Cause::Drive, Cause::Scheduler, Cause::Client, Cause::Server]);
-        assert!((causes.iter().map(|(_, share)| share).sum::<f64>() - 1.0).abs() < 1e-9);
-    }
-
-    #[test]
-    fn a_trace_without_requests_is_told_of() {
-        let nothing = Division { stages: &stages::WITHOUT_DRIVE, reads: Vec::new(), left_out: 7 };
-        let said = explanation(&options(), String::new(), &nothing, Vec::new()).unwrap_err();
-        assert!(said.to_string().contains("of 7 reads"), "{said}");
     }
 }

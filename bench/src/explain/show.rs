@@ -2,7 +2,8 @@
 
 use std::fmt::Write as _;
 
-use super::{Explanation, Times};
+use super::explanation::{Explanation, Times};
+use super::stages::{Cause, WITH_DRIVE};
 use crate::summary::figure::{bytes, percent, time};
 
 /// Length of the longest bar.
@@ -19,7 +20,7 @@ pub fn text(explained: &Explanation) -> String {
         bytes(explained.block_bytes)
     );
     let greatest = explained.stages.iter().map(|stage| stage.share).fold(0.0, f64::max);
-    line(&mut text, "STAGE", ["MEDIAN", "P99", "MEAN", "SHARE"].map(str::to_owned), "");
+    line(&mut text, "STAGE", ["MEDIAN", "P99", "TYPICAL", "SHARE"].map(str::to_owned), "");
     for stage in &explained.stages {
         let bar = bar(stage.share, greatest);
         line(&mut text, stage.title, cells(&stage.times, stage.share), &bar);
@@ -31,15 +32,15 @@ pub fn text(explained: &Explanation) -> String {
 }
 
 fn line(text: &mut String, title: &str, cells: [String; 4], bar: &str) {
-    let [median, p99, mean, share] = cells;
-    let line = format!("{title:<40}{median:>9}{p99:>9}{mean:>9}{share:>8}  {bar}");
+    let [median, p99, typical, share] = cells;
+    let line = format!("{title:<40}{median:>9}{p99:>9}{typical:>9}{share:>8}  {bar}");
     text.push_str(line.trim_end());
     text.push('\n');
 }
 
 fn cells(times: &Times, share: f64) -> [String; 4] {
-    let Times { median_ns, p99_ns, mean_ns } = *times;
-    [time(median_ns as f64), time(p99_ns as f64), time(mean_ns), percent(share)]
+    let Times { median_ns, p99_ns, typical_ns } = *times;
+    [time(median_ns as f64), time(p99_ns as f64), time(typical_ns), percent(share)]
 }
 
 fn bar(share: f64, greatest: f64) -> String {
@@ -53,13 +54,26 @@ fn words(explained: &Explanation) -> String {
     let causes = explained.causes();
     let parts =
         causes.iter().map(|(cause, share)| format!("{} ({})", cause.words(), percent(*share)));
-    let mut said = format!("Most of the time goes to {}.\n", list(&parts.collect::<Vec<_>>()));
+    let mut said =
+        format!("Typically most of the time goes to {}.\n", list(&parts.collect::<Vec<_>>()));
+    let slowest = &explained.slowest;
+    // Writing to a string does not fail.
+    let _ = writeln!(
+        said,
+        "The slowest of a hundred take {}, {} of it in the stage \"{}\".",
+        time(slowest.mean_ns),
+        percent(slowest.share),
+        slowest.title
+    );
+    if explained.stages.iter().any(|stage| is_wake(stage.stage) && stage.times.median_ns == 0) {
+        said.push_str("Where waking takes no time, the thread had not gone to sleep yet.\n");
+    }
     if !explained.server.is_empty() {
         let stages = explained.server.iter();
-        let stages = stages.map(|stage| format!("{} {}", stage.stage, time(stage.mean_ns as f64)));
+        let stages =
+            stages.map(|stage| format!("{} {}", stage.stage, time(stage.median_ns as f64)));
         let stages: Vec<String> = stages.collect();
-        let _ =
-            writeln!(said, "The server's own clock, means of all reads: {}.", stages.join(", "));
+        let _ = writeln!(said, "Medians by the server's own clock: {}.", stages.join(", "));
     }
     if !explained.stages.iter().any(|stage| stage.stage == "drive") {
         said.push_str("No drive's requests are to be seen below this device.\n");
@@ -71,10 +85,15 @@ fn words(explained: &Explanation) -> String {
             writeln!(said, "Left out, since their events do not fit: {left_out} of {all} reads.");
     }
     said.push_str(
-        "Times are exact to 1 µs, and tracing makes all of it somewhat slower. Medians and p99 do \
-         not add up;\nmeans and shares do.\n",
+        "TYPICAL is the mean of the middle half of the reads, and adds up; SHARE is of it. Times \
+         are exact\nto 1 µs, and tracing makes all of it somewhat slower.\n",
     );
     said
+}
+
+fn is_wake(stage: &str) -> bool {
+    let waking = WITH_DRIVE.iter().filter(|stage| stage.cause() == Cause::Scheduler);
+    waking.into_iter().any(|each| each.name() == stage)
 }
 
 /// `a, then to b, c and d`
@@ -90,26 +109,31 @@ fn list(parts: &[String]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::explain::tests::explained;
+    use crate::explain::explanation::tests::explained;
 
     #[test]
     fn stages_are_lines_with_bars_and_words() {
         let text = text(&explained());
         let lines: Vec<&str> = text.lines().collect();
-        assert_eq!(lines[0], "/dev/ublkb0 (fused): 3 reads of 4 KiB, one at a time");
+        assert_eq!(lines[0], "/dev/ublkb0 (fused): 4 reads of 4 KiB, one at a time");
         assert!(lines[2].starts_with("STAGE  ") && lines[2].ends_with("SHARE"), "{text}");
         let drive = lines.iter().find(|line| line.starts_with("drive")).unwrap();
-        assert!(drive.contains("60.0 µs") && drive.ends_with(&"█".repeat(24)), "{text}");
+        assert!(drive.contains("50.0 µs") && drive.ends_with(&"█".repeat(24)), "{text}");
         assert_eq!(drive.matches('█').count(), 24);
         assert!(
             text.contains(
-                "\nMost of the time goes to the drive (69.8 %), then to waking threads (14.5 %), "
+                "\nTypically most of the time goes to waking threads (33.3 %), then to the"
             ),
             "{text}"
         );
-        assert!(text.contains("means of all reads: plan 2.30 µs, total 120 µs.\n"), "{text}");
         assert!(
-            text.contains("\nLeft out, since their events do not fit: 1 of 4 reads."),
+            text.contains("a hundred take 9.17 ms, 98.6 % of it in the stage \"client returns"),
+            "{text}"
+        );
+        assert!(text.contains("own clock: plan 2.10 µs, total 99.0 µs.\n"), "{text}");
+        assert!(!text.contains("not gone to sleep"), "{text}");
+        assert!(
+            text.contains("\nLeft out, since their events do not fit: 1 of 5 reads."),
             "{text}"
         );
         let columns: Vec<_> =

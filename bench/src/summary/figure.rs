@@ -81,6 +81,7 @@ fn scaled(mut figure: f64, step: f64, units: &[&str]) -> String {
         (figure, unit) = (figure / step, next);
     }
     let behind = match figure {
+        0.0 => 0,
         figure if figure < 9.995 => 2,
         figure if figure < 99.95 => 1,
         _ => 0,
@@ -95,7 +96,7 @@ mod tests {
     #[test]
     fn figures_have_three_digits() {
         for (figure, expected) in [
-            (0.0, "0.00"),
+            (0.0, "0"),
             (7.249, "7.25"),
             (9.996, "10.0"),
             (42.0, "42.0"),

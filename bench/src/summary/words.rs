@@ -1,7 +1,7 @@
 //! What results say, in sentences.
 
 use super::estimate::Estimate;
-use super::figure::{is_large, ratio, with_interval};
+use super::figure::{is_large, percent, ratio, with_interval};
 use super::{DEEP, LARGE, Summary};
 
 /// The main findings, a sentence each; those that the run has no figures for are left out.
@@ -31,13 +31,17 @@ fn against_raw(summary: &Summary) -> Option<String> {
     let parts: Vec<String> = deep
         .filter_map(|(load, described)| {
             let ratio = summary.of_raw(ours, load)?;
-            Some(format!("{} for {}", with_interval(&ratio), described.title))
+            let [median, low, high] = [ratio.median, ratio.low, ratio.high].map(percent);
+            Some(format!("{median} [{low} to {high}] with {}", described.title))
         })
         .collect();
     if parts.is_empty() {
         return None;
     }
-    Some(format!("{name} does this part of the raw backing's requests: {}.", parts.join("; ")))
+    Some(format!(
+        "Of the requests that the raw backing does in a second, {name} does {}.",
+        parts.join("; ")
+    ))
 }
 
 fn against_rivals(summary: &Summary) -> Option<String> {
@@ -188,7 +192,7 @@ mod tests {
         let results = sample::results(3, 9);
         let said = headline(&Summary::of(&results).unwrap());
         assert_eq!(said.len(), 3, "{said:?}");
-        assert!(said[0].starts_with("ublk-target (ours: lend fused) does this part"), "{said:?}");
+        assert!(said[0].contains("in a second, ublk-target (ours: lend fused) does 5"), "{said:?}");
         assert_eq!(said[0].matches("QD32").count(), 3);
         assert!(said[1].contains("geometric mean over 6 loads: it is faster."), "{said:?}");
         assert!(said[2].contains("times with 128 KiB read, QD8, "), "{said:?}");

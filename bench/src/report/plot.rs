@@ -1,0 +1,78 @@
+//! What all plots have in common: SVG whose colours are the page's, so that they follow its light
+//! and dark.
+
+use maud::{Markup, html};
+
+use super::scale::Linear;
+use crate::summary::check::clean;
+use crate::table::columns::cut;
+
+/// Width of all plots, in their own units; the page scales them.
+pub const WIDTH: f64 = 440.0;
+/// Where the names of rows end.
+pub const LEFT: f64 = 160.0;
+/// Where the plot ends, and figures beside it begin.
+pub const RIGHT: f64 = 378.0;
+/// Height of a row.
+pub const ROW: f64 = 21.0;
+/// Most characters of a row's name.
+const NAME: usize = 22;
+
+/// A place or a length as text.
+#[must_use]
+pub fn n(figure: f64) -> String {
+    format!("{figure:.1}")
+}
+
+/// A plot with what it shows in words, for those who do not see it.
+#[must_use]
+pub fn svg(id: &str, height: f64, title: &str, description: &str, content: Markup) -> Markup {
+    html! {
+        svg viewBox={ "0 0 " (n(WIDTH)) " " (n(height)) } role="img"
+            aria-labelledby={ (id) "-title " (id) "-text" }
+        {
+            title id={ (id) "-title" } { (title) }
+            desc id={ (id) "-text" } { (description) }
+            (content)
+        }
+    }
+}
+
+/// The name of a row, at its left.
+#[must_use]
+pub fn name(text: &str, y: f64) -> Markup {
+    html! {
+        text class="name" x=(n(LEFT - 8.0)) y=(n(y + 4.0)) text-anchor="end" {
+            title { (clean(text)) }
+            (cut(&clean(text), NAME))
+        }
+    }
+}
+
+/// A figure at the right of a row.
+#[must_use]
+pub fn figure(text: &str, y: f64) -> Markup {
+    html! { text class="figure" x=(n(RIGHT + 6.0)) y=(n(y + 4.0)) { (text) } }
+}
+
+/// The marks of a scale from left to right, as lines over a height with their names below.
+#[must_use]
+pub fn marks(scale: &Linear, top: f64, bottom: f64, show: impl Fn(f64) -> String) -> Markup {
+    html! {
+        @for mark in &scale.marks {
+            line class="grid" x1=(n(scale.at(*mark))) x2=(n(scale.at(*mark)))
+                y1=(n(top)) y2=(n(bottom)) {}
+            text class="mark" x=(n(scale.at(*mark))) y=(n(bottom + 14.0)) text-anchor="middle" {
+                (show(*mark))
+            }
+        }
+    }
+}
+
+/// What the horizontal axis is.
+#[must_use]
+pub fn axis(text: &str, y: f64) -> Markup {
+    html! {
+        text class="mark" x=(n(f64::midpoint(LEFT, RIGHT))) y=(n(y)) text-anchor="middle" { (text) }
+    }
+}
