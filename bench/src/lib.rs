@@ -3,6 +3,7 @@
 
 pub mod compare;
 pub mod explain;
+pub mod output;
 pub mod report;
 pub mod results;
 #[cfg(test)]

@@ -1,12 +1,12 @@
 //! The subcommand `compare`.
 
-use std::io::{Write, stdout};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
 
 use super::{Options, Verdict, compare, show};
+use crate::output::print;
 use crate::summary::check::read;
 use crate::table::cli::terminal_width;
 
@@ -54,7 +54,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     } else {
         show::text(&comparison, &before, terminal_width())
     };
-    stdout().lock().write_all(text.as_bytes())?;
+    print(&text)?;
     let regressed = arguments.fail_on_regression && comparison.count(Verdict::Worse) > 0;
     Ok(if regressed { ExitCode::from(WORSE) } else { ExitCode::SUCCESS })
 }

@@ -1,6 +1,5 @@
 //! The subcommand `explain`.
 
-use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -9,6 +8,7 @@ use clap::Args;
 use ublk_target::units::Bytes;
 
 use super::{Options, Outcome, explain, show};
+use crate::output::print;
 
 /// Arguments of `explain`.
 #[derive(Debug, Args)]
@@ -66,6 +66,6 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     } else {
         show::text(&explained)
     };
-    std::io::stdout().lock().write_all(text.as_bytes())?;
+    print(&text)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -5,6 +5,8 @@ use std::fmt::Write as _;
 use super::explanation::{Explanation, Times};
 use super::stages::{Cause, WITH_DRIVE};
 use crate::summary::figure::{bytes, percent, time};
+use crate::table::WIDTH;
+use crate::table::columns::wrapped;
 
 /// Length of the longest bar.
 const BAR: f64 = 24.0;
@@ -27,7 +29,9 @@ pub fn text(explained: &Explanation) -> String {
     }
     line(&mut text, "the whole, as the client sees it", cells(&explained.whole, 1.0), "");
     text.push('\n');
-    text.push_str(&words(explained));
+    for sentence in words(explained).lines() {
+        text.push_str(&wrapped(sentence, WIDTH, "  "));
+    }
     text
 }
 
@@ -60,7 +64,7 @@ fn words(explained: &Explanation) -> String {
     // Writing to a string does not fail.
     let _ = writeln!(
         said,
-        "The slowest of a hundred take {}, {} of it in the stage \"{}\".",
+        "The slowest of each hundred take {}, {} of it in the stage \"{}\".",
         time(slowest.mean_ns),
         percent(slowest.share),
         slowest.title
@@ -86,7 +90,7 @@ fn words(explained: &Explanation) -> String {
     }
     said.push_str(
         "TYPICAL is the mean of the middle half of the reads, and adds up; SHARE is of it. Times \
-         are exact\nto 1 µs, and tracing makes all of it somewhat slower.\n",
+         are exact to 1 µs, and tracing makes all of it somewhat slower.\n",
     );
     said
 }
@@ -127,7 +131,7 @@ mod tests {
             "{text}"
         );
         assert!(
-            text.contains("a hundred take 9.17 ms, 98.6 % of it in the stage \"client returns"),
+            text.contains("hundred take 9.16 ms, 98.6 % of it in the stage \"client returns"),
             "{text}"
         );
         assert!(text.contains("own clock: plan 2.10 µs, total 99.0 µs.\n"), "{text}");

@@ -1,13 +1,13 @@
 //! The subcommand `report`.
 
 use std::fs;
-use std::io::{Write, stdout};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Args;
 
+use crate::output::print;
 use crate::summary::check::read;
 
 /// Arguments of `report`.
@@ -30,10 +30,10 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let output = arguments.output.clone();
     let output = output.unwrap_or_else(|| arguments.results.with_extension("html"));
     if output == Path::new("-") {
-        stdout().lock().write_all(page.as_bytes())?;
+        print(&page)?;
     } else {
         fs::write(&output, page).with_context(|| format!("cannot write {}", output.display()))?;
-        println!("{}", output.display());
+        print(&format!("{}\n", output.display()))?;
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -1,7 +1,7 @@
 //! What results say, in sentences.
 
 use super::estimate::Estimate;
-use super::figure::{is_large, percent, ratio, with_interval};
+use super::figure::{is_large, percent, with_interval};
 use super::{DEEP, LARGE, Summary};
 
 /// The main findings, a sentence each; those that the run has no figures for are left out.
@@ -71,13 +71,16 @@ fn zero_copy(summary: &Summary) -> Option<String> {
     let factors: Vec<String> = zero_copy_factors(summary)
         .into_iter()
         .map(|(load, factor)| {
-            format!("{} times with {}", ratio(factor.median), summary.results().loads[load].title)
+            format!("{} with {}", with_interval(&factor), summary.results().loads[load].title)
         })
         .collect();
     if factors.is_empty() {
         return None;
     }
-    Some(format!("Zero copy does more than copying: {}.", factors.join(", ")))
+    Some(format!(
+        "With zero copy ublk-target does so many times the requests that it does with a copy: {}.",
+        factors.join(", ")
+    ))
 }
 
 /// Zero copy divided by copying in the loads of large blocks.
@@ -195,7 +198,7 @@ mod tests {
         assert!(said[0].contains("in a second, ublk-target (ours: lend fused) does 5"), "{said:?}");
         assert_eq!(said[0].matches("QD32").count(), 3);
         assert!(said[1].contains("geometric mean over 6 loads: it is faster."), "{said:?}");
-        assert!(said[2].contains("times with 128 KiB read, QD8, "), "{said:?}");
+        assert!(said[2].contains("] with 128 KiB read, QD8, 1."), "{said:?}");
     }
 
     #[test]

@@ -1,11 +1,11 @@
 //! The subcommand `table`.
 
-use std::io::{Write, stdout};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
 
+use crate::output::print;
 use crate::summary::check::read;
 
 /// Arguments of `table`.
@@ -26,14 +26,14 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let results = read(&arguments.results)?;
     let width = arguments.width.map_or_else(terminal_width, usize::from);
-    stdout().lock().write_all(super::text(&results, width)?.as_bytes())?;
+    print(&super::text(&results, width)?)?;
     Ok(ExitCode::SUCCESS)
 }
 
 /// How wide what standard output shows may be: as the terminal is, if it is one.
 #[must_use]
 pub fn terminal_width() -> usize {
-    let size = rustix::termios::tcgetwinsize(stdout());
+    let size = rustix::termios::tcgetwinsize(std::io::stdout());
     let columns = size.map_or(0, |size| usize::from(size.ws_col));
     if columns < 40 { super::WIDTH } else { columns }
 }
