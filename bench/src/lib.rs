@@ -1,6 +1,7 @@
 //! `ublk-bench`: the zero-copy benchmark, and micro-benchmarks of the parts of the data path that
 //! run in user space (`benches/`; `cargo bench -p ublk-bench` runs them on any machine).
 
+pub mod cli;
 pub mod compare;
 pub mod explain;
 pub mod output;

@@ -31,8 +31,9 @@ fn against_raw(summary: &Summary) -> Option<String> {
     let parts: Vec<String> = deep
         .filter_map(|(load, described)| {
             let ratio = summary.of_raw(ours, load)?;
-            let [median, low, high] = [ratio.median, ratio.low, ratio.high].map(percent);
-            Some(format!("{median} [{low} to {high}] with {}", described.title))
+            let Estimate { median, low, high, .. } = ratio;
+            let interval = format!("[{:.1}–{:.1}]", low * 100.0, high * 100.0);
+            Some(format!("{} {interval} with {}", percent(median), described.title))
         })
         .collect();
     if parts.is_empty() {
