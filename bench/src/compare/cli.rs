@@ -58,3 +58,63 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let regressed = arguments.fail_on_regression && comparison.count(Verdict::Worse) > 0;
     Ok(if regressed { ExitCode::from(WORSE) } else { ExitCode::SUCCESS })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use clap::Parser;
+
+    use super::*;
+    use crate::results::Results;
+    use crate::sample::results;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        arguments: Arguments,
+    }
+
+    fn write(directory: &Path, name: &str, results: &Results) -> String {
+        let path = directory.join(name);
+        std::fs::write(&path, serde_json::to_vec(results).unwrap()).unwrap();
+        path.to_str().unwrap().to_owned()
+    }
+
+    fn code(argv: &[&str]) -> anyhow::Result<ExitCode> {
+        let cli = Cli::try_parse_from([&["compare"], argv].concat()).unwrap();
+        run(&cli.arguments)
+    }
+
+    #[test]
+    fn only_a_regression_that_is_asked_about_fails() {
+        let directory = tempfile::tempdir().unwrap();
+        let before = write(directory.path(), "a.json", &results(1, 9));
+        let mut slower = results(2, 9);
+        let ours = slower.samples.iter_mut().filter(|sample| sample.subject == "fused");
+        ours.for_each(|sample| sample.iops *= 0.7);
+        let after = write(directory.path(), "b.json", &slower);
+        let fail = "--fail-on-regression";
+        for (argv, expected) in [
+            (vec![before.as_str(), &after], ExitCode::SUCCESS),
+            (vec![&before, &after, fail], ExitCode::from(WORSE)),
+            (vec![&before, &after, fail, "--json"], ExitCode::from(WORSE)),
+            (vec![&before, &after, fail, "--least", "50"], ExitCode::SUCCESS),
+            (vec![&before, &before, fail], ExitCode::SUCCESS),
+        ] {
+            assert_eq!(code(&argv).unwrap(), expected, "{argv:?}");
+        }
+    }
+
+    #[test]
+    fn files_of_other_formats_are_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let good = write(directory.path(), "a.json", &results(1, 2));
+        let other = Results { format: 99, ..results(1, 2) };
+        let other = write(directory.path(), "b.json", &other);
+        for argv in [[&good, &other], [&other, &good]] {
+            let said = code(&argv.map(String::as_str)).unwrap_err().to_string();
+            assert!(said.contains("b.json has format 99") && !said.contains('\n'), "{said}");
+        }
+    }
+}

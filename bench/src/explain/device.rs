@@ -30,6 +30,8 @@ pub struct Device {
     pub backings: Vec<DeviceNumber>,
     /// Its logical block size, in bytes.
     pub block_bytes: u64,
+    /// Its longest request, in bytes: longer reads become several.
+    pub most_bytes: u64,
 }
 
 impl Device {
@@ -54,14 +56,16 @@ impl Device {
         let Some(pid) = described.pid.filter(|_| described.state == "LIVE") else {
             bail!("nobody serves {named}: its state is {}", described.state);
         };
-        let block_bytes = disk.attribute_of_disk("queue/logical_block_size");
+        let attribute = |name: &str| disk.attribute_of_disk(name)?.parse::<u64>().ok();
+        let most_bytes = attribute("queue/max_sectors_kb").map_or(u64::MAX, |kib| kib << 10);
         let backings = described.backings.iter().flat_map(|backing| disks_of(backing)).collect();
         Ok(Self {
             path: path.to_owned(),
             number,
             server: threads(pid).with_context(|| format!("cannot look at the server {pid}"))?,
             backings,
-            block_bytes: block_bytes.and_then(|text| text.parse().ok()).unwrap_or(512),
+            block_bytes: attribute("queue/logical_block_size").unwrap_or(512),
+            most_bytes,
             described,
         })
     }

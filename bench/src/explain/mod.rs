@@ -80,6 +80,12 @@ pub fn explain(options: &Options) -> anyhow::Result<Outcome> {
         "{} has blocks of {block} bytes: reads must be a multiple of them",
         device.path.display()
     );
+    ensure!(
+        options.block_bytes <= device.most_bytes,
+        "{} takes requests of at most {} bytes: longer reads become several",
+        device.path.display(),
+        device.most_bytes
+    );
     let load = Load::open(&device.path, options.block_bytes)?;
     let kib = (options.reads + WARM_UP) * TRACE_BYTES_PER_READ / 1024;
     let instance = Instance::new(u32::try_from(kib)?)?;

@@ -37,3 +37,24 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     }
     Ok(ExitCode::SUCCESS)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sample::results;
+
+    #[test]
+    fn the_page_is_beside_the_results_or_where_it_is_wanted() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("run.v2.json");
+        fs::write(&path, serde_json::to_vec(&results(1, 3)).unwrap()).unwrap();
+        run(&Arguments { results: path.clone(), output: None }).unwrap();
+        let beside = fs::read_to_string(directory.path().join("run.v2.html")).unwrap();
+        let elsewhere = directory.path().join("x");
+        run(&Arguments { results: path.clone(), output: Some(elsewhere.clone()) }).unwrap();
+        assert_eq!(fs::read_to_string(elsewhere).unwrap(), beside);
+        let nowhere = Some(directory.path().join("no/x"));
+        let said = run(&Arguments { results: path, output: nowhere }).unwrap_err().to_string();
+        assert!(said.starts_with("cannot write "), "{said}");
+    }
+}
