@@ -16,9 +16,10 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use crate::results::Results;
 use crate::summary::Summary;
+use crate::summary::caveats::caveats;
 use crate::summary::check::Invalid;
 use crate::summary::roles::Role;
-use crate::summary::words::{STATISTICS, caveats, headline};
+use crate::summary::words::{STATISTICS, headline};
 
 const STYLE: &str = include_str!("style.css");
 /// Nothing is loaded from anywhere, whatever the texts of the results are.

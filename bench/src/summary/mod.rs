@@ -3,6 +3,7 @@
 //! Ratios are formed within a round, where both devices were measured one soon after the other, so
 //! that what slowly changes about the machine cancels out; then the median is taken over the rounds.
 
+pub mod caveats;
 pub mod check;
 pub mod estimate;
 pub mod figure;

@@ -98,94 +98,6 @@ pub const STATISTICS: &str = "Each figure is a median over the rounds. A ratio i
     about the noise (order statistics, by the sign test): the narrowest with at least 95 % \
     confidence, or the whole range where fewer than six rounds allow none.";
 
-/// What limits the conclusions, chosen by the facts of the run; the gravest first.
-#[must_use]
-pub fn caveats(summary: &Summary) -> Vec<String> {
-    let results = summary.results();
-    let (machine, backing, method) = (&results.machine, &results.backing, &results.method);
-    let mut said = Vec::new();
-    let mut say = |applies: bool, text: String| said.extend(applies.then_some(text));
-    if let Some(why) = &results.incomplete {
-        say(true, format!("The run is not whole: {why}. Later rounds are missing."));
-    }
-    if let Some(kind) = &machine.virtualization {
-        say(
-            true,
-            format!(
-                "It ran in a virtual machine ({kind}): only ratios mean something, and they too may \
-                 differ on real hardware, where drives, interrupts and processors cost other times."
-            ),
-        );
-    }
-    let fewest = summary.fewest_samples();
-    say(
-        (1..6).contains(&fewest),
-        format!(
-            "Some figures rest on {fewest} rounds only: fewer than six show no difference with 95 % confidence."
-        ),
-    );
-    say(
-        method.sample_s < 10.0,
-        format!(
-            "A sample lasts {} s: what a drive does after minutes of writing, when its caches are \
-             full, does not show.",
-            method.sample_s
-        ),
-    );
-    say(
-        backing.span_bytes < backing.size_bytes,
-        format!(
-            "Only {} of {} were used: mapping tables and caches of a drive work better on a part \
-             than on the whole.",
-            super::figure::bytes(backing.span_bytes),
-            super::figure::bytes(backing.size_bytes)
-        ),
-    );
-    say(
-        backing.kind == "file",
-        "The backing is a file: its file system is part of every figure, the raw one's too.".into(),
-    );
-    say(
-        machine.cpus <= 4,
-        format!(
-            "Load, server and kernel share {} processors, so a server's processor time costs \
-             throughput that it might not cost elsewhere.",
-            machine.cpus
-        ),
-    );
-    if let Some(governor) = machine.governor.as_ref().filter(|name| *name != "performance") {
-        say(
-            true,
-            format!(
-                "The processors' frequency was governed by `{governor}`, and may have changed."
-            ),
-        );
-    }
-    if let Some(scheduler) = backing.scheduler.as_ref().filter(|name| *name != "none") {
-        say(
-            true,
-            format!(
-                "The backing had the scheduler `{scheduler}`, which holds requests back and sorts them."
-            ),
-        );
-    }
-    let writes = |rw: &str| rw.contains("write") || rw.contains("rw");
-    say(
-        !results.loads.iter().any(|load| writes(&load.rw)),
-        "Nothing was written: it says nothing about writes.".into(),
-    );
-    say(
-        true,
-        "One job made all the load: several jobs, or several queues, were not measured.".into(),
-    );
-    say(
-        true,
-        "Neither flushes nor file systems were measured, and no mix of requests but those listed."
-            .into(),
-    );
-    said
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -210,31 +122,5 @@ mod tests {
         results.samples.retain(|sample| sample.subject == "raw");
         let said = headline(&Summary::of(&results).unwrap());
         assert_eq!(said, ["Too little was measured to compare anything."]);
-    }
-
-    #[test]
-    fn caveats_follow_the_facts() {
-        let mut results = sample::results(3, 9);
-        let said = |results: &_| caveats(&Summary::of(results).unwrap()).join("\n");
-        let text = said(&results);
-        for expected in ["virtual machine (qemu)", "lasts 2 s", "1 GiB of 8 GiB", "share 2 proc"] {
-            assert!(text.contains(expected), "{expected}: {text}");
-        }
-        assert!(!text.contains("not whole") && !text.contains("rest on"), "{text}");
-        results.machine.virtualization = None;
-        results.machine.cpus = 64;
-        results.machine.governor = Some("powersave".into());
-        results.method.sample_s = 60.0;
-        results.backing.span_bytes = results.backing.size_bytes;
-        results.backing.scheduler = Some("mq-deadline".into());
-        results.incomplete = Some("interrupted".into());
-        results.samples.retain(|sample| sample.round < 3);
-        let text = said(&results);
-        for expected in ["not whole: interrupted", "on 3 rounds", "`powersave`", "`mq-deadline`"] {
-            assert!(text.contains(expected), "{expected}: {text}");
-        }
-        for not in ["virtual", "lasts", "GiB of", "share"] {
-            assert!(!text.contains(not), "{not}: {text}");
-        }
     }
 }

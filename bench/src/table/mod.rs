@@ -6,9 +6,10 @@ pub mod columns;
 use std::fmt::Write as _;
 
 use crate::results::{Load, Results};
+use crate::summary::caveats::caveats;
 use crate::summary::check::{Invalid, clean};
 use crate::summary::figure::{NONE, bandwidth, bytes, is_large, percent, rate, short, time};
-use crate::summary::words::{caveats, headline};
+use crate::summary::words::headline;
 use crate::summary::{Cell, Summary};
 use columns::{columns, wrapped};
 
