@@ -11,3 +11,5 @@ pub mod results;
 mod sample;
 pub mod summary;
 pub mod table;
+#[cfg(test)]
+mod untrusted;

@@ -156,7 +156,7 @@ struct Format {
     format: u32,
 }
 
-fn parse(path: &Path, text: &[u8]) -> Result<Results, ReadError> {
+pub(crate) fn parse(path: &Path, text: &[u8]) -> Result<Results, ReadError> {
     let wrong = |error: serde_json::Error| {
         let why = error.to_string();
         ReadError::NotResults { path: path.to_owned(), why: clean(&why) }
