@@ -17,8 +17,8 @@ pub struct Arguments {
     /// The ublk device, which is only read from
     #[arg(long, value_name = "/dev/ublkbN")]
     device: PathBuf,
-    /// How many reads
-    #[arg(long, value_name = "N", default_value = "2000", value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    /// How many reads, at most 20000
+    #[arg(long, value_name = "N", default_value = "2000", value_parser = clap::value_parser!(u32).range(1..=20_000))]
     reads: u32,
     /// Bytes of a read: at most 1M, with K or M
     #[arg(long, value_name = "SIZE", default_value = "4K", value_parser = block)]

@@ -37,7 +37,7 @@ use tracefs::Instance;
 /// Reads before those that count: the first ones find caches and clocks cold.
 const WARM_UP: usize = 100;
 /// Trace buffer of each processor for a read, in bytes: more than its events take.
-const TRACE_BYTES_PER_READ: usize = 2048;
+const TRACE_BYTES_PER_READ: usize = 1024;
 /// How long a read may take to end after an interruption.
 const PATIENCE: Duration = Duration::from_secs(2);
 

@@ -5,6 +5,7 @@ use maud::{Markup, html};
 use super::tables;
 use crate::results::Results;
 use crate::summary::Summary;
+use crate::summary::caveats::is_written;
 use crate::summary::figure::bytes;
 
 /// What the drive calls itself, or what the backing is.
@@ -97,12 +98,14 @@ fn facts(summary: &Summary) -> Vec<(&'static str, String)> {
 #[must_use]
 pub fn repeat(results: &Results) -> Markup {
     let words = std::iter::once("ublk-bench").chain(results.arguments.iter().map(String::as_str));
+    let writes = results.loads.iter().any(is_written);
     let command = words.map(quoted).collect::<Vec<_>>().join(" ");
     html! {
         p { "As root, with this version of the program (" (results.version) ") and " (results.machine.fio) ":" }
         pre { code { (command) } }
         p {
-            "It overwrites the backing. " code { "ublk-bench compare A.json B.json" }
+            @if writes { "It overwrites the backing. " }
+            code { "ublk-bench compare A.json B.json" }
             " shows what differs between two runs and whether it is more than noise; "
             code { "ublk-bench report RUN.json" } " makes this page of a run."
         }

@@ -24,6 +24,17 @@ fn the_page_is_whole_and_stands_alone() {
 }
 
 #[test]
+fn only_what_writes_is_warned_of() {
+    let mut results = sample::results(1, 2);
+    assert!(html(&results).unwrap().contains("It overwrites the backing."));
+    let writes = ["randwrite-qd32", "mixed-qd32", "write-1m"];
+    results.loads.retain(|load| !writes.contains(&load.name.as_str()));
+    results.samples.retain(|sample| !writes.contains(&sample.load.as_str()));
+    let page = html(&results).unwrap();
+    assert!(!page.contains("It overwrites") && page.contains("it says nothing about writes"));
+}
+
+#[test]
 fn the_same_results_make_the_same_page() {
     let page = || html(&sample::results(4, 7)).unwrap();
     assert_eq!(page(), page());

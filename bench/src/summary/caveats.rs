@@ -2,7 +2,7 @@
 
 use super::Summary;
 use super::figure::bytes;
-use crate::results::{Backing, Machine, Method};
+use crate::results::{Backing, Load, Machine, Method};
 
 /// What limits the conclusions, chosen by the facts of the run; the gravest first.
 #[must_use]
@@ -12,8 +12,7 @@ pub fn caveats(summary: &Summary) -> Vec<String> {
         .incomplete
         .iter()
         .map(|why| format!("The run is not whole: {why}. Later rounds are missing."));
-    let writes = |rw: &str| rw.contains("write") || rw.contains("rw");
-    let reads_only = !results.loads.iter().any(|load| writes(&load.rw));
+    let reads_only = !results.loads.iter().any(is_written);
     of_run
         .chain(virtual_machine(&results.machine))
         .chain(few_rounds(summary))
@@ -23,6 +22,12 @@ pub fn caveats(summary: &Summary) -> Vec<String> {
         .chain(reads_only.then(|| "Nothing was written: it says nothing about writes.".to_owned()))
         .chain(ALWAYS.map(str::to_owned))
         .collect()
+}
+
+/// Whether a load writes, by fio's name of it.
+#[must_use]
+pub fn is_written(load: &Load) -> bool {
+    load.rw.contains("write") || load.rw.contains("rw")
 }
 
 /// What no run measures.

@@ -108,7 +108,7 @@ fn without_a_drive() -> Result<()> {
 fn interrupted(_ctx: &Ctx) -> Result<Outcome> {
     let device = Device::add(&["null"])?;
     let mut child = Command::new(PROGRAM)
-        .args(["explain", "--device", device.path()?, "--reads", "100000", "--seconds", "600"])
+        .args(["explain", "--device", device.path()?, "--reads", "20000", "--seconds", "600"])
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()?;
@@ -123,7 +123,7 @@ fn interrupted(_ctx: &Ctx) -> Result<Outcome> {
     ensure!(instances()?.is_empty(), "{:?} are left", instances()?);
     // Nobody could remove it: the next one does.
     let mut child = Command::new(PROGRAM)
-        .args(["explain", "--device", device.path()?, "--reads", "100000", "--seconds", "600"])
+        .args(["explain", "--device", device.path()?, "--reads", "20000", "--seconds", "600"])
         .stdout(Stdio::piped())
         .spawn()?;
     wait_for(
