@@ -35,16 +35,19 @@ impl Load {
     /// # Errors
     /// In a line: it cannot be opened, or is too short for blocks of this size.
     pub fn open(device: &Path, block_bytes: u64) -> anyhow::Result<Self> {
-        let named = device.display();
         let mut options = OpenOptions::new();
         options.read(true).custom_flags(OFlag::O_DIRECT.bits());
-        let mut file = options.open(device).with_context(|| format!("cannot open {named}"))?;
-        let size =
-            file.seek(SeekFrom::End(0)).with_context(|| format!("cannot measure {named}"))?;
+        let opened = options.open(device).and_then(|file| Ok((measure(&file)?, file)));
+        let (size, file) = opened.with_context(|| format!("cannot open {}", device.display()))?;
+        Self::of(file, size, block_bytes)
+            .with_context(|| format!("cannot read from {}", device.display()))
+    }
+
+    fn of(device: File, size: u64, block_bytes: u64) -> anyhow::Result<Self> {
         let blocks = size / block_bytes;
-        ensure!(blocks > 0, "{named} has {size} bytes, less than one block of {block_bytes}");
+        ensure!(blocks > 0, "it has {size} bytes, less than one block of {block_bytes}");
         let buffer = vec![0; usize::try_from(block_bytes)? + ALIGNMENT];
-        Ok(Self { device: file, blocks, block_bytes, buffer })
+        Ok(Self { device, blocks, block_bytes, buffer })
     }
 
     /// Reads so many blocks, or until the time is over or `stop` is set.
@@ -82,6 +85,10 @@ impl Load {
     }
 }
 
+fn measure(mut file: &File) -> std::io::Result<u64> {
+    file.seek(SeekFrom::End(0))
+}
+
 /// Where the nth read goes: all over the device, and never twice the same place in a row unless
 /// there is only one.
 fn place(number: u64, blocks: u64) -> u64 {
@@ -113,10 +120,13 @@ mod tests {
 
     #[test]
     fn a_load_reads_and_stops() {
-        // Direct I/O works on most file systems that builds are made on, and is refused in memory.
-        let file = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
-        file.as_file().set_len(1 << 20).unwrap();
-        let mut load = Load::open(file.path(), 4096).unwrap();
+        let file = || {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(1 << 20).unwrap();
+            file
+        };
+        assert_eq!(measure(&file()).unwrap(), 1 << 20);
+        let mut load = Load::of(file(), 1 << 20, 4096).unwrap();
         let stop = Arc::new(AtomicBool::new(false));
         let reads = load.run(50, Duration::from_secs(60), &stop).unwrap();
         assert_eq!(reads.len(), 50);
@@ -124,8 +134,12 @@ mod tests {
         assert!(load.run(50, Duration::ZERO, &stop).unwrap().is_empty());
         stop.store(true, Ordering::Relaxed);
         assert!(load.run(50, Duration::from_secs(60), &stop).unwrap().is_empty());
-        let long = Load::open(file.path(), 2 << 20).unwrap_err().to_string();
+        let long = Load::of(file(), 1 << 20, 2 << 20).unwrap_err().to_string();
         assert!(long.contains("less than one block"), "{long}");
-        assert!(Load::open(Path::new("/no/such"), 4096).is_err());
+        let missing = Load::open(Path::new("/no/such"), 4096).unwrap_err().to_string();
+        assert_eq!(missing, "cannot open /no/such");
+        let mut short = Load::of(file(), 2 << 20, 2 << 20).unwrap();
+        let said = short.run(1, Duration::from_secs(60), &Arc::default()).unwrap_err().to_string();
+        assert!(said.ends_with("returned 1048576"), "{said}");
     }
 }
