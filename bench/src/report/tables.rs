@@ -113,7 +113,14 @@ pub fn ours(summary: &Summary) -> Option<Markup> {
     };
     let caption = format!("Requests a second of ublk-target ({}), as ratios", subjects[ours].title);
     let head = ["load", "/ raw backing", "/ best rival", "best rival", "zero copy / copy"];
-    Some(wide(&caption, &head, rows))
+    Some(html! {
+        (wide(&caption, &head, rows))
+        p class="soft" {
+            "Medians of ratios formed within rounds, with their intervals. The best rival of a load is "
+            "the one with the most requests in it by the medians; the geometric mean is formed within "
+            "rounds too."
+        }
+    })
 }
 
 /// The devices, how each was made, and why some were not measured.
