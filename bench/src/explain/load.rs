@@ -80,6 +80,7 @@ impl Load {
         let read = self.device.read_at(buffer, offset);
         let ended_us = now_us()?;
         let read = read.with_context(|| format!("a read of {length} bytes at {offset} fails"))?;
+        ensure!(read > 0, "the device has gone away: a read at {offset} returned nothing");
         ensure!(read == length, "a read of {length} bytes at {offset} returned {read}");
         Ok(Read { sector: offset / SECTOR, began_us, ended_us })
     }

@@ -8,15 +8,15 @@ use crate::summary::check::clean;
 use crate::table::columns::cut;
 
 /// Width of all plots, in their own units; the page scales them.
-pub const WIDTH: f64 = 440.0;
+pub const WIDTH: f64 = 464.0;
 /// Where the names of rows end.
-pub const LEFT: f64 = 160.0;
+pub const LEFT: f64 = 182.0;
 /// Where the plot ends, and figures beside it begin.
-pub const RIGHT: f64 = 378.0;
+pub const RIGHT: f64 = 400.0;
 /// Height of a row.
 pub const ROW: f64 = 21.0;
 /// Most characters of a row's name.
-const NAME: usize = 22;
+const NAME: usize = 27;
 
 /// A place or a length as text.
 #[must_use]

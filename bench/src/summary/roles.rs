@@ -73,8 +73,11 @@ pub fn plain(subjects: &[Subject], mode: &str) -> Option<usize> {
             && subject.skipped.is_none()
             && lend_mode(subject) == Some(mode)
     });
-    let words = |subject: &Subject| subject.command.split_whitespace().count();
-    in_mode.min_by_key(|(_, subject)| words(subject)).map(|(index, _)| index)
+    let options = |subject: &Subject| {
+        let words = subject.command.split_whitespace();
+        (words.clone().filter(|word| word.starts_with("--")).count(), words.count())
+    };
+    in_mode.min_by_key(|(_, subject)| options(subject)).map(|(index, _)| index)
 }
 
 #[cfg(test)]
@@ -104,8 +107,8 @@ mod tests {
     #[test]
     fn the_plain_subject_of_a_mode_has_no_other_options() {
         let mut subjects = vec![
-            subject("polled", Family::Ours, "add loop --lend fused --poll"),
-            subject("fused", Family::Ours, "add loop --lend fused"),
+            subject("polled", Family::Ours, "loop --lend fused --poll"),
+            subject("fused", Family::Ours, "add loop -q 1 --lend fused"),
             subject("rublk", Family::Rublk, "--lend copy"),
         ];
         assert_eq!(plain(&subjects, "fused"), Some(1));

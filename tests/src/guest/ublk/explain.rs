@@ -60,7 +60,7 @@ fn stages(_ctx: &Ctx) -> Result<Outcome> {
     let drive = fresh_drive("drive0")?;
     let device = Device::add_loop(&drive.path(), &[])?;
     crate::guest::udev::settle()?;
-    let explained = explain(&device, &["--reads", "300"])?;
+    let explained = explain(&device, &["--reads", "150"])?;
     let names = checked(&explained)?;
     let all = [
         "submit",
@@ -93,7 +93,7 @@ fn stages(_ctx: &Ctx) -> Result<Outcome> {
 /// A device without a backing has no requests to a drive. This one is explained to people.
 fn without_a_drive() -> Result<()> {
     let device = Device::add(&["null"])?;
-    let argv = [PROGRAM, "explain", "--device", device.path()?, "--reads", "100", "--block", "64K"];
+    let argv = [PROGRAM, "explain", "--device", device.path()?, "--reads", "50", "--block", "64K"];
     let text = process::run(&argv)?.stdout;
     println!("{text}");
     for expected in
