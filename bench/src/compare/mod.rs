@@ -157,39 +157,64 @@ pub fn compare(before: &Results, after: &Results, options: Options) -> Result<Co
 type Tested = (Change, (usize, usize));
 
 fn tested(one: &Summary, other: &Summary, measure: Measure, options: Options) -> Vec<Tested> {
-    let mut tested = Vec::new();
+    let tested = in_both(one, other).into_iter().filter_map(|(before, after)| {
+        let relative = !options.absolute && one.raw() != Some(before.subject);
+        let parts = || Some((before.of_raw(measure)?, after.of_raw(measure)?));
+        let figures = || Some((before.figures(measure)?, after.figures(measure)?));
+        let parts = if relative { parts() } else { None };
+        let of_raw = parts.is_some();
+        change(before.names(), measure, of_raw, parts.or_else(figures)?)
+    });
+    tested.collect()
+}
+
+/// A cell of a run.
+struct Place<'a> {
+    summary: &'a Summary<'a>,
+    subject: usize,
+    load: usize,
+}
+
+/// The cells whose subject and load both runs have, by their names.
+fn in_both<'a>(one: &'a Summary, other: &'a Summary) -> Vec<(Place<'a>, Place<'a>)> {
+    let mut places = Vec::new();
     for (subject, described) in one.measured() {
-        let other_subjects = &other.results().subjects;
-        let Some(its) = other_subjects.iter().position(|each| each.name == described.name) else {
-            continue;
-        };
+        let mut others = other.results().subjects.iter();
+        let Some(its) = others.position(|each| each.name == described.name) else { continue };
         for (load, loaded) in one.loads() {
-            let other_loads = &other.results().loads;
-            let Some(its_load) = other_loads.iter().position(|each| each.name == loaded.name)
-            else {
-                continue;
-            };
-            let relative = !options.absolute && one.raw() != Some(subject);
-            let sides = relative
-                .then(|| {
-                    Some((
-                        of_raw(one, subject, load, measure)?,
-                        of_raw(other, its, its_load, measure)?,
-                    ))
-                })
-                .flatten();
-            let of_raw = sides.is_some();
-            let sides = sides.or_else(|| {
-                Some((
-                    figures(one, subject, load, measure)?,
-                    figures(other, its, its_load, measure)?,
-                ))
-            });
-            let names = (described.name.clone(), loaded.name.clone());
-            tested.extend(sides.and_then(|sides| change(names, measure, of_raw, sides)));
+            let mut others = other.results().loads.iter();
+            let Some(its_load) = others.position(|each| each.name == loaded.name) else { continue };
+            let before = Place { summary: one, subject, load };
+            places.push((before, Place { summary: other, subject: its, load: its_load }));
         }
     }
-    tested
+    places
+}
+
+impl Place<'_> {
+    fn names(&self) -> (String, String) {
+        let results = self.summary.results();
+        (results.subjects[self.subject].name.clone(), results.loads[self.load].name.clone())
+    }
+
+    /// The figures of the rounds; `None` if there are none.
+    fn figures(&self, measure: Measure) -> Option<Vec<f64>> {
+        let samples = &self.summary.cell(self.subject, self.load)?.samples;
+        let figures: Vec<f64> = samples.iter().filter_map(|sample| measure.of(sample)).collect();
+        (!figures.is_empty()).then_some(figures)
+    }
+
+    /// The figures of the rounds as parts of the raw backing's; `None` if there are none.
+    fn of_raw(&self, measure: Measure) -> Option<Vec<f64>> {
+        let raw = self.summary.cell(self.summary.raw()?, self.load)?.samples.iter();
+        let of_round =
+            |sample: &&Sample| Some((sample.round, measure.of(sample).filter(|base| *base > 0.0)?));
+        let raw: HashMap<u32, f64> = raw.filter_map(of_round).collect();
+        let samples = self.summary.cell(self.subject, self.load)?.samples.iter();
+        let part = |sample: &&Sample| Some(measure.of(sample)? / raw.get(&sample.round)?);
+        let parts: Vec<f64> = samples.filter_map(part).collect();
+        (!parts.is_empty()).then_some(parts)
+    }
 }
 
 fn change(
@@ -205,29 +230,6 @@ fn change(
     let verdict = Verdict::Unclear;
     let change = Change { subject, load, measure, of_raw, before, after, ratio, p, verdict };
     Some((change, (one.len(), other.len())))
-}
-
-/// The figures of the rounds; `None` if there are none.
-fn figures(summary: &Summary, subject: usize, load: usize, measure: Measure) -> Option<Vec<f64>> {
-    let samples = &summary.cell(subject, load)?.samples;
-    let figures: Vec<f64> = samples.iter().filter_map(|sample| measure.of(sample)).collect();
-    (!figures.is_empty()).then_some(figures)
-}
-
-/// The figures of the rounds as parts of the raw backing's; `None` if there are none.
-fn of_raw(summary: &Summary, subject: usize, load: usize, measure: Measure) -> Option<Vec<f64>> {
-    let raw = summary.cell(summary.raw()?, load)?;
-    let raw: HashMap<u32, f64> = raw
-        .samples
-        .iter()
-        .filter_map(|sample| Some((sample.round, measure.of(sample).filter(|base| *base > 0.0)?)))
-        .collect();
-    let samples = &summary.cell(subject, load)?.samples;
-    let parts: Vec<f64> = samples
-        .iter()
-        .filter_map(|sample| Some(measure.of(sample)? / raw.get(&sample.round)?))
-        .collect();
-    (!parts.is_empty()).then_some(parts)
 }
 
 /// Says so where no single change of a measure could be told from noise.
