@@ -14,6 +14,7 @@ pub fn caveats(summary: &Summary) -> Vec<String> {
         .map(|why| format!("The run is not whole: {why}. Later rounds are missing."));
     let reads_only = !results.loads.iter().any(is_written);
     of_run
+        .chain(unsteady(summary))
         .chain(virtual_machine(&results.machine))
         .chain(few_rounds(summary))
         .chain(short_samples(&results.method))
@@ -30,11 +31,30 @@ pub fn is_written(load: &Load) -> bool {
     load.rw.contains("write") || load.rw.contains("rw")
 }
 
+/// How many times the requests of another round make a run unsteady.
+const UNSTEADY: f64 = 1.5;
+
 /// What no run measures.
 const ALWAYS: [&str; 2] = [
     "One job made all the load: several jobs, or several queues, were not measured.",
     "Neither flushes nor file systems were measured, and no mix of requests but those listed.",
 ];
+
+/// The raw backing has no reason to do more or less in one round than in another.
+fn unsteady(summary: &Summary) -> Option<String> {
+    let raw = summary.raw()?;
+    let cells = summary.loads().filter_map(|(load, _)| summary.cell(raw, load));
+    let factors = cells.filter_map(|cell| {
+        let iops = || cell.samples.iter().map(|sample| sample.iops);
+        let least = iops().reduce(f64::min).filter(|least| *least > 0.0)?;
+        Some(iops().reduce(f64::max)? / least)
+    });
+    let greatest = factors.reduce(f64::max).filter(|factor| *factor >= UNSTEADY)?;
+    Some(format!(
+        "The machine was not quiet: from one round to another the raw backing itself did up to \
+         {greatest:.1} times as many requests. Measure again while nothing else runs."
+    ))
+}
 
 fn virtual_machine(machine: &Machine) -> Option<String> {
     let kind = machine.virtualization.as_ref()?;
@@ -101,6 +121,22 @@ fn of_machine(machine: &Machine) -> impl Iterator<Item = String> {
 mod tests {
     use super::*;
     use crate::sample;
+
+    #[test]
+    fn a_busy_machine_is_noticed() {
+        let mut results = sample::results(3, 9);
+        let said = |results: &_| caveats(&Summary::of(results).unwrap()).swap_remove(0);
+        assert!(said(&results).contains("virtual machine"), "{}", said(&results));
+        let raw = results.samples.iter_mut().filter(|sample| sample.subject == "raw");
+        raw.filter(|sample| sample.round == 4).for_each(|sample| sample.iops *= 0.5);
+        let first = said(&results);
+        assert!(
+            first.starts_with("The machine was not quiet: ") && first.contains(" 2."),
+            "{first}"
+        );
+        results.samples.iter_mut().for_each(|sample| sample.iops = 0.0);
+        assert!(said(&results).contains("virtual machine"), "nothing is divided by 0");
+    }
 
     #[test]
     fn caveats_follow_the_facts() {
