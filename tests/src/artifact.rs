@@ -59,9 +59,32 @@ pub fn read(output: impl BufRead) -> Result<Vec<Artifact>> {
     Ok(found)
 }
 
+/// The files of libraries in cargo's output.
+///
+/// # Errors
+/// When the output cannot be read.
+pub fn libraries(output: impl BufRead) -> Result<Vec<PathBuf>> {
+    #[derive(Deserialize)]
+    struct Built {
+        filenames: Vec<PathBuf>,
+    }
+    let mut found = Vec::new();
+    for line in output.lines() {
+        if let Ok(built) = serde_json::from_str::<Built>(&line?) {
+            found.extend(built.filenames);
+        }
+    }
+    Ok(found)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn libraries_are_found() {
+        assert_eq!(libraries(MESSAGES.as_bytes()).unwrap()[0], PathBuf::from("/t/libbufreg.rlib"));
+    }
 
     /// Messages of cargo 1.95, with fewer fields.
     const MESSAGES: &str = r#"   Compiling bufreg v0.1.0

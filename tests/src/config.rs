@@ -85,6 +85,8 @@ pub struct VmConfig {
     /// Deterministic time: one instruction is one nanosecond of guest time, on
     /// one CPU. For counting instructions, see docs on measuring.
     pub icount: bool,
+    /// A plugin of QEMU with its arguments: `FILE,NAME=VALUE,…`.
+    pub plugin: Option<String>,
     /// Further arguments of the kernel.
     pub kernel_args: Vec<String>,
     /// Wall time until the agent answers.
@@ -102,6 +104,7 @@ impl Default for VmConfig {
             nvme: Vec::new(),
             poll_queues: 0,
             icount: false,
+            plugin: None,
             kernel_args: Vec::new(),
             boot_timeout: Duration::from_secs(180),
             silence_timeout: Duration::from_secs(90),

@@ -103,6 +103,9 @@ pub fn args(config: &VmConfig, files: &Files, accel: Accel) -> Vec<String> {
     for (name, value) in machine(config, accel) {
         add(name, value);
     }
+    if let Some(plugin) = &config.plugin {
+        add("-plugin", plugin.clone());
+    }
     add("-m", format!("{}M", config.memory_mib));
     add("-smp", config.cpus.to_string());
     add("-kernel", files.kernel.display().to_string());

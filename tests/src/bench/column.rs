@@ -74,7 +74,7 @@ impl Column {
     }
 
     /// Options of fio for a device, without their dashes.
-    pub fn options(&self, device: &str, offset: u64, quick: bool) -> Vec<String> {
+    pub fn options(&self, device: &str, offset: u64, requests: u64) -> Vec<String> {
         let mut options =
             ["ioengine=io_uring", "direct=1", "registerfiles=1", "fixedbufs=1", "norandommap=1"]
                 .map(String::from)
@@ -87,8 +87,8 @@ impl Column {
             format!("offset={offset}"),
             format!("size={SPAN}"),
             // More than is done: the number of requests is to end the run.
-            format!("io_size={}", 2 * self.requests * self.block_bytes),
-            format!("number_ios={}", self.requests(quick)),
+            format!("io_size={}", 2 * requests * self.block_bytes),
+            format!("number_ios={requests}"),
         ]);
         options
     }
@@ -126,7 +126,7 @@ mod tests {
 
     #[test]
     fn the_number_of_requests_ends_a_run() {
-        let options = COLUMNS[0].options("/dev/x", 2048, false);
+        let options = COLUMNS[0].options("/dev/x", 2048, 32768);
         assert!(options.contains(&"number_ios=32768".into()), "{options:?}");
         assert!(options.contains(&"io_size=268435456".into()));
         assert!(options.contains(&"offset=2048".into()));

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, ensure};
 
 use super::column::{COLUMNS, Column};
+use super::profile::guest::{self as profile, PROFILE};
 use super::results::Cell;
 use super::row::{Requests, Row, Subject, row_named};
 use super::stack::{self, Stack};
@@ -31,6 +32,7 @@ pub fn in_guest() -> ExitCode {
         [PREPARE] => prepare(),
         [name] => row(name, false),
         [name, QUICK] => row(name, true),
+        [PROFILE, row, column, times] => profile::in_guest(row, column, times),
         _ => Err(anyhow::anyhow!("a row is to be named")),
     };
     match result {
@@ -77,6 +79,18 @@ fn measure(
     quick: bool,
     scratch: &Path,
 ) -> Result<Vec<u32>> {
+    let options = options(stack, subject, column, column.requests(quick))?;
+    let _quiet = QuietUdev::new()?;
+    (0..RUNS).map(|_| instructions(&fio::run_in(scratch, &options)?, column, quick)).collect()
+}
+
+/// Options of fio for a run.
+pub(super) fn options(
+    stack: &Stack,
+    subject: Subject,
+    column: &Column,
+    requests: u64,
+) -> Result<Vec<String>> {
     let offset = match subject {
         Subject::DmStripe(requests) | Subject::Stripe(requests) => {
             column.chunk_and_offset(requests).1
@@ -89,9 +103,7 @@ fn measure(
         | Subject::Loop(_)
         | Subject::Linear => column.chunk_and_offset(Requests::Within).1,
     };
-    let options = column.options(&stack.path()?, offset, quick);
-    let _quiet = QuietUdev::new()?;
-    (0..RUNS).map(|_| instructions(&fio::run_in(scratch, &options)?, column, quick)).collect()
+    Ok(column.options(&stack.path()?, offset, requests))
 }
 
 /// Instructions for each request of a run.

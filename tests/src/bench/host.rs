@@ -17,10 +17,10 @@ use crate::ui;
 use crate::vm::{Stream, Vm};
 
 /// The guest's program.
-const PROGRAM: &str = "bench-guest";
+pub(super) const PROGRAM: &str = "bench-guest";
 /// Wall time that a row may take.
-const ROW_TIMEOUT: Duration = Duration::from_secs(15 * 60);
-const PREPARE_TIMEOUT: Duration = Duration::from_secs(120);
+pub(super) const ROW_TIMEOUT: Duration = Duration::from_secs(15 * 60);
+pub(super) const PREPARE_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Measures rows in a guest, and in a new one where that has gone.
 #[derive(Debug)]
@@ -117,7 +117,7 @@ impl Bench {
 
 /// Runs a program that has to succeed, and hands over each line that it prints. What it says on
 /// standard error is why it fails.
-fn run(
+pub(super) fn run(
     vm: &mut Vm,
     argv: &[&str],
     timeout: Duration,

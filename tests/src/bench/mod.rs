@@ -3,6 +3,7 @@
 mod column;
 mod guest;
 mod host;
+mod profile;
 mod ratios;
 mod report;
 mod results;
@@ -18,6 +19,7 @@ use clap::Args;
 use clap::builder::PossibleValuesParser;
 
 use crate::{paths, shell, ui};
+use column::COLUMNS;
 pub use guest::in_guest;
 use host::Bench;
 use results::{Results, RowResult};
@@ -36,10 +38,20 @@ pub struct BenchArgs {
     /// Make an eighth of the requests, and write no files: the figures are coarse
     #[arg(long)]
     pub quick: bool,
+    /// Tell what each function costs a request, in place of all else
+    #[arg(long, value_name = "ROW", value_parser = names(), conflicts_with_all = ["only", "quick"])]
+    pub profile: Option<String>,
+    /// With --profile: the load
+    #[arg(long, value_name = "LOAD", value_parser = loads(), default_value = "qd32")]
+    pub load: String,
 }
 
 fn names() -> PossibleValuesParser {
     PossibleValuesParser::new(ROWS.iter().map(|row| row.name))
+}
+
+fn loads() -> PossibleValuesParser {
+    PossibleValuesParser::new(COLUMNS.iter().map(|column| column.name))
 }
 
 /// Measures, prints the tables, and writes them to `docs/bench` if they are whole.
@@ -47,6 +59,9 @@ fn names() -> PossibleValuesParser {
 /// # Errors
 /// When the guest cannot be made. A row that fails is told in its place, and in the exit code.
 pub fn run(args: &BenchArgs) -> Result<ExitCode> {
+    if let Some(row) = &args.profile {
+        return profile::run(row, &args.load);
+    }
     let rows = row::chosen(&args.only);
     let rublk = rows.iter().any(|row| row.subject == Subject::RublkLoop).then(rublk::ensure_built);
     let (rublk, without_rublk) = match rublk {

@@ -114,7 +114,10 @@ pub fn shared_pages(
                 $page = (uint64)$rq->bio->bi_io_vec->bv_page;
                 if ($disk->major == {} && $disk->first_minor == {}) {{ @lent[$page] = 1; }}
                 if ($disk->major == {} && $disk->first_minor == {}) {{
-                    if (@lent[$page] == 1) {{ @same = @same + 1; }} else {{ @other = @other + 1; }}
+                    if (@lent[$page] == 1) {{ @same = @same + 1; }} else {{
+                        @other = @other + 1;
+                        printf(\"other: %d bytes, flags %x, by %s\\n\", $rq->__data_len, $rq->cmd_flags, comm);
+                    }}
                 }}
             }}
         }}
@@ -130,6 +133,11 @@ pub fn shared_pages(
     std::fs::write(&load, fio)?;
     let command = format!("sh {}", text(&load)?);
     let printed = process::run(&["bpftrace", "-e", &script, "-c", &command])?;
+    printed
+        .stdout
+        .lines()
+        .filter(|line| line.starts_with("other:"))
+        .for_each(|it| println!("{it}"));
     let line = printed.stdout.lines().find(|line| line.starts_with("same="));
     let line =
         line.with_context(|| format!("bpftrace printed\n{}{}", printed.stdout, printed.stderr))?;
