@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::run::{self, RunArgs};
 use crate::{compare, explain, report, table};
 
 /// Measures block devices side by side: a backing, the kernel's own drivers on it, and ublk servers
@@ -17,6 +18,9 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Measure a backing and the devices on it, interleaved and repeated
+    #[command(after_help = run::args::HELP)]
+    Run(RunArgs),
     /// Make a page of the results of a run: one HTML file that needs no network
     Report(report::cli::Arguments),
     /// Show the results of a run as tables
@@ -30,6 +34,7 @@ enum Command {
 /// Parses the arguments and runs the command.
 pub fn run() -> ExitCode {
     let done = match &Cli::parse().command {
+        Command::Run(args) => run::run(args),
         Command::Report(args) => report::cli::run(args),
         Command::Table(args) => table::cli::run(args),
         Command::Compare(args) => compare::cli::run(args),

@@ -7,6 +7,7 @@ pub mod explain;
 pub mod output;
 pub mod report;
 pub mod results;
+mod run;
 #[cfg(test)]
 mod sample;
 pub mod summary;

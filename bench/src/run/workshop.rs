@@ -1,0 +1,233 @@
+//! Makes the devices that are measured, one at a time.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::Deserialize;
+use ublk_target::backing::{Backing, usage};
+
+use super::commands::{Commands, Interrupted, find, wait_until};
+use super::made::{LIMIT, Made, free_ublk_id};
+use super::place::{self, Place};
+use super::programs::Programs;
+use super::record::Record;
+use super::subject::{Maker, QUEUE};
+
+/// How long the kernel and others may take to let go of a backing.
+const LET_GO: std::time::Duration = std::time::Duration::from_secs(10);
+
+/// What devices are made with, and on.
+#[derive(Debug)]
+pub struct Workshop {
+    /// Runs programs.
+    pub commands: Commands,
+    /// Servers.
+    pub programs: Programs,
+    /// The backing.
+    pub place: Place,
+    /// No device may be written to.
+    pub read_only: bool,
+    /// What is there.
+    pub record: Record,
+}
+
+/// A device, or the backing itself; removed with its handle.
+#[derive(Debug)]
+pub struct Device<'a> {
+    workshop: &'a Workshop,
+    made: Option<Made>,
+    /// What to measure.
+    pub path: String,
+    /// The process that serves it.
+    pub server: Option<u32>,
+    /// Keeps others away from the backing.
+    _claim: Option<Backing>,
+}
+
+/// What `ublk-target add --json` says.
+#[derive(Deserialize)]
+struct Added {
+    lend: String,
+    pid: Option<u32>,
+}
+
+impl Workshop {
+    /// Makes a device, and waits until nobody but us looks at it.
+    pub fn make(&self, maker: Maker) -> Result<Device<'_>> {
+        self.commands.check()?;
+        let device = match maker {
+            Maker::Raw => self.raw()?,
+            Maker::DmLinear => self.dm_linear()?,
+            Maker::KernelLoop => self.kernel_loop()?,
+            Maker::Rublk(options) => self.rublk(options)?,
+            Maker::Ours(lend, options) => self.ours(lend, options)?,
+        };
+        self.settle();
+        self.commands.check()?;
+        Ok(device)
+    }
+
+    /// Lets udev read what has appeared or was written. Where there is no udev nobody does.
+    fn settle(&self) {
+        if find("udevadm").is_some() {
+            let _ = self.commands.run(&["udevadm", "settle", "--timeout=10"]);
+        }
+    }
+
+    /// The backing, with nobody else on it. Who has served it may be about to let go.
+    fn raw(&self) -> Result<Device<'_>> {
+        let path = Path::new(&self.place.path);
+        wait_until(LET_GO, || !place::is_in_use(path));
+        let claim = Some(Backing::open(path, false)?);
+        let path = self.place.path.clone();
+        Ok(Device { workshop: self, made: None, path, server: None, _claim: claim })
+    }
+
+    /// What is about to be made is written down first.
+    fn begin(&self, made: Made) -> Result<Device<'_>> {
+        ensure!(!self.record.is_full(), "the device before it could not be removed");
+        self.record.write(Some(&made))?;
+        let path = made.path();
+        Ok(Device { workshop: self, made: Some(made), path, server: None, _claim: None })
+    }
+
+    fn dm_linear(&self) -> Result<Device<'_>> {
+        ensure!(self.place.is_block, "it needs a block device below, and this is a file");
+        self.load_driver("dm_mod");
+        let name = format!("ublk-bench-{}", std::process::id());
+        let device = self.begin(Made::Mapper { name: name.clone() })?;
+        let sectors = self.place.described.size_bytes / 512;
+        let table = format!("0 {sectors} linear {} 0", self.place.path);
+        let mut argv = vec!["dmsetup", "create", &name, "--table", &table];
+        argv.extend(self.read_only.then_some("--readonly"));
+        self.commands.run(&argv)?;
+        device.appears()
+    }
+
+    fn kernel_loop(&self) -> Result<Device<'_>> {
+        self.load_driver("loop");
+        let free = self.commands.run(&["losetup", "--find"])?.trim().to_owned();
+        let name = free.strip_prefix("/dev/").context("losetup named no device")?;
+        let made = Made::Loop { path: free.clone(), backing: self.place.path.clone() };
+        let device = self.begin(made)?;
+        let block = self.place.described.logical_block_bytes.to_string();
+        let mut argv = vec!["losetup", "--direct-io=on", "--sector-size", &block];
+        argv.extend(self.read_only.then_some("--read-only"));
+        argv.extend([free.as_str(), &self.place.path]);
+        self.commands.run(&argv)?;
+        let direct = std::fs::read_to_string(format!("/sys/block/{name}/loop/dio"))?;
+        ensure!(direct.trim() == "1", "the driver does no direct I/O on this backing");
+        Ok(device)
+    }
+
+    fn rublk(&self, options: &[&str]) -> Result<Device<'_>> {
+        let program = self.programs.rublk()?;
+        self.load_driver("ublk_drv");
+        let id = free_ublk_id()?;
+        let mut device = self.begin(Made::Rublk { id, backing: self.place.path.clone() })?;
+        let number = id.to_string();
+        let file = ["-f", &self.place.path, "-n", &number];
+        let mut argv = [&[program, "add", "loop"], &QUEUE[..], options, &file].concat();
+        argv.extend(self.read_only.then_some("--read-only"));
+        self.commands.run(&argv)?;
+        device = device.appears()?;
+        device.server = usage::servers_of(id).first().map(|server| server.pid);
+        Ok(device)
+    }
+
+    fn ours(&self, lend: &str, options: &[&str]) -> Result<Device<'_>> {
+        self.programs.ensure_known(options)?;
+        self.load_driver("ublk_drv");
+        let id = free_ublk_id()?;
+        let mut device = self.begin(Made::Ours { id, backing: self.place.path.clone() })?;
+        let number = id.to_string();
+        let file = ["--lend", lend, "-f", &self.place.path, "-n", &number, "--json"];
+        let add = [self.programs.ublk_target()?, "add", "loop"];
+        // It takes its device back when it is killed.
+        let said = self.commands.run_bound(&[&add, &QUEUE[..], &file, options].concat())?;
+        let added: Added = serde_json::from_str(&said).context("what ublk-target said")?;
+        ensure!(added.lend == lend, "ublk-target chose lend mode {} for {lend}", added.lend);
+        device.server = added.pid;
+        device.appears()
+    }
+
+    /// Where that fails, it is said by whoever needs the driver.
+    fn load_driver(&self, module: &str) {
+        if !Path::new("/sys/module").join(module).exists() {
+            let _ = self.commands.run(&["modprobe", module]);
+        }
+    }
+}
+
+/// Removes what a killed run has left. Returns whether it was still there.
+pub fn remove_leftover(
+    commands: &Commands,
+    programs: &Programs,
+    record: &Record,
+    left: &Made,
+) -> Result<bool> {
+    let removed = || -> Result<bool> {
+        // Somebody may have removed it, as the server of an abandoned `add` does.
+        let is_left = left.is_there(commands) && left.is_the_same(commands, programs)?;
+        if is_left {
+            left.remove(commands, programs)?;
+        }
+        Ok(is_left)
+    };
+    let was_left = removed().with_context(|| {
+        format!("{} is left of a run that was killed, and has to be removed first", left.path())
+    })?;
+    record.write(None)?;
+    Ok(was_left)
+}
+
+/// Waits until nobody holds what a killed run has used.
+pub fn wait_for_backing(path: &Path) {
+    wait_until(LET_GO, || !place::is_in_use(path));
+}
+
+impl Device<'_> {
+    fn appears(self) -> Result<Self> {
+        if !wait_until(LIMIT, || Path::new(&self.path).exists()) {
+            bail!("{} does not appear", self.path);
+        }
+        Ok(self)
+    }
+
+    /// Removes it.
+    pub fn remove(mut self) -> Result<()> {
+        let Some(made) = self.made.take() else { return Ok(()) };
+        let Workshop { commands, programs, record, .. } = self.workshop;
+        let removed = made.remove(commands, programs);
+        let stuck = |error| Stuck(format!("{} cannot be removed: {error:#}", made.path()));
+        removed.map_err(stuck)?;
+        record.write(None)
+    }
+}
+
+impl Drop for Device<'_> {
+    fn drop(&mut self) {
+        let Some(made) = self.made.take() else { return };
+        let Workshop { commands, programs, record, .. } = self.workshop;
+        // It may not have come into being.
+        let removed = match made.is_there(commands) {
+            true => made.remove(commands, programs),
+            false => Ok(()),
+        };
+        match removed.and_then(|()| record.write(None)) {
+            Ok(()) => {}
+            Err(error) => eprintln!("ublk-bench: {} is left: {error:#}", made.path()),
+        }
+    }
+}
+
+/// A device cannot be removed. The next run tries again.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Stuck(String);
+
+/// Whether an error ends the run, and not only the measuring of a subject: the user wants an end, or
+/// the backing is not to be had any more.
+pub fn ends_the_run(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<Interrupted>().is_some() || error.downcast_ref::<Stuck>().is_some()
+}
