@@ -2,6 +2,7 @@
 
 mod arguments;
 mod backing_errors;
+mod bench;
 mod busy_wait;
 mod commands;
 mod crossing;
@@ -38,6 +39,7 @@ use super::TestCase;
 pub const TABLES: &[&[TestCase]] = &[
     arguments::TESTS,
     backing_errors::TESTS,
+    bench::TESTS,
     commands::TESTS,
     crossing::TESTS,
     data::TESTS,
