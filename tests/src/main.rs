@@ -52,7 +52,7 @@ enum Command {
     },
     /// Show ublk-target at work
     Demo(demo::DemoArgs),
-    /// Count instructions for each request, rivals and ublk-target side by side
+    /// Count instructions for each request and measure throughput, rivals and ublk-target side by side
     Bench(bench::BenchArgs),
 }
 

@@ -74,16 +74,12 @@ impl Bench {
             progress(cells);
             Ok(())
         });
-        let (left, stuck) = vm.leaks()?;
-        let log = vm.kernel_log()?;
-        if stuck.is_empty() {
+        let state = state_of(&mut vm)?;
+        if !state.is_stuck {
             self.vm = Some(vm); // for the next row
         }
         done?;
-        ensure!(left.is_empty(), "this was left: {}", left.join(", "));
-        if let Some(finding) = klog::findings(&log, &[]).first() {
-            anyhow::bail!("the kernel complained ({}): {}", finding.kind, finding.text);
-        }
+        state.trouble.map_or(Ok(()), |trouble| Err(anyhow::anyhow!(trouble)))?;
         ensure!(cells.len() == COLUMNS.len(), "{PROGRAM} measured {} columns", cells.len());
         Ok(())
     }
@@ -115,23 +111,68 @@ impl Bench {
     }
 }
 
+/// What a guest is like after a program.
+pub struct State {
+    /// What was left, or what the kernel complained about.
+    pub trouble: Option<String>,
+    /// What was left cannot be removed: nothing else can be done with this guest.
+    pub is_stuck: bool,
+}
+
+/// Looks what is left in a guest beyond its baseline, and removes it.
+///
+/// # Errors
+/// When the guest has gone.
+pub fn state_of(vm: &mut Vm) -> Result<State> {
+    let (left, stuck) = vm.leaks()?;
+    let log = vm.kernel_log()?;
+    let left = (!left.is_empty()).then(|| format!("this was left: {}", left.join(", ")));
+    let findings = klog::findings(&log, &[]);
+    let complaint = findings.first().map(|finding| {
+        let (kind, text) = (&finding.kind, &finding.text);
+        format!("the kernel complained ({kind}): {text}")
+    });
+    Ok(State { trouble: left.or(complaint), is_stuck: !stuck.is_empty() })
+}
+
 /// Runs a program that has to succeed, and hands over each line that it prints. What it says on
 /// standard error is why it fails.
-pub(super) fn run(
+///
+/// # Errors
+/// When it fails or is not done in time, or what the line was handed to does.
+pub fn run(
+    vm: &mut Vm,
+    argv: &[&str],
+    timeout: Duration,
+    line: impl FnMut(&str) -> Result<()>,
+) -> Result<()> {
+    run_and_tell(vm, argv, timeout, line, |_| {})
+}
+
+/// The same, with each line of standard error given to `tell` as it comes.
+///
+/// # Errors
+/// As [`run()`].
+pub fn run_and_tell(
     vm: &mut Vm,
     argv: &[&str],
     timeout: Duration,
     mut line: impl FnMut(&str) -> Result<()>,
+    mut tell: impl FnMut(&str),
 ) -> Result<()> {
     let job = Job { argv: argv.iter().map(ToString::to_string).collect(), ..Job::default() };
-    let (mut out, mut said, mut trouble) = (Lines::default(), Vec::new(), None);
+    let (mut out, mut err) = (Lines::default(), Lines::default());
+    let (mut said, mut trouble) = (Vec::new(), None);
     let result = vm.run(&job, timeout, &mut |stream, bytes| match stream {
         Stream::Stdout => out.push(bytes, |text| {
             if let Err(error) = line(text) {
                 trouble.get_or_insert(error);
             }
         }),
-        Stream::Stderr => said.extend_from_slice(bytes),
+        Stream::Stderr => {
+            said.extend_from_slice(bytes);
+            err.push(bytes, &mut tell);
+        }
     })?;
     ensure!(result.timed_out.is_none(), "not done after {} s", timeout.as_secs());
     let said = String::from_utf8_lossy(&said);

@@ -1,4 +1,5 @@
-//! `vm bench`: instructions for each request, of rivals and of ublk-target, side by side.
+//! `vm bench`: instructions for each request, and throughput, of rivals and of ublk-target, side by
+//! side.
 
 mod column;
 mod guest;
@@ -10,6 +11,7 @@ mod results;
 mod row;
 mod rublk;
 mod stack;
+mod throughput;
 
 use std::path::Path;
 use std::process::{Command, ExitCode};
@@ -29,17 +31,26 @@ use row::{ROWS, Row, Subject};
 const DIRECTORY: &str = "docs/bench";
 const NAME: &str = "instructions";
 
+/// The other name, of what `ublk-bench run` finds.
+const THROUGHPUT: &str = "throughput";
+
 /// Options of the measurement.
 #[derive(Debug, Clone, Default, Args)]
 pub struct BenchArgs {
-    /// Measure these rows only, and write no files
-    #[arg(long, value_name = "ROWS", value_delimiter = ',', value_parser = names())]
+    /// Count instructions, and measure no throughput
+    #[arg(long, conflicts_with = "throughput")]
+    pub instructions: bool,
+    /// Measure throughput, and count no instructions
+    #[arg(long)]
+    pub throughput: bool,
+    /// Count the instructions of these rows only, and write no files
+    #[arg(long, value_name = "ROWS", value_delimiter = ',', value_parser = names(), conflicts_with = "throughput")]
     pub only: Vec<String>,
-    /// Make an eighth of the requests, and write no files: the figures are coarse
+    /// Make an eighth of the requests, or one round, and write no files: the figures are coarse
     #[arg(long)]
     pub quick: bool,
     /// Tell what each function costs a request, in place of all else
-    #[arg(long, value_name = "ROW", value_parser = names(), conflicts_with_all = ["only", "quick"])]
+    #[arg(long, value_name = "ROW", value_parser = names(), conflicts_with_all = ["only", "quick", "instructions", "throughput"])]
     pub profile: Option<String>,
     /// With --profile: the load
     #[arg(long, value_name = "LOAD", value_parser = loads(), default_value = "qd32")]
@@ -54,32 +65,57 @@ fn loads() -> PossibleValuesParser {
     PossibleValuesParser::new(COLUMNS.iter().map(|column| column.name))
 }
 
-/// Measures, prints the tables, and writes them to `docs/bench` if they are whole.
+impl BenchArgs {
+    fn counts_instructions(&self) -> bool {
+        !self.throughput
+    }
+
+    /// Rows are rows of instructions.
+    fn measures_throughput(&self) -> bool {
+        !self.instructions && self.only.is_empty()
+    }
+}
+
+/// Measures, prints what comes of it, and writes it to `docs/bench` if it is whole.
 ///
 /// # Errors
-/// When the guest cannot be made. A row that fails is told in its place, and in the exit code.
+/// When a guest cannot be made, or throughput cannot be measured. A row that fails is told in its
+/// place, and in the exit code.
 pub fn run(args: &BenchArgs) -> Result<ExitCode> {
     if let Some(row) = &args.profile {
         return profile::run(row, &args.load);
     }
     let rows = row::chosen(&args.only);
-    let rublk = rows.iter().any(|row| row.subject == Subject::RublkLoop).then(rublk::ensure_built);
+    let wants_rublk = rows.iter().any(|row| row.subject == Subject::RublkLoop);
+    let rublk = (wants_rublk || args.measures_throughput()).then(rublk::ensure_built);
     let (rublk, without_rublk) = match rublk {
         Some(Ok(program)) => (vec![program], None),
         Some(Err(error)) => (Vec::new(), Some(format!("it could not be built: {error:#}"))),
         None => (Vec::new(), None),
     };
     let (image, _directory, payload) = shell::prepare_with(&rublk)?;
-    let mut bench = Bench::new(image, payload, args.quick);
-    let results = measure(&mut bench, &rows, without_rublk.as_deref())?;
-    bench.finish()?;
-    report::summary(&results).iter().for_each(|line| ui::out(line));
-    if args.only.is_empty() && !args.quick {
-        write(&paths::workspace().join(DIRECTORY), &results)?;
-        ui::out(&format!("Written: {DIRECTORY}/{NAME}.md and {NAME}.json."));
+    let directory = paths::workspace().join(DIRECTORY);
+    let mut code = ExitCode::SUCCESS;
+    if args.counts_instructions() {
+        let mut bench = Bench::new(image.clone(), payload.clone(), args.quick);
+        let results = measure(&mut bench, &rows, without_rublk.as_deref())?;
+        bench.finish()?;
+        report::summary(&results).iter().for_each(|line| ui::out(line));
+        if args.only.is_empty() && !args.quick {
+            let files = [("md", report::document(&results)), ("json", results.json()?)];
+            write(&directory, NAME, &files)?;
+        }
+        if results.rows.iter().any(|result| result.failure.is_some()) {
+            code = ExitCode::FAILURE;
+        }
     }
-    let has_failed = results.rows.iter().any(|result| result.failure.is_some());
-    Ok(if has_failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    if args.measures_throughput() {
+        let json = throughput::measure(&image, &payload, args.quick.then_some(1))?;
+        if !args.quick {
+            write(&directory, THROUGHPUT, &[("json", json)])?;
+        }
+    }
+    Ok(code)
 }
 
 fn measure(bench: &mut Bench, rows: &[&Row], without_rublk: Option<&str>) -> Result<Results> {
@@ -111,12 +147,12 @@ fn qemu_version() -> Result<String> {
     Ok(line.replace("emulator version ", ""))
 }
 
-fn write(directory: &Path, results: &Results) -> Result<()> {
+fn write(directory: &Path, name: &str, files: &[(&str, String)]) -> Result<()> {
     std::fs::create_dir_all(directory)?;
-    let files = [("md", report::document(results)), ("json", results.json()?)];
     for (extension, text) in files {
-        let path = directory.join(format!("{NAME}.{extension}"));
+        let path = directory.join(format!("{name}.{extension}"));
         std::fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
+        ui::out(&format!("Written: {DIRECTORY}/{name}.{extension}"));
     }
     Ok(())
 }
@@ -130,7 +166,8 @@ mod tests {
         let scratch = tempfile::tempdir().unwrap();
         let directory = scratch.path().join("docs/bench");
         let results = results::tests::flat(&[("raw", 7249)]);
-        write(&directory, &results).unwrap();
+        let files = [("md", report::document(&results)), ("json", results.json().unwrap())];
+        write(&directory, NAME, &files).unwrap();
         let read = |name: &str| std::fs::read_to_string(directory.join(name)).unwrap();
         assert!(read("instructions.md").contains("| null_blk itself | 7,249 |"));
         let json: serde_json::Value = serde_json::from_str(&read("instructions.json")).unwrap();
@@ -147,6 +184,17 @@ mod tests {
         }
         let args = Cli::try_parse_from(["x", "--only", "raw,loop", "--quick"]).unwrap().args;
         assert_eq!(args.only, ["raw", "loop"]);
-        assert!(args.quick && Cli::try_parse_from(["x", "--only", "rew"]).is_err());
+        assert!(args.quick && args.counts_instructions() && !args.measures_throughput());
+        assert!(Cli::try_parse_from(["x", "--only", "rew"]).is_err());
+        for (words, instructions, throughput) in [
+            (["x"].as_slice(), true, true),
+            (&["x", "--instructions"], true, false),
+            (&["x", "--throughput", "--quick"], false, true),
+        ] {
+            let args = Cli::try_parse_from(words).unwrap().args;
+            let parts = (args.counts_instructions(), args.measures_throughput());
+            assert_eq!(parts, (instructions, throughput), "{words:?}");
+        }
+        assert!(Cli::try_parse_from(["x", "--throughput", "--instructions"]).is_err());
     }
 }
