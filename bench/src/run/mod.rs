@@ -40,7 +40,9 @@ use rounds::Rounds;
 use subject::{Maker, SubjectKind};
 use workshop::Workshop;
 
+use crate::output::print;
 use crate::results::{FORMAT, Family, Method, Results, Subject};
+use crate::table;
 
 /// Measures, and writes the results.
 pub fn run(args: &RunArgs) -> Result<ExitCode> {
@@ -117,8 +119,18 @@ fn measure(mut rounds: Rounds<'_>, read_only: bool) -> Result<ExitCode> {
         return measured.map(|_| ExitCode::FAILURE);
     }
     rounds.save(measured.as_ref().err().map(|error| format!("{error:#}")))?;
-    eprintln!("Written: {}", rounds.output.json().display());
-    Ok(if measured? { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    let shown = show(rounds.output, &rounds.results);
+    let is_whole = measured?;
+    shown?;
+    Ok(if is_whole { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Prints the tables, and writes the page.
+fn show(output: &Output, results: &Results) -> Result<()> {
+    print(&table::text(results, table::cli::terminal_width())?)?;
+    output.write_page(results)?;
+    eprintln!("Written: {} and {}", output.json().display(), output.html().display());
+    Ok(())
 }
 
 /// Fails if a program is missing that makes one of these.

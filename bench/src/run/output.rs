@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use jiff::Timestamp;
 
+use crate::report;
 use crate::results::Results;
 
 /// Where results go.
@@ -34,20 +35,37 @@ impl Output {
 
     /// The file of the results.
     pub fn json(&self) -> PathBuf {
+        self.named("json")
+    }
+
+    /// The page.
+    pub fn html(&self) -> PathBuf {
+        self.named("html")
+    }
+
+    fn named(&self, extension: &str) -> PathBuf {
         let mut name = self.prefix.clone().into_os_string();
-        name.push(".json");
+        name.push(format!(".{extension}"));
         PathBuf::from(name)
     }
 
-    /// Writes the results; there is always a whole file, or none.
+    /// Writes the results.
     pub fn write(&self, results: &Results) -> Result<()> {
-        let path = self.json();
+        self.write_file(&self.json(), &(serde_json::to_string(results)? + "\n"))
+    }
+
+    /// Writes the page that shows them.
+    pub fn write_page(&self, results: &Results) -> Result<()> {
+        self.write_file(&self.html(), &report::html(results)?)
+    }
+
+    /// There is always a whole file, or none.
+    fn write_file(&self, path: &Path, text: &str) -> Result<()> {
         let doing = || format!("write {}", path.display());
         let mut file = self.temporary().with_context(doing)?;
-        serde_json::to_writer(&mut file, results).with_context(doing)?;
-        file.write_all(b"\n").with_context(doing)?;
+        file.write_all(text.as_bytes()).with_context(doing)?;
         file.as_file().sync_all().with_context(doing)?;
-        file.persist(&path).map_err(|error| error.error).with_context(doing)?;
+        file.persist(path).map_err(|error| error.error).with_context(doing)?;
         Ok(())
     }
 
@@ -92,5 +110,8 @@ mod tests {
         let text = std::fs::read_to_string(output.json()).unwrap();
         assert_eq!(serde_json::from_str::<Results>(&text).unwrap(), results);
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+        output.write_page(&results).unwrap();
+        let page = std::fs::read_to_string(directory.path().join("r.html")).unwrap();
+        assert!(page.contains(&results.subjects[0].title), "{page}");
     }
 }

@@ -26,6 +26,7 @@ pub use guest::in_guest;
 use host::Bench;
 use results::{Results, RowResult};
 use row::{ROWS, Row, Subject};
+use throughput::Throughput;
 
 /// Where the tables are kept, below the workspace.
 const DIRECTORY: &str = "docs/bench";
@@ -110,9 +111,10 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
         }
     }
     if args.measures_throughput() {
-        let json = throughput::measure(&image, &payload, args.quick.then_some(1))?;
+        let Throughput { json, html } =
+            throughput::measure(&image, &payload, args.quick.then_some(1))?;
         if !args.quick {
-            write(&directory, THROUGHPUT, &[("json", json)])?;
+            write(&directory, THROUGHPUT, &[("json", json), ("html", html)])?;
         }
     }
     Ok(code)

@@ -21,11 +21,19 @@ const RESULTS: &str = "/tmp/throughput";
 const TIMEOUT: Duration = Duration::from_secs(90 * 60);
 const READ_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Measures, and returns the results as JSON; `rounds` are fewer than usual where they are given.
+/// What came of it.
+pub struct Throughput {
+    /// The results.
+    pub json: String,
+    /// The page that shows them.
+    pub html: String,
+}
+
+/// Measures, and prints the tables; `rounds` are fewer than usual where they are given.
 ///
 /// # Errors
 /// When the guest does not come up, the measurement fails, or something stays behind.
-pub fn measure(image: &Image, payload: &Path, rounds: Option<u32>) -> Result<String> {
+pub fn measure(image: &Image, payload: &Path, rounds: Option<u32>) -> Result<Throughput> {
     ui::step("booting the guest");
     let config = VmConfig { poll_queues: 2, ..VmConfig::default() }.drives(1);
     let mut vm = Vm::boot(&config, image, payload)?;
@@ -35,20 +43,31 @@ pub fn measure(image: &Image, payload: &Path, rounds: Option<u32>) -> Result<Str
     let mut argv = vec![PROGRAM, "run", "--backing", BACKING, "--yes", "--profile", "vm"];
     argv.extend(["--output", RESULTS]);
     argv.extend(rounds.as_deref().map(|rounds| ["--rounds", rounds]).into_iter().flatten());
-    run_and_tell(&mut vm, &argv, TIMEOUT, |_| Ok(()), ui::step)?;
-    ui::clear();
-    let mut json = String::new();
-    run(&mut vm, &["cat", &format!("{RESULTS}.json")], READ_TIMEOUT, |line| {
-        json.push_str(line);
-        json.push('\n');
+    let mut tables = Vec::new();
+    let keep = |line: &str| {
+        tables.push(line.to_owned());
         Ok(())
-    })
-    .context("read the results")?;
+    };
+    run_and_tell(&mut vm, &argv, TIMEOUT, keep, ui::step)?;
+    tables.iter().for_each(|line| ui::out(line));
+    let [json, html] = ["json", "html"].map(|extension| read(&mut vm, extension));
+    let (json, html) = (json?, html?);
     let trouble = state_of(&mut vm)?.trouble;
     ensure!(trouble.is_none(), "{}", trouble.unwrap_or_default());
     vm.power_off()?;
     ensure_whole(&json)?;
-    Ok(json)
+    Ok(Throughput { json, html })
+}
+
+fn read(vm: &mut Vm, extension: &str) -> Result<String> {
+    let mut text = String::new();
+    run(vm, &["cat", &format!("{RESULTS}.{extension}")], READ_TIMEOUT, |line| {
+        text.push_str(line);
+        text.push('\n');
+        Ok(())
+    })
+    .context("read the results")?;
+    Ok(text)
 }
 
 /// Fails unless every subject that could be measured was, in every round and with every load.

@@ -76,7 +76,10 @@ impl Run {
 fn whole_run(ctx: &Ctx) -> Result<Outcome> {
     let run = Run::new(ctx, &fresh_drive("drive0")?)?;
     let loads = ["--loads", "randrw-4k-qd32", "--yes"];
-    run.finish(&[&LITTLE[..], &loads].concat())?;
+    let printed = run.finish(&[&LITTLE[..], &loads].concat())?;
+    let page = fs::read_to_string(run.prefix.with_extension("html"))?;
+    ensure!(printed.stdout.contains("ours: fused"), "{}", printed.stdout);
+    ensure!(page.contains("ours: fused"), "the page does not show ours");
     let results = run.results()?;
     ensure!(results["incomplete"].is_null(), "{}", results["incomplete"]);
     let (subjects, samples) = (array(&results["subjects"])?, array(&results["samples"])?);
