@@ -33,6 +33,7 @@ mod layout;
 pub mod mapping;
 pub mod mirror;
 mod noise;
+mod place;
 mod pool;
 pub mod rng;
 pub mod setup;

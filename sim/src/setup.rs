@@ -2,6 +2,7 @@
 
 use ublk_target::backing::{DiscardCall, Route};
 use ublk_target::engine::{SlotChoice, SlotTable};
+use ublk_target::lane::Place;
 use ublk_target::lend::LendMode;
 use ublk_target::plan::Planner;
 use ublk_target::request::Geometry;
@@ -92,6 +93,8 @@ pub struct Setup {
     pub swaps: bool,
     /// A backing on which nothing succeeds.
     pub dead_leg: Option<usize>,
+    /// Where in the tables of its ring the queue has its files and slots: other queues share it.
+    pub place: Place,
 }
 
 impl Setup {
@@ -161,6 +164,10 @@ impl Setup {
             measure: rng.chance(16),
             swaps: rng.chance(200),
             dead_leg: None,
+            place: Place {
+                first_file: rng.pick(&[0, 0, 1, 700]),
+                first_slot: rng.pick(&[0, 0, 1, 9000]),
+            },
         };
         Self { polled: !setup.io_lane && rng.chance(256), ..setup }
     }

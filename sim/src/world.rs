@@ -107,7 +107,8 @@ fn lane(kernel: &Rc<RefCell<Kernel>>) -> Lane<Mapping, SimIo> {
     let faults =
         setup.port_faults.map(|list| Faults::parse(list).unwrap_or_else(|error| panic!("{error}")));
     let (mapping, measure) = (setup.mapping.clone(), setup.measure);
-    let port = PortConfig { routes: setup.routes.as_slice().into(), polled: setup.polled, faults };
+    let (routes, polled, place) = (setup.routes.as_slice().into(), setup.polled, setup.place);
+    let port = PortConfig { routes, polled, faults, place };
     drop(model);
     let mut lane = Lane::new(mapping, config, port, SimIo(Rc::clone(kernel)));
     if measure {

@@ -10,6 +10,7 @@ use uring_ext::sqe::Sqe;
 use super::{Flight, Kernel, Posted, QID};
 use crate::entry::{Entry, Work};
 use crate::fault::Fault;
+use crate::place::rebased;
 
 /// How many entries may be linked to each other.
 const MAX_CHAIN: usize = 3;
@@ -42,9 +43,10 @@ impl Kernel {
         let mut rest = sqes;
         while let Some((sqe, others)) = rest.split_first() {
             rest = &others[sqe.width() - 1..];
+            let first = rebased(sqe.as_bytes(), self.setup.place);
             let decoded = match sqe.width() {
-                1 => Entry::decode(sqe.as_bytes(), QID),
-                _ => Entry::decode_double(sqe.as_bytes(), others[0].as_bytes(), &self.ranges),
+                1 => Entry::decode(&first, QID),
+                _ => Entry::decode_double(&first, others[0].as_bytes(), &self.ranges),
             };
             let entry = Entry { pushed_at: self.told, ..decoded };
             assert_eq!(entry.linked, !rest.is_empty(), "a chain is pushed whole");

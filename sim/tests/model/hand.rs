@@ -10,7 +10,7 @@ use ublk_sim::setup::{Hostility, Recovery, Setup};
 use ublk_sim::trace::Trace;
 use ublk_target::engine::{OpKey, SlotChoice, SlotTable, TagKey};
 use ublk_target::lane::event::Event;
-use ublk_target::lane::{CDEV, LaneIo, RingRole, backing_file};
+use ublk_target::lane::{LaneIo, RingRole, backing_file};
 use ublk_target::lend::LendMode;
 use ublk_target::request::{Request, RequestKind};
 use ublk_target::target::{AnyTarget, Decision, LoopTarget};
@@ -101,12 +101,12 @@ impl Hand {
     }
 
     pub fn fetch(&mut self, tag: u16) {
-        let fetch = Sqe::fetch(CDEV, QID, tag, self.delivery(tag));
+        let fetch = Sqe::fetch(FixedFile(0), QID, tag, self.delivery(tag));
         self.push(&[self.named(fetch, Event::Fetched(key(tag)))]);
     }
 
     pub fn commit(&mut self, tag: u16, result: i32) {
-        let commit = Sqe::commit_and_fetch(CDEV, QID, tag, result, self.delivery(tag));
+        let commit = Sqe::commit_and_fetch(FixedFile(0), QID, tag, result, self.delivery(tag));
         self.push(&[self.named(commit, Event::Fetched(key(tag)))]);
     }
 
@@ -125,11 +125,14 @@ impl Hand {
     }
 
     pub fn register(&self, tag: u16, slot: u16) -> Sqe {
-        self.named(Sqe::register_buffer(CDEV, QID, tag, slot), Event::Registered(key(tag)))
+        self.named(Sqe::register_buffer(FixedFile(0), QID, tag, slot), Event::Registered(key(tag)))
     }
 
     pub fn unregister(&self, tag: u16, slot: u16) -> Sqe {
-        self.named(Sqe::unregister_buffer(CDEV, QID, tag, slot), Event::Unregistered(key(tag)))
+        self.named(
+            Sqe::unregister_buffer(FixedFile(0), QID, tag, slot),
+            Event::Unregistered(key(tag)),
+        )
     }
 
     /// Lets everything that was submitted come to its end; returns results by kind of event.

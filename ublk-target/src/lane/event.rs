@@ -59,6 +59,15 @@ impl Event {
         (kind << KIND_SHIFT) | incarnation | payload
     }
 
+    /// Whose a completion is, by the incarnation that its `user_data` carries: the lower 12 bits of
+    /// it.
+    #[must_use]
+    #[inline]
+    pub fn whose(user_data: u64) -> u16 {
+        let [head, low, ..] = user_data.to_be_bytes();
+        u16::from_be_bytes([head & 0xf, low])
+    }
+
     /// From the `user_data` of a completion; `None` for what another incarnation asked for, and
     /// for what nobody did.
     #[must_use]
@@ -160,6 +169,7 @@ mod tests {
                 let found = fetched.or(common.op(user_data).map(Event::Op));
                 let is_common = matches!(event, Event::Fetched(_) | Event::Op(_));
                 assert_eq!(found, is_common.then_some(event));
+                assert_eq!(u32::from(Event::whose(user_data)), incarnation.0 & 0xfff);
             }
         }
     }

@@ -7,7 +7,7 @@ pub mod event;
 pub mod fault;
 mod port;
 
-pub use port::{CDEV, PortConfig, backing_file};
+pub use port::{Place, PortConfig, backing_file};
 
 use uring_ext::Errno;
 use uring_ext::iod::IoDesc;
@@ -101,7 +101,7 @@ pub struct Lane<P, Io> {
     refused: Option<LaneError>,
 }
 
-impl<P: Planner, Io: LaneIo> Lane<P, Io> {
+impl<P: Planner, Io> Lane<P, Io> {
     /// A lane that has not fetched yet.
     pub fn new(planner: P, config: EngineConfig, port: PortConfig, io: Io) -> Self {
         let port = RingPort::new(io, &config, port);
@@ -109,6 +109,24 @@ impl<P: Planner, Io: LaneIo> Lane<P, Io> {
         Self { engine: Engine::new(planner, config), port, common, refused: None }
     }
 
+    /// The same lane on another kernel side. Allocates nothing.
+    pub fn with_io<Other>(self, change: impl FnOnce(Io) -> Other) -> Lane<P, Other> {
+        let Self { engine, port, common, refused } = self;
+        Lane { engine, port: port.with_io(change), common, refused }
+    }
+
+    /// The engine.
+    pub fn engine(&self) -> &Engine<P> {
+        &self.engine
+    }
+
+    /// How many operations have met a fault that a test asked for.
+    pub fn injected(&self) -> Injected {
+        self.port.faults.map_or_else(Injected::default, |faults| faults.injected())
+    }
+}
+
+impl<P: Planner, Io: LaneIo> Lane<P, Io> {
     /// Hands all tags to the driver, with the next submission.
     pub fn fetch_all(&mut self) {
         self.engine.fetch_all(&mut self.port);
@@ -218,11 +236,6 @@ impl<P: Planner, Io: LaneIo> Lane<P, Io> {
         self.engine.cancel_all(&mut self.port);
     }
 
-    /// The engine.
-    pub fn engine(&self) -> &Engine<P> {
-        &self.engine
-    }
-
     /// The engine, to measure latencies.
     pub fn engine_mut(&mut self) -> &mut Engine<P> {
         &mut self.engine
@@ -231,10 +244,5 @@ impl<P: Planner, Io: LaneIo> Lane<P, Io> {
     /// The kernel side.
     pub fn io(&mut self) -> &mut Io {
         &mut self.port.io
-    }
-
-    /// How many operations have met a fault that a test asked for.
-    pub fn injected(&self) -> Injected {
-        self.port.faults.map_or_else(Injected::default, |faults| faults.injected())
     }
 }

@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use bufreg::{Incarnation, SlotIndex};
 use uring_ext::nvme::Namespace;
 use uring_ext::pool::Direction;
+use uring_ext::ring::MAX_BUFFER_SLOTS;
 use uring_ext::sqe::{Delivery, FixedBuffer, FixedFile, Sqe};
 use uring_ext::{Errno, sys};
 
@@ -17,13 +18,43 @@ use crate::lend::LendMode;
 use crate::plan::{Op, OpKind, WINDOW_OPS};
 use crate::units::Tag;
 
-/// The character device is the first fixed file, the backings follow.
-pub const CDEV: FixedFile = FixedFile(0);
-
-/// The fixed file of a backing.
+/// The fixed file of a backing, where the ring serves one queue: the character device is the first
+/// one, the backings follow.
 #[must_use]
 pub fn backing_file(index: u16) -> FixedFile {
-    FixedFile(u32::from(index) + 1)
+    Place::default().backing_file(index)
+}
+
+/// A slot that no buffer table has.
+const NO_SLOT: u16 = 1 << 14;
+const _: () = assert!(MAX_BUFFER_SLOTS <= 1 << 14);
+
+/// Where in the tables of its ring a queue has its files and slots; by default at their beginning.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Place {
+    /// The fixed file of the character device; those of the backings follow.
+    pub first_file: u32,
+    /// The slot of the ring that is slot 0 of the queue.
+    pub first_slot: u16,
+}
+
+impl Place {
+    /// The fixed file of the character device.
+    #[must_use]
+    pub const fn cdev(self) -> FixedFile {
+        FixedFile(self.first_file)
+    }
+
+    /// The fixed file of a backing.
+    #[must_use]
+    pub fn backing_file(self, index: u16) -> FixedFile {
+        FixedFile(self.first_file + 1 + u32::from(index))
+    }
+
+    /// The slot of the ring.
+    const fn slot(self, slot: SlotIndex) -> u16 {
+        self.first_slot + slot.0
+    }
 }
 
 /// Gives space back; reads as zeros afterwards. On block devices: write zeroes with unmapping.
@@ -44,6 +75,8 @@ pub struct PortConfig {
     pub polled: bool,
     /// Faults that a test asked for.
     pub faults: Option<Faults>,
+    /// Where in the ring's tables the queue has its files and slots.
+    pub place: Place,
 }
 
 /// An operation as entries of a ring.
@@ -73,6 +106,7 @@ impl OpEntry {
 pub(super) struct RingPort<Io> {
     pub io: Io,
     qid: u16,
+    place: Place,
     incarnation: Incarnation,
     lend: LendMode,
     slots: SlotTable,
@@ -91,9 +125,9 @@ pub(super) struct RingPort<Io> {
     pub failure: Option<Errno>,
 }
 
-impl<Io: LaneIo> RingPort<Io> {
+impl<Io> RingPort<Io> {
     pub fn new(io: Io, config: &EngineConfig, port: PortConfig) -> Self {
-        let PortConfig { routes, polled, faults } = port;
+        let PortConfig { routes, polled, faults, place } = port;
         let places = if routes.iter().any(|route| route.is_namespace()) { 2 } else { 1 };
         // A command or a chain for every tag; or a window of operations and their cancelling, and
         // the cancelling of the window before, whose operations have completed meanwhile.
@@ -101,6 +135,7 @@ impl<Io: LaneIo> RingPort<Io> {
         Self {
             io,
             qid: config.queue.qid.0,
+            place,
             incarnation: config.incarnation,
             lend: config.lend,
             slots: config.slots,
@@ -115,11 +150,33 @@ impl<Io: LaneIo> RingPort<Io> {
         }
     }
 
+    /// The same port on another kernel side.
+    pub fn with_io<Other>(self, change: impl FnOnce(Io) -> Other) -> RingPort<Other> {
+        RingPort {
+            io: change(self.io),
+            qid: self.qid,
+            place: self.place,
+            incarnation: self.incarnation,
+            lend: self.lend,
+            slots: self.slots,
+            block: self.block,
+            routes: self.routes,
+            polled: self.polled,
+            faults: self.faults,
+            misregisters: self.misregisters,
+            is_plain: self.is_plain,
+            backlog: self.backlog,
+            failure: self.failure,
+        }
+    }
+
     /// How many entries wait for room.
     pub fn backlog(&self) -> usize {
         self.backlog.len()
     }
+}
 
+impl<Io: LaneIo> RingPort<Io> {
     /// Pushes what the ring had no room for, as far as it has now.
     pub fn drain_backlog(&mut self) {
         while let Some((role, _)) = self.backlog.front() {
@@ -166,8 +223,10 @@ impl<Io: LaneIo> RingPort<Io> {
     #[inline(always)]
     fn delivery(&self, tag: Tag, slot: SlotIndex) -> Delivery {
         match self.lend {
-            LendMode::Fused if !self.misregisters => Delivery::AutoRegister { slot: slot.0 },
-            LendMode::Fused => Delivery::AutoRegister { slot: self.slots.capacity() },
+            LendMode::Fused if !self.misregisters => {
+                Delivery::AutoRegister { slot: self.place.slot(slot) }
+            }
+            LendMode::Fused => Delivery::AutoRegister { slot: NO_SLOT },
             LendMode::Slot | LendMode::UserCopy => Delivery::ByServer,
             LendMode::Copy => Delivery::Copy(self.io.pool_addr(tag.0, 0)),
         }
@@ -175,23 +234,24 @@ impl<Io: LaneIo> RingPort<Io> {
 
     #[inline]
     fn buffer(&self, slot: SlotIndex, offset: u32) -> FixedBuffer {
-        match slot.0.checked_sub(self.slots.lent) {
-            Some(index) => {
-                FixedBuffer::Pool { slot: slot.0, addr: self.io.pool_addr(index, offset) }
-            }
-            None => FixedBuffer::Lent { slot: slot.0, offset },
+        let pooled = slot.0.checked_sub(self.slots.lent);
+        let slot = self.place.slot(slot);
+        match pooled {
+            Some(index) => FixedBuffer::Pool { slot, addr: self.io.pool_addr(index, offset) },
+            None => FixedBuffer::Lent { slot, offset },
         }
     }
 
     fn register_sqe(&self, key: TagKey, slot: SlotIndex) -> Sqe {
         let beyond = self.faults.is_some_and(|faults| faults.register);
-        let slot = if beyond { self.slots.capacity() } else { slot.0 };
-        let sqe = Sqe::register_buffer(CDEV, self.qid, key.tag.0, slot);
+        let slot = if beyond { NO_SLOT } else { self.place.slot(slot) };
+        let sqe = Sqe::register_buffer(self.place.cdev(), self.qid, key.tag.0, slot);
         self.named(sqe, Event::Registered(key))
     }
 
     fn unregister_sqe(&self, key: TagKey, slot: SlotIndex) -> Sqe {
-        let sqe = Sqe::unregister_buffer(CDEV, self.qid, key.tag.0, slot.0);
+        let sqe =
+            Sqe::unregister_buffer(self.place.cdev(), self.qid, key.tag.0, self.place.slot(slot));
         self.named(sqe, Event::Unregistered(key))
     }
 
@@ -221,9 +281,9 @@ impl<Io: LaneIo> RingPort<Io> {
                 let sqes = self.command(key, &op, buffer, namespace, deallocates_zeroes);
                 OpEntry::Double(sqes).map(|sqe| self.named(sqe, Event::Command(key)))
             }
-            Route::File(_) | Route::Namespace { .. } => {
-                OpEntry::Single([self.named(file_sqe(&op, buffer, route), Event::Op(key))])
-            }
+            Route::File(_) | Route::Namespace { .. } => OpEntry::Single([
+                self.named(file_sqe(&op, buffer, route, self.place), Event::Op(key))
+            ]),
         }
     }
 
@@ -235,7 +295,7 @@ impl<Io: LaneIo> RingPort<Io> {
         namespace: Namespace,
         deallocates_zeroes: bool,
     ) -> [Sqe; 2] {
-        let file = backing_file(op.backing.0);
+        let file = self.place.backing_file(op.backing.0);
         let len = u32::try_from(op.len).unwrap_or(u32::MAX);
         match op.kind {
             OpKind::Read | OpKind::ReadScratch => namespace.read(file, buffer, len, op.offset),
@@ -279,8 +339,8 @@ fn first_group(backlog: &VecDeque<(RingRole, Sqe)>) -> usize {
 }
 
 #[inline]
-fn file_sqe(op: &Op, buffer: FixedBuffer, route: Route) -> Sqe {
-    let file = backing_file(op.backing.0);
+fn file_sqe(op: &Op, buffer: FixedBuffer, route: Route, place: Place) -> Sqe {
+    let file = place.backing_file(op.backing.0);
     let len = u32::try_from(op.len).unwrap_or(u32::MAX);
     match op.kind {
         OpKind::Read | OpKind::ReadScratch => Sqe::read_fixed(file, buffer, len, op.offset),
@@ -300,14 +360,14 @@ fn file_sqe(op: &Op, buffer: FixedBuffer, route: Route) -> Sqe {
 
 impl<Io: LaneIo> Port for RingPort<Io> {
     fn fetch(&mut self, key: TagKey, slot: SlotIndex) {
-        let sqe = Sqe::fetch(CDEV, self.qid, key.tag.0, self.delivery(key.tag, slot));
+        let sqe = Sqe::fetch(self.place.cdev(), self.qid, key.tag.0, self.delivery(key.tag, slot));
         self.push(RingRole::Fetch, &[self.named(sqe, Event::Fetched(key))]);
     }
 
     #[inline]
     fn commit(&mut self, key: TagKey, result: i32, slot: SlotIndex) {
         let delivery = self.delivery(key.tag, slot);
-        let sqe = Sqe::commit_and_fetch(CDEV, self.qid, key.tag.0, result, delivery);
+        let sqe = Sqe::commit_and_fetch(self.place.cdev(), self.qid, key.tag.0, result, delivery);
         self.push(RingRole::Fetch, &[self.named(sqe, Event::Fetched(key))]);
     }
 
@@ -322,7 +382,8 @@ impl<Io: LaneIo> Port for RingPort<Io> {
     #[inline(always)]
     fn submit(&mut self, key: OpKey, op: &Op, slot: Option<SlotIndex>) {
         if let (Some(slot), true, Ok(len)) = (slot, self.is_plain, u32::try_from(op.len)) {
-            let (file, buffer) = (backing_file(op.backing.0), self.buffer(slot, op.buf_offset));
+            let file = self.place.backing_file(op.backing.0);
+            let buffer = self.buffer(slot, op.buf_offset);
             let sqe = match op.kind {
                 OpKind::Read => Sqe::read_fixed(file, buffer, len, op.offset),
                 OpKind::Write { fua } => Sqe::write_fixed(file, buffer, len, op.offset, fua),

@@ -1,17 +1,17 @@
 //! A device's life: added, served, stopped, deleted.
 
+use std::cell::RefCell;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Child;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use bufreg::Incarnation;
 use nix::poll::PollTimeout;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use uring_ext::control::{Control, Pending};
@@ -19,26 +19,24 @@ use uring_ext::feature::{self, Features};
 use uring_ext::{Errno, sys};
 
 use super::config::{DeviceConfig, DeviceError};
-use super::lane::{self, LaneConfig, LaneReport};
-use super::message::{LaneHandle, LaneMessage};
+use super::lanes::{DeviceLanes, Making};
+use super::message::LaneMessage;
 use super::petition::{Petition, Petitioner};
 use super::plan::{Plan, add};
 use super::protection::protect;
+use super::shared::SharedLanes;
 use super::signals::{Wake, Wakeups, Watch};
 use super::supervision::Supervision;
-use crate::engine::{EngineConfig, QueueIdentity};
-use crate::lane::LaneError;
-use crate::lane::fault::Injected;
 use crate::lend::Choice;
 use crate::state::{self, Description, RUN_DIR, StateFile};
-use crate::stats::{self, Limits, StatsServer};
+use crate::stats::{self, Limits, StatsServer, StatsThread};
 use crate::steps::step;
-use crate::units::{Bytes, Qid};
+use crate::units::Bytes;
 
 /// Processes that do what the server must not do itself, or cannot.
 pub struct Helpers<'a> {
     /// Starts one that stops a device ([`delete::command`](crate::delete::command)).
-    pub stop: Box<dyn Fn(u32) -> io::Result<Child> + 'a>,
+    pub stop: Box<StopHelper<'a>>,
     /// Starts one that supervises the device of the calling process.
     pub supervise: Box<dyn Fn(u32) -> io::Result<Child> + 'a>,
     /// Starts one that makes the I/O of a device wait (see [`quiesce`](super::upgrade::quiesce)).
@@ -47,6 +45,9 @@ pub struct Helpers<'a> {
     /// one. Returns only if it cannot.
     pub become_next: Box<BecomeNext<'a>>,
 }
+
+/// Starts a process that stops a device.
+pub type StopHelper<'a> = dyn Fn(u32) -> io::Result<Child> + 'a;
 
 /// The device, the program, and the supervisor.
 pub type BecomeNext<'a> = dyn Fn(u32, &Path, Option<u32>) -> io::Error + 'a;
@@ -81,24 +82,26 @@ pub fn serve(
     wakeups.check()?;
     let added = add(&control, &plan)?;
     step("added");
-    let mut server = Server::new(control, wakeups, added.dev_id, supervisor);
+    let mut server = Server::new(Rc::new(control), wakeups, added.dev_id, supervisor);
     let is_live = server.go_live(&plan, &added).and_then(|()| server.wakeups.check());
     let served = is_live.and_then(|()| server.live(plan, helpers, on_live));
     let ended = server.take_down();
     served.and(ended)
 }
 
-struct LaneThread {
-    handle: LaneHandle,
-    thread: JoinHandle<Result<LaneReport, LaneError>>,
+/// What the devices of a process share.
+#[derive(Clone)]
+pub(super) struct Company {
+    pub lanes: Rc<RefCell<SharedLanes>>,
+    pub stats: Arc<StatsThread>,
 }
 
 /// A device that has been added, and what serves it.
 pub(super) struct Server {
-    pub control: Control,
+    pub control: Rc<Control>,
     pub wakeups: Arc<Wakeups>,
     pub id: u32,
-    lanes: Vec<LaneThread>,
+    pub lanes: DeviceLanes,
     stats: Option<StatsServer>,
     pub cdev: Option<Arc<File>>,
     pub record: Option<StateFile>,
@@ -106,25 +109,34 @@ pub(super) struct Server {
     petitions: Option<Receiver<Petition>>,
     /// It is to be left to the next server.
     is_left: bool,
+    /// What it shares with other devices of the process.
+    pub company: Option<Company>,
 }
 
 impl Server {
-    pub fn new(control: Control, wakeups: Arc<Wakeups>, id: u32, supervisor: Option<u32>) -> Self {
+    pub fn new(
+        control: Rc<Control>,
+        wakeups: Arc<Wakeups>,
+        id: u32,
+        supervisor: Option<u32>,
+    ) -> Self {
         Self {
             control,
             wakeups,
             id,
-            lanes: Vec::new(),
+            lanes: DeviceLanes::default(),
             stats: None,
             cdev: None,
             record: None,
             supervisor,
             petitions: None,
             is_left: false,
+            company: None,
         }
     }
 
-    fn go_live(
+    /// Has the driver start the device that it has added.
+    pub fn go_live(
         &mut self,
         plan: &Plan,
         added: &sys::ublksrv_ctrl_dev_info,
@@ -184,6 +196,14 @@ impl Server {
         helpers: &Helpers<'_>,
         on_live: impl FnOnce(&Description, &Choice) -> Result<(), DeviceError>,
     ) -> Result<(), DeviceError> {
+        let description = self.describe_live()?;
+        on_live(&description, &plan.choice)?;
+        step("announced");
+        self.wait_for_the_end(plan, helpers)
+    }
+
+    /// Writes down which disk it is, and describes it.
+    pub fn describe_live(&mut self) -> Result<Description, DeviceError> {
         if let Some(record) = self.record.as_mut().filter(|record| record.diskseq.is_none()) {
             record.diskseq = state::diskseq(self.id);
             self.write_record()?;
@@ -191,9 +211,7 @@ impl Server {
         step("live");
         let description = Description::of(&self.control, self.id)?;
         log::info!("{} is live", description.device.display());
-        on_live(&description, &plan.choice)?;
-        step("announced");
-        self.wait_for_the_end(plan, helpers)
+        Ok(description)
     }
 
     /// Opens the character device. Its node is made by devtmpfs at once, but elsewhere (in
@@ -236,62 +254,21 @@ impl Server {
         plan: &Plan,
         cdev: &Arc<File>,
     ) -> Result<(), DeviceError> {
-        let mut waiting = Vec::new();
-        for qid in (0..info.nr_hw_queues).map(Qid) {
-            let (handle, inbox, wake) = LaneHandle::new(qid, info.queue_depth)
-                .map_err(|errno| DeviceError::setup("cannot make a lane", errno))?;
-            let config = LaneConfig {
-                engine: EngineConfig {
-                    queue: QueueIdentity { device: self.id, qid, depth: info.queue_depth },
-                    incarnation: Incarnation(plan.incarnation),
-                    lend: plan.choice.mode,
-                    slots: plan.slots,
-                    geometry: plan.layout.geometry(),
-                    deadline: plan.config.io_timeout.map(as_ns),
-                },
-                io_lane: plan.config.io_lane,
-                polling: plan.layout.polling,
-                busy_wait: plan.config.busy_wait,
-                faults: plan.faults,
-                buffer_bytes: plan.layout.pool_bytes(),
-                target: plan.layout.target.for_queue(qid),
-                cdev: Arc::clone(cdev),
-                backings: Arc::clone(&plan.layout.backings),
-                cpus: self.control.queue_affinity(self.id, qid.0).unwrap_or_default(),
-                wake,
-                wakeups: Arc::clone(&self.wakeups),
-            };
-            let (ready, is_ready) = mpsc::sync_channel(1);
-            let wakeups = Arc::clone(&self.wakeups);
-            let thread = std::thread::Builder::new()
-                .name(format!("ublkb{}-q{}", self.id, qid.0))
-                .spawn(move || {
-                    let served = lane::serve(&config, inbox, &ready);
-                    // The files go before the end is announced.
-                    drop(config);
-                    wakeups.lane_ended();
-                    served
-                })
-                .map_err(|error| DeviceError::setup("cannot start a lane", Errno::of(&error)))?;
-            self.lanes.push(LaneThread { handle, thread });
-            waiting.push((qid, is_ready));
-        }
-        for (qid, is_ready) in waiting {
-            // A closed channel is a lane that panicked.
-            let died = Err(LaneError::Ring(Errno::EIO));
-            is_ready.recv().unwrap_or(died).map_err(|error| DeviceError::Lane { qid, error })?;
-            step("lane-up");
-        }
-        Ok(())
+        let (control, wakeups) = (&*self.control, &self.wakeups);
+        let shared = self.company.as_ref().map(|company| &company.lanes);
+        self.lanes.start(&Making { control, info, plan, cdev, wakeups, shared })
     }
 
     fn start_stats(&mut self) -> Result<(), DeviceError> {
         let path = stats::socket_path(Path::new(RUN_DIR), self.id);
-        let lanes = self.lanes.iter().map(|lane| lane.handle.clone()).collect();
+        let lanes = self.lanes.handles();
         let (petitioner, petitions) = Petitioner::new(Arc::clone(&self.wakeups));
         self.petitions = Some(petitions);
         let limits = Limits::default();
-        let started = StatsServer::start(path.clone(), self.id, lanes, petitioner, limits);
+        let started = match &self.company {
+            None => StatsServer::start(path.clone(), self.id, lanes, petitioner, limits),
+            Some(company) => company.stats.listen(path.clone(), self.id, lanes, petitioner, limits),
+        };
         let started = started.map_err(|error| {
             DeviceError::setup(format!("cannot listen on {}", path.display()), Errno::of(&error))
         });
@@ -318,8 +295,8 @@ impl Server {
             if let Some(answer) = self.control.wait(&mut start, Duration::from_millis(200)) {
                 return answer.map(drop).map_err(DeviceError::Control);
             }
-            if self.wakeups.take_lane_ended() {
-                return Err(self.lane_failure());
+            if self.lanes.has_ended() {
+                return Err(self.lanes.failure());
             }
             if heed && self.wakeups.take_signal().is_some() {
                 return Err(DeviceError::Interrupted);
@@ -329,17 +306,6 @@ impl Server {
                 log::warn!("waiting for the driver to start device {}", self.id);
             }
         }
-    }
-
-    /// The error of the first lane that has ended with one.
-    fn lane_failure(&mut self) -> DeviceError {
-        let ended = self.lanes.iter().position(|lane| lane.thread.is_finished());
-        let Some(lane) = ended.map(|index| self.lanes.swap_remove(index)) else {
-            return DeviceError::setup("a lane ended early", Errno::EIO);
-        };
-        let ended = lane.thread.join().unwrap_or(Err(LaneError::Ring(Errno::EIO)));
-        let error = ended.err().unwrap_or(LaneError::Ring(Errno::ENODEV));
-        DeviceError::Lane { qid: lane.handle.qid, error }
     }
 
     /// Serves until a signal comes, or the lanes end because the device was stopped.
@@ -359,7 +325,7 @@ impl Server {
                 Wake::Signal(signal) => {
                     log::info!("{signal}: stopping");
                     step("stopping");
-                    return self.stop(helpers);
+                    return self.stop(&*helpers.stop);
                 }
                 Wake::LaneEnded if !self.wakeups.take_undelivered() => break,
                 Wake::LaneEnded | Wake::Undelivered => {
@@ -401,7 +367,7 @@ impl Server {
         if is_stopped {
             return Ok(());
         }
-        let error = self.lane_failure();
+        let error = self.lanes.failure();
         if plan.config.on_death.is_recoverable() {
             log::error!("{error}; the device waits for recovery");
             self.is_left = true;
@@ -415,13 +381,14 @@ impl Server {
         info.is_ok_and(|info| u32::from(info.state) == sys::UBLK_S_DEV_LIVE)
     }
 
-    fn petition(&self) -> Option<Petition> {
+    /// What somebody asks for.
+    pub fn petition(&self) -> Option<Petition> {
         self.petitions.as_ref()?.try_recv().ok()
     }
 
     /// Serves the bytes by which the backings have grown; how long the device may be now. `size` is
     /// that of a null device.
-    fn grow(&mut self, plan: &mut Plan, size: Option<Bytes>) -> Result<Bytes, DeviceError> {
+    pub fn grow(&mut self, plan: &mut Plan, size: Option<Bytes>) -> Result<Bytes, DeviceError> {
         let mut target = plan.config.target.clone();
         if let (Some(null_size), Some(size)) = (target.null_size(), size) {
             *null_size = size.max(*null_size);
@@ -437,13 +404,13 @@ impl Server {
             self.record = before;
             return Err(error);
         }
-        let (reply, done) = mpsc::sync_channel(self.lanes.len());
-        for lane in &self.lanes {
+        let (reply, done) = mpsc::sync_channel(self.lanes.count());
+        self.lanes.send(|| {
             let (target, reply) = (Box::new(grown.target.clone()), reply.clone());
-            lane.handle.send(LaneMessage::Grow { target, size: grown.size.0, reply });
-        }
+            LaneMessage::Grow { target, size: grown.size.0, reply }
+        });
         drop(reply);
-        for _ in &self.lanes {
+        for _ in 0..self.lanes.count() {
             // Lanes answer between two batches; one that has ended leaves the channel.
             done.recv().map_err(|_| DeviceError::setup("a lane has ended", Errno::ENODEV))?;
         }
@@ -456,26 +423,12 @@ impl Server {
 
     /// Has the lanes end as soon as they have no request in hand, and waits for that.
     pub fn drain(&mut self) {
-        for lane in &self.lanes {
-            lane.handle.send(LaneMessage::Drain);
-        }
-        if let Err(error) = self.join_lanes() {
+        self.lanes.send(|| LaneMessage::Drain);
+        if let Err(error) = self.lanes.join() {
             log::error!("{error}");
         }
         // What these had to say has been said.
         while self.wakeups.take_lane_ended() || self.wakeups.take_undelivered() {}
-    }
-
-    fn join_lanes(&mut self) -> Result<(), DeviceError> {
-        let mut result = Ok(());
-        for lane in self.lanes.drain(..) {
-            let qid = lane.handle.qid;
-            match lane.thread.join().unwrap_or(Err(LaneError::Ring(Errno::EIO))) {
-                Ok(report) => report_lane(qid, &report),
-                Err(error) => result = result.and(Err(DeviceError::Lane { qid, error })),
-            }
-        }
-        result
     }
 
     /// Lets go of all that another server needs.
@@ -492,11 +445,11 @@ impl Server {
     /// Another process does it. A server that is killed while a command of its own waits for
     /// outstanding I/O would wait for itself, for ever: the command keeps its files open, so the
     /// driver never learns of its death and fails no I/O.
-    fn stop(&self, helpers: &Helpers<'_>) -> Result<(), DeviceError> {
+    pub fn stop(&self, stop: &StopHelper<'_>) -> Result<(), DeviceError> {
         let failed = |error: std::io::Error| {
             DeviceError::setup("cannot start a process that stops the device", Errno::of(&error))
         };
-        let mut process = (helpers.stop)(self.id).map_err(failed)?;
+        let mut process = stop(self.id).map_err(failed)?;
         let pidfd = pidfd_open(Pid::from_child(&process), PidfdFlags::empty())
             .map_err(|errno| failed(errno.into()))?;
         let mut cancelled = false;
@@ -517,9 +470,7 @@ impl Server {
                 }
                 log::warn!("{signal} again: cancelling the I/O on the backings");
                 cancelled = true;
-                for lane in &self.lanes {
-                    lane.handle.send(LaneMessage::CancelAll);
-                }
+                self.lanes.send(|| LaneMessage::CancelAll);
             }
             if began.elapsed().as_secs() / 10 > said {
                 said += 1;
@@ -556,7 +507,7 @@ impl Server {
             Err(error) if !state::is_missing(&error) => result = Err(DeviceError::Control(error)),
             Ok(_) | Err(_) => {}
         }
-        result = result.and(self.join_lanes());
+        result = result.and(self.lanes.join());
         // It tells of the lanes until they have ended. The id is still this device's, so that no
         // other server can have made a socket of this name.
         drop(self.stats.take());
@@ -576,24 +527,4 @@ impl Server {
     pub fn keep(&mut self) {
         self.is_left = false;
     }
-}
-
-fn report_lane(qid: Qid, report: &LaneReport) {
-    log::info!("queue {}: {}", qid.0, report.stats);
-    if report.injected != Injected::default() {
-        log::warn!("queue {}: faults asked for: {}", qid.0, report.injected);
-    }
-    for leak in &report.leaks {
-        log::error!("queue {}: leaked: {leak}", qid.0);
-    }
-    if report.quarantined > 0 {
-        log::warn!("queue {}: {} slots in quarantine at the end", qid.0, report.quarantined);
-    }
-    if report.stats.unexpected > 0 {
-        log::error!("queue {}: {} unexpected events", qid.0, report.stats.unexpected);
-    }
-}
-
-fn as_ns(time: Duration) -> u64 {
-    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }

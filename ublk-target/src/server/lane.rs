@@ -18,7 +18,7 @@ use uring_ext::pool::BufferPool;
 use uring_ext::ring::{Polling, Ring, RingSetup};
 
 use super::io_lane::IoLane;
-use super::message::{LaneMessage, LaneSnapshot};
+use super::message::LaneMessage;
 use super::pace::{BusyWait, Pace};
 use super::ring_io::{Parts, RingIo};
 use super::side_ring::SideRing;
@@ -26,7 +26,7 @@ use super::signals::Wakeups;
 use crate::backing::Backing;
 use crate::engine::{EngineConfig, EngineStats};
 use crate::lane::fault::{Faults, Injected};
-use crate::lane::{Handled, Lane, LaneError, PortConfig, backing_file};
+use crate::lane::{Handled, Lane, LaneError, LaneIo, Place, PortConfig, backing_file};
 use crate::plan::WINDOW_OPS;
 use crate::target::AnyTarget;
 
@@ -94,7 +94,7 @@ pub fn serve(
     let (mut ring, mut side, parts) = set_up(config).map_err(refuse)?;
     let mut queues = ring.queues();
     let side = side.as_mut().map(|side| side.queues(&mut queues)).transpose().map_err(refuse)?;
-    let io = RingIo { queues, side, qid: config.engine.queue.qid.0, parts };
+    let io = RingIo { queues, side, parts };
     let mut thread = LaneThread {
         lane: new_lane(config, io),
         wake: Arc::clone(&config.wake),
@@ -117,17 +117,23 @@ fn new_lane<'ring>(config: &LaneConfig, io: RingIo<'ring>) -> Lane<AnyTarget, Ri
         routes: config.backings.iter().map(Backing::route).collect(),
         polled: config.polling != Polling::Off,
         faults: config.faults,
+        place: Place::default(),
     };
     Lane::new(config.target.clone(), config.engine, port, io)
 }
 
-/// Properties of the thread. None of them is vital, so a failure is logged and no more.
-pub(super) fn prepare_thread(config: &LaneConfig) {
+/// Properties of any lane's thread. None of them is vital, so a failure is logged and no more.
+pub(super) fn prepare_lane_thread() {
     // Allocations that this thread causes in the kernel must not wait for writeback, which may
     // need this thread (`prctl(2)`, Linux 5.6).
     if let Err(errno) = uring_ext::task::set_io_flusher() {
-        log::warn!("lane {}: PR_SET_IO_FLUSHER: {errno}", config.engine.queue.qid.0);
+        log::warn!("a lane: PR_SET_IO_FLUSHER: {errno}");
     }
+}
+
+/// Properties of the thread of a queue.
+pub(super) fn prepare_thread(config: &LaneConfig) {
+    prepare_lane_thread();
     let mut set = nix::sched::CpuSet::new();
     let known = config.cpus.iter().filter(|cpu| set.set(**cpu).is_ok()).count();
     if known > 0 {
@@ -171,7 +177,8 @@ fn set_up(config: &LaneConfig) -> Result<(Ring, Option<SideRing>, Parts), LaneEr
         None
     };
     log::debug!("lane {}: ring {:?}, {polling:?}", config.engine.queue.qid.0, ring.mode());
-    Ok((ring, side, Parts { iods, pool, ranges, cdev: Arc::clone(&config.cdev), io_lane }))
+    let (qid, cdev) = (config.engine.queue.qid.0, Arc::clone(&config.cdev));
+    Ok((ring, side, Parts { qid, iods, pool, ranges, cdev, io_lane }))
 }
 
 fn has_namespace(config: &LaneConfig) -> bool {
@@ -274,7 +281,7 @@ impl LaneThread<'_> {
                 break;
             }
         }
-        Ok(self.report())
+        Ok(LaneReport::of(&self.lane))
     }
 
     /// Deals with a bounded batch of completions; returns how many there were.
@@ -321,37 +328,41 @@ impl LaneThread<'_> {
         // The I/O lane wakes its lane so when its ring has failed.
         self.take_told();
         while let Ok(message) = self.inbox.try_recv() {
-            match message {
-                LaneMessage::Snapshot { mut snapshot, reply } => {
-                    self.fill(&mut snapshot);
-                    // Whoever asked may have gone.
-                    let _ = reply.try_send(snapshot);
-                }
-                LaneMessage::Measure { recorder, reply } => {
-                    // The old one is freed by whoever sent the new one.
-                    let _ = reply.try_send(self.lane.engine_mut().measure(recorder));
-                }
-                LaneMessage::CancelAll => self.lane.cancel_all(),
-                LaneMessage::Grow { target, size, reply } => {
-                    let change = |own: &mut AnyTarget| own.replace_innermost(&target);
-                    self.lane.engine_mut().grow(size, change);
-                    let _ = reply.try_send(());
-                }
-                LaneMessage::Drain => self.is_draining = true,
-            }
+            self.is_draining |= attend(&mut self.lane, message);
         }
     }
+}
 
-    fn fill(&self, snapshot: &mut LaneSnapshot) {
-        let engine = self.lane.engine();
-        snapshot.take(engine, self.lane.injected(), monotonic_ns(CLOCK));
+/// Does what a message asks for; whether that is to come to an end.
+pub(super) fn attend<Io: LaneIo>(lane: &mut Lane<AnyTarget, Io>, message: LaneMessage) -> bool {
+    match message {
+        LaneMessage::Snapshot { mut snapshot, reply } => {
+            snapshot.take(lane.engine(), lane.injected(), precise_now());
+            // Whoever asked may have gone.
+            let _ = reply.try_send(snapshot);
+        }
+        LaneMessage::Measure { recorder, reply } => {
+            // The old one is freed by whoever sent the new one.
+            let _ = reply.try_send(lane.engine_mut().measure(recorder));
+        }
+        LaneMessage::CancelAll => lane.cancel_all(),
+        LaneMessage::Grow { target, size, reply } => {
+            let change = |own: &mut AnyTarget| own.replace_innermost(&target);
+            lane.engine_mut().grow(size, change);
+            let _ = reply.try_send(());
+        }
+        LaneMessage::Drain => return true,
     }
+    false
+}
 
-    fn report(&self) -> LaneReport {
-        let engine = self.lane.engine();
-        LaneReport {
+impl LaneReport {
+    /// What a lane has done until now.
+    pub(super) fn of<Io>(lane: &Lane<AnyTarget, Io>) -> Self {
+        let engine = lane.engine();
+        Self {
             stats: *engine.stats(),
-            injected: self.lane.injected(),
+            injected: lane.injected(),
             leaks: engine.leaks().map(|leak| leak.to_string()).collect(),
             quarantined: engine.registry().counts().quarantined,
         }
@@ -372,6 +383,11 @@ fn processors() -> usize {
 fn times_preempted() -> u64 {
     let usage = getrusage(UsageWho::RUSAGE_THREAD);
     usage.map_or(0, |it| u64::try_from(it.involuntary_context_switches()).unwrap_or(0))
+}
+
+/// The monotonic clock, to a tick: it costs no system call and no clock read.
+pub(super) fn coarse_now() -> u64 {
+    monotonic_ns(CLOCK_COARSE)
 }
 
 /// The monotonic clock, to the nanosecond.

@@ -166,9 +166,14 @@ impl LaneHandle {
     /// `EMFILE` at the limit of open files.
     pub fn new(qid: Qid, depth: u16) -> Result<(Self, Receiver<LaneMessage>, Arc<EventFd>), Errno> {
         let wake = Arc::new(event_descriptor()?);
-        let (messages, inbox) = channel();
-        let handle = Self { qid, depth, messages, wake: Arc::clone(&wake) };
+        let (handle, inbox) = Self::on(qid, depth, &wake);
         Ok((handle, inbox, wake))
+    }
+
+    /// A handle of a queue whose lane is woken by `wake`, and the lane's end of it.
+    pub(super) fn on(qid: Qid, depth: u16, wake: &Arc<EventFd>) -> (Self, Receiver<LaneMessage>) {
+        let (messages, inbox) = channel();
+        (Self { qid, depth, messages, wake: Arc::clone(wake) }, inbox)
     }
 
     /// Sends a message; `false` if the lane has ended.

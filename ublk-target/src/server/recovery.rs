@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::path::Path;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -124,7 +125,7 @@ pub fn recover(
         Process::find(*pid).is_some_and(|it| it.role == Role::Supervisor && is_of_it(it))
     };
     let supervisor = supervisor.or_else(|| record.supervisor.filter(is_supervisor));
-    let mut server = Server::new(control, wakeups, id, supervisor);
+    let mut server = Server::new(Rc::new(control), wakeups, id, supervisor);
     server.leave();
     let taken = take_over(&mut server, &record, !is_next, progress)?;
     server.keep();

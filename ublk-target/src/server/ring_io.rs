@@ -17,8 +17,9 @@ use super::side_ring::SideQueues;
 use crate::lane::{LaneError, LaneIo, RingRole};
 use crate::units::Tag;
 
-/// What a lane works with, beside its rings.
+/// What a queue's lane works with, beside its rings.
 pub(super) struct Parts {
+    pub qid: u16,
     pub iods: IoDescArray,
     pub pool: Option<BufferPool>,
     pub ranges: Option<Ranges>,
@@ -31,7 +32,6 @@ pub(super) struct RingIo<'ring> {
     pub queues: Queues<'ring>,
     /// Where `queues` polls.
     pub side: Option<SideQueues<'ring>>,
-    pub qid: u16,
     pub parts: Parts,
 }
 
@@ -106,32 +106,45 @@ impl LaneIo for RingIo<'_> {
     }
 
     fn copy(&mut self, tag: Tag, buffer: u16, direction: Direction, from: u32, to: u32) -> i32 {
-        let Some(pool) = &self.parts.pool else { return Errno::EINVAL.negated() };
+        self.parts.copy(tag, buffer, direction, from, to)
+    }
+
+    fn pool_addr(&self, buffer: u16, offset: u32) -> PoolAddr {
+        self.parts.pool_addr(buffer, offset)
+    }
+
+    fn range(&mut self, place: u16, namespace: Namespace, offset: u64, len: u64) -> RangeAddr {
+        self.parts.range(place, namespace, offset, len)
+    }
+
+    fn now(&mut self) -> u64 {
+        super::lane::precise_now()
+    }
+}
+
+impl Parts {
+    pub fn copy(&self, tag: Tag, buffer: u16, direction: Direction, from: u32, to: u32) -> i32 {
+        let Some(pool) = &self.pool else { return Errno::EINVAL.negated() };
         let request = RequestAddr { qid: self.qid, tag: tag.0 };
-        let cdev = self.parts.cdev.as_fd();
-        match pool.copy(cdev, request, direction, buffer, from, to - from) {
+        match pool.copy(self.cdev.as_fd(), request, direction, buffer, from, to - from) {
             Ok(copied) => i32::try_from(copied).unwrap_or(i32::MAX),
             Err(errno) => errno.negated(),
         }
     }
 
-    fn pool_addr(&self, buffer: u16, offset: u32) -> PoolAddr {
-        match &self.parts.pool {
+    pub fn pool_addr(&self, buffer: u16, offset: u32) -> PoolAddr {
+        match &self.pool {
             Some(pool) => pool.addr(buffer, offset),
             // The slot table says how many buffers there are, and they were made by it.
             None => unreachable!("a table without a pool has no pool slots"),
         }
     }
 
-    fn range(&mut self, place: u16, namespace: Namespace, offset: u64, len: u64) -> RangeAddr {
-        match &mut self.parts.ranges {
+    pub fn range(&mut self, place: u16, namespace: Namespace, offset: u64, len: u64) -> RangeAddr {
+        match &mut self.ranges {
             Some(ranges) => ranges.set(place, namespace, offset, len),
             // They are made for lanes that have a namespace among their backings.
             None => unreachable!("a lane without a namespace deallocates nothing"),
         }
-    }
-
-    fn now(&mut self) -> u64 {
-        super::lane::precise_now()
     }
 }

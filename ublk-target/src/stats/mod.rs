@@ -54,7 +54,7 @@ mod tests;
 
 use std::path::{Path, PathBuf};
 
-pub use service::{Limits, StatsServer};
+pub use service::{Limits, StatsServer, StatsThread};
 
 /// The socket of the server of a device, in the directory of the state files.
 #[must_use]

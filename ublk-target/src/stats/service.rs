@@ -6,6 +6,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -45,17 +46,90 @@ const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 /// Clients that may wait to be accepted.
 const BACKLOG: i32 = 16;
 
-/// The thread that answers, and its socket. Both end when it is dropped.
+/// The thread that answers on the sockets of all devices of a process. It ends when it is dropped.
 #[derive(Debug)]
-pub struct StatsServer {
-    path: PathBuf,
-    stop: Arc<EventFd>,
+pub struct StatsThread {
+    changes: Option<Sender<Change>>,
+    wake: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
 }
 
+/// A device's socket. It is removed when this is dropped.
+#[derive(Debug)]
+pub struct StatsServer {
+    path: PathBuf,
+    device: u32,
+    thread: Arc<StatsThread>,
+}
+
+/// What a thread is told.
+#[derive(Debug)]
+enum Change {
+    Add(Box<Service>),
+    Remove(u32),
+}
+
+impl StatsThread {
+    /// Starts one that has no sockets yet.
+    ///
+    /// # Errors
+    /// `EAGAIN` if there can be no more threads, `EMFILE` at the limit of open files.
+    pub fn start(name: &str) -> io::Result<Arc<Self>> {
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let wake = Arc::new(EventFd::from_value_and_flags(0, flags)?);
+        let (changes, inbox) = channel();
+        let services = Services { wake: Arc::clone(&wake), inbox, services: Vec::new() };
+        let thread = std::thread::Builder::new().name(name.to_owned());
+        let thread = Some(thread.spawn(move || services.run())?);
+        Ok(Arc::new(Self { changes: Some(changes), wake, thread }))
+    }
+
+    /// Listens on `path` for a device. A socket that is there is replaced: the caller has the device,
+    /// so its server is dead.
+    ///
+    /// # Errors
+    /// Those of making and naming a socket.
+    pub fn listen(
+        self: &Arc<Self>,
+        path: PathBuf,
+        device: u32,
+        lanes: Vec<LaneHandle>,
+        petitioner: Petitioner,
+        limits: Limits,
+    ) -> io::Result<StatsServer> {
+        let service = Service {
+            device,
+            listener: listen(&path)?,
+            accept_after: None,
+            lanes: Lanes::new(lanes, limits.lanes),
+            petitioner,
+            connections: Vec::new(),
+            limits,
+        };
+        self.tell(Change::Add(Box::new(service)));
+        Ok(StatsServer { path, device, thread: Arc::clone(self) })
+    }
+
+    fn tell(&self, change: Change) {
+        // It can only fail when the thread has panicked, which its end tells of.
+        let _ = self.changes.as_ref().map(|changes| changes.send(change));
+        let _ = self.wake.write(1);
+    }
+}
+
+impl Drop for StatsThread {
+    fn drop(&mut self) {
+        self.changes = None;
+        // It can only fail at 2^64 - 1.
+        let _ = self.wake.write(1);
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            log::error!("the thread for statistics has panicked");
+        }
+    }
+}
+
 impl StatsServer {
-    /// Listens on `path`. A socket that is there is replaced: the caller has the device, so its
-    /// server is dead.
+    /// Listens on `path`, with a thread of its own; see [`StatsThread::listen`].
     ///
     /// # Errors
     /// Those of making and naming a socket, and `EAGAIN` if there can be no more threads.
@@ -66,34 +140,14 @@ impl StatsServer {
         petitioner: Petitioner,
         limits: Limits,
     ) -> io::Result<Self> {
-        let stop = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC)?;
-        let stop = Arc::new(stop);
-        let listener = listen(&path)?;
-        // From here on the socket is removed on every way out.
-        let mut server = Self { path, stop: Arc::clone(&stop), thread: None };
-        let service = Service {
-            device,
-            listener,
-            accept_after: None,
-            stop,
-            lanes: Lanes::new(lanes, limits.lanes),
-            petitioner,
-            connections: Vec::new(),
-            limits,
-        };
-        let thread = std::thread::Builder::new().name(format!("ublkb{device}-stats"));
-        server.thread = Some(thread.spawn(move || service.run())?);
-        Ok(server)
+        let thread = StatsThread::start(&format!("ublkb{device}-stats"))?;
+        thread.listen(path, device, lanes, petitioner, limits)
     }
 }
 
 impl Drop for StatsServer {
     fn drop(&mut self) {
-        // It can only fail at 2^64 - 1.
-        let _ = self.stop.write(1);
-        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
-            log::error!("the thread for statistics has panicked");
-        }
+        self.thread.tell(Change::Remove(self.device));
         let _ = std::fs::remove_file(&self.path);
     }
 }
@@ -116,12 +170,71 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
     Ok(UnixListener::from(socket))
 }
 
+/// All that the thread has.
+struct Services {
+    wake: Arc<EventFd>,
+    inbox: Receiver<Change>,
+    services: Vec<Service>,
+}
+
+impl Services {
+    fn run(mut self) {
+        loop {
+            let ready = self.wait();
+            let mut rest = &ready[1..];
+            for service in &mut self.services {
+                let (own, others) = rest.split_at(1 + service.connections.len());
+                service.take_turn(own);
+                rest = others;
+            }
+            if ready[0] && !self.take_changes() {
+                break;
+            }
+        }
+        self.services.iter_mut().for_each(|service| service.lanes.end_measuring());
+    }
+
+    /// Waits until something can be done: whether it is for the thread itself, and for each service
+    /// whether its listener and its connections are ready.
+    fn wait(&mut self) -> Vec<bool> {
+        let now = Instant::now();
+        let mut fds = vec![PollFd::new(self.wake.as_fd(), PollFlags::POLLIN)];
+        let mut timeout = PollTimeout::NONE;
+        for service in &mut self.services {
+            timeout = sooner(timeout, service.patience(now));
+            service.name(&mut fds);
+        }
+        let result = poll(&mut fds, timeout);
+        fds.iter().map(|fd| fd.any().unwrap_or(true) && result.is_ok()).collect()
+    }
+
+    /// Takes new services and gives old ones up; `false` if there will be none any more.
+    fn take_changes(&mut self) -> bool {
+        let _ = self.wake.read();
+        loop {
+            match self.inbox.try_recv() {
+                Ok(Change::Add(service)) => self.services.push(*service),
+                Ok(Change::Remove(device)) => self.remove(device),
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return false,
+            }
+        }
+    }
+
+    fn remove(&mut self, device: u32) {
+        if let Some(at) = self.services.iter().position(|service| service.device == device) {
+            self.services.swap_remove(at).lanes.end_measuring();
+        }
+    }
+}
+
+/// What is served to those who ask about a device.
+#[derive(Debug)]
 struct Service {
     device: u32,
     listener: UnixListener,
     /// Nobody is accepted before.
     accept_after: Option<Instant>,
-    stop: Arc<EventFd>,
     lanes: Lanes,
     petitioner: Petitioner,
     connections: Vec<Connection>,
@@ -129,54 +242,38 @@ struct Service {
 }
 
 impl Service {
-    fn run(mut self) {
-        while let Some(ready) = self.wait() {
-            for (connection, ready) in self.connections.iter_mut().zip(&ready.connections) {
-                if *ready {
-                    connection.exchange();
-                }
-            }
-            for index in 0..self.connections.len() {
-                self.serve(index);
-            }
-            let now = Instant::now();
-            self.connections.retain(|connection| !connection.is_over(now));
-            if !self.connections.iter().any(|connection| connection.latencies.is_some()) {
-                self.lanes.end_measuring();
-            }
-            if ready.listener {
-                self.accept();
+    /// Does what can be done, by whether the listener and the connections are ready.
+    fn take_turn(&mut self, ready: &[bool]) {
+        for (connection, ready) in self.connections.iter_mut().zip(&ready[1..]) {
+            if *ready {
+                connection.exchange();
             }
         }
-        self.lanes.end_measuring();
+        for index in 0..self.connections.len() {
+            self.serve(index);
+        }
+        let now = Instant::now();
+        self.connections.retain(|connection| !connection.is_over(now));
+        if !self.connections.iter().any(|connection| connection.latencies.is_some()) {
+            self.lanes.end_measuring();
+        }
+        if ready[0] {
+            self.accept();
+        }
     }
 
-    /// Waits until something can be done; `None` at the end.
-    fn wait(&mut self) -> Option<Ready> {
-        let now = Instant::now();
-        self.accept_after = self.accept_after.filter(|after| *after > now);
+    /// Names the descriptors that can be ready: the listener's and the connections'.
+    fn name<'a>(&'a self, fds: &mut Vec<PollFd<'a>>) {
         let wanted =
             if self.accept_after.is_some() { PollFlags::empty() } else { PollFlags::POLLIN };
-        let mut fds = vec![
-            PollFd::new(self.stop.as_fd(), PollFlags::POLLIN),
-            PollFd::new(self.listener.as_fd(), wanted),
-        ];
+        fds.push(PollFd::new(self.listener.as_fd(), wanted));
         let of_connections = self.connections.iter();
         fds.extend(of_connections.map(|each| PollFd::new(each.fd(), each.interest())));
-        let timeout = self.patience(now);
-        let result = poll(&mut fds, timeout);
-        let is_ready = |fd: &PollFd| fd.any().unwrap_or(true) && result.is_ok();
-        if is_ready(&fds[0]) {
-            return None;
-        }
-        Some(Ready {
-            listener: is_ready(&fds[1]),
-            connections: fds[2..].iter().map(is_ready).collect(),
-        })
     }
 
     /// How long there may be nothing to do.
-    fn patience(&self, now: Instant) -> PollTimeout {
+    fn patience(&mut self, now: Instant) -> PollTimeout {
+        self.accept_after = self.accept_after.filter(|after| *after > now);
         if self.connections.iter().any(Connection::has_line_to_answer) {
             return PollTimeout::ZERO;
         }
@@ -300,12 +397,6 @@ fn see(program: &Path, file: (u64, u64)) -> Result<(), String> {
     ))
 }
 
-/// What can be read, written or accepted.
-struct Ready {
-    listener: bool,
-    connections: Vec<bool>,
-}
-
 fn all_of(recorders: &[Recorder]) -> Recorder {
     let mut all = Recorder::new();
     recorders.iter().for_each(|recorder| all.add(recorder));
@@ -322,4 +413,14 @@ fn is_allowed(stream: &UnixStream) -> bool {
 fn until(deadline: Instant, now: Instant) -> PollTimeout {
     let left = deadline.saturating_duration_since(now) + Duration::from_millis(1);
     PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+}
+
+/// The shorter of two waits.
+fn sooner(one: PollTimeout, other: PollTimeout) -> PollTimeout {
+    match (one.as_millis(), other.as_millis()) {
+        (None, _) => other,
+        (_, None) => one,
+        (Some(first), Some(second)) if second < first => other,
+        (Some(_), Some(_)) => one,
+    }
 }

@@ -1,6 +1,7 @@
 //! A lane's ring: set-up with fallback, the file and buffer tables, and a safe submission side.
 
 mod setup;
+mod tables;
 
 pub use setup::{Polling, RingMode, RingSetup};
 
@@ -88,6 +89,17 @@ impl Ring {
         let registered = self.ring.ring.submitter().register_files(files);
         registered.map_err(|error| Errno::of(&error))?;
         self.ring.files = files.len();
+        Ok(())
+    }
+
+    /// Registers a table of fixed files that are all missing yet; see [`Queues::set_files`].
+    ///
+    /// # Errors
+    /// `EMFILE` beyond the limit of open files, `ENOMEM`.
+    pub fn register_places_of_files(&mut self, count: u16) -> Result<(), Errno> {
+        let registered = self.ring.ring.submitter().register_files_sparse(count.into());
+        registered.map_err(|error| Errno::of(&error))?;
+        self.ring.files = count.into();
         Ok(())
     }
 

@@ -42,6 +42,35 @@ fn pool_buffers_move_bytes_through_fixed_files() {
 }
 
 #[test]
+fn tables_change_while_the_ring_is_in_use() {
+    let mut file: File = tempfile();
+    file.write_all(&[9_u8; 8192]).unwrap();
+    let mut ring = ring(4, 8);
+    let pool = BufferPool::new(2, 4096).unwrap();
+    ring.register_places_of_files(200).unwrap();
+    ring.register_slots(100).unwrap();
+    let mut queues = ring.queues();
+    let place = FixedFile(150);
+    let read = |queues: &mut Queues<'_>| {
+        let buffer = FixedBuffer::Pool { slot: 71, addr: pool.addr(1, 0) };
+        run(queues, Sqe::read_fixed(place, buffer, 4096, 0), 1)
+    };
+    assert_eq!(read(&mut queues), -libc::EBADF);
+    queues.set_files(FixedFile(149), &[file.as_raw_fd(), file.as_raw_fd()]).unwrap();
+    assert_eq!(read(&mut queues), -libc::EFAULT);
+    queues.set_buffers(70, &pool).unwrap();
+    assert_eq!(read(&mut queues), 4096);
+    queues.clear_buffers(0, 100).unwrap();
+    assert_eq!(read(&mut queues), -libc::EFAULT);
+    queues.set_buffers(70, &pool).unwrap();
+    queues.clear_files(FixedFile(0), 200).unwrap();
+    assert_eq!(read(&mut queues), -libc::EBADF);
+    assert_eq!(queues.clear_files(FixedFile(199), 2), Err(Errno::EINVAL));
+    assert_eq!(queues.clear_buffers(99, 2), Err(Errno::EINVAL));
+    assert_eq!(queues.set_buffers(99, &pool), Err(Errno::EINVAL));
+}
+
+#[test]
 fn an_empty_slot_is_an_error_of_the_operation() {
     let file = tempfile();
     let mut ring = ring(4, 8);

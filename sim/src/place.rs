@@ -1,0 +1,47 @@
+//! A ring whose tables other queues share: entries as if this one had them to itself.
+
+use ublk_target::lane::Place;
+
+use crate::command::URING_CMD128;
+use crate::entry::{u16_at, u32_at};
+
+const IOSQE_FIXED_FILE: u8 = 1 << 0;
+const IORING_OP_READ_FIXED: u8 = 4;
+const IORING_OP_WRITE_FIXED: u8 = 5;
+const IORING_OP_URING_CMD: u8 = 46;
+const IORING_URING_CMD_FIXED: u32 = 1 << 0;
+const UBLK_U_IO_FETCH_REQ: u32 = 0xc010_7520;
+const UBLK_U_IO_COMMIT_AND_FETCH_REQ: u32 = 0xc010_7521;
+const UBLK_U_IO_REGISTER_IO_BUF: u32 = 0xc010_7523;
+const UBLK_U_IO_UNREGISTER_IO_BUF: u32 = 0xc010_7524;
+
+/// The first half of an entry with its file and slot counted from the queue's own.
+///
+/// # Panics
+/// If it names a file or a slot of another queue.
+#[must_use]
+pub fn rebased(raw: &[u8; 64], place: Place) -> [u8; 64] {
+    let mut own = *raw;
+    let (opcode, flags) = (raw[0], raw[1]);
+    if flags & IOSQE_FIXED_FILE != 0 {
+        let file = u32_at(raw, 4).checked_sub(place.first_file);
+        let file = file.unwrap_or_else(|| panic!("a file of another queue"));
+        own[4..8].copy_from_slice(&file.to_ne_bytes());
+    }
+    let slot_at = match (opcode, u32_at(raw, 8)) {
+        (IORING_OP_READ_FIXED | IORING_OP_WRITE_FIXED, _) => Some(40),
+        (IORING_OP_URING_CMD, UBLK_U_IO_REGISTER_IO_BUF | UBLK_U_IO_UNREGISTER_IO_BUF) => Some(56),
+        // Automatic registration says so above the slot (`UBLK_AUTO_BUF_REG_FALLBACK`).
+        (IORING_OP_URING_CMD, UBLK_U_IO_FETCH_REQ | UBLK_U_IO_COMMIT_AND_FETCH_REQ) => {
+            (u16_at(raw, 18) != 0).then_some(16)
+        }
+        (URING_CMD128, _) if u32_at(raw, 28) & IORING_URING_CMD_FIXED != 0 => Some(40),
+        _ => None,
+    };
+    if let Some(at) = slot_at {
+        let slot = u16_at(raw, at).checked_sub(place.first_slot);
+        let slot = slot.unwrap_or_else(|| panic!("a slot of another queue"));
+        own[at..at + 2].copy_from_slice(&slot.to_ne_bytes());
+    }
+    own
+}
