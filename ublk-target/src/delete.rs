@@ -164,7 +164,7 @@ impl Deletion<'_> {
         self.await_removal(&device)?;
         // Those that were started meanwhile by those that have ended by now.
         let mut late = processes::of_device(id, None);
-        late.retain(|process| process.started <= device.seen);
+        late.retain(|process| process.role != Role::Fleet && process.started <= device.seen);
         self.await_end(&late, None)?;
         leftovers::remove_files_of(self.control, id);
         step("del-cleaned");
@@ -342,8 +342,10 @@ struct Doomed {
     identity: Option<u64>,
     /// Its I/O is served.
     is_live: bool,
-    /// What sees to it.
+    /// What sees to it, and ends with it.
     processes: Vec<Process>,
+    /// What serves it among others, and goes on without it.
+    fleet: Option<Process>,
     /// When it was there last, since the machine was started.
     seen: Duration,
 }
@@ -355,13 +357,17 @@ impl Doomed {
         // Of one that was started, the server is in its state file.
         let adder = state::adder(info).filter(|_| !state::has_disk(info));
         let has_server = u32::try_from(info.ublksrv_pid).is_ok_and(state::is_alive);
+        let (mut fleet, processes): (Vec<_>, Vec<_>) = processes::of_device(id, adder)
+            .into_iter()
+            .partition(|process| process.role == Role::Fleet);
         Self {
             id,
             number,
             numbers: numbers.unwrap_or_default(),
             identity: state::identity(id),
             is_live: u32::from(info.state) == sys::UBLK_S_DEV_LIVE && has_server,
-            processes: processes::of_device(id, adder),
+            processes,
+            fleet: fleet.pop(),
             seen: processes::now(),
         }
     }
@@ -405,14 +411,16 @@ impl Doomed {
 impl std::fmt::Display for Doomed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}", state::block_path(self.id).display())?;
-        match self.processes.iter().find(|process| process.role == Role::Server) {
+        let server = self.processes.iter().find(|process| process.role == Role::Server);
+        match server.or(self.fleet.as_ref()) {
             Some(server) => write!(f, ", which is served by {server}"),
             None => Ok(()),
         }
     }
 }
 
-/// Kills processes; supervisors first, for they would put others in the place of servers.
+/// Kills processes; supervisors first, for they would put others in the place of servers. A server
+/// of several devices is not among them: the others need it.
 fn kill(processes: &[Process]) {
     for role in [Role::Supervisor, Role::Server] {
         for process in processes.iter().filter(|process| process.role == role) {

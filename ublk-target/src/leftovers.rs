@@ -107,7 +107,9 @@ pub fn without_device(control: &Control) -> Vec<Process> {
         .collect();
     found.retain(|process| {
         let is_about_none = process.device.is_none_or(|id| is_gone(control, id));
-        process.role != Role::Command && is_about_none && !known.contains(&process.pid)
+        // Devices of a fleet come and go.
+        let may_be_left = !matches!(process.role, Role::Command | Role::Fleet);
+        may_be_left && is_about_none && !known.contains(&process.pid)
     });
     found
 }

@@ -22,8 +22,10 @@ use crate::state::{RUN_DIR, StateFile, is_ours};
 pub enum Role {
     /// A command that a user waits for, and that ends with what it has started.
     Command,
-    /// A server.
+    /// A server of one device.
     Server,
+    /// A server of many devices, which goes on without any one of them.
+    Fleet,
     /// A supervisor.
     Supervisor,
     /// One that does for others what may take long.
@@ -37,7 +39,7 @@ pub struct Process {
     pub pid: u32,
     /// What it is.
     pub role: Role,
-    /// The device that it serves, or was told to see to.
+    /// The device that it serves, or was told to see to; none where it serves many.
     pub device: Option<u32>,
     /// Process id of its supervisor.
     pub supervisor: Option<u32>,
@@ -58,10 +60,11 @@ impl Process {
             return None;
         }
         let told = Told::by(&arguments(pid)?);
+        let one = || usage::served_by(pid).first().copied().or(told.device);
         let process = Self {
             pid,
             role: told.role,
-            device: usage::served_by(pid).first().copied().or(told.device),
+            device: if told.role == Role::Fleet { None } else { one() },
             supervisor: told.supervisor,
             started: started(pid)?,
             pidfd,
@@ -89,6 +92,7 @@ impl fmt::Display for Process {
         let role = match self.role {
             Role::Command => "the command",
             Role::Server => "the server",
+            Role::Fleet => "the server of several devices",
             Role::Supervisor => "the supervisor",
             Role::Helper => "the helper",
         };
@@ -117,6 +121,7 @@ impl Told {
         let role = match (command, value(&["--role"])) {
             ("supervise", _) | (_, Some("supervisor")) => Role::Supervisor,
             ("stop-device", _) => Role::Helper,
+            ("serve", _) => Role::Fleet,
             (_, Some("server")) => Role::Server,
             ("add" | "recover", _) if has("--foreground") => {
                 if has("--supervise") {
@@ -216,7 +221,7 @@ mod tests {
 
     #[test]
     fn arguments_tell_what_a_process_is() {
-        use Role::{Command, Helper, Server, Supervisor};
+        use Role::{Command, Fleet, Helper, Server, Supervisor};
         let table = [
             ("add null", Command, None, None),
             ("add null -n 3 --role server", Server, None, None),
@@ -230,6 +235,8 @@ mod tests {
             ("recover -n=3 --role=server --supervisor 8", Server, Some(3), Some(8)),
             ("supervise -n 4 --server 5", Supervisor, Some(4), None),
             ("stop-device -n 4", Helper, Some(4), None),
+            ("serve --config 4.toml", Fleet, None, None),
+            ("-v serve --config=/etc/x", Fleet, None, None),
             ("del -n 3", Command, Some(3), None),
             ("list --json", Command, None, None),
         ];

@@ -14,14 +14,27 @@ use super::processes::{self, announce};
 
 /// Adds a device and serves it, here or in a process of its own.
 pub fn add(target: &Target, verbose: u8) -> anyhow::Result<ExitCode> {
-    let (target, device) = resolve(target);
-    let on_death = device.on_death();
-    if device.life.supervise && on_death == OnDeath::Fail {
+    let (config, device) = config(target);
+    if device.life.supervise && config.on_death == OnDeath::Fail {
         anyhow::bail!(
             "--supervise needs a device that outlives its server; use `--on-death reissue` (or wait, \
              or error)"
         );
     }
+    processes::live(&device.life, verbose, |life: &Life| {
+        let waiting = device.id.filter(|_| device.or_recover).filter(|id| is_waiting(*id));
+        if let Some(id) = waiting {
+            return super::recover::serve(id, life);
+        }
+        serve(&config, life.supervisor, &processes::helpers(life), |description, choice| {
+            announce(life, description, Some(choice))
+        })
+    })
+}
+
+/// What a device is to be made of, and the options that this is from.
+pub fn config(target: &Target) -> (DeviceConfig, &Device) {
+    let (target, device) = resolve(target);
     let config = DeviceConfig {
         id: device.id,
         queues: device.queues,
@@ -34,18 +47,10 @@ pub fn add(target: &Target, verbose: u8) -> anyhow::Result<ExitCode> {
         polling: device.polling(),
         busy_wait: device.busy_wait,
         unpolled: device.unpolled(),
-        on_death,
+        on_death: device.on_death(),
         target,
     };
-    processes::live(&device.life, verbose, |life: &Life| {
-        let waiting = device.id.filter(|_| device.or_recover).filter(|id| is_waiting(*id));
-        if let Some(id) = waiting {
-            return super::recover::serve(id, life);
-        }
-        serve(&config, life.supervisor, &processes::helpers(life), |description, choice| {
-            announce(life, description, Some(choice))
-        })
-    })
+    (config, device)
 }
 
 /// Whether a device is there and its server is dead.

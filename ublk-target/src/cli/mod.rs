@@ -6,6 +6,7 @@ mod manage;
 mod processes;
 mod recover;
 mod resize;
+mod serve;
 mod stats;
 mod table;
 mod upgrade;
@@ -40,6 +41,9 @@ enum Command {
     /// Add a device and serve it
     #[command(subcommand)]
     Add(Target),
+    /// Serve many devices with few threads, as a file says
+    #[command(after_help = SERVE_HELP)]
+    Serve(Serve),
     /// Delete devices, in whatever state they are; one that is open or mounted is refused
     #[command(after_help = DEL_HELP)]
     Del(Del),
@@ -197,6 +201,36 @@ struct Which {
 }
 
 #[derive(Debug, Args)]
+struct Serve {
+    /// The file of the devices
+    #[arg(short, long, value_name = "PATH", default_value = "/etc/ublk-target/serve.toml")]
+    config: PathBuf,
+    /// Say what is wrong with the file, and do no more
+    #[arg(long)]
+    check: bool,
+}
+
+const SERVE_HELP: &str = "\
+The file is TOML. A device is a table with its target and the long options of `add TARGET`:
+  lanes = 2                  # threads that serve I/O [default: one for each CPU]
+  [[device]]
+  id = 0
+  target = \"loop\"
+  file = \"/dev/nvme1n1\"
+  queues = 2
+  on-death = \"reissue\"
+  [[device]]
+  id = 1
+  target = \"linear\"
+  file = [\"/dev/nvme2n1,0,10G\", \"/srv/disk.img\"]
+  rule = [\"p=0.01,error=EIO\"] # as if wrapped by the target `fault`
+The process stays in the foreground, prints the devices when they are live, and tells systemd. SIGHUP has
+it read the file again: devices that are new are added, those that are gone or have changed are deleted
+if nobody uses them; with a fault in the file all stays as it was. SIGTERM takes all devices down. After
+SIGKILL the next `serve` takes over those of `on-death` wait, reissue and error, and adds the others
+again. Devices that poll, give NVMe commands or have an I/O lane get lanes of their own.";
+
+#[derive(Debug, Args)]
 struct Del {
     #[command(flatten)]
     which: Which,
@@ -302,6 +336,7 @@ pub fn run() -> ExitCode {
     };
     let result = match &cli.command {
         Command::Add(target) => add::add(target, cli.verbose),
+        Command::Serve(args) => serve::serve(args, cli.verbose),
         Command::Del(del) => {
             start_log(cli.verbose, "warn");
             manage::delete(del)
@@ -378,8 +413,9 @@ mod tests {
     fn the_command_line_is_consistent() {
         let targets = ["null", "loop", "linear", "stripe", "fault", "fault --rule short fault"];
         let targets = targets.map(|target| format!("add {target}"));
-        let commands =
-            ["", "add", "del", "list", "stats", "features", "recover", "upgrade", "resize"];
+        let commands = [
+            "", "add", "serve", "del", "list", "stats", "features", "recover", "upgrade", "resize",
+        ];
         let hidden = ["supervise", "stop-device", "quiesce-device", "check-state"];
         let commands = commands.into_iter().chain(hidden).chain(targets.iter().map(String::as_str));
         for command in commands {

@@ -1,6 +1,6 @@
 //! What a device is made of, and why it may not come to be.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -13,6 +13,7 @@ use super::pace::BusyWait;
 use super::polling::{CannotPoll, Unpolled, WrittenPolling};
 use super::recovery::CannotRecoverDevice;
 use crate::backing::BackingError;
+use crate::delete::DeleteError;
 use crate::lane::LaneError;
 use crate::lane::fault::UnknownFault;
 use crate::lend::{CannotLend, LendMode, LendRequest};
@@ -126,17 +127,33 @@ impl TargetConfig {
     /// With absolute paths, for a server that starts elsewhere. What cannot be looked up stays as it
     /// is, for the error that opening it gives.
     pub(super) fn absolute(&mut self) {
-        let absolute = |file: &mut PathBuf| {
+        for file in self.files_mut() {
             if let Ok(path) = file.canonicalize() {
                 *file = path;
             }
-        };
+        }
+    }
+
+    /// The paths of the backings, as often as they are given.
+    #[must_use]
+    pub fn files(&self) -> Vec<&Path> {
         match self {
-            Self::Null { .. } => {}
-            Self::Loop { file } => absolute(file),
-            Self::Linear { extents } => extents.iter_mut().for_each(|it| absolute(&mut it.file)),
-            Self::Stripe { files, .. } => files.iter_mut().for_each(absolute),
-            Self::Fault { target, .. } => target.absolute(),
+            Self::Null { .. } => Vec::new(),
+            Self::Loop { file } => vec![file],
+            Self::Linear { extents } => extents.iter().map(|it| it.file.as_path()).collect(),
+            Self::Stripe { files, .. } => files.iter().map(PathBuf::as_path).collect(),
+            Self::Fault { target, .. } => target.files(),
+        }
+    }
+
+    /// The same, to be changed.
+    pub fn files_mut(&mut self) -> Vec<&mut PathBuf> {
+        match self {
+            Self::Null { .. } => Vec::new(),
+            Self::Loop { file } => vec![file],
+            Self::Linear { extents } => extents.iter_mut().map(|it| &mut it.file).collect(),
+            Self::Stripe { files, .. } => files.iter_mut().collect(),
+            Self::Fault { target, .. } => target.files_mut(),
         }
     }
 }
@@ -273,6 +290,14 @@ pub enum DeviceError {
     /// The device cannot be recovered.
     #[error(transparent)]
     Recover(#[from] CannotRecoverDevice),
+    /// What a dead server has left of the device does not go away.
+    #[error("cannot delete what a dead server has left of device {id}: {error}")]
+    Remains {
+        /// The device.
+        id: u32,
+        /// Why.
+        error: Box<DeleteError>,
+    },
     /// Part of the set-up failed.
     #[error("{doing}: {errno}")]
     Setup {

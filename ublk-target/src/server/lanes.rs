@@ -141,6 +141,11 @@ impl DeviceLanes {
         self.queues.iter_mut().any(|queue| queue.served_by.has_ended())
     }
 
+    /// Whether all of them have ended.
+    pub fn have_all_ended(&mut self) -> bool {
+        self.queues.iter_mut().all(|queue| queue.served_by.has_ended())
+    }
+
     /// Why a lane cannot go on that shares its ring, and so has to be ended: once.
     pub fn take_failure(&self) -> Option<DeviceError> {
         let mut failures = self.queues.iter().filter_map(|queue| match &queue.served_by {

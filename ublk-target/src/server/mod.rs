@@ -2,6 +2,7 @@
 
 pub mod config;
 pub mod device;
+pub mod fleet;
 mod io_lane;
 pub mod lane;
 mod lanes;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use uring_ext::control::Control;
+use uring_ext::feature::Features;
 use uring_ext::{Errno, sys};
 
 use super::config::{DeviceConfig, DeviceError};
@@ -34,7 +35,15 @@ impl Plan {
         control: &Control,
         known: Option<&[Known]>,
     ) -> Result<Self, DeviceError> {
-        let features = kernel::features(control)?;
+        Self::for_driver(config, kernel::features(control)?, known)
+    }
+
+    /// As [`Plan::make`], for a driver with these features; on any thread.
+    pub fn for_driver(
+        config: &DeviceConfig,
+        features: Features,
+        known: Option<&[Known]>,
+    ) -> Result<Self, DeviceError> {
         let mut choice = config.lend.choose(features)?;
         choice.flags |= config.on_death.flags(features)?;
         if config.io_lane {

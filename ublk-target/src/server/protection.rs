@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::mman::{MlockAllFlags, mlockall};
 
 use crate::backing::usage::{Mount, mounts};
@@ -79,6 +79,33 @@ impl OwnMounts {
             }
         }
     }
+}
+
+/// Does something with the mounts of the first process in sight: those of the calling one are as they
+/// were when it left them, less what it had no use for. Where that cannot be, it is done with these.
+///
+/// No descriptor of that namespace is kept: whoever lets go of it last unmounts what is mounted there.
+pub(super) fn among_present_mounts<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    let enter = || {
+        // Threads share their root and working directory, and may not while one changes its mounts.
+        unshare(CloneFlags::CLONE_FS)?;
+        let mounts = fs::File::open("/proc/1/ns/mnt").map_err(|error| {
+            nix::errno::Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))
+        })?;
+        setns(mounts, CloneFlags::CLONE_NEWNS)
+    };
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(move || {
+            if let Err(errno) = enter() {
+                log::warn!("cannot enter the mount namespace of process 1: {errno}");
+            }
+            work()
+        });
+        match thread.join() {
+            Ok(done) => done,
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    })
 }
 
 /// Whether a mount holds a block device that the server has no use for.

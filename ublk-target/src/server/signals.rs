@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -35,6 +36,8 @@ pub enum Wake {
 #[derive(Debug)]
 pub struct Wakeups {
     signals: SignalFd,
+    /// The last signal that came; 0 if there was none.
+    last: AtomicI32,
     lanes: EventFd,
     undelivered: EventFd,
     petitions: EventFd,
@@ -47,14 +50,23 @@ impl Wakeups {
     /// # Errors
     /// `EMFILE` at the limit of open files.
     pub fn new() -> Result<Self, Errno> {
-        let set: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();
-        let errno = |errno| Errno::new(errno as i32);
-        set.thread_block().map_err(errno)?;
-        let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
-        let signals = SignalFd::with_flags(&set, flags).map_err(errno)?;
+        Self::of(signals(&[Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP])?)
+    }
+
+    /// As [`Wakeups::new`], but the hang-up is for another descriptor, which is returned.
+    ///
+    /// # Errors
+    /// `EMFILE` at the limit of open files.
+    pub(super) fn with_hangup_apart() -> Result<(Self, SignalFd), Errno> {
+        let hangup = signals(&[Signal::SIGHUP])?;
+        Ok((Self::of(signals(&[Signal::SIGINT, Signal::SIGTERM])?)?, hangup))
+    }
+
+    fn of(signals: SignalFd) -> Result<Self, Errno> {
         let [lanes, undelivered, petitions] =
             [event_descriptor()?, event_descriptor()?, event_descriptor()?];
-        Ok(Self { signals, lanes, undelivered, petitions })
+        let last = AtomicI32::new(0);
+        Ok(Self { signals, last, lanes, undelivered, petitions })
     }
 
     /// As [`Wakeups::new`], to be shared with lanes.
@@ -68,10 +80,7 @@ impl Wakeups {
     /// # Errors
     /// [`DeviceError::Interrupted`] if one has.
     pub(super) fn check(&self) -> Result<(), DeviceError> {
-        match self.signals.read_signal() {
-            Ok(Some(_)) => Err(DeviceError::Interrupted),
-            Ok(None) | Err(_) => Ok(()),
-        }
+        self.take_signal().map_or(Ok(()), |_| Err(DeviceError::Interrupted))
     }
 
     /// Says that a lane has ended. Callable from any thread.
@@ -99,7 +108,15 @@ impl Wakeups {
     pub(super) fn take_signal(&self) -> Option<Signal> {
         let info = self.signals.read_signal().ok()??;
         let number = i32::try_from(info.ssi_signo).unwrap_or(0);
-        Some(Signal::try_from(number).unwrap_or(Signal::SIGTERM))
+        let signal = Signal::try_from(number).unwrap_or(Signal::SIGTERM);
+        self.last.store(signal as i32, Ordering::Relaxed);
+        Some(signal)
+    }
+
+    /// The last signal that has ever come, whoever has looked at it.
+    pub(super) fn last_signal(&self) -> Option<Signal> {
+        while self.take_signal().is_some() {}
+        Signal::try_from(self.last.load(Ordering::Relaxed)).ok()
     }
 
     /// Says that somebody asks for something. Callable from any thread.
@@ -146,6 +163,14 @@ impl Wakeups {
             }
         }
     }
+}
+
+/// Blocks signals in this thread, and in all that it starts, to be read from a descriptor.
+fn signals(of: &[Signal]) -> Result<SignalFd, Errno> {
+    let set: SigSet = of.iter().copied().collect();
+    let errno = |errno| Errno::new(errno as i32);
+    set.thread_block().map_err(errno)?;
+    SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).map_err(errno)
 }
 
 /// Another process, whose end is to be seen.

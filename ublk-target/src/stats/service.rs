@@ -417,10 +417,9 @@ fn until(deadline: Instant, now: Instant) -> PollTimeout {
 
 /// The shorter of two waits.
 fn sooner(one: PollTimeout, other: PollTimeout) -> PollTimeout {
-    match (one.as_millis(), other.as_millis()) {
-        (None, _) => other,
-        (_, None) => one,
-        (Some(first), Some(second)) if second < first => other,
-        (Some(_), Some(_)) => one,
+    match (one.is_none(), other.is_none()) {
+        (true, _) => other,
+        (_, true) => one,
+        (false, false) => one.min(other),
     }
 }

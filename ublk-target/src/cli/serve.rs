@@ -1,0 +1,75 @@
+//! `serve`.
+
+mod file;
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use sd_notify::NotifyState;
+use ublk_target::server::fleet::{self, FleetError, News, Orders};
+
+use super::processes::delete_by;
+use super::{Serve, start_log};
+
+/// Serves the devices of a file.
+pub fn serve(args: &Serve, verbose: u8) -> anyhow::Result<ExitCode> {
+    start_log(verbose, "info");
+    let path = std::path::absolute(&args.config)?;
+    let config = match file::read(&path) {
+        Ok(config) => config,
+        Err(faults) => return Ok(refuse(&faults)),
+    };
+    if args.check {
+        println!("{}: {} devices", path.display(), config.devices.len());
+        return Ok(ExitCode::SUCCESS);
+    }
+    let orders = Orders {
+        read: Box::new(|| file::read(&path)),
+        command: Box::new(delete_by),
+        tell: Box::new(tell),
+    };
+    match fleet::serve(config, &orders) {
+        Ok(()) => Ok(ExitCode::SUCCESS),
+        Err(FleetError::Faults(faults)) => Ok(refuse(&faults)),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// A line for each fault.
+fn refuse(faults: &[String]) -> ExitCode {
+    for fault in faults {
+        eprintln!("ublk-target: {fault}");
+    }
+    ExitCode::FAILURE
+}
+
+/// Tells the service manager, and whoever reads standard output. Without them it does nothing.
+fn tell(news: &News) {
+    let states = match news {
+        News::Ready(devices, wanted) => {
+            let mut out = io::stdout().lock();
+            for device in devices {
+                let _ = writeln!(out, "{}", device.device.display());
+            }
+            let _ = out.flush();
+            let status = NotifyState::Status(&format!("{} of {wanted} devices", devices.len()));
+            notify(&[NotifyState::Ready, status]);
+            return;
+        }
+        News::Reloading => match NotifyState::monotonic_usec_now() {
+            Ok(now) => vec![NotifyState::Reloading, now],
+            Err(_) => vec![NotifyState::Reloading],
+        },
+        News::Reloaded(count) => {
+            let status = format!("{count} devices");
+            return notify(&[NotifyState::Ready, NotifyState::Status(&status)]);
+        }
+    };
+    notify(&states);
+}
+
+fn notify(states: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        log::warn!("cannot tell the service manager: {error}");
+    }
+}

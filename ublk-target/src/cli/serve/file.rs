@@ -1,0 +1,290 @@
+//! The file of `serve`: TOML, whose devices are read as arguments of `add`, so that both have the same
+//! words and the same rules.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use clap::Parser;
+use clap::error::{ContextKind, ContextValue};
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+use ublk_target::server::config::DeviceConfig;
+use ublk_target::server::fleet::FleetConfig;
+
+use crate::cli::{Cli, Command, add, one_line};
+
+/// The longest file that is read, in bytes.
+const MAX_BYTES: u64 = 1 << 20;
+const TARGETS: [&str; 4] = ["null", "loop", "linear", "stripe"];
+/// Options of `add` that are about its process.
+const NOT_HERE: [(&str, &str); 5] = [
+    ("supervise", "the service manager starts `serve` again, which takes devices over"),
+    ("or-recover", "`serve` always takes over what waits for a server"),
+    ("foreground", "`serve` is always in the foreground"),
+    ("json", "nothing is printed for a single device"),
+    ("role", "it is not for users"),
+];
+/// Options of any command, and hidden ones.
+const NOT_OPTIONS: [&str; 5] = ["help", "version", "verbose", "supervisor", "next"];
+
+/// Reads the file: the devices, or a line for each fault.
+pub fn read(path: &Path) -> Result<FleetConfig, Vec<String>> {
+    let mut text = String::new();
+    let read = File::open(path).and_then(|file| file.take(MAX_BYTES).read_to_string(&mut text));
+    if let Err(error) = read {
+        return Err(vec![format!("{}: {error}", path.display())]);
+    }
+    parse(&text, path)
+}
+
+/// What the text says. Paths in it that are not absolute begin where the file is.
+fn parse(text: &str, path: &Path) -> Result<FleetConfig, Vec<String>> {
+    let (document, errors) = DeTable::parse_recoverable(text);
+    let mut file = Reading { text, path, faults: Vec::new() };
+    for error in errors {
+        file.fault(error.span().unwrap_or_default(), error.message());
+    }
+    if !file.faults.is_empty() {
+        return Err(file.faults);
+    }
+    let config = file.fleet(document.get_ref());
+    if file.faults.is_empty() { Ok(config) } else { Err(file.faults) }
+}
+
+/// A file that is being read.
+struct Reading<'a> {
+    text: &'a str,
+    path: &'a Path,
+    faults: Vec<String>,
+}
+
+/// An option of a device.
+struct Setting {
+    key: String,
+    span: Range<usize>,
+    arguments: Vec<String>,
+}
+
+impl Reading<'_> {
+    fn line(&self, at: usize) -> usize {
+        let before = self.text.as_bytes().iter().take(at);
+        1 + before.filter(|byte| **byte == b'\n').count()
+    }
+
+    fn fault(&mut self, span: Range<usize>, what: impl std::fmt::Display) {
+        let line = self.line(span.start);
+        self.faults.push(format!("{}:{line}: {what}", self.path.display()));
+    }
+
+    fn fleet(&mut self, document: &DeTable<'_>) -> FleetConfig {
+        let mut config = FleetConfig::default();
+        let mut devices = Vec::new();
+        for (key, value) in document {
+            match (key.get_ref().as_ref(), value.get_ref()) {
+                ("lanes", DeValue::Integer(number)) => match number.to_string().parse() {
+                    Ok(lanes @ 1..=1024) => config.lanes = Some(lanes),
+                    Ok(_) | Err(_) => {
+                        self.fault(value.span(), "`lanes` is not a number from 1 to 1024");
+                    }
+                },
+                ("lanes", _) => self.fault(value.span(), "`lanes` is not a number from 1 to 1024"),
+                ("device", DeValue::Array(tables)) => {
+                    devices.extend(tables.iter().filter_map(|table| self.device(table)));
+                }
+                ("device", _) => self.fault(value.span(), "a device begins with `[[device]]`"),
+                (other, _) => self.fault(
+                    key.span(),
+                    format!("there is no `{other}` here; there are `lanes` and `[[device]]`"),
+                ),
+            }
+        }
+        self.check_together(&devices);
+        config.devices = devices.into_iter().map(|(_, device)| device).collect();
+        config
+    }
+
+    /// No two devices have an id or a backing in common.
+    fn check_together(&mut self, devices: &[(Range<usize>, DeviceConfig)]) {
+        let mut ids = BTreeMap::new();
+        let mut files: BTreeMap<PathBuf, u32> = BTreeMap::new();
+        for (span, device) in devices {
+            let id = device.id.unwrap_or_default();
+            if let Some(line) = ids.insert(id, self.line(span.start)) {
+                self.fault(span.clone(), format!("device {id} is there already, in line {line}"));
+                continue;
+            }
+            let own = device.target.files().into_iter();
+            let own: Vec<_> =
+                own.map(|file| file.canonicalize().unwrap_or_else(|_| file.to_owned())).collect();
+            for file in own {
+                match files.insert(file.clone(), id) {
+                    Some(other) if other != id => self.fault(
+                        span.clone(),
+                        format!("{} is a backing of device {other} already", file.display()),
+                    ),
+                    Some(_) | None => {}
+                }
+            }
+        }
+    }
+
+    fn device(&mut self, table: &Spanned<DeValue<'_>>) -> Option<(Range<usize>, DeviceConfig)> {
+        let before = self.faults.len();
+        let DeValue::Table(keys) = table.get_ref() else {
+            self.fault(table.span(), "a device begins with `[[device]]`");
+            return None;
+        };
+        let mut target = None;
+        let mut settings = Vec::new();
+        for (key, value) in keys {
+            let name = key.get_ref().as_ref();
+            if name == "target" {
+                target = self.target(value);
+                continue;
+            }
+            if let Some((_, why)) = NOT_HERE.iter().find(|(it, _)| *it == name) {
+                self.fault(key.span(), format!("`{name}` is not for devices of `serve`: {why}"));
+                continue;
+            }
+            if NOT_OPTIONS.contains(&name) {
+                self.fault(key.span(), format!("there is no option `{name}` of a target"));
+                continue;
+            }
+            match arguments(name, value.get_ref()) {
+                Some(arguments) => {
+                    let (key, span) = (name.to_owned(), key.span());
+                    settings.push(Setting { key, span, arguments });
+                }
+                None => {
+                    let what = "is neither text, a number, true or false, nor a list of these";
+                    self.fault(value.span(), format!("`{name}` {what}"));
+                }
+            }
+        }
+        if !keys.keys().any(|key| key.get_ref() == "target") {
+            self.fault(table.span(), "the device has no `target`");
+        }
+        if !keys.keys().any(|key| key.get_ref() == "id") {
+            self.fault(table.span(), "the device has no `id`");
+        }
+        // Its other faults are told as of some target.
+        let config = self.make(target.unwrap_or("null"), target.is_some(), table.span(), settings);
+        let config = config.filter(|_| self.faults.len() == before)?;
+        Some((table.span(), config))
+    }
+
+    fn target(&mut self, value: &Spanned<DeValue<'_>>) -> Option<&'static str> {
+        let found = match value.get_ref() {
+            DeValue::String(name) => TARGETS.into_iter().find(|it| *it == name.as_ref()),
+            _ => None,
+        };
+        if found.is_none() {
+            let all = TARGETS.join(", ");
+            self.fault(value.span(), format!("`target` is none of {all}"));
+        }
+        found
+    }
+
+    /// Has the arguments parsed. Each that is wrong is told and left out, until the rest is right or
+    /// what is wrong is not one of them. Without a target that is all.
+    fn make(
+        &mut self,
+        target: &str,
+        has_target: bool,
+        span: Range<usize>,
+        mut settings: Vec<Setting>,
+    ) -> Option<DeviceConfig> {
+        if !has_target {
+            return None;
+        }
+        loop {
+            let error = match Cli::try_parse_from(command_line(target, &settings)) {
+                Ok(Cli { command: Command::Add(target), .. }) => {
+                    let mut config = add::config(&target).0;
+                    self.place(&mut config);
+                    return Some(config);
+                }
+                Ok(_) => return None,
+                Err(error) => error,
+            };
+            let message = one_line(&error.render().to_string());
+            let message = message.strip_suffix("; see `ublk-target --help`").unwrap_or(&message);
+            let wrong = culprit(&error);
+            let at = settings.iter().position(|it| wrong.as_ref() == Some(&it.key));
+            match at {
+                Some(at) => {
+                    let setting = settings.remove(at);
+                    let known = error.kind() != clap::error::ErrorKind::UnknownArgument;
+                    let what = if known {
+                        message.to_owned()
+                    } else {
+                        format!("there is no option `{}` of the target {target}", setting.key)
+                    };
+                    self.fault(setting.span, what);
+                }
+                None => {
+                    self.fault(span, message);
+                    return None;
+                }
+            }
+        }
+    }
+
+    /// Makes paths absolute.
+    fn place(&self, config: &mut DeviceConfig) {
+        let directory = self.path.parent().unwrap_or(Path::new("/"));
+        for file in config.target.files_mut() {
+            *file = directory.join(&*file);
+        }
+    }
+}
+
+/// `ublk-target add TARGET` with its options; rules wrap the target.
+fn command_line(target: &str, settings: &[Setting]) -> Vec<String> {
+    let is_outer = |setting: &&Setting| matches!(setting.key.as_str(), "rule" | "seed");
+    let arguments = |setting: &Setting| setting.arguments.clone();
+    let mut line = vec!["ublk-target".to_owned(), "add".to_owned()];
+    let outer: Vec<_> = settings.iter().filter(is_outer).flat_map(arguments).collect();
+    if !outer.is_empty() {
+        line.push("fault".to_owned());
+        line.extend(outer);
+    }
+    line.push(target.to_owned());
+    line.extend(settings.iter().filter(|it| !is_outer(it)).flat_map(arguments));
+    line
+}
+
+/// A key and its value as arguments.
+fn arguments(key: &str, value: &DeValue<'_>) -> Option<Vec<String>> {
+    let one = |value: &str| format!("--{key}={value}");
+    Some(match value {
+        DeValue::String(text) => vec![one(text)],
+        DeValue::Integer(number) => vec![one(&number.to_string())],
+        DeValue::Float(number) => vec![one(&number.to_string())],
+        DeValue::Boolean(true) => vec![format!("--{key}")],
+        DeValue::Boolean(false) => Vec::new(),
+        DeValue::Array(values) => {
+            let each = values.iter().map(|value| arguments(key, value.get_ref()));
+            each.collect::<Option<Vec<_>>>()?.concat()
+        }
+        DeValue::Datetime(_) | DeValue::Table(_) => return None,
+    })
+}
+
+/// The key that an error of the parser is about.
+fn culprit(error: &clap::Error) -> Option<String> {
+    let name = match error.get(ContextKind::InvalidArg)? {
+        ContextValue::String(name) => name.clone(),
+        ContextValue::Strings(names) => names.first()?.clone(),
+        _ => return None,
+    };
+    let long = name.split_whitespace().find_map(|word| word.split("--").nth(1))?;
+    let end = long.find(['=', '<', '[', '>']).unwrap_or(long.len());
+    Some(long[..end].to_owned())
+}
+
+#[cfg(test)]
+mod tests;

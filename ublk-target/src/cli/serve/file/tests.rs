@@ -1,0 +1,137 @@
+use std::time::Duration;
+
+use ublk_target::lend::{LendMode, LendRequest};
+use ublk_target::server::config::{ExtentConfig, TargetConfig};
+use ublk_target::server::on_death::OnDeath;
+use ublk_target::units::Bytes;
+
+use super::*;
+
+fn parsed(text: &str) -> Result<FleetConfig, Vec<String>> {
+    parse(text, Path::new("/etc/x.toml"))
+}
+
+#[test]
+fn devices_have_the_options_of_add() {
+    let config = parsed(
+        r#"
+        lanes = 3
+        [[device]]
+        id = 7
+        target = "loop"
+        file = "/dev/a"
+        queues = 2
+        depth = 64
+        lend = "slot"
+        io-timeout = 1.5
+        io-lane = true
+        passthru = false
+        on-death = "reissue"
+        [[device]]
+        id = 8
+        target = "linear"
+        file = ["/dev/b,1M,2M", "c.img"]
+        rule = ["p=0.5,error=EIO", "short"]
+        seed = 4
+        [[device]]
+        target = "null"
+        id = 9
+        size = "1G"
+        [[device]]
+        target = "stripe"
+        id = 10
+        file = ["/dev/d", "/dev/e"]
+        chunk = 8192
+        "#,
+    );
+    let FleetConfig { lanes, devices } = config.unwrap();
+    assert_eq!(lanes, Some(3));
+    let loop_target = TargetConfig::Loop { file: "/dev/a".into() };
+    let first = DeviceConfig {
+        id: Some(7),
+        queues: 2,
+        depth: 64,
+        lend: LendMode::Slot.into(),
+        io_timeout: Some(Duration::from_millis(1500)),
+        io_lane: true,
+        on_death: OnDeath::Reissue,
+        ..DeviceConfig::of_target(loop_target)
+    };
+    assert_eq!(devices[0], first);
+    let extent = |file: &str, offset, len| ExtentConfig { file: file.into(), offset, len };
+    let extents = vec![
+        extent("/dev/b", Bytes(1 << 20), Some(Bytes(2 << 20))),
+        extent("/etc/c.img", Bytes(0), None),
+    ];
+    let rules = ["p=0.5,error=EIO", "short"].map(|rule| rule.parse().unwrap()).to_vec();
+    let target = Box::new(TargetConfig::Linear { extents });
+    assert_eq!(devices[1].target, TargetConfig::Fault { rules, seed: 4, target });
+    let null = DeviceConfig::of_target(TargetConfig::Null { size: Bytes(1 << 30) });
+    assert_eq!(devices[2], DeviceConfig { id: Some(9), ..null });
+    assert_eq!(devices[2].lend, LendRequest::Auto);
+    let files = vec!["/dev/d".into(), "/dev/e".into()];
+    assert_eq!(devices[3].target, TargetConfig::Stripe { chunk: Bytes(8192), files });
+}
+
+#[test]
+fn an_empty_file_has_no_devices() {
+    assert_eq!(parsed("# nothing\n"), Ok(FleetConfig::default()));
+}
+
+/// A text, and how the lines of its faults begin and what they say.
+const FAULTS: &[(&str, &[(usize, &str)])] = &[
+    ("lanes = 0", &[(1, "`lanes` is not a number from 1 to 1024")]),
+    ("lanes = \"2\"", &[(1, "`lanes` is not a number")]),
+    ("lane = 2\ndevices = 3", &[(2, "no `devices`"), (1, "no `lane`")]),
+    ("device = 3", &[(1, "begins with `[[device]]`")]),
+    ("device = [3]", &[(1, "begins with `[[device]]`")]),
+    ("[[device]]\nid = 1\n", &[(1, "no `target`")]),
+    ("[[device]]\ntarget = \"null\"\n", &[(1, "no `id`")]),
+    ("[[device]]\nid = 1\ntarget = \"nul\"\n", &[(3, "`target` is none of null, loop")]),
+    ("[[device]]\nid = 1\ntarget = 4\n", &[(3, "`target` is none of null, loop")]),
+    ("[[device]]\nid = 1\ntarget = \"loop\"\n", &[(1, "--file <PATH>")]),
+    ("[[device]]\nid = -1\ntarget = \"null\"\n", &[(2, "invalid value '-1' for '--id <ID>'")]),
+    (
+        "[[device]]\nid = 1\ntarget = \"null\"\nqueues = 0\nfile = \"x\"\ndepth = 9999\n",
+        &[(5, "no option `file` of the target null"), (6, "9999"), (4, "0 is not in 1..=4096")],
+    ),
+    ("[[device]]\nid = 1\ntarget = \"null\"\nsize = { a = 1 }\n", &[(4, "`size` is neither")]),
+    ("[[device]]\nid = 1\ntarget = \"null\"\nlend = \"best\"\n", &[(4, "invalid value 'best'")]),
+    ("[[device]]\nid = 1\ntarget = \"null\"\npassthru = 3\n", &[(4, "--passthru")]),
+    ("[[device]]\nid = 1\ntarget = \"null\"\nqueues = [1, 2]\n", &[(4, "--queues")]),
+    ("[[device]]\nid = 1\ntarget = \"null\"\nrule = \"x=y\"\n", &[(4, "--rule")]),
+    ("[[device]]\nid = 1\ntarget = \"null\"\nseed = 3\n", &[(1, "--rule")]),
+    ("[[device]]\nid = 1\ntarget = \"null\"\nsupervise = true\n", &[(4, "not for devices of")]),
+    ("[[device]]\nid = 1\ntarget = \"null\"\nhelp = true\n", &[(4, "no option `help`")]),
+    ("[[device]]\nid = 1\ntarget = \"null\"\n\"-n\" = 3\n", &[(4, "no option `-n`")]),
+    (
+        "[[device]]\nid = 1\ntarget = \"null\"\n[[device]]\nid = 1\ntarget = \"null\"\n",
+        &[(4, "device 1 is there already, in line 1")],
+    ),
+    (
+        "[[device]]\nid = 1\ntarget = \"loop\"\nfile = \"/q\"\n[[device]]\nid = 2\n\
+         target = \"linear\"\nfile = [\"/p\", \"/q,4K\"]\n",
+        &[(5, "/q is a backing of device 1 already")],
+    ),
+    ("lanes = 2\n[[device]\nid = = 3\n", &[(2, ""), (3, "")]),
+];
+
+#[test]
+fn every_fault_is_told_with_its_line() {
+    for (text, expected) in FAULTS {
+        let faults = parsed(text).unwrap_err();
+        assert_eq!(faults.len(), expected.len(), "{text}\n{faults:#?}");
+        for (line, what) in *expected {
+            let start = format!("/etc/x.toml:{line}: ");
+            let is_it = |fault: &&String| fault.starts_with(&start) && fault.contains(what);
+            assert!(faults.iter().any(|fault| is_it(&fault)), "{text}\n{start}{what}\n{faults:#?}");
+        }
+        assert!(faults.iter().all(|fault| !fault.contains('\n')), "{faults:#?}");
+    }
+}
+
+#[test]
+fn a_file_that_is_missing_is_named() {
+    let faults = read(Path::new("/nowhere/x.toml")).unwrap_err();
+    assert!(faults[0].starts_with("/nowhere/x.toml: No such file"), "{faults:?}");
+}

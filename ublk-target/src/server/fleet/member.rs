@@ -1,0 +1,276 @@
+//! One device of a fleet.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use uring_ext::control::Control;
+use uring_ext::feature::Features;
+use uring_ext::sys;
+
+use super::{Fleet, Orders, id_of};
+use crate::delete::{self, Deletion};
+use crate::server::config::{DeviceConfig, DeviceError};
+use crate::server::device::Server;
+use crate::server::petition::Petition;
+use crate::server::plan::{self, Plan};
+use crate::server::recovery::{self, CannotRecoverDevice};
+use crate::state::{self, Description, RUN_DIR, StateFile};
+
+/// What a device is begun with.
+pub(super) struct Outset {
+    pub config: DeviceConfig,
+    found: Found,
+}
+
+/// What there is of a device before it is begun.
+enum Found {
+    /// Nothing.
+    Nothing(Box<Plan>),
+    /// A device of a dead server, which waits for this one.
+    Waiting(Box<StateFile>),
+    /// What is left of one that has ended with its server.
+    Remains(Box<Plan>),
+}
+
+impl Outset {
+    /// Finds out how a device is to be begun; opens its backings where it is a new one.
+    pub fn of(
+        config: &DeviceConfig,
+        control: &Control,
+        features: Features,
+    ) -> Result<Self, DeviceError> {
+        match Self::waiting(config, control)? {
+            Some(outset) => Ok(outset),
+            None => Self::with(config, Plan::for_driver(config, features, None), control),
+        }
+    }
+
+    /// The same with what came of opening its backings. Those of a device that waits for a server are
+    /// opened when it is taken over.
+    pub fn with(
+        config: &DeviceConfig,
+        plan: Result<Plan, DeviceError>,
+        control: &Control,
+    ) -> Result<Self, DeviceError> {
+        if let Some(outset) = Self::waiting(config, control)? {
+            return Ok(outset);
+        }
+        let plan = Box::new(plan?);
+        let found = match control.info(id_of(config)) {
+            Err(_) => Found::Nothing(plan),
+            Ok(_) => Found::Remains(plan),
+        };
+        Ok(Self { config: config.clone(), found })
+    }
+
+    /// That of a device that there is and that waits for a server.
+    fn waiting(config: &DeviceConfig, control: &Control) -> Result<Option<Self>, DeviceError> {
+        let id = id_of(config);
+        let info = match control.info(id) {
+            Err(error) if state::is_missing(&error) => return Ok(None),
+            info => info?,
+        };
+        match recovery::check(control, id) {
+            Ok(record) => {
+                let found = Found::Waiting(Box::new(record));
+                Ok(Some(Self { config: config.clone(), found }))
+            }
+            Err(_) if !is_served(&info) && is_dead_ones(&info) => Ok(None),
+            Err(DeviceError::Recover(CannotRecoverDevice::Served { id, server })) => {
+                Err(CannotRecoverDevice::Served { id, server }.into())
+            }
+            Err(_) => Err(DeviceError::IdTaken(id)),
+        }
+    }
+}
+
+/// Whether a device has a live server.
+fn is_served(info: &sys::ublksrv_ctrl_dev_info) -> bool {
+    u32::try_from(info.ublksrv_pid).is_ok_and(state::is_alive) && state::has_disk(info)
+}
+
+/// Whether a device is one of this program's, and of a server that is dead.
+fn is_dead_ones(info: &sys::ublksrv_ctrl_dev_info) -> bool {
+    let record = StateFile::read(Path::new(RUN_DIR), info.dev_id).ok();
+    let server = state::adder(info).or(record.map(|record| record.pid));
+    server.is_some_and(|pid| !state::is_ours(pid))
+}
+
+/// A device that is served.
+pub(super) struct Member {
+    /// As it was asked for.
+    pub config: DeviceConfig,
+    plan: Plan,
+    server: Server,
+}
+
+/// How a device ends that nobody here has ended.
+pub(super) enum End {
+    /// It was stopped.
+    Stopped,
+    /// No lane serves it any more, and it waits for a server.
+    Waits(DeviceError),
+    /// It cannot go on.
+    Failed(DeviceError),
+}
+
+impl Member {
+    /// Has the device made, or takes it over.
+    pub fn begin(
+        outset: Outset,
+        fleet: &Fleet,
+        orders: &Orders<'_>,
+    ) -> Result<(Self, Description), DeviceError> {
+        let Outset { config, found } = outset;
+        let (plan, mut server) = match found {
+            Found::Nothing(plan) => add(*plan, fleet)?,
+            Found::Remains(plan) => {
+                clear(id_of(&config), fleet, orders)?;
+                add(*plan, fleet)?
+            }
+            Found::Waiting(record) => take_over(&record, fleet)?,
+        };
+        match server.describe_live() {
+            Ok(description) => Ok((Self { config, plan, server }, description)),
+            Err(error) => Err(server.take_down().err().unwrap_or(error)),
+        }
+    }
+
+    /// Does what others ask for.
+    pub fn heed_petitions(&mut self) {
+        while let Some(petition) = self.server.petition() {
+            match petition {
+                Petition::Grow { size, reply } => {
+                    let grown = self.server.grow(&mut self.plan, size);
+                    let _ = reply.try_send(grown.map_err(|error| error.to_string()));
+                }
+                Petition::Upgrade { program: _, reply } => {
+                    let _ = reply.try_send(Err(NO_UPGRADE.to_owned()));
+                }
+            }
+        }
+    }
+
+    /// Whether the device has come to an end, or has to.
+    pub fn look(&mut self) -> Option<End> {
+        if let Some(error) = self.server.lanes.take_failure() {
+            return Some(End::Failed(error));
+        }
+        if !self.server.lanes.has_ended() {
+            return None;
+        }
+        let info = self.server.control.info(self.server.id);
+        if info.map_or(true, |info| !state::has_disk(&info)) {
+            return Some(End::Stopped);
+        }
+        let is_over = self.server.lanes.have_all_ended();
+        let error = self.server.lanes.failure();
+        if is_over && self.plan.config.on_death.is_recoverable() {
+            return Some(End::Waits(error));
+        }
+        Some(End::Failed(error))
+    }
+
+    /// Stops the device and takes it down.
+    pub fn stop(self, orders: &Orders<'_>, how: delete::Command) -> Result<(), DeviceError> {
+        let stopped = self.server.stop(&|id| (orders.command)(id, how));
+        if stopped.is_err() && how == delete::Command::StopUnused {
+            // It goes on.
+            return stopped;
+        }
+        let ended = self.server.take_down();
+        stopped.and(ended)
+    }
+
+    /// Who uses the device, in words.
+    pub fn users(&self) -> Vec<String> {
+        delete::users(self.server.id)
+    }
+}
+
+const NO_UPGRADE: &str = "the device is one of several of a server (`ublk-target serve`), which \
+                          cannot be upgraded while they are used: kill it with SIGKILL and start \
+                          the new one, which takes the devices over";
+
+impl End {
+    /// Takes the device down; or begins it again, which gives a new one.
+    pub fn carry_out(
+        self,
+        mut member: Member,
+        fleet: &Fleet,
+        orders: &Orders<'_>,
+    ) -> Option<Member> {
+        let id = member.server.id;
+        match self {
+            Self::Stopped => {
+                log::info!("device {id} was deleted");
+                if let Err(error) = member.server.take_down() {
+                    log::error!("device {id}: {error}");
+                }
+                None
+            }
+            Self::Failed(error) => {
+                log::error!("device {id}: {error}; it is taken down");
+                if let Err(error) = member.stop(orders, delete::Command::Stop) {
+                    log::error!("device {id}: {error}");
+                }
+                None
+            }
+            Self::Waits(error) => {
+                log::error!("device {id}: {error}; it is recovered");
+                let config = member.config.clone();
+                member.server.leave();
+                let _ = member.server.lanes.join();
+                let left = member.server.take_down();
+                drop(member.plan);
+                let again = left
+                    .and_then(|()| Outset::of(&config, &fleet.control, fleet.features))
+                    .and_then(|outset| Member::begin(outset, fleet, orders));
+                match again {
+                    Ok((member, _)) => Some(member),
+                    Err(error) => {
+                        log::error!("device {id}: {error}");
+                        None
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn server(id: u32, fleet: &Fleet) -> Server {
+    let (control, wakeups) = (fleet.control.clone(), Arc::clone(&fleet.wakeups));
+    let mut server = Server::new(control, wakeups, id, None);
+    server.company = Some(fleet.company.clone());
+    server
+}
+
+fn add(plan: Plan, fleet: &Fleet) -> Result<(Plan, Server), DeviceError> {
+    let added = plan::add(&fleet.control, &plan)?;
+    let mut server = server(added.dev_id, fleet);
+    match server.go_live(&plan, &added) {
+        Ok(()) => Ok((plan, server)),
+        Err(error) => {
+            let ended = server.take_down();
+            Err(error).or_else(|error| ended.and(Err(error)))
+        }
+    }
+}
+
+fn take_over(record: &StateFile, fleet: &Fleet) -> Result<(Plan, Server), DeviceError> {
+    let mut server = server(record.id, fleet);
+    server.leave();
+    let mut progress = |what: &str| log::warn!("{what}");
+    let taken = recovery::take_over(&mut server, record, true, &mut progress)?;
+    server.keep();
+    log::info!("device {} is recovered: {}", record.id, taken.times);
+    Ok((taken.plan, server))
+}
+
+/// Deletes what is left of a device.
+fn clear(id: u32, fleet: &Fleet, orders: &Orders<'_>) -> Result<(), DeviceError> {
+    let progress = &mut |what: &str| log::warn!("{what}");
+    let helper = &*orders.command;
+    let mut deletion = Deletion { control: &fleet.control, force: false, helper, progress };
+    deletion.delete(id).map_err(|error| DeviceError::Remains { id, error: Box::new(error) })
+}

@@ -1,0 +1,222 @@
+//! Many devices in one process: they share lanes, a thread that answers, and the main thread, which
+//! makes them and takes them down.
+
+mod member;
+mod reload;
+
+use std::cell::RefCell;
+use std::io;
+use std::os::fd::AsFd;
+use std::process::Child;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use nix::poll::PollTimeout;
+use nix::sys::signalfd::SignalFd;
+use uring_ext::Errno;
+use uring_ext::control::Control;
+use uring_ext::feature::Features;
+
+use super::config::{DeviceConfig, DeviceError};
+use super::device::Company;
+use super::protection::protect;
+use super::shared::SharedLanes;
+use super::signals::Wakeups;
+use crate::delete;
+use crate::kernel;
+use crate::state::{Description, LOG_DIR, RUN_DIR};
+use crate::stats::StatsThread;
+use crate::steps::step;
+use member::{Member, Outset};
+
+/// The devices of a process.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct FleetConfig {
+    /// How many lanes they share at most, 1 to 1,024; one for each CPU if it is left out.
+    pub lanes: Option<u16>,
+    /// The devices. Each has an id, and no two have the same.
+    pub devices: Vec<DeviceConfig>,
+}
+
+/// Why there is no fleet.
+#[non_exhaustive]
+#[derive(Debug, thiserror::Error)]
+pub enum FleetError {
+    /// Some devices cannot be made, each of these for its own reason. Nothing has been made.
+    #[error("{}", .0.join("\n"))]
+    Faults(Vec<String>),
+    /// What all of them need is not to be had.
+    #[error(transparent)]
+    Setup(#[from] DeviceError),
+    /// None could be made.
+    #[error("none of the devices could be made; the log says why")]
+    None,
+    /// Not all could be taken down in order.
+    #[error("{0} of the devices could not be taken down; the log says why")]
+    NotEnded(usize),
+}
+
+/// What a fleet has others do.
+pub struct Orders<'a> {
+    /// Reads the configuration again; or says what is wrong with it.
+    pub read: Box<dyn Fn() -> Result<FleetConfig, Vec<String>> + Sync + 'a>,
+    /// Starts a process that gives the driver a command ([`delete::command`]).
+    pub command: Box<dyn Fn(u32, delete::Command) -> io::Result<Child> + 'a>,
+    /// Is told what happens to all of them.
+    pub tell: Box<dyn Fn(&News) + 'a>,
+}
+
+/// What happens to a fleet.
+#[derive(Debug)]
+pub enum News {
+    /// It serves these devices, of so many that it should.
+    Ready(Vec<Description>, usize),
+    /// It reads its configuration again.
+    Reloading,
+    /// It has done so, and serves so many devices.
+    Reloaded(usize),
+}
+
+/// Serves devices until a signal ends the process.
+///
+/// # Errors
+/// [`FleetError`].
+pub fn serve(config: FleetConfig, orders: &Orders<'_>) -> Result<(), FleetError> {
+    let control = Control::open().map_err(DeviceError::from)?;
+    let (wakeups, hangup) = Wakeups::with_hangup_apart()
+        .map_err(|errno| DeviceError::setup("cannot wait for signals", errno))?;
+    step("signals-blocked");
+    let features = kernel::features(&control).map_err(DeviceError::from)?;
+    // All of them before any is made.
+    let outsets = outsets(&config.devices, &control, features).map_err(FleetError::Faults)?;
+    // While there is one thread.
+    let mounts = protect();
+    let stats = StatsThread::start("ublk-stats")
+        .map_err(|error| DeviceError::setup("cannot start a thread", Errno::of(&error)))?;
+    let limit = config.lanes.map_or_else(cpus, usize::from);
+    let lanes = Rc::new(RefCell::new(SharedLanes::new(limit)));
+    let mut fleet = Fleet {
+        control: Rc::new(control),
+        features,
+        wakeups: Arc::new(wakeups),
+        hangup,
+        company: Company { lanes, stats },
+        members: Vec::new(),
+        lanes: config.lanes,
+    };
+    let wanted = outsets.len();
+    let described = fleet.add_all(outsets, orders);
+    if let Some(mounts) = mounts {
+        let program = std::env::current_exe().ok();
+        let needed = [RUN_DIR, LOG_DIR].map(std::path::PathBuf::from);
+        mounts.forget(&needed.into_iter().chain(program).collect::<Vec<_>>());
+    }
+    if described.is_empty() && wanted > 0 {
+        return Err(FleetError::None);
+    }
+    (orders.tell)(&News::Ready(described, wanted));
+    fleet.run(orders);
+    fleet.end(orders)
+}
+
+/// What the devices are begun with, or all that is wrong with them.
+fn outsets(
+    devices: &[DeviceConfig],
+    control: &Control,
+    features: Features,
+) -> Result<Vec<Outset>, Vec<String>> {
+    let (mut outsets, mut faults) = (Vec::new(), Vec::new());
+    for device in devices {
+        match Outset::of(device, control, features) {
+            Ok(outset) => outsets.push(outset),
+            Err(error) => faults.push(format!("device {}: {error}", id_of(device))),
+        }
+    }
+    if faults.is_empty() { Ok(outsets) } else { Err(faults) }
+}
+
+fn cpus() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Its id; the configuration has seen to it that there is one.
+fn id_of(device: &DeviceConfig) -> u32 {
+    device.id.unwrap_or(u32::MAX)
+}
+
+/// The devices of this process.
+struct Fleet {
+    control: Rc<Control>,
+    features: Features,
+    wakeups: Arc<Wakeups>,
+    hangup: SignalFd,
+    company: Company,
+    /// In the order in which they were made.
+    members: Vec<Member>,
+    lanes: Option<u16>,
+}
+
+impl Fleet {
+    /// Makes devices, or takes them over from a dead server. Those that cannot be made are logged.
+    fn add_all(&mut self, outsets: Vec<Outset>, orders: &Orders<'_>) -> Vec<Description> {
+        let mut described = Vec::new();
+        for outset in outsets {
+            let id = id_of(&outset.config);
+            if self.wakeups.last_signal().is_some() {
+                break;
+            }
+            match Member::begin(outset, self, orders) {
+                Ok((member, description)) => {
+                    described.push(description);
+                    self.members.push(member);
+                }
+                Err(error) => log::error!("device {id}: {error}"),
+            }
+        }
+        let lanes = self.company.lanes.borrow().count();
+        log::info!("{} devices, {lanes} lanes", self.members.len());
+        described
+    }
+
+    /// Serves until a signal asks for the end.
+    fn run(&mut self, orders: &Orders<'_>) {
+        loop {
+            // Whatever it was: all is looked at below.
+            let _ = self.wakeups.wait_or(self.hangup.as_fd(), PollTimeout::NONE);
+            if let Some(signal) = self.wakeups.last_signal() {
+                return log::info!("{signal}: ending");
+            }
+            self.look_after_members(orders);
+            let mut is_asked = false;
+            while let Ok(Some(_)) = self.hangup.read_signal() {
+                is_asked = true;
+            }
+            if is_asked {
+                self.reload(orders);
+            }
+        }
+    }
+
+    fn look_after_members(&mut self, orders: &Orders<'_>) {
+        for mut member in std::mem::take(&mut self.members) {
+            member.heed_petitions();
+            match member.look() {
+                None => self.members.push(member),
+                Some(end) => self.members.extend(end.carry_out(member, self, orders)),
+            }
+        }
+    }
+
+    /// Takes all devices down, the last first.
+    fn end(mut self, orders: &Orders<'_>) -> Result<(), FleetError> {
+        let mut failed = 0;
+        while let Some(member) = self.members.pop() {
+            let id = id_of(&member.config);
+            if let Err(error) = member.stop(orders, delete::Command::Stop) {
+                log::error!("device {id}: {error}");
+                failed += 1;
+            }
+        }
+        if failed > 0 { Err(FleetError::NotEnded(failed)) } else { Ok(()) }
+    }
+}
