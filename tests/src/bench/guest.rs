@@ -101,6 +101,8 @@ pub(super) fn options(
         | Subject::RublkLoop
         | Subject::Null
         | Subject::Loop(_)
+        | Subject::RawMany(_)
+        | Subject::Fleet(_)
         | Subject::Linear => column.chunk_and_offset(Requests::Within).1,
     };
     Ok(column.options(&stack.path()?, offset, requests))

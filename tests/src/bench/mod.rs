@@ -4,6 +4,7 @@
 mod column;
 mod guest;
 mod host;
+mod many;
 mod profile;
 mod ratios;
 mod report;

@@ -32,6 +32,10 @@ pub enum Subject {
     Linear,
     /// Its stripe target.
     Stripe(Requests),
+    /// So many `null_blk` devices at once.
+    RawMany(u32),
+    /// So many of its loop target in one process.
+    Fleet(u32),
 }
 
 /// How requests lie on the chunks of a stripe.
@@ -70,6 +74,11 @@ pub const ROWS: &[Row] = &[
     row("loop-slot", "ours: loop, slot mode", Subject::Loop(Some("slot"))),
     row("loop-user-copy", "ours: loop, user-copy mode", Subject::Loop(Some("user-copy"))),
     row("loop-copy", "ours: loop, copy mode", Subject::Loop(Some("copy"))),
+    row("fleet-1", "ours: loop, 1 device of `serve`", Subject::Fleet(1)),
+    row("fleet-16", "ours: loop, 16 devices of `serve`", Subject::Fleet(16)),
+    row("fleet-64", "ours: loop, 64 devices of `serve`", Subject::Fleet(64)),
+    row("raw-16", "null_blk itself, 16 devices", Subject::RawMany(16)),
+    row("raw-64", "null_blk itself, 64 devices", Subject::RawMany(64)),
 ];
 
 /// Finds a row by its name.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use super::column::{Column, SPAN};
+use super::many::Many;
 use super::row::{DEFAULT_LEND, Subject};
 use crate::guest::dm::Mapper;
 use crate::guest::ublk::device::{Device, load_driver};
@@ -50,6 +51,8 @@ pub enum Stack {
     Rublk(Rublk),
     /// A device of ours.
     Ours(Device),
+    /// Several devices.
+    Many(Many),
 }
 
 impl Stack {
@@ -80,10 +83,12 @@ impl Stack {
                 arguments.extend(["--chunk", &chunk]);
                 ours(&arguments, DEFAULT_LEND)?
             }
+            Subject::RawMany(count) => Self::Many(Many::raw(count)?),
+            Subject::Fleet(count) => Self::Many(Many::ours(count)?),
         })
     }
 
-    /// The block device.
+    /// The block device; of several, all with colons between them.
     pub fn path(&self) -> Result<String> {
         Ok(match self {
             Self::Raw => null(0),
@@ -91,6 +96,7 @@ impl Stack {
             Self::Loop(device) => device.path.clone(),
             Self::Rublk(device) => device.path.clone(),
             Self::Ours(device) => device.path()?.to_owned(),
+            Self::Many(many) => many.path(),
         })
     }
 
@@ -102,6 +108,7 @@ impl Stack {
             Self::Loop(device) => device.remove(),
             Self::Rublk(device) => device.remove(),
             Self::Ours(device) => device.delete(),
+            Self::Many(many) => many.remove(),
         }
     }
 }

@@ -165,7 +165,8 @@ pub(super) fn take_over(
     let info = server.control.info(id)?;
     let plan = plan(server, record, &info, &mut wait)?;
     let opened = began.elapsed();
-    let mounts = protect();
+    // A server of several devices has seen to that for all of them.
+    let mounts = if server.company.is_none() { protect() } else { None };
     let protected = began.elapsed();
     step("planned");
     server.start_lanes(&info, &plan, &cdev)?;

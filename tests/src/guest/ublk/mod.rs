@@ -13,6 +13,7 @@ pub(crate) mod device;
 mod explain;
 mod fault_target;
 mod filesystem;
+pub(crate) mod fleet;
 mod lend_modes;
 mod lifecycle;
 mod old_kernel;
@@ -52,6 +53,7 @@ pub const TABLES: &[&[TestCase]] = &[
     explain::TESTS,
     fault_target::TESTS,
     filesystem::TESTS,
+    fleet::TESTS,
     lend_modes::TESTS,
     lifecycle::TESTS,
     old_kernel::TESTS,

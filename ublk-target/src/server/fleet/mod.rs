@@ -12,6 +12,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use nix::poll::PollTimeout;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signalfd::SignalFd;
 use uring_ext::Errno;
 use uring_ext::control::Control;
@@ -86,6 +87,7 @@ pub fn serve(config: FleetConfig, orders: &Orders<'_>) -> Result<(), FleetError>
     let (wakeups, hangup) = Wakeups::with_hangup_apart()
         .map_err(|errno| DeviceError::setup("cannot wait for signals", errno))?;
     step("signals-blocked");
+    open_many_files();
     let features = kernel::features(&control).map_err(DeviceError::from)?;
     // All of them before any is made.
     let outsets = outsets(&config.devices, &control, features).map_err(FleetError::Faults)?;
@@ -117,6 +119,16 @@ pub fn serve(config: FleetConfig, orders: &Orders<'_>) -> Result<(), FleetError>
     (orders.tell)(&News::Ready(described, wanted));
     fleet.run(orders);
     fleet.end(orders)
+}
+
+/// Lets the process have as many files open as it may: each device has some, and the lanes' tables of
+/// files are no greater than that.
+fn open_many_files() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(errno) = raised {
+        log::warn!("cannot raise the limit of open files: {errno}");
+    }
 }
 
 /// What the devices are begun with, or all that is wrong with them.

@@ -13,6 +13,7 @@ use std::thread::JoinHandle;
 
 use bufreg::Incarnation;
 use nix::sys::eventfd::EventFd;
+use nix::sys::resource::{Resource, getrlimit};
 use uring_ext::Errno;
 use uring_ext::iod::IoDescArray;
 use uring_ext::pool::BufferPool;
@@ -28,8 +29,8 @@ use crate::target::AnyTarget;
 use runs::Runs;
 use thread::{Arrival, Ended};
 
-/// Fixed files of a lane.
-const FILES: u16 = 1 << 14;
+/// Fixed files of a lane, if a process may have as many open (`io_sqe_files_register`).
+const MAX_FILES: u16 = 1 << 14;
 /// Slots of a lane's buffer table.
 const SLOTS: u16 = 1 << 14;
 const _: () = assert!(MAX_BUFFER_SLOTS == 1 << 14);
@@ -42,6 +43,8 @@ const MAX_STATIONS: usize = 1024;
 #[derive(Debug)]
 pub(super) struct SharedLanes {
     limit: usize,
+    /// Fixed files of each.
+    files: u16,
     /// One that has failed leaves its place empty.
     lanes: Vec<Option<SharedLane>>,
     /// Buffers that stations have left: their memory is never given back, so the next ones use it.
@@ -85,7 +88,9 @@ pub(super) struct StationHandle {
 impl SharedLanes {
     /// Up to `limit` lanes, none of which is started before it is needed.
     pub fn new(limit: usize) -> Self {
-        Self { limit: limit.max(1), lanes: Vec::new(), pools: Vec::new() }
+        let open = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft);
+        let files = u16::try_from(open).unwrap_or(MAX_FILES).min(MAX_FILES);
+        Self { limit: limit.max(1), files, lanes: Vec::new(), pools: Vec::new() }
     }
 
     /// Finds a place for a queue, and what wakes its lane.
@@ -202,12 +207,12 @@ impl SharedLanes {
         let wake = Arc::new(event_descriptor().map_err(failed("making an event descriptor"))?);
         let (arrivals, inbox) = channel();
         let (ready, is_ready) = sync_channel(1);
-        let own = Arc::clone(&wake);
+        let (own, files) = (Arc::clone(&wake), self.files);
         let thread = std::thread::Builder::new()
             .name(format!("ublk-lane{index}"))
             .spawn(move || {
                 prepare_lane_thread();
-                thread::serve(inbox, own, &ready)
+                thread::serve(inbox, own, files, &ready)
             })
             .map_err(|error| failed("starting a lane")(Errno::of(&error)))?;
         is_ready.recv().unwrap_or(Err(LaneError::Ring(Errno::EIO)))?;
@@ -216,7 +221,7 @@ impl SharedLanes {
             wake,
             thread,
             // The first file is the lane's own.
-            files: Runs::new(1..FILES.into()),
+            files: Runs::new(1..files.into()),
             slots: Runs::new(0..SLOTS.into()),
             names: (1..NAMES).collect(),
             stations: 0,

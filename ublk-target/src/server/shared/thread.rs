@@ -16,7 +16,7 @@ use uring_ext::ring::{Cqe, Queues, Ring, RingSetup};
 use uring_ext::sqe::{FixedFile, Sqe};
 
 use super::io::SharedIo;
-use super::{FILES, MAX_STATIONS, NAMES, SLOTS};
+use super::{MAX_STATIONS, NAMES, SLOTS};
 use crate::backing::Backing;
 use crate::lane::event::Event;
 use crate::lane::{Lane, LaneError, Place};
@@ -95,16 +95,17 @@ struct Thread<'lane, 'ring> {
     is_closed: bool,
 }
 
-/// Serves the stations that arrive, until nobody can send any more and all have ended.
+/// Serves the stations that arrive, with so many fixed files, until nobody can send any more and all have ended.
 ///
 /// # Errors
 /// [`LaneError`]. One of the set-up is also sent to `ready`.
 pub(super) fn serve(
     arrivals: Receiver<Arrival>,
     wake: Arc<EventFd>,
+    files: u16,
     ready: &SyncSender<Result<(), LaneError>>,
 ) -> Result<(), LaneError> {
-    let mut ring = match set_up(&wake) {
+    let mut ring = match set_up(&wake, files) {
         Ok(ring) => ring,
         Err(error) => {
             let _ = ready.send(Err(error));
@@ -132,11 +133,11 @@ pub(super) fn serve(
     ended
 }
 
-fn set_up(wake: &EventFd) -> Result<Ring, LaneError> {
+fn set_up(wake: &EventFd, files: u16) -> Result<Ring, LaneError> {
     let setup =
         RingSetup { sq_entries: SQ_ENTRIES, cq_entries: CQ_ENTRIES, ..RingSetup::default() };
     let mut ring = Ring::new(&setup).map_err(failed("making the ring"))?;
-    ring.register_places_of_files(FILES).map_err(failed("registering files"))?;
+    ring.register_places_of_files(files).map_err(failed("registering files"))?;
     ring.register_slots(SLOTS.into()).map_err(failed("registering the buffer table"))?;
     let set = ring.queues().set_files(WAKE, &[wake.as_fd().as_raw_fd()]);
     set.map_err(failed("registering files"))?;

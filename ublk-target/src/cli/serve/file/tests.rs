@@ -113,7 +113,7 @@ const FAULTS: &[(&str, &[(usize, &str)])] = &[
          target = \"linear\"\nfile = [\"/p\", \"/q,4K\"]\n",
         &[(5, "/q is a backing of device 1 already")],
     ),
-    ("lanes = 2\n[[device]\nid = = 3\n", &[(2, ""), (3, "")]),
+    ("lanes = 2\n[[device]\nid = = 3\n", &[(2, "unclosed"), (3, "extra `=`"), (3, "unexpected")]),
 ];
 
 #[test]

@@ -1,0 +1,364 @@
+//! Many devices in one process: `ublk-target serve`.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::device::{Description, Mount, PROGRAM, fresh_drive, load_driver, text};
+use crate::config::DEFAULT;
+use crate::guest::{Ctx, FIGURE, Outcome, TestCase, fio, process, wait_for};
+
+pub const TESTS: &[TestCase] = &[
+    TestCase::guest("a_fleet_serves_64_devices_with_few_threads", DEFAULT, many).seconds(300),
+    TestCase::guest("a_fleet_is_reloaded_under_load", DEFAULT, reload).seconds(300),
+    TestCase::guest("a_killed_fleet_is_taken_over", DEFAULT, killed).seconds(300),
+    TestCase::guest("devices_of_a_fleet_are_managed_one_by_one", DEFAULT, managed).seconds(180),
+    TestCase::guest("a_fleet_with_faults_is_not_begun", DEFAULT, faults),
+];
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A `serve` in the foreground.
+#[derive(Debug)]
+pub struct Fleet {
+    child: Child,
+    /// The block devices that it has printed.
+    pub devices: Vec<PathBuf>,
+    log: PathBuf,
+}
+
+impl Fleet {
+    /// Starts it, and waits until its devices are live.
+    pub fn start(directory: &Path, config: &Path) -> Result<Self> {
+        load_driver()?;
+        let log = directory.join("fleet.log");
+        let error = File::options().create(true).append(true).open(&log)?;
+        let mut child = Command::new(PROGRAM)
+            .args(["serve", "--config", text(config)?])
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(error)
+            .spawn()?;
+        let out = child.stdout.take().context("its output")?;
+        let mut fleet = Self { child, devices: Vec::new(), log };
+        // It prints all at once when it is ready.
+        let wanted = fs::read_to_string(config)?.matches("[[device]]").count();
+        for line in BufReader::new(out).lines().take(wanted) {
+            fleet.devices.push(line?.into());
+        }
+        ensure!(fleet.devices.len() == wanted, "not ready:\n{}", fleet.said()?);
+        Ok(fleet)
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    fn said(&self) -> Result<String> {
+        Ok(fs::read_to_string(&self.log)?)
+    }
+
+    fn signal(&self, signal: Signal) -> Result<()> {
+        Ok(kill(Pid::from_raw(i32::try_from(self.pid())?), signal)?)
+    }
+
+    /// Has it read its file again, and waits until it has done so.
+    fn reload(&self, done: &str) -> Result<()> {
+        let before = self.said()?.matches(done).count();
+        self.signal(Signal::SIGHUP)?;
+        wait_for(done, PATIENCE, || Ok((self.said()?.matches(done).count() > before).then_some(())))
+    }
+
+    /// Ends it in order; nothing is left.
+    pub fn end(mut self) -> Result<()> {
+        self.signal(Signal::SIGTERM)?;
+        let status = self.child.wait()?;
+        ensure!(status.success(), "{status}\n{}", self.said()?);
+        let left = listed()?;
+        ensure!(left.is_empty(), "left: {left:?}");
+        Ok(())
+    }
+
+    fn kill(mut self) -> Result<()> {
+        self.signal(Signal::SIGKILL)?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// A field of its `smaps_rollup`, in KiB.
+    pub fn memory_kib(&self, field: &str) -> Result<u64> {
+        let rollup = fs::read_to_string(format!("/proc/{}/smaps_rollup", self.pid()))?;
+        let line = rollup.lines().find_map(|line| line.strip_prefix(field));
+        let number = line.and_then(|line| line.trim_start_matches(':').split_whitespace().next());
+        Ok(number.context("no such field")?.parse()?)
+    }
+
+    /// Its threads, without workers that the kernel has made for it.
+    fn threads(&self) -> Result<usize> {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.pid()))?.flatten();
+        let names = tasks.filter_map(|task| fs::read_to_string(task.path().join("comm")).ok());
+        Ok(names.filter(|name| !name.starts_with("iou-")).count())
+    }
+}
+
+impl Drop for Fleet {
+    fn drop(&mut self) {
+        // Both fail when it has ended, which is the usual case.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn listed() -> Result<Vec<Description>> {
+    let printed = process::run(&[PROGRAM, "list", "--json"])?.stdout;
+    Ok(serde_json::from_str(&printed)?)
+}
+
+fn ids() -> Result<Vec<u32>> {
+    Ok(listed()?.iter().map(|device| device.id).collect())
+}
+
+/// A file system on a drive, for backings.
+fn backings(ctx: &Ctx) -> Result<Mount> {
+    let drive = fresh_drive("drive0")?;
+    process::run(&["mkfs.ext4", "-q", "-F", text(&drive.path())?])?;
+    Mount::new(ctx, text(&drive.path())?, "backings")
+}
+
+fn backing(on: &Mount, number: u32, mib: u64) -> Result<PathBuf> {
+    let path = on.point().join(format!("{number}.img"));
+    File::options().create(true).append(true).open(&path)?.set_len(mib << 20)?;
+    Ok(path)
+}
+
+/// A section of the file.
+fn section(id: u32, file: &Path, more: &str) -> Result<String> {
+    Ok(format!("[[device]]\nid = {id}\ntarget = \"loop\"\nfile = \"{}\"\n{more}\n", text(file)?))
+}
+
+fn write(ctx: &Ctx, sections: &[String]) -> Result<PathBuf> {
+    let config = ctx.directory().join("fleet.toml");
+    fs::write(&config, sections.concat())?;
+    Ok(config)
+}
+
+/// A load that verifies what it has written.
+fn load(device: &str, size: &str) -> Vec<String> {
+    let mut options = ["rw=randrw", "bs=4k", "iodepth=16", "ioengine=io_uring", "direct=1"]
+        .map(str::to_owned)
+        .to_vec();
+    options.extend(["verify=crc32c", "verify_fatal=1"].map(str::to_owned));
+    options.extend([format!("filename={device}"), format!("size={size}")]);
+    options
+}
+
+fn start_load(ctx: &Ctx, name: &str, device: &str, seconds: u32) -> Result<fio::Running> {
+    let mut options = load(device, "8m");
+    options.extend(["time_based".to_owned(), format!("runtime={seconds}")]);
+    let options: Vec<_> = options.iter().map(String::as_str).collect();
+    fio::start(ctx, name, &options)
+}
+
+fn many(ctx: &Ctx) -> Result<Outcome> {
+    const DEVICES: u32 = 64;
+    let mount = backings(ctx)?;
+    let sections: Result<Vec<_>> =
+        (0..DEVICES).map(|id| section(id, &backing(&mount, id, 8)?, "depth = 64")).collect();
+    let sections = sections?;
+    let one = Fleet::start(ctx.directory(), &write(ctx, &sections[..1])?)?;
+    let alone = one.memory_kib("Pss")?;
+    one.end()?;
+    let fleet = Fleet::start(ctx.directory(), &write(ctx, &sections)?)?;
+    let cpus = std::thread::available_parallelism()?.get();
+    let threads = fleet.threads()?;
+    ensure!(threads <= cpus + 2, "{threads} threads on {cpus} CPUs");
+    let each = (fleet.memory_kib("Pss")? - alone) / u64::from(DEVICES - 1);
+    println!("{FIGURE}{DEVICES} devices: {threads} threads, {each} KiB for each device more");
+    ensure!(each < 4096, "{each} KiB");
+    ensure!(ids()? == (0..DEVICES).collect::<Vec<_>>(), "{:?}", ids()?);
+    // Several at once, from both ends.
+    let loads: Result<Vec<_>> = (0..4)
+        .flat_map(|n| [n, DEVICES - 1 - n])
+        .map(|id| {
+            let options = load(&format!("/dev/ublkb{id}"), "8m");
+            let options: Vec<_> = options.iter().map(String::as_str).collect();
+            fio::start(ctx, &format!("load{id}"), &options)
+        })
+        .collect();
+    for load in loads? {
+        let report = load.finish()?;
+        ensure!(report.write.requests > 0, "{report:?}");
+    }
+    fleet.end()?;
+    mount.unmount()?;
+    Ok(Outcome::Pass)
+}
+
+fn reload(ctx: &Ctx) -> Result<Outcome> {
+    let mount = backings(ctx)?;
+    let other = fresh_drive("drive1")?;
+    let files: Result<Vec<_>> = (0..4).map(|number| backing(&mount, number, 8)).collect();
+    let sections: Result<Vec<_>> =
+        files?.iter().zip(0..).map(|(file, id)| section(id, file, "")).collect();
+    let mut sections = sections?;
+    let config = write(ctx, &sections)?;
+    let fleet = Fleet::start(ctx.directory(), &config)?;
+    let loads =
+        [0, 1].map(|id| start_load(ctx, &format!("load{id}"), &format!("/dev/ublkb{id}"), 20));
+    // A bad file changes nothing.
+    fs::write(&config, format!("{}depht = 3\n", sections.concat()))?;
+    fleet.reload("there is no option `depht` of the target loop")?;
+    ensure!(ids()? == [0, 1, 2, 3], "{:?}", ids()?);
+    // Nor does one whose new devices cannot be made.
+    let missing = section(9, Path::new("/nowhere"), "")?;
+    fs::write(&config, [&sections.concat(), missing.as_str()].concat())?;
+    fleet.reload("device 9: /nowhere")?;
+    ensure!(ids()? == [0, 1, 2, 3], "{:?}", ids()?);
+    // 0 and 1 are in use, and stay; 2 changes; 3 goes; 7 and 8 come, one of them on a file system
+    // that the server has left.
+    let path = other.path();
+    sections[1] = section(1, &backing(&mount, 1, 8)?, "depth = 32")?;
+    sections[2] = section(2, &backing(&mount, 2, 8)?, "depth = 32")?;
+    sections[3] = section(7, &path, "")?;
+    sections.push(section(8, &backing(&mount, 8, 8)?, "")?);
+    write(ctx, &sections[1..])?;
+    for device in ["/dev/ublkb2", "/dev/ublkb3"] {
+        crate::guest::udev::settle()?;
+        ensure!(Path::new(device).exists(), "{device} is gone");
+    }
+    fleet.reload("5 devices, ")?;
+    wait_for("the new devices", PATIENCE, || Ok((ids()? == [0, 1, 2, 7, 8]).then_some(())))?;
+    let depths: Vec<_> = listed()?.iter().map(|device| device.depth).collect();
+    ensure!(depths == [128, 128, 32, 128, 128], "{depths:?}");
+    let said = fleet.said()?;
+    for device in ["device 0 is in use and stays", "device 1 is in use and stays"] {
+        ensure!(said.contains(device), "{device}: {said}");
+    }
+    let options = load("/dev/ublkb8", "8m");
+    fio::run(ctx, &options.iter().map(String::as_str).collect::<Vec<_>>())?;
+    for load in loads {
+        let report = load?.finish()?;
+        ensure!(report.write.requests > 0, "{report:?}");
+    }
+    fleet.end()?;
+    mount.unmount()?;
+    Ok(Outcome::Pass)
+}
+
+fn killed(ctx: &Ctx) -> Result<Outcome> {
+    let mount = backings(ctx)?;
+    let sections = [
+        section(0, &backing(&mount, 0, 8)?, "on-death = \"reissue\"")?,
+        section(1, &backing(&mount, 1, 8)?, "on-death = \"wait\"")?,
+        section(2, &backing(&mount, 2, 8)?, "")?,
+    ];
+    let config = write(ctx, &sections)?;
+    let mut fleet = Fleet::start(ctx.directory(), &config)?;
+    let load = start_load(ctx, "load", "/dev/ublkb0", 15)?;
+    for _ in 0..3 {
+        wait_for_writes(0, 200)?;
+        fleet.kill()?;
+        fleet = Fleet::start(ctx.directory(), &config)?;
+        let states: Vec<_> = listed()?.iter().map(|device| device.state.clone()).collect();
+        ensure!(states == ["LIVE"; 3], "{states:?}\n{}", fleet.said()?);
+        let pids: Vec<_> = listed()?.iter().map(|device| device.pid).collect();
+        ensure!(pids == [Some(fleet.pid()); 3], "{pids:?}");
+    }
+    let report = load.finish()?;
+    ensure!(report.write.requests > 0, "{report:?}");
+    let options = self::load("/dev/ublkb2", "8m");
+    fio::run(ctx, &options.iter().map(String::as_str).collect::<Vec<_>>())?;
+    fleet.end()?;
+    mount.unmount()?;
+    Ok(Outcome::Pass)
+}
+
+/// Waits until a device has done so many writes more.
+fn wait_for_writes(id: u32, writes: u64) -> Result<()> {
+    let done = || -> Result<u64> {
+        let stat = fs::read_to_string(format!("/sys/block/ublkb{id}/stat"))?;
+        Ok(stat.split_whitespace().nth(4).context("stat")?.parse()?)
+    };
+    let goal = done()? + writes;
+    wait_for("the load", PATIENCE, || Ok((done()? >= goal).then_some(())))
+}
+
+fn managed(ctx: &Ctx) -> Result<Outcome> {
+    let mount = backings(ctx)?;
+    let files: Result<Vec<_>> = (0..3).map(|number| backing(&mount, number, 8)).collect();
+    let files = files?;
+    let sections = [
+        section(3, &files[0], "queues = 2\ndepth = 16")?,
+        section(4, &files[1], "on-death = \"reissue\"")?,
+        section(5, &files[2], "lend = \"copy\"")?,
+    ];
+    let fleet = Fleet::start(ctx.directory(), &write(ctx, &sections)?)?;
+    let load = start_load(ctx, "load", "/dev/ublkb4", 10)?;
+    for (device, id) in listed()?.iter().zip(3..) {
+        ensure!(device.id == id && device.state == "LIVE", "{device:?}");
+        ensure!(device.pid == Some(fleet.pid()) && device.target == "loop", "{device:?}");
+    }
+    let stats = process::run(&[PROGRAM, "stats", "-n", "4", "--interval", "0.5", "--json"])?;
+    let stats: serde_json::Value = serde_json::from_str(&stats.stdout)?;
+    ensure!(stats["device"] == 4 || stats["id"] == 4, "{stats}");
+    // Each on its own: it grows, is not upgraded, and is deleted, and the others do not notice.
+    File::options().append(true).open(&files[2])?.set_len(16 << 20)?;
+    process::run(&[PROGRAM, "resize", "-n", "5"])?;
+    ensure!(listed()?[2].size_bytes == 16 << 20, "{:?}", listed()?[2]);
+    let refused = process::run_for_code(&[PROGRAM, "upgrade", "-n", "4"], 1)?;
+    ensure!(refused.stderr.contains("ublk-target serve"), "{refused:?}");
+    ensure!(refused.stderr.trim_end().lines().count() == 1, "{refused:?}");
+    let refused = process::run_for_code(&[PROGRAM, "del", "-n", "4"], 1)?;
+    ensure!(refused.stderr.contains("is in use"), "{refused:?}");
+    for _ in 0..3 {
+        process::run(&[PROGRAM, "del", "-n", "3"])?;
+        ensure!(ids()? == [4, 5], "{:?}", ids()?);
+        fleet.reload("devices, ")?;
+        wait_for("the device", PATIENCE, || Ok((ids()? == [3, 4, 5]).then_some(())))?;
+    }
+    ensure!(load.finish()?.write.requests > 0);
+    // Without devices it goes on.
+    process::run(&[PROGRAM, "del", "--all"])?;
+    ensure!(ids()?.is_empty() && fleet.threads()? > 0, "{:?}", ids()?);
+    fleet.reload("3 devices, ")?;
+    fleet.end()?;
+    mount.unmount()?;
+    Ok(Outcome::Pass)
+}
+
+fn faults(ctx: &Ctx) -> Result<Outcome> {
+    load_driver()?;
+    let mount = backings(ctx)?;
+    let good = section(3, &backing(&mount, 0, 8)?, "")?;
+    let table: [(String, &[&str]); 4] = [
+        (format!("{good}queues = 0\nlend = \"best\"\n"), &["--queues", "best"]),
+        (format!("{good}{good}"), &["device 3 is there already"]),
+        (
+            [&good, &section(4, Path::new("/nowhere"), "")?, &section(5, Path::new("/etc"), "")?]
+                .map(String::as_str)
+                .concat(),
+            &["device 4: ", "device 5: "],
+        ),
+        ("lanes = none".to_owned(), &["fleet.toml:1: "]),
+    ];
+    for (text, expected) in table {
+        let config = write(ctx, &[text])?;
+        let argv = [PROGRAM, "serve", "--config", self::text(&config)?];
+        let said = process::run_for_code(&argv, 1)?.stderr;
+        let lines: Vec<_> = said.lines().filter(|line| line.starts_with(PROGRAM)).collect();
+        ensure!(lines.len() == expected.len(), "{said}");
+        for (line, what) in lines.iter().zip(expected) {
+            ensure!(line.contains(what), "{what}: {said}");
+        }
+        ensure!(ids()?.is_empty(), "{:?}", ids()?);
+    }
+    mount.unmount()?;
+    Ok(Outcome::Pass)
+}
