@@ -21,9 +21,10 @@ use super::pace::BusyWait;
 use super::plan::Plan;
 use super::shared::{SharedLanes, StationHandle};
 use super::signals::Wakeups;
-use crate::engine::{EngineConfig, QueueIdentity};
+use crate::engine::{EngineConfig, QueueIdentity, SlotTable};
 use crate::lane::LaneError;
 use crate::lane::fault::Injected;
+use crate::lend::LendMode;
 use crate::steps::step;
 use crate::units::Qid;
 
@@ -199,8 +200,20 @@ fn start_station(
     shared: &mut SharedLanes,
 ) -> Result<(LaneHandle, StationHandle), LaneError> {
     let (plan, depth) = (making.plan, making.info.queue_depth);
-    let (holding, wake) = shared.hold(plan.layout.backings.len(), &plan.slots, depth)?;
-    shared.start(holding, &making.lane(qid, wake, Vec::new()))
+    let slots = frugal(&plan.slots, plan.choice.mode);
+    let (holding, wake) = shared.hold(plan.layout.backings.len(), &slots, depth)?;
+    let mut config = making.lane(qid, wake, Vec::new());
+    config.engine.slots = slots;
+    shared.start(holding, &config)
+}
+
+/// With one spare buffer in the modes that lend: those are most of the memory of a device, and hardly
+/// ever used.
+fn frugal(slots: &SlotTable, mode: LendMode) -> SlotTable {
+    match mode {
+        LendMode::Fused | LendMode::Slot => SlotTable { pool: slots.pool.min(1), ..*slots },
+        LendMode::UserCopy | LendMode::Copy => *slots,
+    }
 }
 
 impl Making<'_> {

@@ -352,7 +352,8 @@ fn faults(ctx: &Ctx) -> Result<Outcome> {
         let config = write(ctx, &[text])?;
         let argv = [PROGRAM, "serve", "--config", self::text(&config)?];
         let said = process::run_for_code(&argv, 1)?.stderr;
-        let lines: Vec<_> = said.lines().filter(|line| line.starts_with(PROGRAM)).collect();
+        let prefix = format!("{PROGRAM}: ");
+        let lines: Vec<_> = said.lines().filter(|line| line.starts_with(&prefix)).collect();
         ensure!(lines.len() == expected.len(), "{said}");
         for (line, what) in lines.iter().zip(expected) {
             ensure!(line.contains(what), "{what}: {said}");

@@ -48,17 +48,18 @@ fn parse(text: &str, path: &Path) -> Result<FleetConfig, Vec<String>> {
         file.fault(error.span().unwrap_or_default(), error.message());
     }
     if !file.faults.is_empty() {
-        return Err(file.faults);
+        return Err(file.told());
     }
     let config = file.fleet(document.get_ref());
-    if file.faults.is_empty() { Ok(config) } else { Err(file.faults) }
+    if file.faults.is_empty() { Ok(config) } else { Err(file.told()) }
 }
 
 /// A file that is being read.
 struct Reading<'a> {
     text: &'a str,
     path: &'a Path,
-    faults: Vec<String>,
+    /// With their lines.
+    faults: Vec<(usize, String)>,
 }
 
 /// An option of a device.
@@ -75,8 +76,14 @@ impl Reading<'_> {
     }
 
     fn fault(&mut self, span: Range<usize>, what: impl std::fmt::Display) {
-        let line = self.line(span.start);
-        self.faults.push(format!("{}:{line}: {what}", self.path.display()));
+        self.faults.push((self.line(span.start), what.to_string()));
+    }
+
+    /// The faults in the order of their lines.
+    fn told(mut self) -> Vec<String> {
+        self.faults.sort();
+        let path = self.path.display();
+        self.faults.iter().map(|(line, what)| format!("{path}:{line}: {what}")).collect()
     }
 
     fn fleet(&mut self, document: &DeTable<'_>) -> FleetConfig {

@@ -2,9 +2,10 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use uring_ext::control::Control;
-use uring_ext::feature::Features;
+use uring_ext::feature::{Features, SAFE_STOP_DEV};
 use uring_ext::sys;
 
 use super::{Fleet, Orders, id_of};
@@ -172,21 +173,38 @@ impl Member {
     }
 
     /// Stops the device and takes it down.
-    pub fn stop(self, orders: &Orders<'_>, how: delete::Command) -> Result<(), DeviceError> {
-        let stopped = self.server.stop(&|id| (orders.command)(id, how));
-        if stopped.is_err() && how == delete::Command::StopUnused {
-            // It goes on.
-            return stopped;
-        }
+    pub fn stop(self, orders: &Orders<'_>) -> Result<(), DeviceError> {
+        let stopped = self.server.stop(&|id| (orders.command)(id, delete::Command::Stop));
         let ended = self.server.take_down();
         stopped.and(ended)
     }
 
-    /// Who uses the device, in words.
-    pub fn users(&self) -> Vec<String> {
-        delete::users(self.server.id)
+    /// Has the driver stop the device if nobody has it open; else who uses it, in words. What only
+    /// looks at it, such as udev, is waited for.
+    pub fn stop_unused(&self, orders: &Orders<'_>, features: Features) -> Result<(), String> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let users = delete::users(self.server.id);
+            if !users.is_empty() {
+                return Err(users.join(", "));
+            }
+            // Before Linux 7.0 the driver stops it whoever has opened it by now.
+            let can_try = features.has(SAFE_STOP_DEV);
+            let stop = |id| (orders.command)(id, delete::Command::StopUnused);
+            if !can_try || self.server.stop(&stop).is_ok() {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                return Err("a program that cannot be told has it open".to_owned());
+            }
+            // Nobody tells when a device is closed.
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 }
+
+/// How long those may take who only look at a device.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 const NO_UPGRADE: &str = "the device is one of several of a server (`ublk-target serve`), which \
                           cannot be upgraded while they are used: kill it with SIGKILL and start \
@@ -211,7 +229,7 @@ impl End {
             }
             Self::Failed(error) => {
                 log::error!("device {id}: {error}; it is taken down");
-                if let Err(error) = member.stop(orders, delete::Command::Stop) {
+                if let Err(error) = member.stop(orders) {
                     log::error!("device {id}: {error}");
                 }
                 None

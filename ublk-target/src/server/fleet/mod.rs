@@ -224,7 +224,7 @@ impl Fleet {
         let mut failed = 0;
         while let Some(member) = self.members.pop() {
             let id = id_of(&member.config);
-            if let Err(error) = member.stop(orders, delete::Command::Stop) {
+            if let Err(error) = member.stop(orders) {
                 log::error!("device {id}: {error}");
                 failed += 1;
             }

@@ -2,7 +2,6 @@
 
 use super::member::Outset;
 use super::{Fleet, FleetConfig, News, Orders, id_of};
-use crate::delete;
 use crate::server::config::DeviceConfig;
 use crate::server::plan::Plan;
 use crate::server::protection::among_present_mounts;
@@ -99,12 +98,11 @@ impl Fleet {
         let Some(at) = self.members.iter().position(|it| id_of(&it.config) == id) else {
             return true;
         };
-        let users = self.members[at].users();
-        if !users.is_empty() {
-            log::error!("device {id} is in use and stays as it was: {}", users.join(", "));
+        if let Err(users) = self.members[at].stop_unused(orders, self.features) {
+            log::error!("device {id} is in use and stays as it was: {users}");
             return false;
         }
-        match self.members.remove(at).stop(orders, delete::Command::Stop) {
+        match self.members.remove(at).stop(orders) {
             Ok(()) => true,
             Err(error) => {
                 log::error!("device {id}: {error}");

@@ -330,3 +330,6 @@ fn new_lane(config: &LaneConfig, name: u16, place: Place, parts: Parts) -> Lane<
 fn no_room() -> LaneError {
     LaneError::Setup { doing: "finding a lane with room", errno: Errno::ENOSPC }
 }
+
+#[cfg(test)]
+mod tests;
