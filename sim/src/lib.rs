@@ -14,7 +14,7 @@
 //!   registration, user copy, and the references that keep a request open as long as its buffer
 //!   is in a slot or in use;
 //! * the ring (`io_uring/`): a submission queue of few entries, hard-linked chains, silent
-//!   successes, the buffer table, cancelling;
+//!   successes, the buffer table, of which other queues may have the beginning, cancelling;
 //! * drives with a volatile cache, so that flushes and FUA can be checked;
 //! * the block layer, which asks again for the rest of what was answered short;
 //! * clients, whose requests never overlap while they are open.

@@ -8,8 +8,9 @@ use uring_ext::control::Control;
 use uring_ext::feature::{Features, SAFE_STOP_DEV};
 use uring_ext::sys;
 
-use super::{Fleet, Orders, id_of};
+use super::{Fleet, Orders, cpus, id_of};
 use crate::delete::{self, Deletion};
+use crate::lend::LendRequest;
 use crate::server::config::{DeviceConfig, DeviceError};
 use crate::server::device::Server;
 use crate::server::petition::Petition;
@@ -85,6 +86,21 @@ impl Outset {
     }
 }
 
+/// Whether a device was added as it is wanted. A null device may have been resized since.
+fn is_as_wanted(recorded: &DeviceConfig, wanted: &DeviceConfig) -> bool {
+    let mut target = wanted.target.clone();
+    target.absolute();
+    if let (Some(size), Some(now)) = (target.null_size(), recorded.target.clone().null_size()) {
+        *size = *now;
+    }
+    // What is recorded is the mode chosen, and perhaps the queues given: as many as there are CPUs.
+    let lend = if wanted.lend == LendRequest::Auto { recorded.lend } else { wanted.lend };
+    let cpus = u16::try_from(cpus()).unwrap_or(u16::MAX);
+    let is_same = recorded.queues.min(cpus) == wanted.queues.min(cpus);
+    let queues = if is_same { recorded.queues } else { wanted.queues };
+    *recorded == DeviceConfig { lend, queues, target, ..wanted.clone() }
+}
+
 /// Whether a device has a live server.
 fn is_served(info: &sys::ublksrv_ctrl_dev_info) -> bool {
     u32::try_from(info.ublksrv_pid).is_ok_and(state::is_alive) && state::has_disk(info)
@@ -122,14 +138,24 @@ impl Member {
         fleet: &Fleet,
         orders: &Orders<'_>,
     ) -> Result<(Self, Description), DeviceError> {
-        let Outset { config, found } = outset;
+        let Outset { mut config, found } = outset;
         let (plan, mut server) = match found {
             Found::Nothing(plan) => add(*plan, fleet)?,
             Found::Remains(plan) => {
                 clear(id_of(&config), fleet, orders)?;
                 add(*plan, fleet)?
             }
-            Found::Waiting(record) => take_over(&record, fleet)?,
+            Found::Waiting(record) => {
+                if !is_as_wanted(&record.config, &config) {
+                    let id = record.id;
+                    log::warn!(
+                        "device {id} is taken over as it was added, which is not as the file says; \
+                         a reload changes it when it is unused"
+                    );
+                    config = record.config.clone();
+                }
+                take_over(&record, fleet)?
+            }
         };
         match server.describe_live() {
             Ok(description) => Ok((Self { config, plan, server }, description)),
@@ -291,4 +317,32 @@ fn clear(id: u32, fleet: &Fleet, orders: &Orders<'_>) -> Result<(), DeviceError>
     let helper = &*orders.command;
     let mut deletion = Deletion { control: &fleet.control, force: false, helper, progress };
     deletion.delete(id).map_err(|error| DeviceError::Remains { id, error: Box::new(error) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lend::LendMode;
+    use crate::server::config::TargetConfig;
+    use crate::units::Bytes;
+
+    #[test]
+    fn a_device_that_is_taken_over_is_compared_with_the_file() {
+        let null = |size| DeviceConfig {
+            id: Some(3),
+            ..DeviceConfig::of_target(TargetConfig::Null { size: Bytes(size) })
+        };
+        let recorded = DeviceConfig { lend: LendMode::Fused.into(), ..null(4096) };
+        assert!(is_as_wanted(&recorded, &null(8192)));
+        assert!(is_as_wanted(&recorded, &DeviceConfig { lend: recorded.lend, ..null(4096) }));
+        let others = [
+            DeviceConfig { lend: LendMode::Copy.into(), ..null(4096) },
+            DeviceConfig { depth: 64, ..null(4096) },
+            DeviceConfig { queues: 0, ..null(4096) },
+            DeviceConfig { target: TargetConfig::Loop { file: "/x".into() }, ..null(4096) },
+        ];
+        for other in others {
+            assert!(!is_as_wanted(&recorded, &other), "{other:?}");
+        }
+    }
 }
