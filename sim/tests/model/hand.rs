@@ -15,7 +15,7 @@ use ublk_target::lend::LendMode;
 use ublk_target::request::{Request, RequestKind};
 use ublk_target::target::{AnyTarget, Decision, LoopTarget};
 use ublk_target::units::Tag;
-use uring_ext::sqe::{Delivery, FixedBuffer, Sqe};
+use uring_ext::sqe::{Delivery, FixedBuffer, FixedFile, Sqe};
 
 /// A server that does by hand what it is told.
 pub struct Hand {

@@ -54,7 +54,7 @@ struct Queue {
 /// Who serves a queue.
 enum ServedBy {
     Thread(JoinHandle<Result<LaneReport, LaneError>>),
-    Station(StationHandle),
+    Station(Box<StationHandle>),
 }
 
 impl DeviceLanes {
@@ -75,7 +75,8 @@ impl DeviceLanes {
                     let started = start_station(making, qid, &mut shared.borrow_mut());
                     let (handle, station) =
                         started.map_err(|error| DeviceError::Lane { qid, error })?;
-                    self.queues.push(Queue { handle, served_by: ServedBy::Station(station) });
+                    let served_by = ServedBy::Station(Box::new(station));
+                    self.queues.push(Queue { handle, served_by });
                 }
             }
         }
@@ -188,7 +189,7 @@ impl DeviceLanes {
             (ServedBy::Thread(thread), _) => {
                 thread.join().unwrap_or(Err(LaneError::Ring(Errno::EIO)))
             }
-            (ServedBy::Station(station), Some(shared)) => shared.borrow_mut().join(station),
+            (ServedBy::Station(station), Some(shared)) => shared.borrow_mut().join(*station),
             (ServedBy::Station(_), None) => Err(LaneError::Ring(Errno::EIO)),
         }
     }

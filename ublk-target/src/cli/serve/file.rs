@@ -184,10 +184,8 @@ impl Reading<'_> {
     }
 
     fn target(&mut self, value: &Spanned<DeValue<'_>>) -> Option<&'static str> {
-        let found = match value.get_ref() {
-            DeValue::String(name) => TARGETS.into_iter().find(|it| *it == name.as_ref()),
-            _ => None,
-        };
+        let name = if let DeValue::String(name) = value.get_ref() { name.as_ref() } else { "" };
+        let found = TARGETS.into_iter().find(|it| *it == name);
         if found.is_none() {
             let all = TARGETS.join(", ");
             self.fault(value.span(), format!("`target` is none of {all}"));
@@ -283,10 +281,13 @@ fn arguments(key: &str, value: &DeValue<'_>) -> Option<Vec<String>> {
 
 /// The key that an error of the parser is about.
 fn culprit(error: &clap::Error) -> Option<String> {
-    let name = match error.get(ContextKind::InvalidArg)? {
-        ContextValue::String(name) => name.clone(),
-        ContextValue::Strings(names) => names.first()?.clone(),
-        _ => return None,
+    let value = error.get(ContextKind::InvalidArg)?;
+    let name = if let ContextValue::String(name) = value {
+        name
+    } else if let ContextValue::Strings(names) = value {
+        names.first()?
+    } else {
+        return None;
     };
     let long = name.split_whitespace().find_map(|word| word.split("--").nth(1))?;
     let end = long.find(['=', '<', '[', '>']).unwrap_or(long.len());
