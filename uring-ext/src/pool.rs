@@ -156,12 +156,15 @@ impl BufferPool {
 
     /// The buffers as I/O vectors, for the ring's buffer table.
     pub(crate) fn iovecs(&self) -> Vec<libc::iovec> {
-        (0..self.count)
-            .map(|index| libc::iovec {
-                iov_base: std::ptr::with_exposed_provenance_mut(self.addr_of(index)),
-                iov_len: self.buffer_bytes,
-            })
-            .collect()
+        (0..self.count).map(|index| self.iovec(index)).collect()
+    }
+
+    /// A buffer, as the kernel takes it.
+    pub(crate) fn iovec(&self, index: u16) -> libc::iovec {
+        libc::iovec {
+            iov_base: std::ptr::with_exposed_provenance_mut(self.addr_of(index)),
+            iov_len: self.buffer_bytes,
+        }
     }
 
     fn addr_of(&self, index: u16) -> usize {

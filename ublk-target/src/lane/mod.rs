@@ -5,9 +5,11 @@
 
 pub mod event;
 pub mod fault;
+mod place;
 mod port;
 
-pub use port::{Place, PortConfig, backing_file};
+pub use place::{Place, backing_file};
+pub use port::PortConfig;
 
 use uring_ext::Errno;
 use uring_ext::iod::IoDesc;

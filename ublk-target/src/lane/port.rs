@@ -5,57 +5,18 @@ use std::collections::VecDeque;
 use bufreg::{Incarnation, SlotIndex};
 use uring_ext::nvme::Namespace;
 use uring_ext::pool::Direction;
-use uring_ext::ring::MAX_BUFFER_SLOTS;
-use uring_ext::sqe::{Delivery, FixedBuffer, FixedFile, Sqe};
+use uring_ext::sqe::{Delivery, FixedBuffer, Sqe};
 use uring_ext::{Errno, sys};
 
 use super::event::Event;
 use super::fault::{Fault, Faults};
+use super::place::{NO_SLOT, Place};
 use super::{LaneIo, RingRole};
 use crate::backing::{DiscardCall, Route};
 use crate::engine::{EngineConfig, OpKey, Port, SlotTable, TagKey};
 use crate::lend::LendMode;
 use crate::plan::{Op, OpKind, WINDOW_OPS};
 use crate::units::Tag;
-
-/// The fixed file of a backing, where the ring serves one queue: the character device is the first
-/// one, the backings follow.
-#[must_use]
-pub fn backing_file(index: u16) -> FixedFile {
-    Place::default().backing_file(index)
-}
-
-/// A slot that no buffer table has.
-const NO_SLOT: u16 = 1 << 14;
-const _: () = assert!(MAX_BUFFER_SLOTS <= 1 << 14);
-
-/// Where in the tables of its ring a queue has its files and slots; by default at their beginning.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Place {
-    /// The fixed file of the character device; those of the backings follow.
-    pub first_file: u32,
-    /// The slot of the ring that is slot 0 of the queue.
-    pub first_slot: u16,
-}
-
-impl Place {
-    /// The fixed file of the character device.
-    #[must_use]
-    pub const fn cdev(self) -> FixedFile {
-        FixedFile(self.first_file)
-    }
-
-    /// The fixed file of a backing.
-    #[must_use]
-    pub fn backing_file(self, index: u16) -> FixedFile {
-        FixedFile(self.first_file + 1 + u32::from(index))
-    }
-
-    /// The slot of the ring.
-    const fn slot(self, slot: SlotIndex) -> u16 {
-        self.first_slot + slot.0
-    }
-}
 
 /// Gives space back; reads as zeros afterwards. On block devices: write zeroes with unmapping.
 const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;

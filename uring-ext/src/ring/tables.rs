@@ -8,8 +8,10 @@ use crate::sqe::FixedFile;
 
 use super::Queues;
 
-/// How many places are emptied at a time.
+/// How many places are changed at a time.
 const CHUNK: usize = 64;
+/// A slot without a buffer.
+const EMPTY: libc::iovec = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
 
 impl Queues<'_> {
     /// Puts files into places of the table, from `first` on. What was there goes, once nothing in
@@ -37,12 +39,12 @@ impl Queues<'_> {
         Ok(())
     }
 
-    /// Puts the buffers of a pool into slots of the buffer table, from `first` on.
+    /// Puts the buffers of a pool into slots of the buffer table, from `first` on. Allocates nothing.
     ///
     /// # Errors
     /// `EINVAL` beyond the table, `ENOMEM` where the locked-memory limit does not suffice.
     pub fn set_buffers(&mut self, first: u16, pool: &BufferPool) -> Result<(), Errno> {
-        self.update_buffers(first.into(), &pool.iovecs())
+        self.fill_slots(first, pool.count(), |index| pool.iovec(index))
     }
 
     /// Empties slots of the buffer table. Allocates nothing.
@@ -50,17 +52,30 @@ impl Queues<'_> {
     /// # Errors
     /// `EINVAL` beyond the table.
     pub fn clear_buffers(&mut self, first: u16, count: u16) -> Result<(), Errno> {
-        let empty = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
-        let (empty, mut at, mut left) = ([empty; CHUNK], u32::from(first), usize::from(count));
-        while left > 0 {
-            let some = left.min(CHUNK);
-            self.update_buffers(at, &empty[..some])?;
-            at += u32::try_from(some).unwrap_or(0);
-            left -= some;
+        self.fill_slots(first, count, |_| EMPTY)
+    }
+
+    fn fill_slots(
+        &mut self,
+        first: u16,
+        count: u16,
+        buffer: impl Fn(u16) -> libc::iovec,
+    ) -> Result<(), Errno> {
+        let (mut chunk, mut used) = ([EMPTY; CHUNK], 0);
+        for index in 0..count {
+            chunk[used] = buffer(index);
+            used += 1;
+            if used == CHUNK || index + 1 == count {
+                let end = u32::from(first) + u32::from(index) + 1;
+                let start = end - u32::try_from(used).unwrap_or(0);
+                self.update_buffers(start, &chunk[..used])?;
+                used = 0;
+            }
         }
         Ok(())
     }
 
+    /// The iovecs are [`EMPTY`] or those of a pool.
     fn update_buffers(&mut self, first: u32, iovecs: &[libc::iovec]) -> Result<(), Errno> {
         // SAFETY: the iovecs are empty or name pool memory, which is never unmapped, so it outlives
         // any ring.

@@ -62,7 +62,13 @@ fn tables_change_while_the_ring_is_in_use() {
     assert_eq!(read(&mut queues), 4096);
     queues.clear_buffers(0, 100).unwrap();
     assert_eq!(read(&mut queues), -libc::EFAULT);
+    // More than are changed at a time.
+    let many = BufferPool::new(80, 4096).unwrap();
+    queues.set_buffers(2, &many).unwrap();
+    let last = FixedBuffer::Pool { slot: 81, addr: many.addr(79, 0) };
+    assert_eq!(run(&mut queues, Sqe::read_fixed(place, last, 4096, 0), 2), 4096);
     queues.set_buffers(70, &pool).unwrap();
+    assert_eq!(read(&mut queues), 4096);
     queues.clear_files(FixedFile(0), 200).unwrap();
     assert_eq!(read(&mut queues), -libc::EBADF);
     assert_eq!(queues.clear_files(FixedFile(199), 2), Err(Errno::EINVAL));
