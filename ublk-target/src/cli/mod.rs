@@ -243,8 +243,9 @@ struct Del {
 const DEL_HELP: &str = "\
 Works on devices that are live, wait for recovery or are just recovered, that were never started, or
 whose server is dead. It returns when the device, its server and its supervisor are gone, and bounds
-every wait. --all also ends servers and supervisors of this program that have no device, and removes
-files in /run/ublk-target that belong to none.";
+every wait. A server of several devices (`serve`) goes on without this one. --all also ends other servers
+and supervisors of this program that have no device, and removes files in /run/ublk-target that belong to
+none.";
 
 #[derive(Debug, Args)]
 struct Recover {

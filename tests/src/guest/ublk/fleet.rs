@@ -19,6 +19,7 @@ pub const TESTS: &[TestCase] = &[
     TestCase::guest("a_fleet_is_reloaded_under_load", DEFAULT, reload).seconds(300),
     TestCase::guest("a_killed_fleet_is_taken_over", DEFAULT, killed).seconds(300),
     TestCase::guest("devices_of_a_fleet_are_managed_one_by_one", DEFAULT, managed).seconds(180),
+    TestCase::guest("devices_of_a_fleet_lend_in_all_ways", DEFAULT, ways).seconds(180),
     TestCase::guest("a_fleet_with_faults_is_not_begun", DEFAULT, faults),
 ];
 
@@ -328,6 +329,48 @@ fn managed(ctx: &Ctx) -> Result<Outcome> {
     process::run(&[PROGRAM, "del", "--all"])?;
     ensure!(ids()?.is_empty() && fleet.threads()? > 0, "{:?}", ids()?);
     fleet.reload("3 devices, ")?;
+    fleet.end()?;
+    mount.unmount()?;
+    Ok(Outcome::Pass)
+}
+
+/// All lend modes on one lane, faults among them, and devices with lanes of their own beside them.
+fn ways(ctx: &Ctx) -> Result<Outcome> {
+    let mount = backings(ctx)?;
+    let drive = fresh_drive("drive1")?;
+    let ways = [
+        "",
+        "lend = \"slot\"",
+        "lend = \"slot\"\nfirst-slot = 100",
+        "lend = \"user-copy\"",
+        "lend = \"copy\"\nqueues = 2",
+        "io-timeout = 5",
+        "rule = \"op=write,p=0.2,short\"",
+        "lend = \"slot\"\nio-lane = true",
+    ];
+    let mut sections = vec!["lanes = 1\n".to_owned()];
+    for (id, way) in (0..).zip(ways) {
+        sections.push(section(id, &backing(&mount, id, 8)?, way)?);
+    }
+    sections.push(section(8, &drive.path(), "passthru = true")?);
+    let fleet = Fleet::start(ctx.directory(), &write(ctx, &sections)?)?;
+    // The main one, the one that answers, the shared lane; two of the I/O lane's device, and one of
+    // the drive's.
+    ensure!(fleet.threads()? == 6, "{} threads", fleet.threads()?);
+    let lends: Vec<_> = listed()?.iter().map(|device| device.lend.clone()).collect();
+    let expected =
+        ["fused", "slot", "slot", "user-copy", "copy", "fused", "fused", "slot", "fused"];
+    ensure!(lends == expected, "{lends:?}");
+    let loads: Result<Vec<_>> = (0..9)
+        .map(|id| {
+            let options = load(&format!("/dev/ublkb{id}"), "4m");
+            let options: Vec<_> = options.iter().map(String::as_str).collect();
+            fio::start(ctx, &format!("load{id}"), &options)
+        })
+        .collect();
+    for load in loads? {
+        ensure!(load.finish()?.write.requests > 0);
+    }
     fleet.end()?;
     mount.unmount()?;
     Ok(Outcome::Pass)

@@ -9,6 +9,7 @@ use uring_ext::feature::{Features, SAFE_STOP_DEV};
 use uring_ext::sys;
 
 use super::{Fleet, Orders, cpus, id_of};
+use crate::backing::BackingProblem;
 use crate::delete::{self, Deletion};
 use crate::lend::LendRequest;
 use crate::server::config::{DeviceConfig, DeviceError};
@@ -41,10 +42,21 @@ impl Outset {
         control: &Control,
         features: Features,
     ) -> Result<Self, DeviceError> {
-        match Self::waiting(config, control)? {
-            Some(outset) => Ok(outset),
-            None => Self::with(config, Plan::for_driver(config, features, None), control),
+        if let Some(outset) = Self::waiting(config, control)? {
+            return Ok(outset);
         }
+        // The files of a dead server are let go of some time after its end, and nobody tells.
+        let is_left = control.info(id_of(config)).is_ok();
+        let deadline = Instant::now() + PATIENCE;
+        let plan = loop {
+            match Plan::for_driver(config, features, None) {
+                Err(error) if is_left && is_in_use(&error) && Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                made => break made,
+            }
+        };
+        Self::with(config, plan, control)
     }
 
     /// The same with what came of opening its backings. Those of a device that waits for a server are
@@ -84,6 +96,11 @@ impl Outset {
             Err(_) => Err(DeviceError::IdTaken(id)),
         }
     }
+}
+
+/// Whether somebody else has a backing.
+fn is_in_use(error: &DeviceError) -> bool {
+    matches!(error, DeviceError::Backing(it) if matches!(it.problem, BackingProblem::InUse(_)))
 }
 
 /// Whether a device was added as it is wanted. A null device may have been resized since.
@@ -229,7 +246,7 @@ impl Member {
     }
 }
 
-/// How long those may take who only look at a device.
+/// How long those may take who let go of a device or a backing by themselves.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 const NO_UPGRADE: &str = "the device is one of several of a server (`ublk-target serve`), which \

@@ -22,7 +22,7 @@ use super::config::{DeviceConfig, DeviceError};
 use super::device::Company;
 use super::protection::protect;
 use super::shared::SharedLanes;
-use super::signals::Wakeups;
+use super::signals::{Wake, Wakeups};
 use crate::delete;
 use crate::kernel;
 use crate::state::{Description, LOG_DIR, RUN_DIR};
@@ -193,10 +193,14 @@ impl Fleet {
     /// Serves until a signal asks for the end.
     fn run(&mut self, orders: &Orders<'_>) {
         loop {
-            // Whatever it was: all is looked at below.
-            let _ = self.wakeups.wait_or(self.hangup.as_fd(), PollTimeout::NONE);
+            // One may have come while something else was waited for.
             if let Some(signal) = self.wakeups.last_signal() {
                 return log::info!("{signal}: ending");
+            }
+            // Whatever it was: all is looked at below.
+            let woken = self.wakeups.wait_or(self.hangup.as_fd(), PollTimeout::NONE);
+            if matches!(woken, Wake::Signal(_)) {
+                continue;
             }
             self.look_after_members(orders);
             let mut is_asked = false;
