@@ -12,6 +12,7 @@ use super::*;
 use crate::engine::{QueueIdentity, SlotChoice};
 use crate::lend::LendMode;
 use crate::request::Geometry;
+use crate::server::pace::BusyWait;
 use crate::server::signals::Wakeups;
 use crate::target::NullTarget;
 use crate::units::Qid;
@@ -55,6 +56,7 @@ impl Rig {
             },
             io_lane: false,
             polling: Polling::Off,
+            busy_wait: BusyWait::Auto,
             faults: None,
             buffer_bytes: 4096,
             target: AnyTarget::Null(NullTarget),
