@@ -228,8 +228,8 @@ The process stays in the foreground, prints the devices when they are live, and 
 it read the file again: devices that are new are added, those that are gone or have changed are deleted
 if nobody uses them; with a fault in the file all stays as it was. SIGTERM takes all devices down. After
 SIGKILL the next `serve` takes over those of `on-death` wait, reissue and error, and adds the others
-again. Shared lanes sleep when there is nothing to do; devices that poll, give NVMe commands, have an I/O
-lane or a `busy-wait` in microseconds get lanes of their own.";
+again. Devices that poll, give NVMe commands, have an I/O lane or a `busy-wait` in microseconds get lanes
+of their own.";
 
 #[derive(Debug, Args)]
 struct Del {

@@ -375,12 +375,12 @@ fn busy_wait(config: &LaneConfig) -> BusyWait {
 }
 
 /// Processors that this thread may run on.
-fn processors() -> usize {
+pub(super) fn processors() -> usize {
     std::thread::available_parallelism().map_or(1, Into::into)
 }
 
 /// How often another thread was given the processor while this one could run.
-fn times_preempted() -> u64 {
+pub(super) fn times_preempted() -> u64 {
     let usage = getrusage(UsageWho::RUSAGE_THREAD);
     usage.map_or(0, |it| u64::try_from(it.involuntary_context_switches()).unwrap_or(0))
 }

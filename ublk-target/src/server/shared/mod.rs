@@ -21,6 +21,7 @@ use uring_ext::ring::MAX_BUFFER_SLOTS;
 
 use super::lane::{LaneConfig, LaneReport, failed, prepare_lane_thread};
 use super::message::{LaneHandle, event_descriptor};
+use super::pace::BusyWait;
 use super::ring_io::Parts;
 use crate::backing::Backing;
 use crate::engine::{EngineConfig, SlotTable};
@@ -147,6 +148,7 @@ impl SharedLanes {
             ready,
             end,
             wakeups: Arc::clone(&config.wakeups),
+            looks: config.busy_wait != BusyWait::Off,
         };
         if let Some(Some(lane)) = self.lanes.get(holding.lane) {
             // One that has ended leaves the channels, and is found so.

@@ -20,8 +20,11 @@ use super::{MAX_STATIONS, NAMES, SLOTS};
 use crate::backing::Backing;
 use crate::lane::event::Event;
 use crate::lane::{Lane, LaneError, Place};
-use crate::server::lane::{REAP_BATCH, attend, coarse_now, failed, precise_now};
+use crate::server::lane::{
+    REAP_BATCH, attend, coarse_now, failed, precise_now, processors, times_preempted,
+};
 use crate::server::message::LaneMessage;
+use crate::server::pace::{BusyWait, Pace};
 use crate::server::ring_io::Parts;
 use crate::server::signals::Wakeups;
 use crate::target::AnyTarget;
@@ -53,6 +56,8 @@ pub(super) struct Arrival {
     pub ready: SyncSender<Result<(), LaneError>>,
     pub end: SyncSender<Ended>,
     pub wakeups: Arc<Wakeups>,
+    /// Its lane may look for completions for a while before it sleeps.
+    pub looks: bool,
 }
 
 /// A station that has left its lane.
@@ -72,6 +77,7 @@ struct Station<'lane, 'ring> {
     ready: SyncSender<Result<(), LaneError>>,
     end: SyncSender<Ended>,
     wakeups: Arc<Wakeups>,
+    looks: bool,
     /// Something has happened to it since it was looked at.
     is_due: bool,
     /// Why it has to end, as soon as the driver has taken its fetches back.
@@ -91,6 +97,9 @@ struct Thread<'lane, 'ring> {
     now: u64,
     /// A station measures latencies, which takes a better clock.
     measures: bool,
+    pace: Pace,
+    /// No station is told to do without busy waits.
+    looks: bool,
     /// Nobody can send stations any more.
     is_closed: bool,
 }
@@ -122,6 +131,8 @@ pub(super) fn serve(
         wake,
         now: coarse_now(),
         measures: false,
+        pace: Pace::new(BusyWait::Auto, processors()),
+        looks: true,
         is_closed: false,
     };
     let watched = thread.watch();
@@ -134,8 +145,12 @@ pub(super) fn serve(
 }
 
 fn set_up(wake: &EventFd, files: u16) -> Result<Ring, LaneError> {
-    let setup =
-        RingSetup { sq_entries: SQ_ENTRIES, cq_entries: CQ_ENTRIES, ..RingSetup::default() };
+    let setup = RingSetup {
+        sq_entries: SQ_ENTRIES,
+        cq_entries: CQ_ENTRIES,
+        show_work: processors() > 1,
+        ..RingSetup::default()
+    };
     let mut ring = Ring::new(&setup).map_err(failed("making the ring"))?;
     ring.register_places_of_files(files).map_err(failed("registering files"))?;
     ring.register_slots(SLOTS.into()).map_err(failed("registering the buffer table"))?;
@@ -149,16 +164,23 @@ impl<'lane, 'ring> Thread<'lane, 'ring> {
         let mut batch = [Cqe::default(); REAP_BATCH];
         while !(self.is_closed && self.stations.is_empty()) {
             self.look_after_due();
+            let began = if self.pace.is_timed() { precise_now() } else { 0 };
             self.submit_and_wait()?;
+            let waited = if self.pace.is_timed() { precise_now() - began } else { 0 };
+            let mut reaped = 0;
             loop {
                 let count = self.queues.borrow_mut().reap(&mut batch);
                 self.now = if self.measures { precise_now() } else { coarse_now() };
                 for cqe in &batch[..count] {
                     self.handle(*cqe)?;
                 }
+                reaped += count;
                 if count < batch.len() {
                     break;
                 }
+            }
+            if self.pace.is_timed() {
+                self.pace.waited(waited, reaped, times_preempted);
             }
         }
         Ok(())
@@ -166,6 +188,10 @@ impl<'lane, 'ring> Thread<'lane, 'ring> {
 
     fn submit_and_wait(&self) -> Result<(), LaneError> {
         let mut queues = self.queues.borrow_mut();
+        let look_for = if self.looks { self.pace.look_for() } else { 0 };
+        if look_for > 0 && queues.submit_and_look(look_for).map_err(LaneError::Ring)? {
+            return Ok(());
+        }
         match self.patience() {
             None => queues.submit_and_wait(),
             Some(limit) => queues.submit_and_wait_for(limit),
@@ -275,7 +301,8 @@ impl<'lane, 'ring> Thread<'lane, 'ring> {
 
     /// Hands the tags of a new station to the driver.
     fn take_in(&mut self, arrival: Arrival) -> Result<(), LaneError> {
-        let Arrival { name, lane, place, files, backings, inbox, ready, end, wakeups } = arrival;
+        let Arrival { name, lane, place, files, backings, inbox, ready, end, wakeups, looks } =
+            arrival;
         let queues = self.queues;
         let mut lane = lane.with_io(|parts| SharedIo { queues, parts });
         if let Err(error) = fill_tables(&mut lane, place, &files) {
@@ -292,10 +319,21 @@ impl<'lane, 'ring> Thread<'lane, 'ring> {
         if is_due {
             self.due.push(name);
         }
-        let failure = None;
-        let station =
-            Station { name, lane, place, backings, inbox, ready, end, wakeups, is_due, failure };
+        let station = Station {
+            name,
+            lane,
+            place,
+            backings,
+            inbox,
+            ready,
+            end,
+            wakeups,
+            looks,
+            is_due,
+            failure: None,
+        };
         self.stations.push(station);
+        self.looks &= looks;
         fetched
     }
 
@@ -307,6 +345,7 @@ impl<'lane, 'ring> Thread<'lane, 'ring> {
         if let Some(moved) = self.stations.get(usize::from(index)) {
             self.at[usize::from(moved.name)] = index;
         }
+        self.looks = self.stations.iter().all(|station| station.looks);
         empty_tables(&mut station.lane, station.place, station.backings.len());
         let lane = station.lane.with_io(|io| io.parts);
         let ended = Ended { lane, backings: station.backings, error: station.failure };
