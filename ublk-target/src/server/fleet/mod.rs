@@ -192,17 +192,19 @@ impl Fleet {
 
     /// Serves until a signal asks for the end.
     fn run(&mut self, orders: &Orders<'_>) {
+        // What came while devices were made has been heard there.
+        let mut timeout = PollTimeout::ZERO;
         loop {
             // One may have come while something else was waited for.
             if let Some(signal) = self.wakeups.last_signal() {
                 return log::info!("{signal}: ending");
             }
             // Whatever it was: all is looked at below.
-            let woken = self.wakeups.wait_or(self.hangup.as_fd(), PollTimeout::NONE);
+            let woken = self.wakeups.wait_or(self.hangup.as_fd(), timeout);
             if matches!(woken, Wake::Signal(_)) {
                 continue;
             }
-            self.look_after_members(orders);
+            let has_acted = self.look_after_members(orders);
             let mut is_asked = false;
             while let Ok(Some(_)) = self.hangup.read_signal() {
                 is_asked = true;
@@ -210,17 +212,25 @@ impl Fleet {
             if is_asked {
                 self.reload(orders);
             }
+            // What came meanwhile may have been heard by who waited for something else.
+            timeout = if has_acted || is_asked { PollTimeout::ZERO } else { PollTimeout::NONE };
         }
     }
 
-    fn look_after_members(&mut self, orders: &Orders<'_>) {
+    /// Whether one of them has come to its end.
+    fn look_after_members(&mut self, orders: &Orders<'_>) -> bool {
+        let mut has_acted = false;
         for mut member in std::mem::take(&mut self.members) {
             member.heed_petitions();
             match member.look() {
                 None => self.members.push(member),
-                Some(end) => self.members.extend(end.carry_out(member, self, orders)),
+                Some(end) => {
+                    has_acted = true;
+                    self.members.extend(end.carry_out(member, self, orders));
+                }
             }
         }
+        has_acted
     }
 
     /// Takes all devices down, the last first.
