@@ -108,7 +108,9 @@ fn check(long: bool) -> Result<Vec<TestResult>, Ending> {
     let headers = host::kernel_headers();
     // The clients and servers of `stats` wait for each other with real limits, which threads that
     // take turns at a thirtieth of the speed miss; there is nothing unsafe about them.
-    let mut args = vec!["--skip", "stats::tests"];
+    // Those of shared lanes wait in `io_uring_enter(2)`, during which the checker (3.19) lets no
+    // other thread run: they would wait for ever.
+    let mut args = vec!["--skip", "stats::tests", "--skip", "server::shared::tests"];
     args.extend(headers.is_some().then_some("--include-ignored"));
     let mut variables: Vec<(&str, OsString)> = headers.into_iter().collect();
     let counts = if long { LONG_COUNTS } else { COUNTS };
