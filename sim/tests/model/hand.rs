@@ -10,7 +10,7 @@ use ublk_sim::setup::{Hostility, Recovery, Setup};
 use ublk_sim::trace::Trace;
 use ublk_target::engine::{OpKey, SlotChoice, SlotTable, TagKey};
 use ublk_target::lane::event::Event;
-use ublk_target::lane::{LaneIo, RingRole, backing_file};
+use ublk_target::lane::{LaneIo, Place, RingRole, backing_file};
 use ublk_target::lend::LendMode;
 use ublk_target::request::{Request, RequestKind};
 use ublk_target::target::{AnyTarget, Decision, LoopTarget};
@@ -45,6 +45,8 @@ impl Hand {
         setup.geometry.size = size;
         (setup.queue_entries, setup.io_lane) = (8, false);
         setup.recovery = Recovery::Reissue;
+        // The entries are made for a queue that has the ring's tables to itself.
+        setup.place = Place::default();
         let kernel = Rc::new(RefCell::new(Kernel::new(0, setup, Trace::new(false))));
         let mut hand = Self { io: SimIo(Rc::clone(&kernel)), kernel, lend };
         for tag in 0..2 {
