@@ -47,8 +47,9 @@ pub struct Device {
     pub unpolled: Unpolled,
     /// Look for completions for a while before sleeping, while requests come one by one: `auto`
     /// (200 us at most, and only where that is usually enough), `off`, or at most so many
-    /// microseconds
+    /// microseconds. Not with --poll, which has its own way to wait
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = busy_wait)]
+    #[arg(conflicts_with = "poll")]
     pub busy_wait: BusyWait,
     /// What becomes of the device when its server dies; all but `fail` let it be recovered, or
     /// recover by itself with --supervise [default: fail; with --supervise: reissue]

@@ -107,5 +107,8 @@ fn refused(_ctx: &Ctx) -> Result<Outcome> {
         let said = process::run_for_code(&argv, 2)?.stderr;
         ensure!(said.trim_end().lines().count() == 1, "{nonsense}: {said}");
     }
+    let argv = [PROGRAM, "add", "loop", "-f", text(&path)?, "--busy-wait", "off", "--poll"];
+    let said = process::run_for_code(&argv, 2)?.stderr;
+    ensure!(said.contains("--poll") && said.trim_end().lines().count() == 1, "{said}");
     Ok(Outcome::Pass)
 }
