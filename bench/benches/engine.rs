@@ -1,7 +1,9 @@
-//! What a request costs in user space: the registry alone, and the engine with the loop target in
-//! each lend mode.
+//! What a request costs in user space: the registry, the planners and the making of entries each
+//! alone, and the engine with the loop target in each lend mode.
 
 #![allow(missing_docs, reason = "the macros of criterion make public items without docs")]
+
+use std::hint::black_box;
 
 use bufreg::{Borrower, Incarnation, Owner, Registry, SlotIndex};
 use criterion::{Criterion, criterion_group, criterion_main};
@@ -9,12 +11,13 @@ use ublk_target::engine::{
     Engine, EngineConfig, OpKey, Port, QueueIdentity, SlotChoice, SlotTable, TagKey,
 };
 use ublk_target::lend::LendMode;
-use ublk_target::plan::Op;
-use ublk_target::request::Geometry;
-use ublk_target::target::LoopTarget;
+use ublk_target::plan::{Op, Plan, Planner};
+use ublk_target::request::{Geometry, Request, RequestKind};
+use ublk_target::target::{LoopTarget, StripeTarget};
 use ublk_target::units::{Qid, Tag};
 use uring_ext::iod::IoDesc;
 use uring_ext::pool::Direction;
+use uring_ext::sqe::{Delivery, FixedBuffer, FixedFile, Sqe};
 use uring_ext::sys;
 
 const DEPTH: u16 = 128;
@@ -30,6 +33,47 @@ fn lend_and_return(criterion: &mut Criterion) {
             registry.give_back(borrow).expect("the borrow is live");
             let lease = registry.retire(lease).expect("no borrow is left");
             registry.release(lease);
+        });
+    });
+}
+
+fn plan(criterion: &mut Criterion) {
+    const CHUNK: u64 = 64 << 10;
+    let whole = LoopTarget { size: 1 << 30 };
+    let stripe = StripeTarget::new(CHUNK, &[1 << 30; 4]).expect("it is a stripe");
+    let (inside, across) = (3 * CHUNK, 3 * CHUNK - 2048);
+    one(criterion, "loop, 4 KiB", &whole, inside);
+    one(criterion, "stripe, 4 KiB in one chunk", &stripe, inside);
+    one(criterion, "stripe, 4 KiB in two chunks", &stripe, across);
+
+    fn one(criterion: &mut Criterion, name: &str, planner: &impl Planner, offset: u64) {
+        let request = Request { kind: RequestKind::Read, offset, len: 4096 };
+        let mut plan = Plan::default();
+        criterion.bench_function(&format!("planner: {name}"), |bencher| {
+            bencher.iter(|| {
+                let request = black_box(&request);
+                planner.single(request).map_or_else(
+                    || {
+                        plan.clear();
+                        planner.plan(request, 0, &mut plan).expect("it is within the device");
+                        plan.len()
+                    },
+                    |place| usize::from(black_box(place).backing.0),
+                )
+            });
+        });
+    }
+}
+
+fn entries(criterion: &mut Criterion) {
+    criterion.bench_function("entries: a read and a commit", |bencher| {
+        bencher.iter(|| {
+            let (slot, offset) = (black_box(5), black_box(1 << 20));
+            let buffer = FixedBuffer::Lent { slot, offset: 0 };
+            let read = Sqe::read_fixed(FixedFile(1), buffer, 4096, offset).user_data(offset);
+            let delivery = Delivery::AutoRegister { slot };
+            let commit = Sqe::commit_and_fetch(FixedFile(0), 0, slot, 4096, delivery);
+            (read, commit.user_data(offset))
         });
     });
 }
@@ -105,5 +149,5 @@ fn request(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, lend_and_return, request);
+criterion_group!(benches, lend_and_return, plan, entries, request);
 criterion_main!(benches);
