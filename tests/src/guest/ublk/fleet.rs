@@ -40,7 +40,10 @@ impl Fleet {
         load_driver()?;
         let log = directory.join("fleet.log");
         let error = File::options().create(true).append(true).open(&log)?;
-        let mut child = Command::new(PROGRAM)
+        // In a session of its own, as a service manager would start it and as `add` runs: the
+        // scheduler has groups of sessions, and switching between groups costs more.
+        let mut child = Command::new("setsid")
+            .arg(PROGRAM)
             .args(["serve", "--config", text(config)?])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
