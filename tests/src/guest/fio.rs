@@ -162,6 +162,14 @@ fn start_with(directory: &Path, name: &str, arguments: &[String]) -> Result<Runn
 }
 
 impl Running {
+    /// Whether it has ended by itself.
+    ///
+    /// # Errors
+    /// Those of `waitpid(2)`.
+    pub fn has_ended(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_some())
+    }
+
     /// Waits for its end, and reads its report.
     ///
     /// # Errors

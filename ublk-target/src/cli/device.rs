@@ -47,7 +47,8 @@ pub struct Device {
     pub unpolled: Unpolled,
     /// Look for completions for a while before sleeping, while requests come one by one: `auto`
     /// (200 us at most, and only where that is usually enough), `off`, or at most so many
-    /// microseconds. Not with --poll, which has its own way to wait
+    /// microseconds. A thread with one CPU takes real-time priority instead. Not with --poll,
+    /// which has its own way to wait
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = busy_wait)]
     #[arg(conflicts_with = "poll")]
     pub busy_wait: BusyWait,

@@ -10,19 +10,20 @@ use std::sync::mpsc::{Receiver, SyncSender};
 use std::time::Duration;
 
 use nix::sys::eventfd::EventFd;
-use nix::sys::resource::{UsageWho, getrusage};
 use uring_ext::Errno;
 use uring_ext::iod::IoDescArray;
 use uring_ext::nvme::Ranges;
 use uring_ext::pool::BufferPool;
 use uring_ext::ring::{Polling, Ring, RingSetup};
 
+use super::clock::{coarse_now, precise_now};
 use super::io_lane::IoLane;
 use super::message::LaneMessage;
-use super::pace::{BusyWait, Pace};
+use super::pace::BusyWait;
 use super::ring_io::{Parts, RingIo};
 use super::side_ring::SideRing;
 use super::signals::Wakeups;
+use super::waits::{Waits, may_look};
 use crate::backing::Backing;
 use crate::engine::{EngineConfig, EngineStats};
 use crate::lane::fault::{Faults, Injected};
@@ -101,7 +102,7 @@ pub fn serve(
         inbox,
         is_draining: false,
         is_undelivered: false,
-        pace: Pace::new(busy_wait(config), processors()),
+        waits: Waits::new(busy_wait(config)),
     };
     thread.lane.fetch_all();
     thread.lane.watch(wake_file(config));
@@ -149,7 +150,7 @@ pub(super) fn failed(doing: &'static str) -> impl Fn(Errno) -> LaneError {
 
 fn set_up(config: &LaneConfig) -> Result<(Ring, Option<SideRing>, Parts), LaneError> {
     let polling = config.polling;
-    let show_work = busy_wait(config) != BusyWait::Off && processors() > 1;
+    let show_work = may_look(busy_wait(config));
     let setup = RingSetup { polling, show_work, ..RingSetup::default() };
     let ring = make_ring(config, &[config.wake.as_fd().as_raw_fd()], setup)?;
     let side = (polling != Polling::Off).then(|| SideRing::new(config)).transpose()?;
@@ -242,7 +243,7 @@ struct LaneThread<'ring> {
     inbox: Receiver<LaneMessage>,
     is_draining: bool,
     is_undelivered: bool,
-    pace: Pace,
+    waits: Waits,
 }
 
 impl LaneThread<'_> {
@@ -253,12 +254,12 @@ impl LaneThread<'_> {
             let engine = self.lane.engine();
             let patience = if is_idle { Some(Duration::ZERO) } else { engine.patience() };
             let transfers = engine.transfers_in_flight();
-            let began = if self.pace.is_timed() { precise_now() } else { 0 };
-            let look_for = if is_idle { 0 } else { self.pace.look_for() };
+            let began = self.waits.begin();
+            let look_for = if is_idle { 0 } else { self.waits.look_for() };
             if look_for == 0 || !self.lane.io().submit_and_look(look_for)? {
                 self.lane.io().submit_and_wait(patience, transfers)?;
             }
-            let waited = if self.pace.is_timed() { precise_now() - began } else { 0 };
+            self.waits.ended(began, transfers);
             let mut reaped = 0;
             loop {
                 let count = self.reap(config);
@@ -266,9 +267,6 @@ impl LaneThread<'_> {
                 if count < REAP_BATCH {
                     break;
                 }
-            }
-            if self.pace.is_timed() {
-                self.pace.waited(waited, reaped, times_preempted);
             }
             self.lane.check()?;
             if self.lane.engine().has_ended_tags() && !self.is_undelivered {
@@ -311,7 +309,7 @@ impl LaneThread<'_> {
     /// While nobody measures, coarse time does: it costs no system call and no clock read.
     fn now(&self) -> u64 {
         let coarse = self.lane.engine().recorder().is_none();
-        monotonic_ns(if coarse { CLOCK_COARSE } else { CLOCK })
+        if coarse { coarse_now() } else { precise_now() }
     }
 
     /// Deals with completions of the I/O lane.
@@ -372,33 +370,4 @@ impl LaneReport {
 /// How the lane may wait. One whose ring polls has its own way.
 fn busy_wait(config: &LaneConfig) -> BusyWait {
     if config.polling == Polling::Off { config.busy_wait } else { BusyWait::Off }
-}
-
-/// Processors that this thread may run on.
-pub(super) fn processors() -> usize {
-    std::thread::available_parallelism().map_or(1, Into::into)
-}
-
-/// How often another thread was given the processor while this one could run.
-pub(super) fn times_preempted() -> u64 {
-    let usage = getrusage(UsageWho::RUSAGE_THREAD);
-    usage.map_or(0, |it| u64::try_from(it.involuntary_context_switches()).unwrap_or(0))
-}
-
-/// The monotonic clock, to a tick: it costs no system call and no clock read.
-pub(super) fn coarse_now() -> u64 {
-    monotonic_ns(CLOCK_COARSE)
-}
-
-/// The monotonic clock, to the nanosecond.
-pub(super) fn precise_now() -> u64 {
-    monotonic_ns(CLOCK)
-}
-
-const CLOCK: nix::time::ClockId = nix::time::ClockId::CLOCK_MONOTONIC;
-const CLOCK_COARSE: nix::time::ClockId = nix::time::ClockId::CLOCK_MONOTONIC_COARSE;
-
-fn monotonic_ns(clock: nix::time::ClockId) -> u64 {
-    let now = nix::time::clock_gettime(clock).map_or(Duration::ZERO, Duration::from);
-    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -1,5 +1,6 @@
 //! Serving a device: lanes on the data path, and the device's life around them.
 
+mod clock;
 pub mod config;
 pub mod device;
 pub mod fleet;
@@ -13,6 +14,7 @@ pub mod pace;
 pub mod petition;
 mod plan;
 pub mod polling;
+mod precedence;
 mod protection;
 pub mod recovery;
 mod ring_io;
@@ -21,3 +23,4 @@ mod side_ring;
 pub mod signals;
 mod supervision;
 pub mod upgrade;
+mod waits;

@@ -1,6 +1,7 @@
 //! How a lane waits: whether it looks for completions for a while before it sleeps. It goes by what
 //! the last waits were like, so nobody has to choose.
 
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -38,14 +39,16 @@ impl BusyWait {
 const POINT: u32 = 8;
 /// What one wait counts for in an average, as a power of two.
 const WEIGHT: u32 = 3;
-/// With more completions than this a wait, on average, going to sleep costs each of them little.
-const FEW: u64 = 3 << POINT;
+/// With more operations than this in flight, on average, the backing has something to do while the
+/// lane falls asleep and wakes up, and the processor is of more use to others.
+const FEW: u64 = 2 << POINT;
 /// After so many waits it is looked whether the processor was taken away meanwhile.
 const LOOK_EVERY: u32 = 64;
 /// Taken away more often than that, and somebody else needs the processor.
 const TAKEN_OFTEN: u64 = 8;
-/// For so many waits it is left to others then.
-const LEAVE_FOR: u32 = 4096;
+/// For so many waits it is left to others then, and for twice as many each time that it is taken
+/// away again at once: two threads may just have met on one processor, or it is needed for good.
+const LEAVE_FOR: RangeInclusive<u32> = 64..=4096;
 
 /// What the last waits of a lane were like.
 #[derive(Debug)]
@@ -54,10 +57,12 @@ pub struct Pace {
     limit: u64,
     /// Average length of waits in nanoseconds.
     wait: u64,
-    /// Average number of completions that a wait brings, with a point.
-    brought: u64,
+    /// Average number of operations in flight as waits begin, with a point.
+    in_flight: u64,
     /// Waits for which the processor is left to others.
     leave: u32,
+    /// For how many it is the next time.
+    leave_next: u32,
     /// Waits until the next look at how often it was taken away.
     until_look: u32,
     /// How often it had been at the last look.
@@ -75,34 +80,43 @@ impl Pace {
             limit,
             // As if it had been idle.
             wait: limit.saturating_mul(4),
-            brought: FEW,
+            in_flight: FEW,
             leave: 0,
+            leave_next: *LEAVE_FOR.start(),
             until_look: LOOK_EVERY,
             taken: None,
         }
     }
 
-    /// Whether the lengths of waits are of interest.
+    /// Whether it looks at times.
+    #[must_use]
+    pub const fn looks(&self) -> bool {
+        self.limit > 0
+    }
+
+    /// Whether the length of the next wait is of interest.
     #[must_use]
     pub const fn is_timed(&self) -> bool {
-        self.limit > 0
+        self.limit > 0 && self.in_flight <= FEW
     }
 
     /// For how many nanoseconds to look for completions before the next sleep; 0 for not at all.
     #[must_use]
     pub const fn look_for(&self) -> u64 {
-        let is_worth_it = self.wait <= self.limit / 2 && self.brought <= FEW && self.leave == 0;
+        let is_worth_it = self.wait <= self.limit / 2 && self.in_flight <= FEW && self.leave == 0;
         if is_worth_it { self.limit } else { 0 }
     }
 
-    /// A wait of so many nanoseconds has brought so many completions. `taken` tells how often the
-    /// processor has been taken away from this thread in its life.
-    pub fn waited(&mut self, ns: u64, brought: usize, taken: impl FnOnce() -> u64) {
-        // One pause, be it a day, is soon forgotten.
-        let ns = ns.min(self.limit.saturating_mul(4));
-        self.wait = self.wait - (self.wait >> WEIGHT) + (ns >> WEIGHT);
-        let brought = u64::try_from(brought.min(1 << 16)).unwrap_or(0) << POINT;
-        self.brought = self.brought - (self.brought >> WEIGHT) + (brought >> WEIGHT);
+    /// There was a wait of so many nanoseconds (`None` if nobody measured), with so many operations
+    /// in flight as it began. `taken` tells how often the processor has been taken away from this thread in its life.
+    pub fn waited(&mut self, ns: Option<u64>, in_flight: usize, taken: impl FnOnce() -> u64) {
+        if let Some(ns) = ns {
+            // One pause, be it a day, is soon forgotten.
+            let ns = ns.min(self.limit.saturating_mul(4));
+            self.wait = self.wait - (self.wait >> WEIGHT) + (ns >> WEIGHT);
+        }
+        let in_flight = u64::try_from(in_flight.min(1 << 16)).unwrap_or(0) << POINT;
+        self.in_flight = self.in_flight - (self.in_flight >> WEIGHT) + (in_flight >> WEIGHT);
         self.leave = self.leave.saturating_sub(1);
         if self.look_for() == 0 {
             return;
@@ -111,10 +125,14 @@ impl Pace {
         if self.until_look == 0 {
             self.until_look = LOOK_EVERY;
             let taken = taken();
-            let before = self.taken.replace(taken).unwrap_or(taken);
-            if taken.saturating_sub(before) > TAKEN_OFTEN {
-                self.leave = LEAVE_FOR;
-                self.taken = None;
+            match self.taken.replace(taken) {
+                None => {}
+                Some(before) if taken.saturating_sub(before) > TAKEN_OFTEN => {
+                    self.leave = self.leave_next;
+                    self.leave_next = (2 * self.leave_next).min(*LEAVE_FOR.end());
+                    self.taken = None;
+                }
+                Some(_) => self.leave_next = *LEAVE_FOR.start(),
             }
         }
     }
@@ -130,9 +148,9 @@ mod tests {
         Pace::new(BusyWait::Auto, 2)
     }
 
-    fn wait(pace: &mut Pace, times: u32, ns: u64, brought: usize) {
+    fn wait(pace: &mut Pace, times: u32, ns: u64, in_flight: usize) {
         for _ in 0..times {
-            pace.waited(ns, brought, || 0);
+            pace.waited(Some(ns), in_flight, || 0);
         }
     }
 
@@ -145,10 +163,10 @@ mod tests {
             ("rare", 10 * LIMIT, 1, false),
             ("many at once", 20_000, 20, false),
         ];
-        for (name, ns, brought, looks) in table {
+        for (name, ns, in_flight, looks) in table {
             let mut pace = pace();
             assert_eq!(pace.look_for(), 0, "{name}: a lane that begins sleeps");
-            wait(&mut pace, 100, ns, brought);
+            wait(&mut pace, 100, ns, in_flight);
             assert_eq!(pace.look_for() > 0, looks, "{name}");
         }
     }
@@ -168,7 +186,7 @@ mod tests {
         for (busy_wait, processors) in [(BusyWait::Auto, 1), (BusyWait::Off, 64)] {
             let mut pace = Pace::new(busy_wait, processors);
             wait(&mut pace, 100, 0, 1);
-            assert!(!pace.is_timed() && pace.look_for() == 0, "{busy_wait:?}");
+            assert!(!pace.looks() && !pace.is_timed() && pace.look_for() == 0, "{busy_wait:?}");
         }
         let mut pace = Pace::new(BusyWait::Limit(Duration::from_millis(1)), 2);
         wait(&mut pace, 100, LIMIT, 1);
@@ -178,14 +196,21 @@ mod tests {
     #[test]
     fn the_processor_is_left_to_those_who_need_it() {
         let (mut pace, mut taken) = (pace(), 0);
-        let mut looked = 0;
-        for _ in 0..10_000 {
-            looked += u32::from(pace.look_for() > 0);
-            taken += 1;
-            pace.waited(20_000, 1, || taken);
-        }
-        assert!((1..1000).contains(&looked), "{looked}");
-        wait(&mut pace, 2 * LEAVE_FOR, 20_000, 1);
-        assert!(pace.look_for() > 0, "it tries again");
+        let mut look = |pace: &mut Pace, waits, takes| {
+            let mut looked = 0;
+            for _ in 0..waits {
+                looked += u32::from(pace.look_for() > 0);
+                taken += takes;
+                pace.waited(Some(20_000), 1, || taken);
+            }
+            looked
+        };
+        let looked = look(&mut pace, 100_000, 1);
+        assert!((1..5000).contains(&looked), "{looked}");
+        let end = *LEAVE_FOR.end();
+        let looked = look(&mut pace, 2 * end, 0);
+        assert!(looked >= end - 2 * LOOK_EVERY, "it looks again: {looked}");
+        let (once, then) = (look(&mut pace, 3 * LOOK_EVERY, 1), look(&mut pace, 1000, 0));
+        assert!(once + then > 900, "having met somebody once it soon looks again: {once} {then}");
     }
 }

@@ -118,7 +118,7 @@ impl LaneIo for RingIo<'_> {
     }
 
     fn now(&mut self) -> u64 {
-        super::lane::precise_now()
+        super::clock::precise_now()
     }
 }
 

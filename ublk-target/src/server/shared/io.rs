@@ -10,7 +10,7 @@ use uring_ext::ring::Queues;
 use uring_ext::sqe::Sqe;
 
 use crate::lane::{LaneIo, RingRole};
-use crate::server::lane::precise_now;
+use crate::server::clock::precise_now;
 use crate::server::ring_io::Parts;
 use crate::units::Tag;
 

@@ -20,13 +20,13 @@ use super::{MAX_STATIONS, NAMES, SLOTS};
 use crate::backing::Backing;
 use crate::lane::event::Event;
 use crate::lane::{Lane, LaneError, Place};
-use crate::server::lane::{
-    REAP_BATCH, attend, coarse_now, failed, precise_now, processors, times_preempted,
-};
+use crate::server::clock::{coarse_now, precise_now};
+use crate::server::lane::{REAP_BATCH, attend, failed};
 use crate::server::message::LaneMessage;
-use crate::server::pace::{BusyWait, Pace};
+use crate::server::pace::BusyWait;
 use crate::server::ring_io::Parts;
 use crate::server::signals::Wakeups;
+use crate::server::waits::{Waits, may_look};
 use crate::target::AnyTarget;
 
 /// Entries that are submitted at a time; what does not fit is submitted earlier.
@@ -78,6 +78,8 @@ struct Station<'lane, 'ring> {
     end: SyncSender<Ended>,
     wakeups: Arc<Wakeups>,
     looks: bool,
+    /// Reads and writes in flight when it was looked at last.
+    in_flight: usize,
     /// Something has happened to it since it was looked at.
     is_due: bool,
     /// Why it has to end, as soon as the driver has taken its fetches back.
@@ -97,9 +99,9 @@ struct Thread<'lane, 'ring> {
     now: u64,
     /// A station measures latencies, which takes a better clock.
     measures: bool,
-    pace: Pace,
-    /// No station is told to do without busy waits.
-    looks: bool,
+    waits: Waits,
+    /// Reads and writes in flight, of all stations together.
+    in_flight: usize,
     /// Nobody can send stations any more.
     is_closed: bool,
 }
@@ -131,8 +133,8 @@ pub(super) fn serve(
         wake,
         now: coarse_now(),
         measures: false,
-        pace: Pace::new(BusyWait::Auto, processors()),
-        looks: true,
+        waits: Waits::new(BusyWait::Auto),
+        in_flight: 0,
         is_closed: false,
     };
     let watched = thread.watch();
@@ -148,7 +150,7 @@ fn set_up(wake: &EventFd, files: u16) -> Result<Ring, LaneError> {
     let setup = RingSetup {
         sq_entries: SQ_ENTRIES,
         cq_entries: CQ_ENTRIES,
-        show_work: processors() > 1,
+        show_work: may_look(BusyWait::Auto),
         ..RingSetup::default()
     };
     let mut ring = Ring::new(&setup).map_err(failed("making the ring"))?;
@@ -164,23 +166,18 @@ impl<'lane, 'ring> Thread<'lane, 'ring> {
         let mut batch = [Cqe::default(); REAP_BATCH];
         while !(self.is_closed && self.stations.is_empty()) {
             self.look_after_due();
-            let began = if self.pace.is_timed() { precise_now() } else { 0 };
+            let (began, in_flight) = (self.waits.begin(), self.in_flight);
             self.submit_and_wait()?;
-            let waited = if self.pace.is_timed() { precise_now() - began } else { 0 };
-            let mut reaped = 0;
+            self.waits.ended(began, in_flight);
             loop {
                 let count = self.queues.borrow_mut().reap(&mut batch);
                 self.now = if self.measures { precise_now() } else { coarse_now() };
                 for cqe in &batch[..count] {
                     self.handle(*cqe)?;
                 }
-                reaped += count;
                 if count < batch.len() {
                     break;
                 }
-            }
-            if self.pace.is_timed() {
-                self.pace.waited(waited, reaped, times_preempted);
             }
         }
         Ok(())
@@ -188,7 +185,7 @@ impl<'lane, 'ring> Thread<'lane, 'ring> {
 
     fn submit_and_wait(&self) -> Result<(), LaneError> {
         let mut queues = self.queues.borrow_mut();
-        let look_for = if self.looks { self.pace.look_for() } else { 0 };
+        let look_for = self.waits.look_for();
         if look_for > 0 && queues.submit_and_look(look_for).map_err(LaneError::Ring)? {
             return Ok(());
         }
@@ -257,6 +254,8 @@ impl<'lane, 'ring> Thread<'lane, 'ring> {
             }
         }
         let engine = station.lane.engine();
+        let before = std::mem::replace(&mut station.in_flight, engine.transfers_in_flight());
+        self.in_flight = self.in_flight - before + station.in_flight;
         if engine.is_finished() {
             return Standing::Over(name);
         }
@@ -329,11 +328,12 @@ impl<'lane, 'ring> Thread<'lane, 'ring> {
             end,
             wakeups,
             looks,
+            in_flight: 0,
             is_due,
             failure: None,
         };
         self.stations.push(station);
-        self.looks &= looks;
+        self.allow_looks();
         fetched
     }
 
@@ -342,16 +342,23 @@ impl<'lane, 'ring> Thread<'lane, 'ring> {
         let index = self.at[usize::from(name)];
         self.at[usize::from(name)] = NOBODY;
         let mut station = self.stations.swap_remove(usize::from(index));
+        self.in_flight -= station.in_flight;
         if let Some(moved) = self.stations.get(usize::from(index)) {
             self.at[usize::from(moved.name)] = index;
         }
-        self.looks = self.stations.iter().all(|station| station.looks);
+        self.allow_looks();
         empty_tables(&mut station.lane, station.place, station.backings.len());
         let lane = station.lane.with_io(|io| io.parts);
         let ended = Ended { lane, backings: station.backings, error: station.failure };
         // There is room for the only one.
         let _ = station.end.try_send(ended);
         station.wakeups.lane_ended();
+    }
+
+    /// One station is enough to have the lane do without busy waits.
+    fn allow_looks(&mut self) {
+        let are_allowed = self.stations.iter().all(|station| station.looks);
+        self.waits.allow(are_allowed);
     }
 
     /// The ring does not work any more.

@@ -1,0 +1,101 @@
+//! Whether a lane goes before the clients with which it has its only processor in common.
+//!
+//! Of two equal threads, the client falls asleep after it has sent a request, and the lane, and the
+//! client wakes up, for each request: at a queue depth of 1 that is most of what a request costs. A
+//! lane of real-time priority has answered before the client could fall asleep. It serves each
+//! request by itself then, though, and where many are under way, batches cost less. To a lane that
+//! goes first either looks alike; so now and then it is an equal for a while, and counts.
+
+/// For so many waits a lane is an equal, before it decides by what was in flight then.
+const EQUAL_FOR: u32 = 64;
+/// For so many it goes first then.
+const FIRST_FOR: u32 = 1024;
+
+/// Whether a lane goes first, and whether requests come one by one.
+#[derive(Debug)]
+pub struct Precedence {
+    is_first: bool,
+    /// Waits until it decides again.
+    until: u32,
+    /// At some wait since then there was more than one operation in flight.
+    are_several: bool,
+}
+
+impl Default for Precedence {
+    fn default() -> Self {
+        Self { is_first: false, until: EQUAL_FOR, are_several: false }
+    }
+}
+
+impl Precedence {
+    /// There was a wait, with so many operations in flight as it began. Returns whether to go first
+    /// from now on, if that changes.
+    pub fn waited(&mut self, in_flight: usize) -> Option<bool> {
+        self.are_several |= in_flight > 1;
+        self.until -= 1;
+        if self.until > 0 {
+            return None;
+        }
+        let is_first = !self.is_first && !self.are_several;
+        let changes = is_first != self.is_first;
+        let until = if is_first { FIRST_FOR } else { EQUAL_FOR };
+        *self = Self { is_first, until, are_several: false };
+        changes.then_some(is_first)
+    }
+
+    /// Whether it goes first.
+    #[must_use]
+    pub const fn is_first(&self) -> bool {
+        self.is_first
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of so many waits, those during which it went first.
+    fn first_of(waits: u32, in_flight: impl Fn(bool, u32) -> usize) -> u32 {
+        let mut precedence = Precedence::default();
+        let mut first = 0;
+        for wait in 0..waits {
+            let was_first = precedence.is_first();
+            first += u32::from(was_first);
+            let change = precedence.waited(in_flight(was_first, wait));
+            assert_eq!(change.unwrap_or(was_first), precedence.is_first());
+            assert!(change != Some(was_first), "what does not change is not told");
+        }
+        first
+    }
+
+    /// Deliveries and operations take turns; a lane that goes first gets them one by one whatever
+    /// the depth is.
+    fn at_depth(depth: usize) -> impl Fn(bool, u32) -> usize {
+        move |is_first, wait| {
+            if wait % 2 == 0 {
+                0
+            } else if is_first {
+                1
+            } else {
+                depth
+            }
+        }
+    }
+
+    #[test]
+    fn it_goes_first_while_requests_come_one_by_one() {
+        let waits = 100 * (EQUAL_FOR + FIRST_FOR);
+        for (depth, first) in [(1, 100 * FIRST_FOR), (2, 0), (3, 0), (32, 0)] {
+            assert_eq!(first_of(waits, at_depth(depth)), first, "{depth}");
+        }
+    }
+
+    #[test]
+    fn it_soon_finds_out_that_requests_come_otherwise() {
+        let (until, waits) = (10_000, 100_000);
+        let in_flight =
+            |is_first, wait| at_depth(if wait < until { 1 } else { 32 })(is_first, wait);
+        let more = first_of(waits, in_flight) - first_of(until, in_flight);
+        assert!(more <= FIRST_FOR, "{more} waits went by");
+    }
+}

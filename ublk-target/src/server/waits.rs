@@ -1,0 +1,104 @@
+//! How a lane waits, and what it makes of how its last waits have been: it looks for completions
+//! before it sleeps, or goes before its clients, while requests come one by one.
+
+use nix::sys::resource::{UsageWho, getrusage};
+use uring_ext::task;
+
+use super::clock::precise_now;
+use super::pace::{BusyWait, Pace};
+use super::precedence::Precedence;
+
+/// How the calling thread, a lane's, waits.
+#[derive(Debug)]
+pub struct Waits {
+    pace: Pace,
+    /// If it may go first.
+    precedence: Option<Precedence>,
+    /// Whoever it serves lets it do more than sleep.
+    is_allowed: bool,
+}
+
+impl Waits {
+    /// Of a lane on this thread.
+    #[must_use]
+    pub fn new(busy_wait: BusyWait) -> Self {
+        let processors = processors();
+        // Who looks for completions on the only processor keeps from running whom it waits for.
+        let may_go_first = busy_wait != BusyWait::Off && processors == 1 && can_go_first();
+        Self {
+            pace: Pace::new(busy_wait, processors),
+            precedence: may_go_first.then(Precedence::default),
+            is_allowed: true,
+        }
+    }
+
+    /// Whether it may do more than sleep.
+    pub fn allow(&mut self, is_allowed: bool) {
+        self.is_allowed = is_allowed;
+        if let Some(precedence) = self.precedence.as_mut().filter(|_| !is_allowed) {
+            if precedence.is_first() {
+                go_first(false);
+            }
+            *precedence = Precedence::default();
+        }
+    }
+
+    /// For how many nanoseconds to look for completions before the next sleep; 0 for not at all.
+    #[must_use]
+    pub const fn look_for(&self) -> u64 {
+        if self.is_allowed { self.pace.look_for() } else { 0 }
+    }
+
+    /// When a wait begins, if that is of interest.
+    #[must_use]
+    pub fn begin(&self) -> Option<u64> {
+        self.pace.is_timed().then(precise_now)
+    }
+
+    /// There was a wait that began then, with so many operations in flight.
+    pub fn ended(&mut self, began: Option<u64>, in_flight: usize) {
+        if self.pace.looks() {
+            let ns = began.map(|began| precise_now() - began);
+            self.pace.waited(ns, in_flight, times_preempted);
+        } else if let Some(precedence) = self.precedence.as_mut().filter(|_| self.is_allowed) {
+            if let Some(is_first) = precedence.waited(in_flight) {
+                go_first(is_first);
+            }
+        }
+    }
+}
+
+/// Whether a ring should show when the kernel has work for this thread, so that it can be looked
+/// for.
+#[must_use]
+pub fn may_look(busy_wait: BusyWait) -> bool {
+    busy_wait != BusyWait::Off && processors() > 1
+}
+
+/// Processors that this thread may run on.
+fn processors() -> usize {
+    std::thread::available_parallelism().map_or(1, Into::into)
+}
+
+/// Whether this thread may have real-time priority. One whose policy somebody has chosen keeps it.
+fn can_go_first() -> bool {
+    if !task::is_ordinary() {
+        return false;
+    }
+    let tried = task::set_real_time(true).and_then(|()| task::set_real_time(false));
+    if let Err(errno) = tried {
+        log::debug!("a lane: sched_setscheduler: {errno}");
+    }
+    tried.is_ok()
+}
+
+/// It was possible when it was tried; should it not be any more, things stay as they are.
+fn go_first(is_first: bool) {
+    let _ = task::set_real_time(is_first);
+}
+
+/// How often another thread was given the processor while this one could run.
+fn times_preempted() -> u64 {
+    let usage = getrusage(UsageWho::RUSAGE_THREAD);
+    usage.map_or(0, |it| u64::try_from(it.involuntary_context_switches()).unwrap_or(0))
+}
