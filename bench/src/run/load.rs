@@ -68,7 +68,7 @@ pub const LOADS: &[LoadKind] = &[
     load("randrw-4k-qd32", "4 KiB random, 70 % reads, QD32", "randrw", 32).reads(70).essential(),
     load("read-128k-qd8", "128 KiB sequential read, QD8", "read", 8).kib(128).essential(),
     load("write-128k-qd8", "128 KiB sequential write, QD8", "write", 8).kib(128),
-    load("read-1m-qd4", "1 MiB sequential read, QD4", "read", 4).kib(1024),
+    load("read-1m-qd4", "1 MiB sequential read, QD4", "read", 4).kib(1024).essential(),
     load("write-1m-qd4", "1 MiB sequential write, QD4", "write", 4).kib(1024),
 ];
 
@@ -108,7 +108,7 @@ mod tests {
     fn loads_are_chosen_by_name_profile_and_permission() {
         let names = |loads: Vec<LoadKind>| loads.iter().map(|load| load.name).collect::<Vec<_>>();
         assert_eq!(chosen(&[], false, true).len(), LOADS.len());
-        let reads = ["randread-4k-qd1", "randread-4k-qd32", "read-128k-qd8"];
+        let reads = ["randread-4k-qd1", "randread-4k-qd32", "read-128k-qd8", "read-1m-qd4"];
         assert_eq!(names(chosen(&[], true, false)), reads);
         let named = ["write-1m-qd4", "randread-4k-qd8"].map(String::from);
         assert_eq!(names(chosen(&named, true, true)), ["randread-4k-qd8", "write-1m-qd4"]);

@@ -14,7 +14,7 @@ use crate::image::Image;
 use crate::klog;
 use crate::proto::{ExitState, Job};
 use crate::ui;
-use crate::vm::{Stream, Vm};
+use crate::vm::{JobResult, Stream, Vm};
 
 /// The guest's program.
 pub(super) const PROGRAM: &str = "bench-guest";
@@ -174,10 +174,30 @@ pub fn run_and_tell(
             err.push(bytes, &mut tell);
         }
     })?;
-    ensure!(result.timed_out.is_none(), "not done after {} s", timeout.as_secs());
-    let said = String::from_utf8_lossy(&said);
-    ensure!(result.state == ExitState::Code(0), "{}", one_line(&said, result.state));
+    ensure_well(&result, timeout, &said)?;
     trouble.map_or(Ok(()), Err)
+}
+
+/// The whole of a file in the guest.
+///
+/// # Errors
+/// When it cannot be read, or is no text.
+pub fn read_file(vm: &mut Vm, path: &str, timeout: Duration) -> Result<String> {
+    let job = Job { argv: vec!["cat".to_owned(), path.to_owned()], ..Job::default() };
+    let (mut text, mut said) = (Vec::new(), Vec::new());
+    let result = vm.run(&job, timeout, &mut |stream, bytes| match stream {
+        Stream::Stdout => text.extend_from_slice(bytes),
+        Stream::Stderr => said.extend_from_slice(bytes),
+    })?;
+    ensure_well(&result, timeout, &said)?;
+    Ok(String::from_utf8(text)?)
+}
+
+fn ensure_well(result: &JobResult, timeout: Duration, said: &[u8]) -> Result<()> {
+    ensure!(result.timed_out.is_none(), "not done after {} s", timeout.as_secs());
+    let said = String::from_utf8_lossy(said);
+    ensure!(result.state == ExitState::Code(0), "{}", one_line(&said, result.state));
+    Ok(())
 }
 
 /// What a program said before it failed, in one line.

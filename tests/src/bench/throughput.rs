@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use super::host::{run, run_and_tell, state_of};
+use super::host::{read_file, run, run_and_tell, state_of};
 use crate::config::VmConfig;
 use crate::image::Image;
 use crate::ui;
@@ -56,18 +56,13 @@ pub fn measure(image: &Image, payload: &Path, rounds: Option<u32>) -> Result<Thr
     ensure!(trouble.is_none(), "{}", trouble.unwrap_or_default());
     vm.power_off()?;
     ensure_whole(&json)?;
+    ensure!(html.trim_end().ends_with("</html>"), "the page is cut off");
     Ok(Throughput { json, html })
 }
 
 fn read(vm: &mut Vm, extension: &str) -> Result<String> {
-    let mut text = String::new();
-    run(vm, &["cat", &format!("{RESULTS}.{extension}")], READ_TIMEOUT, |line| {
-        text.push_str(line);
-        text.push('\n');
-        Ok(())
-    })
-    .context("read the results")?;
-    Ok(text)
+    let path = format!("{RESULTS}.{extension}");
+    read_file(vm, &path, READ_TIMEOUT).context("read the results")
 }
 
 /// Fails unless every subject that could be measured was, in every round and with every load.
