@@ -254,12 +254,11 @@ impl LaneThread<'_> {
             let engine = self.lane.engine();
             let patience = if is_idle { Some(Duration::ZERO) } else { engine.patience() };
             let transfers = engine.transfers_in_flight();
-            let began = self.waits.begin();
             let look_for = if is_idle { 0 } else { self.waits.look_for() };
             if look_for == 0 || !self.lane.io().submit_and_look(look_for)? {
                 self.lane.io().submit_and_wait(patience, transfers)?;
             }
-            self.waits.ended(began, transfers);
+            self.waits.ended(transfers);
             let mut reaped = 0;
             loop {
                 let count = self.reap(config);

@@ -16,6 +16,9 @@ pub struct Waits {
     precedence: Option<Precedence>,
     /// Whoever it serves lets it do more than sleep.
     is_allowed: bool,
+    /// When the last wait ended, if that was of interest. What is done between waits takes little,
+    /// and one look at the clock for each is enough.
+    last_ended: Option<u64>,
 }
 
 impl Waits {
@@ -29,6 +32,7 @@ impl Waits {
             pace: Pace::new(busy_wait, processors),
             precedence: may_go_first.then(Precedence::default),
             is_allowed: true,
+            last_ended: None,
         }
     }
 
@@ -49,16 +53,12 @@ impl Waits {
         if self.is_allowed { self.pace.look_for() } else { 0 }
     }
 
-    /// When a wait begins, if that is of interest.
-    #[must_use]
-    pub fn begin(&self) -> Option<u64> {
-        self.pace.is_timed().then(precise_now)
-    }
-
-    /// There was a wait that began then, with so many operations in flight.
-    pub fn ended(&mut self, began: Option<u64>, in_flight: usize) {
+    /// There was a wait, with so many operations in flight as it began.
+    pub fn ended(&mut self, in_flight: usize) {
         if self.pace.looks() {
-            let ns = began.map(|began| precise_now() - began);
+            let now = self.pace.is_timed().then(precise_now);
+            let last = std::mem::replace(&mut self.last_ended, now);
+            let ns = now.zip(last).map(|(now, last)| now - last);
             self.pace.waited(ns, in_flight, times_preempted);
         } else if let Some(precedence) = self.precedence.as_mut().filter(|_| self.is_allowed) {
             if let Some(is_first) = precedence.waited(in_flight) {

@@ -351,7 +351,8 @@ impl Queues<'_> {
         /// So that the clock is not what the time is spent on.
         const LOOKS_A_CLOCK: u32 = 32;
         self.submit()?;
-        let (limit, began) = (Duration::from_nanos(ns), Instant::now());
+        let limit = Duration::from_nanos(ns);
+        let mut began = None;
         loop {
             for _ in 0..LOOKS_A_CLOCK {
                 self.cq.sync();
@@ -363,7 +364,8 @@ impl Queues<'_> {
                 }
                 std::hint::spin_loop();
             }
-            if began.elapsed() >= limit {
+            let now = Instant::now();
+            if now - *began.get_or_insert(now) >= limit {
                 return Ok(false);
             }
         }

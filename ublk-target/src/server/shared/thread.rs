@@ -166,9 +166,9 @@ impl<'lane, 'ring> Thread<'lane, 'ring> {
         let mut batch = [Cqe::default(); REAP_BATCH];
         while !(self.is_closed && self.stations.is_empty()) {
             self.look_after_due();
-            let (began, in_flight) = (self.waits.begin(), self.in_flight);
+            let in_flight = self.in_flight;
             self.submit_and_wait()?;
-            self.waits.ended(began, in_flight);
+            self.waits.ended(in_flight);
             loop {
                 let count = self.queues.borrow_mut().reap(&mut batch);
                 self.now = if self.measures { precise_now() } else { coarse_now() };
