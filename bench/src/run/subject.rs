@@ -57,7 +57,6 @@ pub const SUBJECTS: &[SubjectKind] = &[
     ours("ours-slot", "ours: slot", "slot", &[]),
     ours("ours-io-lane", "ours: slot, two threads", "slot", &["--io-lane"]),
     ours("ours-fused", "ours: fused", "fused", &[]),
-    ours("ours-batch", "ours: fused, batch", "fused", &["--batch"]),
     ours("ours-no-busy-wait", "ours: fused, no busy wait", "fused", &["--busy-wait", "off"]),
     ours("ours-passthru", "ours: fused, passthrough", "fused", &["--passthru"]),
     ours("ours-poll", "ours: fused, polled", "fused", &["--poll"]),
