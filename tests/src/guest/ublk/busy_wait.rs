@@ -93,7 +93,8 @@ fn goes_first(ctx: &Ctx) -> Result<Outcome> {
         let filename = format!("filename={}", device.path()?);
         let load = [&filename, "rw=randread", "bs=4k", "iodepth=1", "size=64m", "direct=1"];
         if expected {
-            let endless = ["ioengine=io_uring", "time_based", "runtime=600"];
+            // As a process of its own, the job would outlive the fio that is killed.
+            let endless = ["ioengine=io_uring", "time_based", "runtime=600", "thread"];
             let _load = fio::start(ctx, "load", &[&load[..], &endless].concat())?;
             let first = || Ok(any_first(&device)?.then_some(()));
             wait_for("a lane that goes first", PATIENCE, first)?;
@@ -101,9 +102,10 @@ fn goes_first(ctx: &Ctx) -> Result<Outcome> {
             // As many requests as make another lane go first several times.
             let few = ["ioengine=io_uring", "io_size=1g", "number_ios=4000"];
             let mut load = fio::start(ctx, "load", &[&load[..], &few].concat())?;
-            while !load.has_ended()? {
+            wait_for("the end of the load", PATIENCE, || {
                 ensure!(!any_first(&device)?, "{busy_wait}, {queues}: a lane goes first");
-            }
+                Ok(load.has_ended()?.then_some(()))
+            })?;
             load.finish()?;
         }
         device.delete()?;
