@@ -41,7 +41,7 @@ const POINT: u32 = 8;
 const WEIGHT: u32 = 3;
 /// With more operations than this in flight, on average, the backing has something to do while the
 /// lane falls asleep and wakes up, and the processor is of more use to others.
-const FEW: u64 = 2 << POINT;
+const FEW: u64 = 1 << POINT;
 /// After so many waits it is looked whether the processor was taken away meanwhile.
 const LOOK_EVERY: u32 = 64;
 /// Taken away more often than that, and somebody else needs the processor.
