@@ -108,7 +108,8 @@ impl Pace {
     }
 
     /// There was a wait of so many nanoseconds (`None` if nobody measured), with so many operations
-    /// in flight as it began. `taken` tells how often the processor has been taken away from this thread in its life.
+    /// in flight as it began. `taken` tells how often the processor has been taken away from this
+    /// thread in its life.
     pub fn waited(&mut self, ns: Option<u64>, in_flight: usize, taken: impl FnOnce() -> u64) {
         if let Some(ns) = ns {
             // One pause, be it a day, is soon forgotten.

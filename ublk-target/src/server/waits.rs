@@ -1,7 +1,9 @@
 //! How a lane waits, and what it makes of how its last waits have been: it looks for completions
 //! before it sleeps, or goes before its clients, while requests come one by one.
 
+use nix::sched::{CpuSet, sched_getaffinity};
 use nix::sys::resource::{UsageWho, getrusage};
+use nix::unistd::Pid;
 use uring_ext::task;
 
 use super::clock::precise_now;
@@ -25,11 +27,10 @@ impl Waits {
     /// Of a lane on this thread.
     #[must_use]
     pub fn new(busy_wait: BusyWait) -> Self {
-        let processors = processors();
         // Who looks for completions on the only processor keeps from running whom it waits for.
-        let may_go_first = busy_wait != BusyWait::Off && processors == 1 && can_go_first();
+        let may_go_first = busy_wait != BusyWait::Off && is_bound() && can_go_first();
         Self {
-            pace: Pace::new(busy_wait, processors),
+            pace: Pace::new(busy_wait, processors()),
             precedence: may_go_first.then(Precedence::default),
             is_allowed: true,
             last_ended: None,
@@ -75,7 +76,16 @@ pub fn may_look(busy_wait: BusyWait) -> bool {
     busy_wait != BusyWait::Off && processors() > 1
 }
 
-/// Processors that this thread may run on.
+/// Whether this thread may run on one processor only. A share of several that amounts to one is
+/// another thing: real-time priority would take more than the share.
+fn is_bound() -> bool {
+    let set = sched_getaffinity(Pid::from_raw(0));
+    set.is_ok_and(|set| {
+        (0..CpuSet::count()).filter(|cpu| set.is_set(*cpu) == Ok(true)).count() == 1
+    })
+}
+
+/// Processors that this thread may use, or as many as its share amounts to.
 fn processors() -> usize {
     std::thread::available_parallelism().map_or(1, Into::into)
 }
