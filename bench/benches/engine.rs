@@ -39,7 +39,7 @@ fn lend_and_return(criterion: &mut Criterion) {
 
 fn plan(criterion: &mut Criterion) {
     const CHUNK: u64 = 64 << 10;
-    let whole = LoopTarget { size: 1 << 30 };
+    let whole = LoopTarget::new(1 << 30);
     let stripe = StripeTarget::new(CHUNK, &[1 << 30; 4]).expect("it is a stripe");
     let (inside, across) = (3 * CHUNK, 3 * CHUNK - 2048);
     one(criterion, "loop, 4 KiB", &whole, inside);
@@ -131,7 +131,7 @@ fn request(criterion: &mut Criterion) {
             geometry: Geometry { size: 1 << 30, block: 512, max_bytes: 1 << 20 },
             deadline: None,
         };
-        let mut engine = Engine::new(LoopTarget { size: 1 << 30 }, config);
+        let mut engine = Engine::new(LoopTarget::new(1 << 30), config);
         let mut port = Last::default();
         engine.fetch_all(&mut port);
         let iod = IoDesc { op_flags: sys::UBLK_IO_OP_READ, nr_sectors: 8, start_sector: 64 };

@@ -2,7 +2,7 @@
 
 use ublk_target::plan::BackingIndex;
 use ublk_target::target::{
-    AnyTarget, FaultTarget, LinearTarget, LoopTarget, MIN_CHUNK, NullTarget, StripeTarget,
+    AnyTarget, FaultTarget, LinearTarget, LoopTarget, MIN_CHUNK, NullTarget, Reach, StripeTarget,
 };
 
 use crate::SECTOR;
@@ -48,7 +48,10 @@ pub fn with_faults(rng: &mut Rng, hostile: bool, inner: Mapping) -> Mapping {
 fn sound(rng: &mut Rng, hostile: bool) -> (Mapping, u64, Vec<u64>) {
     let size = u64::from(rng.below(24) + 16) * PAGE;
     match rng.below(17) {
-        0..4 => (Mapping::Target(AnyTarget::Loop(LoopTarget { size })), size, vec![size]),
+        0..4 => {
+            let target = LoopTarget::new(size).within(reach(rng));
+            (Mapping::Target(AnyTarget::Loop(target)), size, vec![size])
+        }
         4 => (Mapping::Target(AnyTarget::Null(NullTarget)), size, vec![size]),
         5 | 6 => linear(rng),
         7 | 8 => stripe(rng),
@@ -71,6 +74,17 @@ fn sound(rng: &mut Rng, hostile: bool) -> (Mapping, u64, Vec<u64>) {
     }
 }
 
+/// What the backings take as one: anything, or so little that many a request needs several windows.
+fn reach(rng: &mut Rng) -> Reach {
+    if rng.chance(512) {
+        return Reach::UNLIMITED;
+    }
+    // A page is a multiple of any block.
+    let block = u32::try_from(PAGE).unwrap_or(4096);
+    let boundary = u64::from(rng.below(4)) * PAGE;
+    Reach::new(block, rng.pick(&[1, 1, 2, 5]) * block, boundary, block)
+}
+
 /// A few short extents of up to three backings.
 fn linear(rng: &mut Rng) -> (Mapping, u64, Vec<u64>) {
     let mut ends = [0; 3];
@@ -86,6 +100,7 @@ fn linear(rng: &mut Rng) -> (Mapping, u64, Vec<u64>) {
     extents.push((BackingIndex(0), ends[0], 16 * PAGE));
     ends[0] += 16 * PAGE;
     let target = LinearTarget::new(extents).unwrap_or_else(|error| panic!("{error}"));
+    let target = target.within(reach(rng));
     let size = target.size();
     (Mapping::Target(AnyTarget::Linear(target)), size, ends.to_vec())
 }
@@ -96,6 +111,7 @@ fn stripe(rng: &mut Rng) -> (Mapping, u64, Vec<u64>) {
     let bytes = |rng: &mut Rng| chunk * u64::from(4 + rng.below(12)) + u64::from(rng.below(4096));
     let sizes: Vec<_> = (0..2 + rng.below(3)).map(|_| bytes(rng) + 4 * PAGE).collect();
     let target = StripeTarget::new(chunk, &sizes).unwrap_or_else(|error| panic!("{error}"));
+    let target = target.within(reach(rng));
     let size = target.size();
     (Mapping::Target(AnyTarget::Stripe(target)), size, sizes)
 }

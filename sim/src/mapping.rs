@@ -3,7 +3,7 @@
 
 use ublk_target::plan::{BackingIndex, Op, OpKind, Place, Plan, Planner, Verdict, WINDOW_OPS};
 use ublk_target::request::{Request, RequestKind};
-use ublk_target::target::{AnyTarget, FaultTarget};
+use ublk_target::target::{AnyTarget, FaultTarget, Reach};
 use uring_ext::Errno;
 
 use crate::SECTOR;
@@ -111,10 +111,9 @@ impl Mapping {
     #[must_use]
     pub fn at_once(&self) -> usize {
         match self {
-            Self::Target(AnyTarget::Loop(_) | AnyTarget::Null(_)) => 1,
-            Self::Target(AnyTarget::Linear(_) | AnyTarget::Stripe(_) | AnyTarget::Fault(_))
-            | Self::Stripe(_)
-            | Self::Cow(_) => WINDOW_OPS,
+            Self::Target(AnyTarget::Null(_)) => 1,
+            Self::Target(AnyTarget::Loop(target)) if target.reach() == Reach::UNLIMITED => 1,
+            Self::Target(_) | Self::Stripe(_) | Self::Cow(_) => WINDOW_OPS,
             Self::Mirror(mirror) => WINDOW_OPS * usize::from(mirror.spread.backings),
             Self::Fault(fault) => fault.inner().at_once(),
         }

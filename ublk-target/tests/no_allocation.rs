@@ -262,7 +262,7 @@ fn modes() -> [(LendMode, SlotTable); 5] {
 fn serving_requests_allocates_nothing() {
     for (lend, slots) in modes() {
         let all = [
-            play(LoopTarget { size: 1 << 20 }, lend, slots),
+            play(LoopTarget::new(1 << 20), lend, slots),
             play(NullTarget, lend, slots),
             play(Sectors, lend, slots),
             play(faults(), lend, slots),

@@ -40,7 +40,7 @@ impl Hand {
                 SlotTable { lent: 0, pool: 2, scratch: 0, choice: from_zero }
             }
         };
-        setup.mapping = Mapping::Target(AnyTarget::Loop(LoopTarget { size }));
+        setup.mapping = Mapping::Target(AnyTarget::Loop(LoopTarget::new(size)));
         setup.backings = vec![size];
         setup.geometry.size = size;
         (setup.queue_entries, setup.io_lane) = (8, false);

@@ -1,11 +1,14 @@
 //! Limits of a device, inherited from its backings.
 //!
-//! If the device allowed what a backing does not, requests would be split a second time, fail
-//! with `EINVAL`, or be pushed to worker threads; so every limit is the backing's own.
+//! If operations were what a backing does not take, they would be split below, fail with `EINVAL`,
+//! or be pushed to worker threads; so every limit is the backing's own. But a device that lends may
+//! take longer requests, which its target cuts ([`Reach`]): one delivery, several operations.
 
 use uring_ext::params::Params;
 use uring_ext::sys;
 
+use crate::plan::WINDOW_OPS;
+use crate::target::Reach;
 use crate::units::Bytes;
 
 /// Limits for discards.
@@ -43,7 +46,7 @@ pub struct Limits {
     pub io_opt: u32,
     /// Most bytes in one read or write.
     pub max_io: u32,
-    /// Requests do not cross multiples of this, 0 for none.
+    /// Reads and writes do not cross multiples of this, 0 for none.
     pub chunk: u64,
     /// Alignment of buffers in memory; a power of two.
     pub dma_alignment: u32,
@@ -110,7 +113,7 @@ impl Limits {
             io_min: all.io_min.max(other.io_min),
             io_opt: if all.io_opt == other.io_opt { all.io_opt } else { 0 },
             max_io: all.max_io.min(other.max_io),
-            chunk: 0,
+            chunk: common_chunk(all.chunk, other.chunk),
             dma_alignment: all.dma_alignment.max(other.dma_alignment),
             virt_boundary_mask: all.virt_boundary_mask | other.virt_boundary_mask,
             max_segments: all.max_segments.min(other.max_segments),
@@ -124,7 +127,32 @@ impl Limits {
             read_only: all.read_only || other.read_only,
         });
         // Parts of a request begin at any block of its buffer, which must do as an address.
-        Self { logical_block: all.logical_block.max(all.dma_alignment), chunk: 0, ..all }
+        Self { logical_block: all.logical_block.max(all.dma_alignment), ..all }
+    }
+
+    /// How long operations may be.
+    #[must_use]
+    pub fn reach(&self) -> Reach {
+        Reach::new(self.logical_block, self.max_io, self.chunk, self.physical_block)
+    }
+
+    /// Whether requests can be cut: parts begin at any block of the buffer, which must do as an
+    /// address.
+    #[must_use]
+    pub const fn can_cut(&self) -> bool {
+        self.dma_alignment <= self.logical_block
+    }
+
+    /// Limits of a device whose target cuts requests ([`Limits::reach`]). They may be as long as an
+    /// operation, or `longest` if that is no more than a window of operations.
+    #[must_use]
+    pub fn of_cut_requests(&self, longest: u32) -> Self {
+        if !self.can_cut() {
+            return *self;
+        }
+        let window = u32::try_from(WINDOW_OPS).unwrap_or(1);
+        let longest = longest.min(self.max_io.saturating_mul(window));
+        Self { max_io: self.max_io.max(longest), chunk: 0, ..*self }
     }
 
     /// Bytes of a request's buffer: the greatest I/O, at least a page, and at most `cap`.
@@ -192,6 +220,11 @@ impl Limits {
     fn optimal(&self) -> u32 {
         if self.io_opt == 0 { self.physical_block } else { 1 << self.io_opt.trailing_zeros() }
     }
+}
+
+/// What does not cross multiples of this crosses none of either.
+fn common_chunk(one: u64, other: u64) -> u64 {
+    if other == 0 { one } else { common_chunk(other, one % other) }
 }
 
 /// Base-two logarithm, rounded down.
@@ -262,6 +295,7 @@ mod tests {
             virt_boundary_mask: 4095,
             max_segments: 33,
             max_io: 512 << 10,
+            chunk: 128 << 10,
             discard: Some(DiscardLimits { granularity: 4096, alignment: 0, max_bytes: 1 << 20 }),
             max_write_zeroes: 1 << 20,
             volatile_cache: true,
@@ -273,8 +307,37 @@ mod tests {
         let without = Limits { discard: None, max_write_zeroes: 0, fua: false, ..one };
         let worse = Limits::of_all([&one, &without]);
         assert_eq!((worse.discard, worse.max_write_zeroes, worse.fua), (None, 0, false));
+        let chunks = |one, other| {
+            let with = |chunk| Limits { chunk, ..Limits::default() };
+            Limits::of_all([&with(one), &with(other)]).chunk
+        };
+        assert_eq!(
+            (chunks(128 << 10, 96 << 10), chunks(0, 4096), chunks(0, 0)),
+            (32 << 10, 4096, 0)
+        );
         let coarse = Limits { dma_alignment: 4096, ..Limits::default() };
         assert_eq!(Limits::of_all([&coarse]).logical_block, 4096);
+    }
+
+    #[test]
+    fn requests_that_are_cut_may_be_longer() {
+        let limits = |max_io, chunk, dma_alignment| {
+            let limits = Limits { max_io, chunk, dma_alignment, ..Limits::default() };
+            let Limits { max_io, chunk, .. } = limits.of_cut_requests(1 << 20);
+            (max_io, chunk)
+        };
+        let table = [
+            ("a window of operations", (64 << 10, 0, 4), (512 << 10, 0)),
+            ("no more than a MiB", (256 << 10, 128 << 10, 512), (1 << 20, 0)),
+            ("what is longer stays", (4 << 20, 128 << 10, 4), (4 << 20, 0)),
+            ("parts would be unaligned", (64 << 10, 128 << 10, 4096), (64 << 10, 128 << 10)),
+            ("nothing overflows", (u32::MAX, 0, 4), (u32::MAX, 0)),
+        ];
+        for (what, (max_io, chunk, dma_alignment), expected) in table {
+            assert_eq!(limits(max_io, chunk, dma_alignment), expected, "{what}");
+        }
+        let bounded = Limits { chunk: 4096, ..Limits::default() };
+        assert_eq!(bounded.of_cut_requests(0), Limits::default());
     }
 
     #[test]

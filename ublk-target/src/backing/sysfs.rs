@@ -89,9 +89,11 @@ impl SysfsDevice {
     pub fn limits(&self) -> Limits {
         let logical_block = self.number_or("logical_block_size", 512);
         let kib = self.number_or::<u32>("max_sectors_kb", 512);
-        // A partition does not begin at a chunk in general, and its requests are split below.
-        let chunk =
-            if self.is_partition { 0 } else { self.number_or("chunk_sectors", 0_u64) * 512 };
+        let chunk = self.number_or("chunk_sectors", 0_u64);
+        // Of a partition that does not begin at a chunk, requests are split below.
+        let begins_at_chunk = !self.is_partition
+            || self.partition_start().is_some_and(|start| start.checked_rem(chunk) == Some(0));
+        let chunk = if begins_at_chunk { chunk.saturating_mul(512) } else { 0 };
         Limits {
             logical_block,
             physical_block: self.number_or("physical_block_size", logical_block),
@@ -220,6 +222,11 @@ mod tests {
         assert_eq!((limits.physical_block, limits.chunk), (4096, 0));
         assert!(limits.read_only, "but its own read-only flag");
         assert!(device.partitions().is_empty());
+        let start = sys.path().join("block/nvme0n1/nvme0n1p1/start");
+        for (sector, chunk) in [("2048\n", 256 << 9), ("2049\n", 0)] {
+            fs::write(&start, sector).unwrap();
+            assert_eq!(device.limits().chunk, chunk, "of 256 sectors, from {sector}");
+        }
     }
 
     #[test]

@@ -21,6 +21,9 @@ use crate::units::Bytes;
 
 /// The greatest request in the copy modes, whose buffers take memory.
 const COPY_MAX_IO: u32 = 512 << 10;
+/// Requests may be as long where buffers are lent, though an operation may not: a request that is
+/// cut is delivered once.
+const LENT_MAX_IO: u32 = 1 << 20;
 /// Buffers of a lane for requests whose own cannot be registered. That is rare, and they wait
 /// for each other.
 const SPARE_BUFFERS: u16 = 2;
@@ -30,7 +33,10 @@ pub(super) struct Layout {
     pub name: String,
     pub target: AnyTarget,
     pub backings: Arc<[Backing]>,
+    /// Of the device.
     pub limits: Limits,
+    /// Of operations on the backings.
+    backing_limits: Limits,
     pub size: Bytes,
     pub buffer_bytes: u32,
     pub polling: Polling,
@@ -44,16 +50,20 @@ impl Layout {
         known: Option<&[Known]>,
     ) -> Result<Self, DeviceError> {
         let opening = Opening { passthru: config.passthru, known };
-        let Parts { name, target, backings, limits, size } = opening.parts(&config.target)?;
+        let Parts { name, target, backings, limits: backing_limits, size } =
+            opening.parts(&config.target)?;
         let polling = polling::choose(config, &backings)?;
         let page = u32::try_from(page_size()).unwrap_or(4096);
-        let cap = match lend {
-            LendMode::Fused | LendMode::Slot => u32::MAX,
-            LendMode::UserCopy | LendMode::Copy => COPY_MAX_IO,
+        let has_commands = backings.iter().any(|backing| backing.route().is_namespace());
+        let (longest, cap) = match lend {
+            LendMode::Fused | LendMode::Slot if has_commands => (0, u32::MAX),
+            LendMode::Fused | LendMode::Slot => (LENT_MAX_IO, u32::MAX),
+            LendMode::UserCopy | LendMode::Copy => (0, COPY_MAX_IO),
         };
+        let limits = backing_limits.of_cut_requests(longest);
         let buffer_bytes = limits.buffer_bytes(cap, page);
         let backings = backings.into();
-        Ok(Self { name, target, backings, limits, size, buffer_bytes, polling })
+        Ok(Self { name, target, backings, limits, backing_limits, size, buffer_bytes, polling })
     }
 
     /// What requests of the device have to keep to.
@@ -93,7 +103,7 @@ impl Layout {
             known.size = backing.size_now()?.max(known.size);
         }
         let sizes: Vec<_> = known.iter().map(|known| known.size.0).collect();
-        let (target, size) = target_of(config, &sizes, self.limits.logical_block)?;
+        let (target, size) = target_of(config, &sizes, &self.backing_limits)?;
         if !is_null && !target.extends(&self.target) {
             return Err(DeviceError::WouldMove);
         }
@@ -153,7 +163,7 @@ impl Opening<'_> {
         let backings = self.all(&files_of(config)?)?;
         let sizes: Vec<_> = backings.iter().map(|backing| backing.size().0).collect();
         let limits = limits_of(config, &backings);
-        let (target, size) = target_of(config, &sizes, limits.logical_block)?;
+        let (target, size) = target_of(config, &sizes, &limits)?;
         Ok(Parts { name: name.to_owned(), target, backings, limits, size })
     }
 
@@ -239,25 +249,27 @@ fn limits_of(config: &TargetConfig, backings: &[Backing]) -> Limits {
 fn target_of(
     config: &TargetConfig,
     sizes: &[u64],
-    block: u32,
+    limits: &Limits,
 ) -> Result<(AnyTarget, Bytes), DeviceError> {
+    let reach = limits.reach();
     match config {
         TargetConfig::Null { size } => null_target(*size),
         TargetConfig::Loop { .. } => {
             let size = sizes.first().copied().unwrap_or_default();
-            Ok((AnyTarget::Loop(LoopTarget { size }), Bytes(size)))
+            Ok((AnyTarget::Loop(LoopTarget::new(size).within(reach)), Bytes(size)))
         }
         TargetConfig::Linear { extents } => {
-            let target = LinearTarget::new(placed(extents, sizes, block)?)?;
+            let target = LinearTarget::new(placed(extents, sizes, limits.logical_block)?)?;
+            let target = target.within(reach);
             let size = Bytes(target.size());
             Ok((AnyTarget::Linear(target), size))
         }
         TargetConfig::Stripe { chunk, .. } => {
-            let target = StripeTarget::new(chunk.0, sizes)?;
+            let target = StripeTarget::new(chunk.0, sizes)?.within(reach);
             let size = Bytes(target.size());
             Ok((AnyTarget::Stripe(target), size))
         }
-        TargetConfig::Fault { target, .. } => target_of(target, sizes, block),
+        TargetConfig::Fault { target, .. } => target_of(target, sizes, limits),
     }
 }
 

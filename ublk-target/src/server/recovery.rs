@@ -388,7 +388,7 @@ fn stricter(plan: &Plan, params: &Params, info: &sys::ublksrv_ctrl_dev_info) -> 
     } else if now.logical_bs_shift > was.logical_bs_shift {
         let (now, was) = (1_u32 << now.logical_bs_shift, 1_u32 << was.logical_bs_shift);
         Some(format!("their blocks have {now} bytes, and those of the device {was}"))
-    } else if now.max_sectors < was.max_sectors {
+    } else if now.max_sectors < was.max_sectors && !layout.limits.can_cut() {
         let (now, was) = (size(now.max_sectors.into()), size(was.max_sectors.into()));
         Some(format!("they take requests of {now}, and the device up to {was}"))
     } else if now.attrs & sys::UBLK_ATTR_READ_ONLY > was.attrs & sys::UBLK_ATTR_READ_ONLY {

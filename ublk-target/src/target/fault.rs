@@ -166,7 +166,7 @@ mod tests {
     fn decisions_are_determined_by_seed_and_stream() {
         let rules = ["p=0.2,error=EIO", "p=0.3,short,delay=1ms", "p=0.5,count=9,delay=2ms"];
         let with = |seed, stream| {
-            let target = target(&rules, seed, LoopTarget { size: 1 << 30 });
+            let target = target(&rules, seed, LoopTarget::new(1 << 30));
             target.begin_stream(stream);
             decisions(&target)
         };
@@ -186,7 +186,7 @@ mod tests {
 
     #[test]
     fn a_clone_begins_where_its_original_is() {
-        let one = target(&["p=0.5,count=80,error=EIO"], 3, LoopTarget { size: 1 << 30 });
+        let one = target(&["p=0.5,count=80,error=EIO"], 3, LoopTarget::new(1 << 30));
         decisions(&one);
         let other = one.clone();
         assert_eq!(decisions(&one), decisions(&other));
@@ -196,7 +196,7 @@ mod tests {
     #[test]
     fn the_first_rule_that_applies_decides() {
         let rules = ["range=0-8K,count=1,error=ENOSPC", "op=write,error=EILSEQ", "short"];
-        let target = target(&rules, 0, LoopTarget { size: 1 << 30 });
+        let target = target(&rules, 0, LoopTarget::new(1 << 30));
         let error = |request: &Request| target.decide(request).error;
         assert_eq!(error(&read(4096, 8192)), Some(Errno::ENOSPC));
         assert_eq!(target.decide(&read(4096, 1024)).short, Some(512));
@@ -236,7 +236,7 @@ mod tests {
 
     #[test]
     fn targets_can_be_wrapped_again() {
-        let inner = target(&["delay=1ms", "error=EIO"], 0, LoopTarget { size: 1 << 20 });
+        let inner = target(&["delay=1ms", "error=EIO"], 0, LoopTarget::new(1 << 20));
         let outer = target(&["delay=2ms,short,count=1", "delay=3ms,error=ENOSPC"], 0, inner);
         let mut plan = Plan::default();
         outer.plan(&read(0, 1024), 0, &mut plan).unwrap();

@@ -3,6 +3,7 @@
 use uring_ext::Errno;
 
 use super::push_flushes;
+use super::reach::Reach;
 use crate::plan::{BackingIndex, Op, OpKind, Place, Plan, Planner};
 use crate::request::{Request, RequestKind};
 
@@ -26,6 +27,7 @@ pub struct LinearTarget {
     /// One more than the greatest index of a backing.
     backings: u16,
     size: u64,
+    reach: Reach,
 }
 
 /// The extents do not make a device.
@@ -60,7 +62,13 @@ impl LinearTarget {
         if placed.is_empty() {
             return Err(BadExtents::Empty);
         }
-        Ok(Self { extents: placed.into(), backings, size })
+        Ok(Self { extents: placed.into(), backings, size, reach: Reach::UNLIMITED })
+    }
+
+    /// On backings that take no more than this as one.
+    #[must_use]
+    pub fn within(self, reach: Reach) -> Self {
+        Self { reach, ..self }
     }
 
     /// Size of the device in bytes.
@@ -96,16 +104,17 @@ impl Planner for LinearTarget {
         }
         let end = request.end_within(self.size)?;
         let mut at = request.offset + from;
-        for extent in &self.extents[self.index_of(at)..] {
-            if at >= end {
-                break;
-            }
+        let mut index = self.index_of(at);
+        while at < end {
+            let extent = &self.extents[index];
             let into = at - extent.device_start;
-            let len = (extent.len - into).min(end - at);
+            let offset = extent.start + into;
+            let left = (extent.len - into).min(end - at);
+            let len = if request.has_data() { self.reach.first(offset, left) } else { left };
             let op = Op {
                 kind: OpKind::of_request(request.kind),
                 backing: extent.backing,
-                offset: extent.start + into,
+                offset,
                 len,
                 buf_offset: request.buf_offset(at)?,
             };
@@ -114,6 +123,7 @@ impl Planner for LinearTarget {
                 break;
             }
             at += len;
+            index += usize::from(into + len == extent.len);
         }
         Ok(())
     }
@@ -125,9 +135,9 @@ impl Planner for LinearTarget {
         }
         let extent = self.extents.get(self.index_of(request.offset))?;
         let into = request.offset - extent.device_start;
-        let is_inside = request.len <= extent.len - into;
-        let place = Place { backing: extent.backing, offset: extent.start + into };
-        is_inside.then_some(place)
+        let offset = extent.start + into;
+        let is_inside = request.len <= extent.len - into && self.reach.holds(offset, request.len);
+        is_inside.then_some(Place { backing: extent.backing, offset })
     }
 }
 
@@ -140,7 +150,8 @@ mod tests {
 
     fn geometry() -> impl Strategy<Value = Geometry<LinearTarget>> {
         let extent = (0..4_u16, 0..40_u64, 1..30_u64);
-        prop::collection::vec(extent, 1..24).prop_map(|extents| {
+        let extents = prop::collection::vec(extent, 1..24);
+        (extents, oracle::reaches()).prop_map(|(extents, reach)| {
             // Extents must not overlap on a backing, or the device would alias itself.
             let mut free = [0_u64; 4];
             let extents: Vec<_> = extents
@@ -151,7 +162,7 @@ mod tests {
                     (BackingIndex(backing), start * 512, len * 512)
                 })
                 .collect();
-            let target = LinearTarget::new(extents).unwrap();
+            let target = LinearTarget::new(extents).unwrap().within(reach);
             let size = target.size();
             let backings = free[..usize::from(target.backings)].iter();
             Geometry { size, backings: backings.map(|sectors| sectors * 512).collect(), target }

@@ -2,35 +2,75 @@
 
 use uring_ext::Errno;
 
+use super::reach::Reach;
 use crate::plan::{BackingIndex, Op, OpKind, Place, Plan, Planner};
 use crate::request::Request;
 
 /// Maps the device onto the start of backing 0.
 #[derive(Clone, Copy, Debug)]
 pub struct LoopTarget {
-    /// Size of the device in bytes, at most the backing's.
-    pub size: u64,
+    size: u64,
+    reach: Reach,
+}
+
+impl LoopTarget {
+    /// A device of `size` bytes, at most the backing's.
+    #[must_use]
+    pub const fn new(size: u64) -> Self {
+        Self { size, reach: Reach::UNLIMITED }
+    }
+
+    /// On a backing that takes no more than this as one.
+    #[must_use]
+    pub const fn within(self, reach: Reach) -> Self {
+        Self { reach, ..self }
+    }
+
+    /// What the backing takes as one.
+    #[must_use]
+    pub const fn reach(&self) -> Reach {
+        self.reach
+    }
+
+    /// Size of the device in bytes.
+    #[must_use]
+    pub const fn size(&self) -> u64 {
+        self.size
+    }
 }
 
 impl Planner for LoopTarget {
     fn plan(&self, request: &Request, from: u64, plan: &mut Plan) -> Result<(), Errno> {
-        request.end_within(self.size)?;
-        let offset = request.offset + from;
-        let op = Op {
-            kind: OpKind::of_request(request.kind),
-            backing: BackingIndex(0),
-            offset,
-            len: request.len - from,
-            buf_offset: request.buf_offset(offset)?,
-        };
-        plan.push(op).map_err(|_full| Errno::EIO)
+        let end = request.end_within(self.size)?;
+        let mut offset = request.offset + from;
+        loop {
+            let left = end - offset;
+            let len = if request.has_data() { self.reach.first(offset, left) } else { left };
+            let op = Op {
+                kind: OpKind::of_request(request.kind),
+                backing: BackingIndex(0),
+                offset,
+                len,
+                buf_offset: request.buf_offset(offset)?,
+            };
+            if plan.push(op).is_err() {
+                plan.continue_at(offset - request.offset);
+                return Ok(());
+            }
+            offset += len;
+            // A flush has no length, and is one operation all the same.
+            if offset >= end {
+                return Ok(());
+            }
+        }
     }
 
     #[inline(always)]
     fn single(&self, request: &Request) -> Option<Place> {
         let is_inside = request.end_within(self.size).is_ok();
+        let is_one = self.reach.holds(request.offset, request.len);
         let place = Place { backing: BackingIndex(0), offset: request.offset };
-        (is_inside && request.has_data()).then_some(place)
+        (is_inside && is_one && request.has_data()).then_some(place)
     }
 }
 
@@ -40,12 +80,36 @@ mod tests {
 
     use super::super::oracle::{self, Geometry};
     use super::*;
+    use crate::request::RequestKind;
 
     #[test]
     fn agrees_with_an_array_of_bytes() {
-        oracle::check((1..200_u64).prop_map(|sectors| {
+        oracle::check((1..200_u64, oracle::reaches()).prop_map(|(sectors, reach)| {
             let size = sectors * 512;
-            Geometry { target: LoopTarget { size }, size, backings: vec![size + 512] }
+            let target = LoopTarget::new(size).within(reach);
+            Geometry { target, size, backings: vec![size + 512] }
         }));
+    }
+
+    #[test]
+    fn a_long_request_becomes_what_the_backing_takes() {
+        let target = LoopTarget::new(1 << 30).within(Reach::new(512, 96 << 10, 0, 4096));
+        let read = |kind, len| {
+            let mut plan = Plan::default();
+            target.plan(&Request { kind, offset: 512, len }, 0, &mut plan).unwrap();
+            let parts: Vec<_> = plan.ops().map(|op| (op.offset, op.len, op.buf_offset)).collect();
+            (parts, plan.next())
+        };
+        let kib = |kib: u64| kib << 10;
+        let parts = vec![
+            (512, kib(96) - 512, 0),
+            (kib(96), kib(96), (96 << 10) - 512),
+            (kib(192), 512, (192 << 10) - 512),
+        ];
+        assert_eq!(read(RequestKind::Read, kib(192)), (parts, None));
+        let (first, next) = read(RequestKind::Write { fua: false }, kib(1024));
+        assert_eq!((first.len(), next), (8, Some(kib(768) - 512)), "a window, and more to come");
+        let (whole, next) = read(RequestKind::Discard, kib(1024));
+        assert_eq!((whole, next), (vec![(512, kib(1024), 0)], None));
     }
 }

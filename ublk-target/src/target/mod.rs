@@ -7,6 +7,7 @@ mod loop_target;
 mod null_target;
 #[cfg(test)]
 mod oracle;
+mod reach;
 mod stripe;
 
 pub use fault::{Decision, FaultTarget};
@@ -14,6 +15,7 @@ pub use fault_rule::{BadRule, Rule};
 pub use linear::{BadExtents, LinearTarget};
 pub use loop_target::LoopTarget;
 pub use null_target::NullTarget;
+pub use reach::Reach;
 pub use stripe::{BACKINGS as STRIPE_BACKINGS, BadStripe, MIN_CHUNK, StripeTarget};
 
 use uring_ext::Errno;
@@ -54,7 +56,7 @@ impl AnyTarget {
     pub fn extends(&self, other: &Self) -> bool {
         match (self.innermost(), other.innermost()) {
             (Self::Null(_), Self::Null(_)) => true,
-            (Self::Loop(new), Self::Loop(old)) => new.size >= old.size,
+            (Self::Loop(new), Self::Loop(old)) => new.size() >= old.size(),
             (Self::Linear(new), Self::Linear(old)) => new.extends(old),
             (Self::Stripe(new), Self::Stripe(old)) => new.extends(old),
             (_, _) => false,

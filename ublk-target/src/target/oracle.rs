@@ -7,6 +7,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{TestCaseError, TestRunner, contextualize_config};
 use uring_ext::Errno;
 
+use super::reach::Reach;
 use crate::plan::{Op, OpKind, Plan, Planner, WINDOW_OPS};
 use crate::request::{Request, RequestKind};
 
@@ -39,6 +40,15 @@ pub fn config() -> ProptestConfig {
         Ok("1") => ProptestConfig { cases: 70_000, ..usual },
         Ok(_) | Err(_) => usual,
     }
+}
+
+/// What backings take as one, often far less than a request.
+pub fn reaches() -> impl Strategy<Value = Reach> {
+    let limited = (1..24_u32, 0..12_u64, 0..4_u32);
+    let limited = limited.prop_map(|(max, boundary, shift)| {
+        Reach::new(512, max * 512, boundary * 512, 512 << shift)
+    });
+    prop_oneof![1 => Just(Reach::UNLIMITED), 2 => limited]
 }
 
 /// Random requests, some of them beyond the end: 16 on average.

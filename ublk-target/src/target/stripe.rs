@@ -3,6 +3,7 @@
 use uring_ext::Errno;
 
 use super::push_flushes;
+use super::reach::Reach;
 use crate::plan::{BackingIndex, Op, OpKind, Place, Plan, Planner};
 use crate::request::{Request, RequestKind};
 
@@ -32,6 +33,7 @@ pub struct StripeTarget {
     zones: Box<[Zone]>,
     backings: u16,
     size: u64,
+    reach: Reach,
 }
 
 /// Sizes and chunk do not make a stripe.
@@ -87,7 +89,14 @@ impl StripeTarget {
             first_row = last_row;
             left.retain(|index| rows_of(index) > last_row);
         }
-        Ok(Self { chunk, zones: zones.into(), backings: count, size: device_start })
+        let (zones, size) = (zones.into(), device_start);
+        Ok(Self { chunk, zones, backings: count, size, reach: Reach::UNLIMITED })
+    }
+
+    /// On backings that take no more than this as one.
+    #[must_use]
+    pub fn within(self, reach: Reach) -> Self {
+        Self { reach, ..self }
     }
 
     /// Size of the device in bytes.
@@ -127,12 +136,13 @@ impl StripeTarget {
             let zone = &self.zones[self.zone_of(at)];
             let into = at - zone.device_start;
             let (chunk, into_chunk) = (into / self.chunk, into % self.chunk);
-            let len = (self.chunk - into_chunk).min(end - at);
             let (row, column) = zone.row_and_column(chunk);
+            let offset = zone.start + row * self.chunk + into_chunk;
+            let len = self.reach.first(offset, (self.chunk - into_chunk).min(end - at));
             let op = Op {
                 kind: OpKind::of_request(request.kind),
                 backing: zone.backings[column],
-                offset: zone.start + row * self.chunk + into_chunk,
+                offset,
                 len,
                 buf_offset: request.buf_offset(at)?,
             };
@@ -230,7 +240,8 @@ impl Planner for StripeTarget {
         }
         let (row, column) = zone.row_and_column(chunk);
         let offset = zone.start + row * self.chunk + into_chunk;
-        Some(Place { backing: zone.backings[column], offset })
+        let place = Place { backing: zone.backings[column], offset };
+        self.reach.holds(offset, request.len).then_some(place)
     }
 }
 
@@ -243,10 +254,10 @@ mod tests {
 
     fn geometry() -> impl Strategy<Value = Geometry<StripeTarget>> {
         let sizes = prop::collection::vec(4096..40_000_u64, 2..12);
-        (0..2_u32, sizes).prop_map(|(shift, sizes)| {
+        (0..2_u32, sizes, oracle::reaches()).prop_map(|(shift, sizes, reach)| {
             let chunk = MIN_CHUNK << shift;
             let sizes: Vec<_> = sizes.into_iter().map(|size| size.max(chunk)).collect();
-            let target = StripeTarget::new(chunk, &sizes).unwrap();
+            let target = StripeTarget::new(chunk, &sizes).unwrap().within(reach);
             let size = target.size();
             Geometry { target, size, backings: sizes }
         })

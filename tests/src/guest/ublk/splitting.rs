@@ -1,11 +1,13 @@
 //! Targets that split requests over several drives: every part borrows the same buffer at its own
 //! offset.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
-use super::device::{Device, fresh_drives, text};
+use super::device::{Device, fresh_drive, fresh_drives, text};
+use super::stats::reports::{number, report};
+use super::trace::NvmeCommands;
 use super::verify::verify;
-use crate::config::DEFAULT;
+use crate::config::{DEFAULT, TRACING};
 use crate::guest::direct::{self, Aligned};
 use crate::guest::dm::Mapper;
 use crate::guest::drives::Drive;
@@ -21,6 +23,7 @@ pub const TESTS: &[TestCase] = &[
     splitting("errors_of_a_leg_hit_the_requests_that_touch_it_stripe", stripe_leg),
     splitting("errors_of_a_leg_hit_the_requests_that_touch_it_linear", linear_leg),
     splitting("linear_and_stripe_refuse_what_makes_no_device", refused),
+    TestCase::guest("requests_are_cut_to_what_the_drive_takes", TRACING, cut).seconds(300),
 ];
 
 const fn splitting(name: &'static str, run: fn(&Ctx) -> Result<Outcome>) -> TestCase {
@@ -151,6 +154,79 @@ fn touch(device: &Device, lend: &str) -> Result<u64> {
         }
     }
     Ok(failed)
+}
+
+/// A device that lends takes longer requests than its drive, and the drive is given what it takes:
+/// nothing is split below, for which the ring's worker threads would be needed.
+fn cut(_ctx: &Ctx) -> Result<Outcome> {
+    let drive = fresh_drive("drive0")?;
+    let attribute = |name: &str| format!("/sys/block/{}/queue/{name}", drive.name);
+    let set = |name: &str, value: &str| {
+        std::fs::write(attribute(name), value).with_context(|| format!("{value} to {name}"))
+    };
+    let longest = drive.attribute("queue/max_sectors_kb")?;
+    set("max_sectors_kb", "64")?;
+    // Neighbours would become one command.
+    set("nomerges", "2")?;
+    let outcome = [("fused", "512"), ("slot", "512"), ("user-copy", "64"), ("copy", "64")]
+        .into_iter()
+        .try_for_each(|(lend, kib)| cut_for(&drive, lend, kib).context(lend));
+    set("nomerges", "0")?;
+    set("max_sectors_kb", &longest)?;
+    outcome.map(|()| Outcome::Pass)
+}
+
+fn cut_for(drive: &Drive, lend: &str, kib: &str) -> Result<()> {
+    const LEN: usize = 256 << 10;
+    const REQUESTS: u64 = 24;
+    let device = Device::add_loop(&drive.path(), &["--lend", lend])?;
+    let longest = device.attribute("queue/max_hw_sectors_kb")?;
+    ensure!(longest == kib, "requests may have {longest} KiB");
+    let udev = QuietUdev::new()?;
+    let done = || -> Result<(u64, u64)> {
+        let report = report(&device)?;
+        let requests = |kind| number(&report, &format!("/total/requests/{kind}/requests"));
+        let ops = number(&report, "/total/counters/ops")?;
+        Ok((requests("read")? + requests("write")?, ops))
+    };
+    // That of the commands to the driver has some.
+    let workers = || -> Result<usize> {
+        let comm = |task: std::io::Result<std::fs::DirEntry>| -> Result<String> {
+            Ok(std::fs::read_to_string(task?.path().join("comm"))?)
+        };
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", device.pid()?))?;
+        let comms = tasks.map(comm).collect::<Result<Vec<_>>>()?;
+        Ok(comms.iter().filter(|comm| comm.starts_with("iou-wrk")).count())
+    };
+    let (before, idle) = (done()?, workers()?);
+    let commands = NvmeCommands::record(&[&drive.name])?;
+    let file = direct::open(device.path()?)?;
+    // Most begin in the middle of a physical block.
+    for (number, fill) in (0..REQUESTS).zip(1_u8..) {
+        let (offset, mut buffer) = (number * (300 << 10) + number * 512, Aligned::new(LEN, fill));
+        file.write_all_at(buffer.bytes(), offset)?;
+        buffer.bytes().fill(0);
+        file.read_exact_at(buffer.bytes(), offset)?;
+        ensure!(buffer.bytes().iter().all(|byte| *byte == fill), "at {offset}");
+    }
+    let after = done()?;
+    let blocks = |line: &String| -> Result<u64> {
+        let text = line.split("len=").nth(1).and_then(|rest| rest.split(',').next());
+        Ok(text.with_context(|| line.clone())?.parse::<u64>()? + 1)
+    };
+    let blocks = commands.lines()?.iter().map(blocks).collect::<Result<Vec<_>>>()?;
+    drop(commands);
+    let (requests, ops) = (after.0 - before.0, after.1 - before.1);
+    println!("{lend}: {requests} requests, {ops} operations, {} commands", blocks.len());
+    ensure!(blocks.len() as u64 == ops, "an operation was split");
+    ensure!(blocks.iter().all(|blocks| *blocks <= 128), "a command is too long: {blocks:?}");
+    ensure!(blocks.iter().sum::<u64>() == 2 * REQUESTS * LEN as u64 / 512, "{blocks:?}");
+    let lends = kib == "512";
+    ensure!(requests == if lends { 2 * REQUESTS } else { ops }, "{requests} requests");
+    ensure!(ops >= 2 * REQUESTS * 4, "{ops} operations");
+    ensure!(workers()? == idle, "the ring has needed a worker thread");
+    drop((file, udev));
+    device.stop_and_count()?.ensure_none(&["failed", "retries", "stale", "unexpected", "copied"])
 }
 
 fn refused(_ctx: &Ctx) -> Result<Outcome> {

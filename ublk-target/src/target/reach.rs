@@ -1,0 +1,108 @@
+//! How long an operation may be, so that nobody below splits it.
+//!
+//! The block layer splits what a drive does not take as one, but an operation that must not wait,
+//! as those of a ring are at first, fails with `EAGAIN` instead and goes to a worker thread
+//! (`bio_split_io_at()` in `block/blk-merge.c`). So a request that is too long for a backing becomes
+//! several operations.
+
+/// What a backing takes as one read or write. Sizes in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reach {
+    /// At most so much; a multiple of the logical block, not 0.
+    max: u64,
+    /// Nothing goes across multiples of this; 0 for none.
+    boundary: u64,
+    /// Where there is a choice, operations end at multiples of this.
+    align: u64,
+}
+
+impl Reach {
+    /// A backing that takes any request.
+    pub const UNLIMITED: Self = Self { max: u64::MAX, boundary: 0, align: 1 };
+
+    /// A backing with logical blocks of `block` bytes, which takes `max`, not across multiples of
+    /// `boundary` (0 for none), and would rather be written whole multiples of `align`.
+    #[must_use]
+    pub fn new(block: u32, max: u32, boundary: u64, align: u32) -> Self {
+        let block = u64::from(block.max(1));
+        let max = (u64::from(max) / block * block).max(block);
+        // What is no multiple of a block cannot be heeded.
+        let boundary = if boundary % block == 0 { boundary } else { 0 };
+        Self { max, boundary, align: u64::from(align.max(1)) }
+    }
+
+    /// Whether all of such a range can be one operation.
+    #[must_use]
+    #[inline(always)]
+    pub const fn holds(&self, offset: u64, len: u64) -> bool {
+        len <= self.max && (self.boundary == 0 || len <= self.room_at(offset))
+    }
+
+    /// How much of such a range the first operation takes: all of it, or whole blocks.
+    #[must_use]
+    pub fn first(&self, offset: u64, len: u64) -> u64 {
+        if self.holds(offset, len) {
+            return len;
+        }
+        let most = self.max.min(self.room_at(offset));
+        let end = offset.saturating_add(most);
+        let aligned = end - end % self.align;
+        if aligned > offset { aligned - offset } else { most }
+    }
+
+    const fn room_at(&self, offset: u64) -> u64 {
+        if self.boundary == 0 { u64::MAX } else { self.boundary - offset % self.boundary }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const KIB: u64 = 1024;
+
+    #[test]
+    fn ranges_are_cut_at_limits_boundaries_and_physical_blocks() {
+        let limited = Reach::new(512, 127 * 1024, 0, 4096);
+        let bounded = Reach::new(512, 1 << 20, 128 * KIB, 4096);
+        let table = [
+            ("what fits is left alone", limited, 512, 127 * KIB, 127 * KIB),
+            ("the end of a physical block", limited, 0, 128 * KIB, 124 * KIB),
+            ("the same from the middle of one", limited, 512, 128 * KIB, 124 * KIB - 512),
+            ("a boundary", bounded, 4096, 128 * KIB, 124 * KIB),
+            ("up to a boundary", bounded, 4096, 124 * KIB, 124 * KIB),
+            ("no multiple of the physical block", Reach::new(512, 1024, 0, 4096), 512, 4096, 1024),
+            ("less than a block", Reach::new(4096, 512, 0, 4096), 4096, 8192, 4096),
+            ("a boundary within blocks", Reach::new(4096, 8192, 512, 1), 4096, 8192, 8192),
+            ("anything", Reach::UNLIMITED, 512, u64::MAX - 512, u64::MAX - 512),
+        ];
+        for (what, reach, offset, len, expected) in table {
+            assert_eq!(reach.first(offset, len), expected, "{what}");
+            assert_eq!(reach.holds(offset, len), expected == len, "{what}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn parts_are_whole_blocks_that_the_backing_takes(
+            (shift, max, boundary, align) in (0..4_u32, 1..600_u32, 0..40_u64, 0..5_u32),
+            (first, blocks) in (0..1000_u64, 1..1000_u64),
+        ) {
+            let block = 512_u32 << shift;
+            let boundary = boundary * u64::from(block);
+            let reach = Reach::new(block, max * 512, boundary, 512 << align);
+            let block = u64::from(block);
+            let (mut at, end) = (first * block, (first + blocks) * block);
+            while at < end {
+                let len = reach.first(at, end - at);
+                prop_assert!(len > 0 && len % block == 0 && len <= end - at);
+                prop_assert!(len <= (u64::from(max) * 512).max(block));
+                prop_assert!(boundary == 0 || at / boundary == (at + len - 1) / boundary);
+                prop_assert!(reach.holds(at, len));
+                at += len;
+            }
+        }
+    }
+}
