@@ -20,6 +20,8 @@ pub struct Column {
     pub requests: u64,
     /// Chunk of a stripe on which requests do not cross a border, in bytes.
     wide_chunk: u64,
+    /// Longer than what the backings take.
+    pub is_cut: bool,
     /// Chunk of a stripe on which each request crosses one border, and the offset of the first
     /// request at which that is so, in bytes.
     narrow_chunk: (u64, u64),
@@ -30,21 +32,25 @@ const KIB: u64 = 1 << 10;
 pub const SPAN: u64 = 768 << 20;
 
 /// All columns.
-pub const COLUMNS: [Column; 4] = [
+pub const COLUMNS: [Column; 5] = [
     small("qd1", ["4 KiB rand.", "read, QD1"], "randread", 1, 32 << 10),
     small("qd32", ["4 KiB rand.", "read, QD32"], "randread", 32, 64 << 10),
     small("qd32-write", ["4 KiB rand.", "write, QD32"], "randwrite", 32, 64 << 10),
-    Column {
-        name: "large",
-        title: ["128 KiB seq.", "read, QD8"],
-        rw: "read",
-        block_bytes: 128 * KIB,
-        depth: 8,
-        requests: 4 * (SPAN / (128 * KIB)),
-        wide_chunk: 512 * KIB,
-        narrow_chunk: (64 * KIB, 0),
-    },
+    LARGE,
+    Column { name: "large-cut", title: ["128 KiB, QD8,", "limit 127 KiB"], is_cut: true, ..LARGE },
 ];
+
+const LARGE: Column = Column {
+    name: "large",
+    title: ["128 KiB seq.", "read, QD8"],
+    rw: "read",
+    block_bytes: 128 * KIB,
+    depth: 8,
+    requests: 4 * (SPAN / (128 * KIB)),
+    wide_chunk: 512 * KIB,
+    is_cut: false,
+    narrow_chunk: (64 * KIB, 0),
+};
 
 const fn small(
     name: &'static str,
@@ -55,7 +61,8 @@ const fn small(
 ) -> Column {
     let (block_bytes, wide_chunk) = (4 * KIB, 64 * KIB);
     let narrow_chunk = (4 * KIB, 2 * KIB);
-    Column { name, title, rw, block_bytes, depth, requests, wide_chunk, narrow_chunk }
+    let is_cut = false;
+    Column { name, title, rw, block_bytes, depth, requests, wide_chunk, is_cut, narrow_chunk }
 }
 
 impl Column {

@@ -21,15 +21,16 @@ pub struct Many {
 
 impl Many {
     /// So many `null_blk` devices.
-    pub fn raw(count: u32) -> Result<Self> {
-        let nulls = (0..count).map(Null::make).collect::<Result<Vec<_>>>()?;
+    pub fn raw(count: u32, max_sectors: u32) -> Result<Self> {
+        let null = |number| Null::make(&format!("many{number}"), max_sectors);
+        let nulls = (0..count).map(null).collect::<Result<Vec<_>>>()?;
         udev::settle()?;
         Ok(Self { nulls, fleet: None, scratch: tempfile::tempdir()? })
     }
 
     /// So many of ours, which one lane serves.
-    pub fn ours(count: u32) -> Result<Self> {
-        let mut many = Self::raw(count)?;
+    pub fn ours(count: u32, max_sectors: u32) -> Result<Self> {
+        let mut many = Self::raw(count, max_sectors)?;
         let devices = (0..).zip(&many.nulls).map(|(id, null)| {
             let file = null.path();
             format!("[[device]]\nid = {id}\ntarget = \"loop\"\nfile = \"{file}\"\n")
@@ -58,45 +59,64 @@ impl Many {
 
 /// A `null_blk` device, removed with its handle.
 #[derive(Debug)]
-struct Null {
+pub struct Null {
     directory: PathBuf,
-    number: String,
+    path: String,
+    is_kept: bool,
 }
 
 impl Null {
-    /// As [`load_drivers`](super::stack::load_drivers) has its.
-    fn make(number: u32) -> Result<Self> {
-        let directory = Path::new(CONFIGFS).join(format!("bench{number}"));
+    /// Every request completes in the call that submits it, so that the CPU never idles. With 0 for
+    /// the longest request the driver chooses.
+    pub fn make(name: &str, max_sectors: u32) -> Result<Self> {
+        let directory = Path::new(CONFIGFS).join(name);
         fs::create_dir(&directory).with_context(|| directory.display().to_string())?;
-        let mut null = Self { directory, number: String::new() };
+        let mut null = Self { directory, path: String::new(), is_kept: false };
+        let max_sectors = max_sectors.to_string();
         let options = [
             ("queue_mode", "2"),
             ("irqmode", "0"),
             ("no_sched", "1"),
             ("size", "1024"),
             ("blocksize", "512"),
-            ("max_sectors", "2048"),
+            ("max_sectors", &max_sectors),
             ("power", "1"),
         ];
         for (name, value) in options {
             let file = null.directory.join(name);
             fs::write(&file, value).with_context(|| file.display().to_string())?;
         }
-        null.number = fs::read_to_string(null.directory.join("index"))?.trim().to_owned();
+        null.path = Self::path_of(name)?;
         Ok(null)
     }
 
+    /// The block device of that name.
+    pub fn path_of(name: &str) -> Result<String> {
+        let path = format!("/dev/{name}");
+        if Path::new(&path).exists() {
+            return Ok(path);
+        }
+        // A kernel that does not name devices as their directories.
+        let index = Path::new(CONFIGFS).join(name).join("index");
+        let index = fs::read_to_string(&index).with_context(|| index.display().to_string())?;
+        Ok(format!("/dev/nullb{}", index.trim()))
+    }
+
+    /// Leaves it there.
+    pub fn keep(mut self) {
+        self.is_kept = true;
+    }
+
     fn path(&self) -> String {
-        // Where the name of the directory is not that of the device.
-        let by_name = self.directory.file_name().map(|name| Path::new("/dev").join(name));
-        let by_name = by_name.filter(|path| path.exists());
-        let by_name = by_name.map(|path| path.display().to_string());
-        by_name.unwrap_or_else(|| format!("/dev/nullb{}", self.number))
+        self.path.clone()
     }
 }
 
 impl Drop for Null {
     fn drop(&mut self) {
+        if self.is_kept {
+            return;
+        }
         // What this leaves is found by the check for leaks.
         let _ = fs::write(self.directory.join("power"), "0");
         let _ = fs::remove_dir(&self.directory);

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use super::column::{Column, SPAN};
-use super::many::Many;
+use super::many::{Many, Null};
 use super::row::{DEFAULT_LEND, Subject};
 use crate::guest::dm::Mapper;
 use crate::guest::ublk::device::{Device, load_driver};
@@ -24,25 +24,35 @@ pub const RUBLK: &str = "rublk";
 
 /// Loads what all devices are made of.
 pub fn load_drivers() -> Result<()> {
-    // Every request completes in the call that submits it, so that the CPU never idles. By default
-    // the driver takes requests of at most 127.5 KiB, and everything on it would be split there.
-    let nulls = format!("nr_devices={NULLS}");
-    let options = ["queue_mode=2", "irqmode=0", "no_sched=1", "gb=1", "bs=512", "max_sectors=2048"];
-    process::run(&[&["modprobe", "null_blk", &nulls], options.as_slice()].concat())?;
+    process::run(&["modprobe", "null_blk", "nr_devices=0"])?;
     process::run(&["modprobe", "-a", "dm_mod", "loop"])?;
     load_driver()?;
+    for number in 0..NULLS {
+        for (name, max_sectors) in [(LONG, MAX_SECTORS), (SHORT, DEFAULT_MAX_SECTORS)] {
+            Null::make(&format!("{name}{number}"), max_sectors)?.keep();
+        }
+    }
     crate::guest::udev::settle()
 }
 
-fn null(number: u32) -> String {
-    format!("/dev/nullb{number}")
+/// `null_blk` devices that take all requests as they are, and those that do not take long ones.
+const LONG: &str = "long";
+const SHORT: &str = "short";
+/// Sectors of a request, 1 MiB.
+pub const MAX_SECTORS: u32 = 2048;
+/// The driver's own choice, 127.5 KiB.
+const DEFAULT_MAX_SECTORS: u32 = 0;
+
+fn nulls(column: &Column) -> Result<Vec<String>> {
+    let name = if column.is_cut { SHORT } else { LONG };
+    (0..NULLS).map(|number| Null::path_of(&format!("{name}{number}"))).collect()
 }
 
 /// A device to measure.
 #[derive(Debug)]
 pub enum Stack {
     /// A `null_blk` device.
-    Raw,
+    Raw(String),
     /// A device-mapper device.
     Mapper(Mapper),
     /// A loop device.
@@ -58,21 +68,22 @@ pub enum Stack {
 impl Stack {
     /// Makes the device that a subject is for a load.
     pub fn make(subject: Subject, column: &Column) -> Result<Self> {
-        let nulls: Vec<_> = (0..NULLS).map(null).collect();
+        let nulls = nulls(column)?;
+        let first = &nulls[0];
         Ok(match subject {
-            Subject::Raw => Self::Raw,
+            Subject::Raw => Self::Raw(first.clone()),
             Subject::DmLinear => {
-                let line = format!("0 {} linear {} 0", SPAN / SECTOR, null(0));
+                let line = format!("0 {} linear {first} 0", SPAN / SECTOR);
                 Self::Mapper(Mapper::create("bench", &[line])?)
             }
             Subject::DmStripe(requests) => {
                 let (chunk, _) = column.chunk_and_offset(requests);
                 Self::Mapper(Mapper::create("bench", &[dm_stripe(chunk, &nulls)])?)
             }
-            Subject::KernelLoop => Self::Loop(Loop::add(&null(0))?),
-            Subject::RublkLoop => Self::Rublk(Rublk::add_loop(&null(0))?),
+            Subject::KernelLoop => Self::Loop(Loop::add(first)?),
+            Subject::RublkLoop => Self::Rublk(Rublk::add_loop(first)?),
             Subject::Null => ours(&["null"], DEFAULT_LEND)?,
-            Subject::Loop(lend) => ours(&["loop", "-f", &null(0)], lend.unwrap_or(DEFAULT_LEND))?,
+            Subject::Loop(lend) => ours(&["loop", "-f", first], lend.unwrap_or(DEFAULT_LEND))?,
             Subject::Linear => {
                 let extents: Vec<_> = (0..EXTENTS).zip(&nulls).map(extent).collect();
                 ours(&files("linear", &extents), DEFAULT_LEND)?
@@ -83,15 +94,15 @@ impl Stack {
                 arguments.extend(["--chunk", &chunk]);
                 ours(&arguments, DEFAULT_LEND)?
             }
-            Subject::RawMany(count) => Self::Many(Many::raw(count)?),
-            Subject::Fleet(count) => Self::Many(Many::ours(count)?),
+            Subject::RawMany(count) => Self::Many(Many::raw(count, max_sectors(column))?),
+            Subject::Fleet(count) => Self::Many(Many::ours(count, max_sectors(column))?),
         })
     }
 
     /// The block device; of several, all with colons between them.
     pub fn path(&self) -> Result<String> {
         Ok(match self {
-            Self::Raw => null(0),
+            Self::Raw(path) => path.clone(),
             Self::Mapper(mapper) => mapper.path().display().to_string(),
             Self::Loop(device) => device.path.clone(),
             Self::Rublk(device) => device.path.clone(),
@@ -103,7 +114,7 @@ impl Stack {
     /// Removes it.
     pub fn remove(self) -> Result<()> {
         match self {
-            Self::Raw => Ok(()),
+            Self::Raw(_) => Ok(()),
             Self::Mapper(mapper) => mapper.remove(),
             Self::Loop(device) => device.remove(),
             Self::Rublk(device) => device.remove(),
@@ -111,6 +122,10 @@ impl Stack {
             Self::Many(many) => many.remove(),
         }
     }
+}
+
+fn max_sectors(column: &Column) -> u32 {
+    if column.is_cut { DEFAULT_MAX_SECTORS } else { MAX_SECTORS }
 }
 
 /// Table of a device-mapper device over as much of the backings as all of them have.
@@ -200,7 +215,7 @@ mod tests {
         for column in COLUMNS {
             for requests in [Requests::Within, Requests::Crossing] {
                 let (chunk, offset) = column.chunk_and_offset(requests);
-                let nulls: Vec<_> = (0..NULLS).map(null).collect();
+                let nulls: Vec<_> = (0..NULLS).map(|number| format!("/dev/null{number}")).collect();
                 let table = dm_stripe(chunk, &nulls);
                 let numbers: Vec<u64> =
                     table.split(' ').filter_map(|word| word.parse().ok()).collect();
@@ -215,7 +230,7 @@ mod tests {
     fn extents_hold_the_load_together() {
         assert_eq!(SPAN % EXTENTS, 0);
         assert_eq!(SPAN / EXTENTS % (128 << 10), 0, "a request would cross");
-        assert_eq!(extent((2, &null(2))), "/dev/nullb2,2097152,268435456");
+        assert_eq!(extent((2, &"/dev/x".to_owned())), "/dev/x,2097152,268435456");
         let extents = ["a,1,2".to_owned(), "b".to_owned()];
         assert_eq!(files("linear", &extents), ["linear", "-f", "a,1,2", "-f", "b"]);
     }
