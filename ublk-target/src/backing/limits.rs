@@ -151,8 +151,11 @@ impl Limits {
             return *self;
         }
         let window = u32::try_from(WINDOW_OPS).unwrap_or(1);
-        let longest = longest.min(self.max_io.saturating_mul(window));
-        Self { max_io: self.max_io.max(longest), chunk: 0, ..*self }
+        let max_io = self.max_io.max(longest.min(self.max_io.saturating_mul(window)));
+        // The longest operation may have a page a segment: then so may all parts of a request.
+        let has_room = self.max_segments >= segments(self.max_io);
+        let longest = if has_room { segments(max_io) } else { 0 };
+        Self { max_io, chunk: 0, max_segments: self.max_segments.max(longest), ..*self }
     }
 
     /// Bytes of a request's buffer: the greatest I/O, at least a page, and at most `cap`.
@@ -220,6 +223,13 @@ impl Limits {
     fn optimal(&self) -> u32 {
         if self.io_opt == 0 { self.physical_block } else { 1 << self.io_opt.trailing_zeros() }
     }
+}
+
+/// Most segments of a request of so many bytes, if none is shorter than a page but the first and the
+/// last.
+fn segments(bytes: u32) -> u16 {
+    const PAGE: u32 = 4096;
+    u16::try_from(bytes.div_ceil(PAGE) + 1).unwrap_or(u16::MAX)
 }
 
 /// What does not cross multiples of this crosses none of either.
@@ -338,6 +348,14 @@ mod tests {
         }
         let bounded = Limits { chunk: 4096, ..Limits::default() };
         assert_eq!(bounded.of_cut_requests(0), Limits::default());
+        let segments = |max_segments| {
+            let limits = Limits { max_io: 512 << 10, max_segments, ..Limits::default() };
+            limits.of_cut_requests(1 << 20).max_segments
+        };
+        let table = [("as many as pages", 129, 257), ("fewer", 128, 128), ("many", 400, 400)];
+        for (what, backing, expected) in table {
+            assert_eq!(segments(backing), expected, "{what}");
+        }
     }
 
     #[test]

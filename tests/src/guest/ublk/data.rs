@@ -97,7 +97,8 @@ fn null(ctx: &Ctx) -> Result<Outcome> {
     Ok(Outcome::Pass)
 }
 
-/// Each limit of the device is the drive's, but for the length of requests, which are cut.
+/// Each limit of the device is the drive's, but for the length of requests, which are cut, and their
+/// segments.
 fn limits(_ctx: &Ctx) -> Result<Outcome> {
     for serial in ["drive0", "big-blocks"] {
         let drive = fresh_drive(serial)?;
@@ -106,7 +107,6 @@ fn limits(_ctx: &Ctx) -> Result<Outcome> {
             "queue/logical_block_size",
             "queue/physical_block_size",
             "queue/minimum_io_size",
-            "queue/max_segments",
             "queue/max_segment_size",
             "queue/virt_boundary_mask",
             "queue/dma_alignment",
@@ -124,6 +124,10 @@ fn limits(_ctx: &Ctx) -> Result<Outcome> {
         }
         let longest = device.attribute("queue/max_hw_sectors_kb")?;
         ensure!(longest == "1024", "requests may have {longest} KiB");
+        let (segments, drives) =
+            (device.attribute("queue/max_segments")?, drive.number("queue/max_segments")?);
+        ensure!(drives == 129, "{serial} was to have a segment for each page, and has {drives}");
+        ensure!(segments == "257", "requests may have {segments} segments");
         device.delete()?;
     }
     Ok(Outcome::Pass)
