@@ -86,15 +86,17 @@ impl Commands {
 
     /// Waits until a file is ready, a signal comes that has not come before, or time is over.
     fn wait_for(&self, file: BorrowedFd<'_>, timeout: PollTimeout) -> Result<bool> {
-        let mut fds = vec![PollFd::new(file, PollFlags::POLLIN)];
         if self.check().is_ok() {
-            fds.push(PollFd::new(self.wakened.as_fd(), PollFlags::POLLIN));
+            // It may come only now, and is not missed.
+            return self.wait_for_either(file, timeout);
         }
-        match poll(&mut fds, timeout) {
-            // A signal: whoever called looks at it.
-            Ok(_) | Err(Errno::EINTR) => Ok(fds[0].any().unwrap_or(false)),
-            Err(errno) => Err(errno).context("wait"),
-        }
+        is_ready(&mut [PollFd::new(file, PollFlags::POLLIN)], timeout)
+    }
+
+    /// Waits until a file is ready, a signal comes or has come, or time is over.
+    fn wait_for_either(&self, file: BorrowedFd<'_>, timeout: PollTimeout) -> Result<bool> {
+        let fds = [file, self.wakened.as_fd()];
+        is_ready(&mut fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)), timeout)
     }
 
     /// Runs a program that makes or removes something: signals wait for its end. It has to succeed;
@@ -136,12 +138,20 @@ impl Commands {
     /// Waits for a line that the user types.
     pub fn read_line(&self) -> Result<String> {
         let stdin = std::io::stdin();
-        while !self.wait_for(stdin.as_fd(), PollTimeout::NONE)? {
+        while !self.wait_for_either(stdin.as_fd(), PollTimeout::NONE)? {
             self.check()?;
         }
         let mut line = String::new();
         stdin.lock().read_line(&mut line)?;
         Ok(line)
+    }
+}
+
+/// Polls files; whether the first is ready. A signal ends it, and whoever called looks at that.
+fn is_ready(fds: &mut [PollFd<'_>], timeout: PollTimeout) -> Result<bool> {
+    match poll(fds, timeout) {
+        Ok(_) | Err(Errno::EINTR) => Ok(fds[0].any().unwrap_or(false)),
+        Err(errno) => Err(errno).context("wait"),
     }
 }
 
@@ -300,6 +310,16 @@ mod tests {
         // Where something has to be removed, programs run all the same.
         assert_eq!(commands.run(&["echo", "removed"]).unwrap(), "removed\n");
         assert!(commands.watch(&["true"], OFTEN, &mut || {}).is_err());
+    }
+
+    #[test]
+    fn a_signal_that_comes_before_an_answer_is_awaited_is_heard() {
+        let commands = Commands::new().unwrap();
+        let (silent, _other_end) = UnixStream::pair().unwrap();
+        hear(&commands, Signal::SIGINT);
+        // Without an end it would wait for ever.
+        assert!(!commands.wait_for_either(silent.as_fd(), PollTimeout::NONE).unwrap());
+        assert!(commands.check().is_err());
     }
 
     #[test]
