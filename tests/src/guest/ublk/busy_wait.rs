@@ -159,8 +159,9 @@ fn sleeps(ctx: &Ctx) -> Result<Outcome> {
         ensure!(used <= ALLOWED, "{busy_wait}: {used} ticks of 10 ms while idle");
         device.delete()?;
     }
-    // Without looking it sleeps before each delivery and during each read.
-    ensure!(slept[0] >= READS, "{slept:?}");
+    // Without looking it sleeps before each delivery and during each read, but where the host is so
+    // busy that what it waits for has happened before it comes to that.
+    ensure!(slept[0] * 2 > READS, "{slept:?}");
     ensure!(slept[1] * 2 < READS, "it hardly looks: {slept:?}");
     Ok(Outcome::Pass)
 }
