@@ -1,7 +1,7 @@
 //! The program as a service manager runs it: in the foreground, supervised, started again.
 
 use std::os::unix::net::UnixDatagram;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -9,14 +9,19 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::device::{Description, PROGRAM, fresh_drive, load_driver, text};
+use super::device::{Description, Device, PROGRAM, fresh_drive, load_driver, text};
 use crate::config::DEFAULT;
 use crate::guest::direct::{self, Aligned};
 use crate::guest::{Ctx, Outcome, TestCase, process, wait_for};
 
-pub const TESTS: &[TestCase] =
-    &[TestCase::guest("a_service_is_ready_when_live_and_recovers_its_device", DEFAULT, service)
-        .seconds(180)];
+pub const TESTS: &[TestCase] = &[
+    TestCase::guest("a_service_is_ready_when_live_and_recovers_its_device", DEFAULT, service)
+        .seconds(180),
+    TestCase::guest("udev_makes_the_devices_that_it_is_told_lean", DEFAULT, lean).seconds(180),
+];
+
+/// What is to be installed where devices are to cost less.
+const RULES: &str = include_str!("../../../../dist/61-ublk-target-lean.rules");
 
 /// A service manager's socket.
 struct Manager {
@@ -90,6 +95,46 @@ fn service(ctx: &Ctx) -> Result<Outcome> {
     signal(supervisor.id(), Signal::SIGTERM)?;
     let status = supervisor.wait()?;
     ensure!(status.success(), "{status}");
-    ensure!(!std::path::Path::new("/dev/ublkb5").exists(), "the device is left");
+    ensure!(!Path::new("/dev/ublkb5").exists(), "the device is left");
+    Ok(Outcome::Pass)
+}
+
+/// Rules of udev for as long as it lives.
+struct InstalledRules(PathBuf);
+
+impl InstalledRules {
+    fn new(rules: &str) -> Result<Self> {
+        let directory = Path::new("/run/udev/rules.d");
+        std::fs::create_dir_all(directory)?;
+        let installed = Self(directory.join("61-ublk-target-lean.rules"));
+        std::fs::write(&installed.0, rules)?;
+        process::run(&["udevadm", "control", "--reload"])?;
+        Ok(installed)
+    }
+}
+
+impl Drop for InstalledRules {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+        let _ = process::run(&["udevadm", "control", "--reload"]);
+    }
+}
+
+fn lean(_ctx: &Ctx) -> Result<Outcome> {
+    const ATTRIBUTES: [&str; 3] = ["queue/nomerges", "queue/wbt_lat_usec", "queue/iostats"];
+    load_driver()?;
+    let drive = fresh_drive("drive0")?;
+    let _rules = InstalledRules::new(&RULES.replace("ublkb3", "ublkb5"))?;
+    let attributes = |device: &Device| {
+        ATTRIBUTES.map(|name| device.attribute(name)).into_iter().collect::<Result<Vec<_>>>()
+    };
+    let told = Device::add_loop(&drive.path(), &["-n", "5"])?;
+    let other = Device::add(&["null", "--size", "1G", "-n", "6"])?;
+    crate::guest::udev::settle()?;
+    let (told_has, other_has) = (attributes(&told)?, attributes(&other)?);
+    ensure!(told_has == ["2", "0", "0"], "{ATTRIBUTES:?}: {told_has:?}");
+    ensure!(other_has[0] == "0" && other_has[1] != "0" && other_has[2] == "1", "{other_has:?}");
+    told.delete()?;
+    other.delete()?;
     Ok(Outcome::Pass)
 }
