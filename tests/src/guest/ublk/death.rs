@@ -55,7 +55,7 @@ fn await_device(
 }
 
 /// Kills the server and waits until the driver has noticed.
-fn kill_server(device: &Device) -> Result<()> {
+pub(super) fn kill_server(device: &Device) -> Result<()> {
     let pid = device.pid()?;
     signal(pid, Signal::SIGKILL)?;
     await_device(device, "the server's death to be noticed", |now| now.state != "LIVE").map(drop)
@@ -69,7 +69,7 @@ fn await_new_server(device: &mut Device, old: u32) -> Result<()> {
 }
 
 /// `recover -n`; the handle knows the new server from then on.
-fn recover(device: &mut Device, more: &[&str]) -> Result<()> {
+pub(super) fn recover(device: &mut Device, more: &[&str]) -> Result<()> {
     let id = device.id();
     let printed = process::run(&[&[PROGRAM, "recover", "-n", &id, "--json"], more].concat())?;
     let described: Description = serde_json::from_str(&printed.stdout).context(printed.stdout)?;
