@@ -42,6 +42,14 @@ pub fn settle() -> Result<()> {
     process::run(&["udevadm", "settle", "--timeout=60"]).map(drop)
 }
 
+/// Has udev read its rules again.
+///
+/// # Errors
+/// When udev does not answer.
+pub fn reload() -> Result<()> {
+    tell("--reload")
+}
+
 impl Drop for QuietUdev {
     fn drop(&mut self) {
         let _ = tell("--start-exec-queue");

@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 use super::device::{Description, Device, PROGRAM, fresh_drive, load_driver, text};
 use crate::config::DEFAULT;
 use crate::guest::direct::{self, Aligned};
-use crate::guest::{Ctx, Outcome, TestCase, process, wait_for};
+use crate::guest::{Ctx, Outcome, TestCase, process, udev, wait_for};
 
 pub const TESTS: &[TestCase] = &[
     TestCase::guest("a_service_is_ready_when_live_and_recovers_its_device", DEFAULT, service)
@@ -90,7 +90,7 @@ fn service(ctx: &Ctx) -> Result<Outcome> {
     std::os::unix::fs::FileExt::read_exact_at(&file, block.bytes(), 0)?;
     ensure!(block.bytes().iter().all(|byte| *byte == 0xa5), "other data");
     drop(file);
-    crate::guest::udev::settle()?;
+    udev::settle()?;
     // Stopped in order, nothing is left.
     signal(supervisor.id(), Signal::SIGTERM)?;
     let status = supervisor.wait()?;
@@ -108,7 +108,7 @@ impl InstalledRules {
         std::fs::create_dir_all(directory)?;
         let installed = Self(directory.join("61-ublk-target-lean.rules"));
         std::fs::write(&installed.0, rules)?;
-        process::run(&["udevadm", "control", "--reload"])?;
+        udev::reload()?;
         Ok(installed)
     }
 }
@@ -116,7 +116,7 @@ impl InstalledRules {
 impl Drop for InstalledRules {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(&self.0);
-        let _ = process::run(&["udevadm", "control", "--reload"]);
+        let _ = udev::reload();
     }
 }
 
@@ -130,7 +130,7 @@ fn lean(_ctx: &Ctx) -> Result<Outcome> {
     };
     let told = Device::add_loop(&drive.path(), &["-n", "5"])?;
     let other = Device::add(&["null", "--size", "1G", "-n", "6"])?;
-    crate::guest::udev::settle()?;
+    udev::settle()?;
     let (told_has, other_has) = (attributes(&told)?, attributes(&other)?);
     ensure!(told_has == ["2", "0", "0"], "{ATTRIBUTES:?}: {told_has:?}");
     ensure!(other_has[0] == "0" && other_has[1] != "0" && other_has[2] == "1", "{other_has:?}");
