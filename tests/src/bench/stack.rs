@@ -39,7 +39,7 @@ pub fn load_drivers() -> Result<()> {
 const LONG: &str = "long";
 const SHORT: &str = "short";
 /// Sectors of a request, 1 MiB.
-pub const MAX_SECTORS: u32 = 2048;
+const MAX_SECTORS: u32 = 2048;
 /// The driver's own choice, 127.5 KiB.
 const DEFAULT_MAX_SECTORS: u32 = 0;
 
