@@ -56,9 +56,10 @@ mod tests {
     #[test]
     fn old_drivers_have_no_zero_copy_whatever_they_say() {
         let table = [
-            (0x7ff, KernelVersion(6, 12), 0x7fe),
+            (0x1ff, KernelVersion(6, 12), 0x1fe),
             (0x3ff, KernelVersion(6, 15), 0x3ff),
             (0xf_ffff, KernelVersion(7, 2), 0xf_ffff),
+            (0x1f_ffff, KernelVersion(7, 3), 0x1f_ffff),
             // A driver that was given to an older kernel.
             (0x803, KernelVersion(6, 12), 0x803),
         ];
@@ -69,8 +70,12 @@ mod tests {
 
     #[test]
     fn releases_are_parsed_and_compared() {
-        let table =
-            [("7.2.12+deb13-cloud-amd64", (7, 2)), ("6.12.0-rc1", (6, 12)), ("6.1-foo", (6, 1))];
+        let table = [
+            ("7.3.4+deb13-cloud-amd64", (7, 3)),
+            ("7.2.12+deb13-cloud-amd64", (7, 2)),
+            ("6.12.0-rc1", (6, 12)),
+            ("6.1-foo", (6, 1)),
+        ];
         for (release, (major, minor)) in table {
             assert_eq!(KernelVersion::parse(release), Some(KernelVersion(major, minor)));
         }

@@ -205,10 +205,10 @@ impl fmt::Display for LendMode {
 mod tests {
     use super::*;
 
-    /// Linux 7.2, 6.15, 6.12.
-    const NEW: Features = Features(0xf_ffff);
-    const EXPLICIT: Features = Features(0x3ff | SUPPORT_ZERO_COPY.bit);
-    const OLD: Features = Features(0x3fe);
+    /// Linux 7.3, 6.15, 6.12.
+    const NEW: Features = Features(0x1f_ffff);
+    const EXPLICIT: Features = Features(0x3ff);
+    const OLD: Features = Features(0x1fe);
 
     #[test]
     fn auto_takes_the_best_and_says_why() {

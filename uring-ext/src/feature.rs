@@ -1,7 +1,5 @@
 //! Features of the ublk driver: bits, names and first kernel versions.
 
-use libublk::sys;
-
 /// One feature flag of the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Feature {
@@ -13,12 +11,14 @@ pub struct Feature {
     pub since: &'static str,
 }
 
+/// Bits are numbers here, since bindings of the UAPI are older than its newest features. They are
+/// checked against the kernel's own headers (`uapi_test`).
 macro_rules! features {
-    ($($name:ident $constant:ident $since:literal $doc:literal;)*) => {
+    ($($name:ident $number:literal $since:literal $doc:literal;)*) => {
         $(
             #[doc = $doc]
             pub const $name: Feature = Feature {
-                bit: sys::$constant as u64,
+                bit: 1 << $number,
                 name: stringify!($name),
                 since: $since,
             };
@@ -29,26 +29,27 @@ macro_rules! features {
 }
 
 features! {
-    SUPPORT_ZERO_COPY UBLK_F_SUPPORT_ZERO_COPY "6.15" "Explicit registration of request buffers.";
-    URING_CMD_COMP_IN_TASK UBLK_F_URING_CMD_COMP_IN_TASK "6.0" "Completion in task work.";
-    NEED_GET_DATA UBLK_F_NEED_GET_DATA "6.0" "Writes are delivered in two steps.";
-    USER_RECOVERY UBLK_F_USER_RECOVERY "6.1" "The device survives its server.";
-    USER_RECOVERY_REISSUE UBLK_F_USER_RECOVERY_REISSUE "6.1" "Outstanding I/O is reissued after recovery.";
-    UNPRIVILEGED_DEV UBLK_F_UNPRIVILEGED_DEV "6.3" "Devices of ordinary users.";
-    CMD_IOCTL_ENCODE UBLK_F_CMD_IOCTL_ENCODE "6.4" "Commands encoded as ioctls.";
-    USER_COPY UBLK_F_USER_COPY "6.5" "Data copied by pread and pwrite on the character device.";
-    ZONED UBLK_F_ZONED "6.6" "Zoned devices.";
-    USER_RECOVERY_FAIL_IO UBLK_F_USER_RECOVERY_FAIL_IO "6.13" "I/O fails until the device is recovered.";
-    UPDATE_SIZE UBLK_F_UPDATE_SIZE "6.16" "Live resize.";
-    AUTO_BUF_REG UBLK_F_AUTO_BUF_REG "6.16" "Buffers are registered at delivery and returned at commit.";
-    QUIESCE UBLK_F_QUIESCE "6.16" "The server can be replaced under a live device.";
-    PER_IO_DAEMON UBLK_F_PER_IO_DAEMON "6.16" "Each tag may have its own server task.";
-    BUF_REG_OFF_DAEMON UBLK_F_BUF_REG_OFF_DAEMON "6.17" "Buffers may be registered from another task than the fetching one.";
-    BATCH_IO UBLK_F_BATCH_IO "7.0" "Delivery and commit in batches.";
-    INTEGRITY UBLK_F_INTEGRITY "7.0" "Integrity buffers.";
-    SAFE_STOP_DEV UBLK_F_SAFE_STOP_DEV "7.0" "A stop that is refused while the device is open.";
-    NO_AUTO_PART_SCAN UBLK_F_NO_AUTO_PART_SCAN "7.0" "No partition scan at start.";
-    SHMEM_ZC UBLK_F_SHMEM_ZC "7.1" "Zero copy through shared memory of client and server.";
+    SUPPORT_ZERO_COPY 0 "6.15" "Explicit registration of request buffers.";
+    URING_CMD_COMP_IN_TASK 1 "6.0" "Completion in task work.";
+    NEED_GET_DATA 2 "6.0" "Writes are delivered in two steps.";
+    USER_RECOVERY 3 "6.1" "The device survives its server.";
+    USER_RECOVERY_REISSUE 4 "6.1" "Outstanding I/O is reissued after recovery.";
+    UNPRIVILEGED_DEV 5 "6.3" "Devices of ordinary users.";
+    CMD_IOCTL_ENCODE 6 "6.4" "Commands encoded as ioctls.";
+    USER_COPY 7 "6.5" "Data copied by pread and pwrite on the character device.";
+    ZONED 8 "6.6" "Zoned devices.";
+    USER_RECOVERY_FAIL_IO 9 "6.13" "I/O fails until the device is recovered.";
+    UPDATE_SIZE 10 "6.16" "Live resize.";
+    AUTO_BUF_REG 11 "6.16" "Buffers are registered at delivery and returned at commit.";
+    QUIESCE 12 "6.16" "The server can be replaced under a live device.";
+    PER_IO_DAEMON 13 "6.16" "Each tag may have its own server task.";
+    BUF_REG_OFF_DAEMON 14 "6.17" "Buffers may be registered from another task than the fetching one.";
+    BATCH_IO 15 "7.0" "Delivery and commit in batches.";
+    INTEGRITY 16 "7.0" "Integrity buffers.";
+    SAFE_STOP_DEV 17 "7.0" "A stop that is refused while the device is open.";
+    NO_AUTO_PART_SCAN 18 "7.0" "No partition scan at start.";
+    SHMEM_ZC 19 "7.1" "Zero copy through shared memory of client and server.";
+    IO_DESC_SIZE 20 "7.3" "Request descriptors of a size that the server chooses.";
 }
 
 /// The feature bits that a driver reported (`UBLK_U_CMD_GET_FEATURES`, Linux 6.5).
@@ -73,6 +74,12 @@ impl Features {
     pub fn unknown_bits(self) -> u64 {
         ALL.iter().fold(self.0, |bits, feature| bits & !feature.bit)
     }
+
+    /// The numbers of these bits, 0 to 63, lowest first.
+    pub fn unknown(self) -> impl Iterator<Item = u32> {
+        let bits = self.unknown_bits();
+        (0..u64::BITS).filter(move |number| bits & (1 << number) != 0)
+    }
 }
 
 #[cfg(test)]
@@ -91,6 +98,9 @@ mod tests {
         let stable = Features(0x3ff);
         assert_eq!(stable.first_missing(&[SUPPORT_ZERO_COPY, AUTO_BUF_REG]), Some(AUTO_BUF_REG));
         assert_eq!(stable.first_missing(&[USER_COPY]), None);
-        assert_eq!(Features(1 << 40 | 1).unknown_bits(), 1 << 40);
+        let newer = Features(1 << 63 | 1 << 40 | 1);
+        assert_eq!(newer.unknown_bits(), 1 << 63 | 1 << 40);
+        assert!(newer.unknown().eq([40, 63]));
+        assert_eq!(Features(0x1f_ffff).unknown().count(), 0);
     }
 }

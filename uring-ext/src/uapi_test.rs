@@ -79,6 +79,10 @@ fn facts() -> Vec<Fact> {
         UBLK_U_CMD_GET_PARAMS,
         UBLK_U_CMD_GET_DEV_INFO,
         UBLK_U_CMD_GET_QUEUE_AFFINITY,
+        UBLK_U_CMD_START_USER_RECOVERY,
+        UBLK_U_CMD_END_USER_RECOVERY,
+        UBLK_U_CMD_UPDATE_SIZE,
+        UBLK_U_CMD_QUIESCE_DEV,
         UBLK_U_IO_FETCH_REQ,
         UBLK_U_IO_COMMIT_AND_FETCH_REQ,
         UBLK_U_IO_REGISTER_IO_BUF,
@@ -103,12 +107,16 @@ fn facts() -> Vec<Fact> {
         UBLK_S_DEV_LIVE,
         UBLK_S_DEV_QUIESCED,
         UBLK_S_DEV_FAIL_IO,
+        UBLK_ATTR_READ_ONLY,
+        UBLK_ATTR_ROTATIONAL,
+        UBLK_ATTR_VOLATILE_CACHE,
+        UBLK_ATTR_FUA,
+        UBLK_MIN_SEGMENT_SIZE,
+        UBLK_PARAM_TYPE_BASIC,
+        UBLK_PARAM_TYPE_DISCARD,
         UBLK_PARAM_TYPE_DMA_ALIGN,
         UBLK_PARAM_TYPE_SEGMENT,
     );
-    for feature in feature::ALL {
-        facts.push(Fact(format!("UBLK_F_{}", feature.name), feature.bit));
-    }
     // What the builders of `sqe` write by hand.
     facts.push(Fact("offsetof(struct io_uring_sqe, addr3)".into(), 48));
     facts.push(Fact("offsetof(struct io_uring_sqe, cmd)".into(), 48));
@@ -148,7 +156,7 @@ const SQE_FIELDS: [(&str, u64); 12] = [
 ];
 
 /// Opcodes and flags that the tests of `sqe` and the simulator know by number.
-const RING_CONSTANTS: [(&str, u64); 19] = [
+const RING_CONSTANTS: [(&str, u64); 20] = [
     ("IORING_OP_NOP", 0),
     ("IORING_OP_FSYNC", 3),
     ("IORING_OP_READ_FIXED", 4),
@@ -159,6 +167,7 @@ const RING_CONSTANTS: [(&str, u64); 19] = [
     ("IORING_OP_MSG_RING", 40),
     ("IORING_OP_URING_CMD", 46),
     ("IORING_OP_URING_CMD128", 64),
+    ("BLOCK_URING_CMD_DISCARD", 0x1200),
     ("IORING_URING_CMD_FIXED", 1),
     ("IORING_CQE_F_SKIP", 1 << 5),
     ("IORING_CQE_F_32", 1 << 15),
@@ -185,25 +194,55 @@ const SETUP_FLAGS: [(&str, u32); 12] = [
     ("SQE_MIXED", flag::SQE_MIXED),
 ];
 
-/// A program whose exit code is the number of wrong facts.
+const INCLUDES: [&str; 8] = [
+    "errno.h",
+    "stddef.h",
+    "stdio.h",
+    "linux/version.h",
+    "linux/blkdev.h",
+    "linux/ublk_cmd.h",
+    "linux/io_uring.h",
+    "linux/nvme_ioctl.h",
+];
+
+/// A program that prints the wrong facts, and fails if there are any.
 fn program(facts: &[Fact]) -> String {
-    let mut text = String::from(
-        "#include <errno.h>\n#include <stddef.h>\n#include <stdio.h>\n#include <linux/ublk_cmd.h>\n\
-         #include <linux/io_uring.h>\n#include <linux/nvme_ioctl.h>\nint main(void) {\n\tint wrong = 0;\n",
-    );
-    for Fact(expression, value) in facts {
-        let _ = writeln!(
-            text,
-            "\tif ((unsigned long long)({expression}) != {value}ULL) {{ wrong++; \
-             printf(\"%s is %llu here, {value} in Rust\\n\", {expression:?}, \
-             (unsigned long long)({expression})); }}"
-        );
+    let mut text = INCLUDES.map(|header| format!("#include <{header}>\n")).concat();
+    text += "int main(void) {\n\tint wrong = 0;\n";
+    for fact in facts {
+        check(&mut text, fact);
+    }
+    for feature in feature::ALL {
+        check_feature(&mut text, feature);
     }
     text + "\treturn wrong != 0;\n}\n"
 }
 
+fn check(text: &mut String, Fact(expression, value): &Fact) {
+    let _ = writeln!(
+        text,
+        "\tif ((unsigned long long)({expression}) != {value}ULL) {{ wrong++; \
+         printf(\"%s is %llu here, {value} in Rust\\n\", {expression:?}, \
+         (unsigned long long)({expression})); }}"
+    );
+}
+
+/// The headers may be older than the feature, but then they do not have it.
+fn check_feature(text: &mut String, feature: &feature::Feature) {
+    let name = format!("UBLK_F_{}", feature.name);
+    let since = feature.since.replace('.', ", ");
+    let _ = writeln!(text, "#ifdef {name}");
+    check(text, &Fact(name.clone(), feature.bit));
+    let _ = writeln!(
+        text,
+        "#elif LINUX_VERSION_CODE >= KERNEL_VERSION({since}, 0)\n\
+         \twrong++; puts(\"no {name} here, though Linux {} has it in Rust\");\n#endif",
+        feature.since
+    );
+}
+
 #[test]
-#[ignore = "needs the UAPI headers of Linux 7.2 or newer in UBLK_UAPI_HEADERS; cargo vmtest has them"]
+#[ignore = "needs the UAPI headers of Linux 7.1 or newer in UBLK_UAPI_HEADERS; cargo vmtest has them"]
 fn structs_and_numbers_are_those_of_the_kernels_headers() {
     let headers = std::env::var("UBLK_UAPI_HEADERS").expect("UBLK_UAPI_HEADERS names a directory");
     assert!(Path::new(&headers).join("linux/ublk_cmd.h").exists(), "no headers in {headers}");

@@ -1,22 +1,21 @@
-//! `del`, `list` and `features`.
+//! `del` and `list`.
 
 use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 
-use serde_json::json;
 use ublk_target::backing::usage;
 use ublk_target::delete::{self, DeleteError, Deletion};
 use ublk_target::state::{self, Description, RUN_DIR, device_ids, recorded_ids};
 use ublk_target::units::Bytes;
-use ublk_target::{kernel, leftovers, processes};
+use ublk_target::{leftovers, processes};
+use uring_ext::Errno;
 use uring_ext::control::Control;
-use uring_ext::{Errno, feature};
 
 use super::processes::delete_by;
 use super::table::{Align, table};
-use super::{Del, Features, List};
+use super::{Del, List};
 
 /// Deletes one device or all.
 pub fn delete(del: &Del) -> anyhow::Result<ExitCode> {
@@ -155,36 +154,4 @@ fn name_leftovers(control: &Control) {
     for process in leftovers::processes(control) {
         eprintln!("ublk-target: note: {process} has no device; `ublk-target del --all` ends it");
     }
-}
-
-/// Shows the features of the driver.
-pub fn features(args: &Features) -> anyhow::Result<ExitCode> {
-    let found = kernel::features(&Control::open()?)?;
-    let release = kernel::release().unwrap_or_default();
-    let mut out = std::io::stdout().lock();
-    if args.json {
-        let named: serde_json::Map<_, _> = feature::ALL
-            .iter()
-            .map(|feature| (feature.name.to_owned(), found.has(*feature).into()))
-            .collect();
-        let all = json!({
-            "kernel": release,
-            "bits": format!("{:#x}", found.0),
-            "features": named,
-            "unknown_bits": format!("{:#x}", found.unknown_bits()),
-        });
-        writeln!(out, "{}", serde_json::to_string_pretty(&all)?)?;
-        return Ok(ExitCode::SUCCESS);
-    }
-    writeln!(out, "kernel {release}, ublk features {:#x}", found.0)?;
-    let mut rows = vec![["FEATURE", "HERE", "SINCE"].map(str::to_owned)];
-    for feature in feature::ALL {
-        let here = if found.has(*feature) { "yes" } else { "no" };
-        rows.push([feature.name, here, feature.since].map(str::to_owned));
-    }
-    write!(out, "{}", table(&rows, Align::Left))?;
-    if found.unknown_bits() != 0 {
-        writeln!(out, "and bits that this program does not know: {:#x}", found.unknown_bits())?;
-    }
-    Ok(ExitCode::SUCCESS)
 }

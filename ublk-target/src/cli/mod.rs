@@ -2,6 +2,7 @@
 
 mod add;
 mod device;
+mod features;
 mod manage;
 mod processes;
 mod recover;
@@ -377,7 +378,7 @@ pub fn run() -> ExitCode {
         }
         Command::Features(features) => {
             start_log(cli.verbose, "warn");
-            manage::features(features)
+            features::features(features)
         }
     };
     match result {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use uring_ext::control::Control;
-use uring_ext::feature::Features;
+use uring_ext::feature::{self, Feature, Features};
 use uring_ext::{Errno, sys};
 
 use super::config::{DeviceConfig, DeviceError};
@@ -79,6 +79,27 @@ impl Plan {
     }
 }
 
+/// The features that a device is ever asked for with. The driver adds some by itself.
+const SERVED: &[Feature] = &[
+    feature::SUPPORT_ZERO_COPY,
+    feature::USER_RECOVERY,
+    feature::USER_RECOVERY_REISSUE,
+    feature::CMD_IOCTL_ENCODE,
+    feature::USER_COPY,
+    feature::USER_RECOVERY_FAIL_IO,
+    feature::AUTO_BUF_REG,
+    feature::QUIESCE,
+];
+
+/// The flags that `ADD_DEV` is given: whatever else a driver offers may change what its requests
+/// look like.
+fn asked_for(choice: &Choice) -> u64 {
+    let flags = choice.flags | feature::CMD_IOCTL_ENCODE.bit;
+    let served = SERVED.iter().fold(0, |bits, feature| bits | feature.bit);
+    debug_assert_eq!(flags & !served, 0, "not served");
+    flags & served
+}
+
 pub(super) fn add(
     control: &Control,
     plan: &Plan,
@@ -90,7 +111,7 @@ pub(super) fn add(
         queue_depth: config.depth,
         max_io_buf_bytes: plan.layout.buffer_bytes,
         ublksrv_pid: i32::try_from(std::process::id()).unwrap_or(0),
-        flags: plan.choice.flags | uring_ext::feature::CMD_IOCTL_ENCODE.bit,
+        flags: asked_for(&plan.choice),
         ublksrv_flags: state::mark(),
         ..Default::default()
     };
@@ -112,4 +133,31 @@ pub(super) fn add(
         (Some(Errno::EACCES | Errno::ENOSPC), _) => DeviceError::NoRoom,
         _ => DeviceError::Control(error),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lend::LendRequest;
+    use crate::server::on_death::OnDeath;
+
+    /// A driver of the future offers all that there can be.
+    #[test]
+    fn no_driver_is_asked_for_what_is_not_served() {
+        use LendRequest::{Auto, Copy, Fused, Slot, UserCopy};
+        use OnDeath::{Error, Fail, Reissue, Wait};
+        let all = Features(u64::MAX);
+        for request in [Auto, Fused, Slot, UserCopy, Copy] {
+            for on_death in [Fail, Wait, Reissue, Error] {
+                let mut choice = request.choose(all).unwrap();
+                choice.flags |= on_death.flags(all).unwrap();
+                let flags = Features(asked_for(&choice));
+                assert_eq!(flags.0 & !choice.flags, feature::CMD_IOCTL_ENCODE.bit);
+                assert_eq!(flags.unknown_bits(), 0);
+                for feature in [feature::IO_DESC_SIZE, feature::BATCH_IO, feature::NEED_GET_DATA] {
+                    assert!(!flags.has(feature), "{}", feature.name);
+                }
+            }
+        }
+    }
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use uring_ext::control::{Control, ControlError};
+use uring_ext::feature::{Features, IO_DESC_SIZE};
 use uring_ext::params::Params;
 use uring_ext::{Errno, sys};
 
@@ -268,6 +269,9 @@ fn difference(
         _ if config.depth != info.queue_depth => differs("depth", &config.depth, &info.queue_depth),
         _ if config.lend != lend.into() => Some(format!("it does not lend by {lend}")),
         _ if config.on_death != on_death => differs("--on-death", &config.on_death, &on_death),
+        _ if Features(info.flags).has(IO_DESC_SIZE) => {
+            Some("its request descriptors have a size of their own".to_owned())
+        }
         _ => None,
     }
 }
@@ -439,6 +443,7 @@ mod tests {
             other(|info| info.flags |= 1).contains("reissue")
                 || !other(|info| info.flags |= 16).is_empty()
         );
+        assert!(other(|info| info.flags |= IO_DESC_SIZE.bit).contains("descriptors"));
         record.diskseq = None;
         assert_eq!(difference(&record, &info, Some(17)), None);
         record.pid += 1;

@@ -7,7 +7,7 @@ use serde::Deserialize;
 
 use super::device::{Description, Device, PROGRAM, fresh_drive, load_driver};
 use crate::config::DEFAULT;
-use crate::guest::{Ctx, Outcome, TestCase, process};
+use crate::guest::{Ctx, FIGURE, Outcome, TestCase, process};
 
 pub const TESTS: &[TestCase] = &[
     TestCase::guest("add_prints_the_device", DEFAULT, add_prints),
@@ -73,6 +73,8 @@ struct Features {
     kernel: String,
     bits: String,
     features: BTreeMap<String, bool>,
+    unknown: Vec<String>,
+    unknown_bits: String,
 }
 
 fn features(_ctx: &Ctx) -> Result<Outcome> {
@@ -81,13 +83,26 @@ fn features(_ctx: &Ctx) -> Result<Outcome> {
     let found: Features = serde_json::from_str(&printed)?;
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
     ensure!(found.kernel == release.trim());
-    let bits = u64::from_str_radix(found.bits.trim_start_matches("0x"), 16)?;
+    let number = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16);
+    let (bits, unknown) = (number(&found.bits)?, number(&found.unknown_bits)?);
     ensure!(
         bits & (1 << 11) != 0 && found.features.get("AUTO_BUF_REG") == Some(&true),
         "{printed}"
     );
+    // All that the driver offers is shown, by name or by number.
+    let named = found.features.values().filter(|here| **here).count();
+    ensure!(bits.count_ones() as usize == named + found.unknown.len(), "{printed}");
+    ensure!(unknown.count_ones() as usize == found.unknown.len(), "{printed}");
     let table = process::run(&[PROGRAM, "features"])?.stdout;
-    ensure!(table.lines().any(|line| line.starts_with("AUTO_BUF_REG") && line.contains("yes")));
+    let shows =
+        |name: &str| table.lines().any(|line| line.starts_with(name) && line.contains("yes"));
+    ensure!(shows("AUTO_BUF_REG") && found.unknown.iter().all(|name| shows(name)), "{table}");
+    if !found.unknown.is_empty() {
+        println!(
+            "{FIGURE}features of this driver that have no name in uring-ext/src/feature.rs: {}",
+            found.unknown.join(", ")
+        );
+    }
     Ok(Outcome::Pass)
 }
 
