@@ -5,7 +5,8 @@
 //! [`image`], [`payload`], [`vm`] and [`runner`]; in the guest `vm-agent` uses
 //! [`agent`] and `guest-tests` uses [`guest`]. [`proto`] is what they say to
 //! each other, and [`config`] and [`guest::TABLES`] are known to both, so that
-//! the host lists tests without booting anything.
+//! the host lists tests without booting anything. [`witness`] is used wherever
+//! the kernel itself is to say what happened.
 
 pub mod agent;
 pub mod artifact;
@@ -29,3 +30,4 @@ pub mod setup;
 pub mod shell;
 pub mod ui;
 pub mod vm;
+pub mod witness;

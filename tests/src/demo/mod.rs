@@ -12,7 +12,6 @@ mod native;
 mod place;
 mod show;
 mod undo;
-mod witness;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

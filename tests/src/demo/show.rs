@@ -9,10 +9,10 @@ use super::commands::Commands;
 use super::device::{self, Device, text};
 use super::measure::{self, ROUNDS};
 use super::place::{DemoTarget, Place};
-use super::witness::Witness;
 use super::{files, undo};
 use crate::numbers::{count, size};
 use crate::ui;
+use crate::witness::{Counts, Witness};
 
 /// Requests of which the driver's copies are counted.
 const COUNTED: u64 = 2048;
@@ -93,8 +93,10 @@ impl Show<'_> {
                 "kernel {kernel} cannot lend buffers by itself (AUTO_BUF_REG, Linux 6.16 or newer)"
             );
         }
+        let unknown = found["unknown"].as_array().map_or(0, Vec::len);
+        let more = if unknown == 0 { String::new() } else { format!(", and {unknown} unknown") };
         self.ok(&format!(
-            "Linux {kernel} has {here} of {} known features, AUTO_BUF_REG among them",
+            "Linux {kernel} has {here} of {} known features, AUTO_BUF_REG among them{more}",
             features.len()
         ));
         Ok(())
@@ -197,13 +199,13 @@ impl Show<'_> {
     fn copies(&mut self, shown: &mut Shown) -> Result<()> {
         self.step(&format!("Count the driver's copies over some {} requests", count(COUNTED)));
         let copy = Device::add(&self.commands, self.target, "copy")?;
-        let reason = self.count(&copy, "copy", |copies, loans| copies >= COUNTED && loans == 0)?;
+        let reason = self.count(&copy, "copy", Counts::ensure_copied)?;
         copy.delete(&self.commands, self.target)?;
         let fused = Device::add(&self.commands, self.target, "fused")?;
         if let Some(reason) = reason {
             say(&format!("not shown: {reason}"));
         } else {
-            self.count(&fused, "fused", |copies, loans| copies == 0 && loans >= COUNTED)?;
+            self.count(&fused, "fused", Counts::ensure_lent)?;
             shown.witnessed = true;
             self.ok("fused mode lent every request's own pages and copied none");
         }
@@ -225,7 +227,7 @@ impl Show<'_> {
         &self,
         device: &Device,
         lend: &str,
-        expected: impl Fn(u64, u64) -> bool,
+        ensure: impl Fn(&Counts, u64) -> Result<()>,
     ) -> Result<Option<String>> {
         device::settle(&self.commands);
         if std::fs::read_dir("/sys/class/ublk-char")?.count() > 1 {
@@ -242,10 +244,11 @@ impl Show<'_> {
         let counts = undo::with_witness(Witness::counts).context("the counters are gone")?;
         undo::forget_witness();
         std::thread::sleep(Duration::from_millis(100));
-        let (copies, loans) = counts?;
+        let counts = counts?;
+        ensure(&counts, COUNTED).with_context(|| format!("in {lend} mode"))?;
+        let (copies, loans) = (counts.copies.total(), counts.loans.total());
         let line =
             format!("{lend:<6} {:>6} copies, {:>6} buffers lent", count(copies), count(loans));
-        ensure!(expected(copies, loans), "not as it should be: {line}");
         say(&line);
         Ok(None)
     }

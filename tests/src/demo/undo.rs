@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::place::DemoTarget;
-use super::witness::Witness;
+use crate::witness::Witness;
 use crate::{cleanup, ui};
 
 #[derive(Default)]

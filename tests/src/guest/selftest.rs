@@ -51,14 +51,14 @@ fn load_ublk() -> Result<()> {
 
 fn newest_kernel(_: &Ctx) -> Result<Outcome> {
     let version = kernel_version()?;
-    ensure!(version >= (7, 2), "kernel {version:?} is too old for all ublk features");
+    ensure!(version >= (7, 2), "kernel {version:?} is older than 7.2, which the tests need");
     load_ublk()?;
     Ok(Outcome::Pass)
 }
 
 fn stable_kernel(_: &Ctx) -> Result<Outcome> {
     let version = kernel_version()?;
-    ensure!(version == (6, 12), "kernel {version:?} is not the release's");
+    ensure!(version == (6, 12), "kernel {version:?} is not the release's, 6.12");
     load_ublk()?;
     Ok(Outcome::Pass)
 }
@@ -88,11 +88,12 @@ fn drives(_: &Ctx) -> Result<Outcome> {
         ensure!(drive.attribute("queue/write_cache")? == "write back", "volatile write cache");
         ensure!(drive.char_path().exists(), "no {}", drive.char_path().display());
         let log = process::run(&["dmesg"])?.stdout;
-        let queues = format!("nvme {}: ", drive.controller);
-        let line = log
-            .lines()
-            .find(|line| line.contains(&queues) && line.contains("default/read/poll queues"))
-            .with_context(|| format!("no queue counts of {}", drive.controller))?;
+        // As `nvme_setup_io_queues` of `drivers/nvme/host/pci.c` words it.
+        let (queues, counts) = (format!("nvme {}: ", drive.controller), "default/read/poll queues");
+        let line =
+            log.lines().find(|line| line.contains(&queues) && line.contains(counts)).with_context(
+                || format!("looked for `{queues}… {counts}` in the kernel log:\n{log}"),
+            )?;
         ensure!(
             line.contains(&format!("/{} default/read/poll", config.poll_queues)),
             "poll queues: {line}"

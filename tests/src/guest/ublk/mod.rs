@@ -28,7 +28,6 @@ mod splitting;
 mod stacks;
 mod stats;
 mod steps;
-pub(crate) mod trace;
 mod upgrade;
 mod verify;
 mod zero_copy;

@@ -1,10 +1,11 @@
 //! The release's own kernel, whose driver has no zero copy.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use super::device::{Description, Device, PROGRAM, fresh_drive, load_driver, text};
 use crate::config::STABLE;
 use crate::guest::{Ctx, Outcome, TestCase, fio, process};
+use crate::witness::{COPY, LEND};
 
 pub const TESTS: &[TestCase] = &[
     TestCase::guest("old_kernel_auto_serves_by_copy_and_says_why", STABLE, auto),
@@ -13,6 +14,7 @@ pub const TESTS: &[TestCase] = &[
     TestCase::guest("old_kernel_verify_user_copy", STABLE, |ctx| verify(ctx, "user-copy"))
         .seconds(300),
     TestCase::guest("old_kernel_killed_server_is_cleaned_up", STABLE, killed),
+    TestCase::guest("old_kernel_witness_says_what_it_looked_for", STABLE, witness),
 ];
 
 const WHY: &str = "fused needs the ublk feature SUPPORT_ZERO_COPY (Linux 6.15)";
@@ -78,5 +80,21 @@ fn killed(_ctx: &Ctx) -> Result<Outcome> {
     let pid = i32::try_from(device.pid()?)?;
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL)?;
     device.delete()?;
+    Ok(Outcome::Pass)
+}
+
+/// The driver copies by a function that is known, and lends by none: a witness that knows none says
+/// so, as on a kernel that is newer than what it knows.
+fn witness(_ctx: &Ctx) -> Result<Outcome> {
+    load_driver()?;
+    let copies = COPY.find()?;
+    ensure!(!copies.is_empty());
+    let said = LEND.find().err().context("a driver without zero copy lends")?.to_string();
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let names = LEND.functions.iter().map(|function| function.name);
+    for part in names.chain([release.trim(), "tests/src/witness"]) {
+        ensure!(said.contains(part), "no {part} in {said}");
+    }
+    ensure!(said.lines().count() == 1, "{said}");
     Ok(Outcome::Pass)
 }

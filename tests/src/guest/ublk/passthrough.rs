@@ -6,12 +6,12 @@ use std::path::Path;
 use anyhow::{Result, ensure};
 
 use super::device::{Device, Mount, PROGRAM, fresh_drive, load_driver, text};
-use super::trace::NvmeCommands;
 use super::verify::{BLOCKS, SHORTER, verify};
 use super::zero_copy::{REQUESTS, fua_writes, shared_pages};
 use crate::config::{DEFAULT, STABLE, TRACING};
 use crate::guest::drives::Drive;
 use crate::guest::{Ctx, Outcome, TestCase, process};
+use crate::witness::NvmeCommands;
 
 pub const TESTS: &[TestCase] = &[
     verified("passthrough_verifies_in_each_lend_mode", modes),

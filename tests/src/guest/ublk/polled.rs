@@ -156,10 +156,15 @@ fn faults(ctx: &Ctx) -> Result<Outcome> {
 /// Interrupts of a drive's I/O queues so far.
 fn interrupts_of(drive: &Drive) -> Result<u64> {
     let table = std::fs::read_to_string("/proc/interrupts")?;
+    let prefix = format!("{}q", drive.controller);
+    ensure!(
+        table.lines().any(|line| line.contains(&prefix)),
+        "looked for {prefix}0, {prefix}1, … in /proc/interrupts, which has none:\n{table}"
+    );
     let mut sum = 0;
     for line in table.lines() {
         let Some(name) = line.split_whitespace().last() else { continue };
-        let Some(queue) = name.strip_prefix(&format!("{}q", drive.controller)) else { continue };
+        let Some(queue) = name.strip_prefix(&prefix) else { continue };
         // Queue 0 is the administrator's.
         if queue != "0" {
             sum +=
@@ -194,7 +199,10 @@ fn interrupts(ctx: &Ctx) -> Result<Outcome> {
     }
     for (interrupts, is_polled) in counted {
         // An interrupt may bring more than one completion, and somebody else may read.
-        ensure!(if is_polled { interrupts < 40 } else { interrupts > 400 }, "{interrupts}");
+        ensure!(
+            if is_polled { interrupts < 40 } else { interrupts > 400 },
+            "{interrupts} interrupts for 4000 reads, polled: {is_polled}"
+        );
     }
     Ok(Outcome::Pass)
 }

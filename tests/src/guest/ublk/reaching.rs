@@ -4,11 +4,11 @@
 use anyhow::{Result, ensure};
 
 use super::device::{Device, fresh_drives, text};
-use super::trace::NvmeCommands;
 use crate::config::TRACING;
 use crate::guest::drives::Drive;
 use crate::guest::udev::QuietUdev;
 use crate::guest::{Ctx, Outcome, TestCase, process};
+use crate::witness::NvmeCommands;
 
 pub const TESTS: &[TestCase] = &[
     TestCase::guest("commands_reach_the_drives_of_a_stripe", TRACING, stripe).seconds(300),

@@ -6,7 +6,6 @@ use anyhow::{Context, Result, ensure};
 use super::death::{kill_server, recover};
 use super::device::{Device, fresh_drive, fresh_drives, text};
 use super::stats::reports::{number, report};
-use super::trace::NvmeCommands;
 use super::verify::verify;
 use crate::config::{DEFAULT, TRACING};
 use crate::guest::direct::{self, Aligned};
@@ -14,6 +13,7 @@ use crate::guest::dm::Mapper;
 use crate::guest::drives::Drive;
 use crate::guest::udev::QuietUdev;
 use crate::guest::{Ctx, Outcome, TestCase, process};
+use crate::witness::NvmeCommands;
 
 use std::os::unix::fs::FileExt;
 

@@ -1,16 +1,16 @@
 //! Proofs with the kernel as witness: the modes that lend copy nothing, a flush and a FUA write reach
 //! the drive.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use super::device::{Device, fresh_drive, text};
-use super::trace::{CallCounter, NvmeCommands};
 use crate::config::TRACING;
 use crate::guest::udev::QuietUdev;
-use crate::guest::{Ctx, Outcome, TestCase, fio, process};
+use crate::guest::{Ctx, FIGURE, Outcome, TestCase, fio, process};
+use crate::witness::{NvmeCommands, Witness};
 
 pub const TESTS: &[TestCase] = &[
     TestCase::guest("lending_copies_nothing_by_the_drivers_functions", TRACING, functions)
@@ -47,30 +47,32 @@ fn run_load(ctx: &Ctx, device: &str, rw: &str, block: &str) -> Result<()> {
 /// The driver's copy function is not called in the modes that lend, and is in the others, which
 /// shows that the counter works.
 fn functions(ctx: &Ctx) -> Result<Outcome> {
-    const COPY: &str = "ublk_copy_user_pages";
-    const REGISTER: &str = "io_buffer_register_bvec";
     let drive = fresh_drive("drive0")?;
+    let (mut copied_by, mut lent_by) = (BTreeSet::new(), BTreeSet::new());
     for lend in ["fused", "slot", "user-copy", "copy"] {
         for rw in ["randread", "randwrite"] {
             for block in ["4k", "128k"] {
                 let device = Device::add_loop(&drive.path(), &["--lend", lend])?;
                 crate::guest::udev::settle()?;
-                let counter = CallCounter::new(&[COPY, REGISTER])?;
+                let witness = Witness::new()?;
                 run_load(ctx, device.path()?, rw, block)?;
-                let (copies, lends) = (counter.calls(COPY)?, counter.calls(REGISTER)?);
-                println!(
-                    "{lend} {rw} {block}: {REQUESTS} requests, {copies} copies, {lends} registrations"
-                );
+                let counts = witness.counts()?;
+                println!("{lend} {rw} {block}: {REQUESTS} requests, {counts}");
                 // Something else (a udev probe) may read as well, so there may be more.
                 match lend {
-                    "fused" | "slot" => ensure!(copies == 0 && lends >= REQUESTS),
-                    _ => ensure!(copies >= REQUESTS && lends == 0),
+                    "fused" | "slot" => counts.ensure_lent(REQUESTS),
+                    _ => counts.ensure_copied(REQUESTS),
                 }
-                drop(counter);
+                .with_context(|| format!("{lend} {rw} {block}"))?;
+                copied_by.extend(counts.copies.called());
+                lent_by.extend(counts.loans.called());
+                drop(witness);
                 device.delete()?;
             }
         }
     }
+    let names = |names: BTreeSet<&str>| names.into_iter().collect::<Vec<_>>().join(", ");
+    println!("{FIGURE}the driver copied by {}, lent by {}", names(copied_by), names(lent_by));
     Ok(Outcome::Pass)
 }
 
@@ -131,7 +133,11 @@ pub fn shared_pages(
     );
     std::fs::write(&load, fio)?;
     let command = format!("sh {}", text(&load)?);
-    let printed = process::run(&["bpftrace", "-f", "json", "-e", &script, "-c", &command])?;
+    let printed = process::run(&["bpftrace", "-f", "json", "-e", &script, "-c", &command])
+        .context(
+            "the pages of requests are looked for by bpftrace: trace point block_rq_issue, \
+             `q->disk`, `bio->bi_io_vec` and `__data_len` of struct request, numbers of struct gendisk",
+        )?;
     let maps: Vec<Value> =
         printed.stdout.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
     let pages = |name: &str| -> Result<BTreeMap<String, u64>> {
