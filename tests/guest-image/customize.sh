@@ -24,6 +24,8 @@ done
 tar -C "$root/usr/include" -cf "$OUT/headers.tar" linux asm-generic
 tar -C "$root/usr/include/x86_64-linux-gnu" -rf "$OUT/headers.tar" asm
 
+chroot "$root" dpkg-query --show --showformat '${Package} ${Version}\n' > "$OUT/packages"
+
 echo "STEP making the file system"
 # The chroot has /proc, /sys and /dev mounted in it: a bind mount that is not
 # recursive shows the tree without them.

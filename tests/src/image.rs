@@ -18,6 +18,7 @@ use crate::{paths, ui};
 const RECORD: &str = "image.json";
 const ROOT: &str = "root.img";
 const HEADERS: &str = "headers";
+const PACKAGES: &str = "packages";
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Images kept when a new one has been made.
 const KEEP: usize = 2;
@@ -62,6 +63,19 @@ impl Image {
         found.map_or("", String::as_str)
     }
 
+    /// The version of a package in the image, as dpkg has it.
+    ///
+    /// # Errors
+    /// When there is none of this name.
+    pub fn package_version(&self, name: &str) -> Result<String> {
+        let path = self.directory.join(PACKAGES);
+        let list = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+        let mut packages = list.lines().filter_map(|line| line.split_once(' '));
+        let found = packages.find(|(package, _)| *package == name);
+        let (_, version) = found.with_context(|| format!("{} names no {name}", path.display()))?;
+        Ok(version.to_owned())
+    }
+
     /// The file of a kernel.
     pub fn kernel(&self, kernel: Kernel) -> PathBuf {
         self.directory.join(format!("vmlinuz-{}", self.kernel_release(kernel)))
@@ -73,7 +87,8 @@ impl Image {
         let image = Self { directory, record };
         let complete = !image.record.kernels.is_empty()
             && [Kernel::Backports, Kernel::Stable].iter().all(|k| image.kernel(*k).is_file())
-            && image.root_disk().is_file();
+            && image.root_disk().is_file()
+            && image.directory.join(PACKAGES).is_file();
         complete.then_some(image)
     }
 }
@@ -234,6 +249,7 @@ fn collect(scratch: &Path, target: &Path) -> Result<Vec<String>> {
         .args(["--sparse=always", "--no-preserve=all"])
         .arg(scratch.join(ROOT))
         .arg(target.join(ROOT)))?;
+    fs::copy(scratch.join(PACKAGES), target.join(PACKAGES))?;
     let headers = target.join(HEADERS);
     fs::create_dir(&headers)?;
     run(Command::new("tar")
@@ -378,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn an_image_without_its_record_or_kernels_is_none() {
+    fn an_image_without_one_of_its_files_is_none() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().to_owned();
         fs::write(path.join(ROOT), b"x").unwrap();
@@ -387,7 +403,11 @@ mod tests {
         fs::write(path.join(RECORD), r#"{"kernels":["6.1","7.2"]}"#).unwrap();
         assert!(Image::open(path.clone()).is_none());
         fs::write(path.join("vmlinuz-7.2"), b"x").unwrap();
+        assert!(Image::open(path.clone()).is_none());
+        fs::write(path.join(PACKAGES), "fio 3.39-1\nfio-doc 1:3.38\n").unwrap();
         let image = Image::open(path.clone()).unwrap();
+        assert_eq!(image.package_version("fio").unwrap(), "3.39-1");
+        assert!(image.package_version("qemu").is_err());
         assert_eq!(image.kernel(Kernel::Stable), path.join("vmlinuz-6.1"));
         assert_eq!(image.kernel_release(Kernel::Backports), "7.2");
     }

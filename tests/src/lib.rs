@@ -18,6 +18,7 @@ pub mod guest;
 pub mod hosted;
 pub mod image;
 pub mod klog;
+pub mod known_versions;
 pub mod libtest;
 pub mod numbers;
 pub mod paths;

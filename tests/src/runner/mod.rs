@@ -4,6 +4,7 @@ mod guests;
 mod host;
 mod memory;
 mod report;
+mod versions;
 
 use std::process::ExitCode;
 
@@ -59,6 +60,7 @@ pub fn run(selection: &Selection) -> Result<ExitCode> {
     if selection.guest && !report.stopped() {
         guests::run(selection, &mut report)?;
     }
+    versions::check(selection, &mut report);
     ensure!(report.count() > 0, "no test has `{}` in its name", filter_text(selection));
     Ok(report.finish())
 }
@@ -76,6 +78,7 @@ pub fn list(selection: &Selection) -> Result<ExitCode> {
         let tests = guest::all().filter(|test| selection.takes_guest_test(test.name));
         names.extend(tests.map(|test| format!("{} (guest, group {})", test.name, test.group)));
     }
+    names.extend(selection.takes(versions::NAME).then(|| versions::NAME.to_owned()));
     if names.is_empty() {
         bail!("no test has `{}` in its name", filter_text(selection));
     }
