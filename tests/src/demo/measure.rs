@@ -1,20 +1,24 @@
 //! Loads by fio: with checksums, of a fixed number, and for speed.
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 
 use super::commands::Commands;
 use super::device::{Device, claim, settle, text};
-use super::figures::{self, Series};
+use super::figures::{Finding, RIVALS, Rates};
 use super::place::DemoTarget;
 use crate::guest::fio::{self, Report};
+use crate::ui;
 
 /// How much of the backing the loads cover.
 const COVERED: &str = "size=256m";
-/// Rounds of each measurement.
-pub const ROUNDS: u32 = 3;
-/// What is measured side by side.
-const RIVALS: [(&str, Option<&str>); 3] =
-    [("raw drive", None), ("ublk, fused", Some("fused")), ("ublk, copy", Some("copy"))];
+
+/// In which order the rivals are measured in each round: all orders there are, so that none is
+/// favoured by its place. That six rounds agree by chance is rare, too: once in 32 times.
+const ORDERS: [[usize; 3]; 6] = [[0, 1, 2], [2, 1, 0], [1, 2, 0], [0, 2, 1], [2, 0, 1], [1, 0, 2]];
+/// Rounds of the measurement.
+pub const ROUNDS: usize = ORDERS.len();
+/// How the rivals lend; the raw drive needs no device.
+const LEND_MODES: [Option<&str>; 3] = [None, Some("fused"), Some("copy")];
 
 struct Workload {
     name: &'static str,
@@ -40,27 +44,34 @@ const WORKLOADS: [Workload; 3] = [
     },
 ];
 
-/// What share of the raw drive's rate each mode reached, a value for each workload.
-#[derive(Debug, Clone, Default)]
-pub struct Shares {
-    /// Without a copy.
-    pub fused: Vec<f64>,
-    /// With one.
-    pub copy: Vec<f64>,
-}
-
 /// Runs fio on a device with `options`, without their dashes.
 fn fio(commands: &Commands, doing: &str, device: &str, options: &[&str]) -> Result<Report> {
+    fio_jobs(commands, doing, device, &[options])?.pop().context("fio reported no job")
+}
+
+/// Runs jobs of fio one after the other on a device, each with its options.
+fn fio_jobs(
+    commands: &Commands,
+    doing: &str,
+    device: &str,
+    jobs: &[&[&str]],
+) -> Result<Vec<Report>> {
     let path = commands.path("fio.json");
+    let mut argv = ["fio", "--output-format=json"].map(String::from).to_vec();
+    argv.push(format!("--output={}", text(&path)?));
+    argv.push("--name=global".into());
     // A colon separates names for fio.
-    let filename = format!("--filename={}", device.replace(':', "\\:"));
-    let output = format!("--output={}", text(&path)?);
-    let mut argv = vec!["fio", "--name=demo", "--output-format=json", &filename, &output];
-    argv.extend(["--thread", "--ioengine=io_uring", "--direct=1", "--registerfiles"]);
-    let options: Vec<String> = options.iter().map(|option| format!("--{option}")).collect();
-    argv.extend(options.iter().map(String::as_str));
-    commands.run(doing, &argv)?;
-    fio::parse(&std::fs::read_to_string(&path)?)
+    argv.push(format!("--filename={}", device.replace(':', "\\:")));
+    argv.extend(["--thread", "--ioengine=io_uring", "--direct=1"].map(String::from));
+    argv.push("--registerfiles".into());
+    for job in jobs {
+        argv.extend(["--name=demo", "--stonewall"].map(String::from));
+        argv.extend(job.iter().map(|option| format!("--{option}")));
+    }
+    commands.run(doing, &argv.iter().map(String::as_str).collect::<Vec<_>>())?;
+    let reports = fio::parse_each(&std::fs::read_to_string(&path)?)?;
+    ensure!(reports.len() == jobs.len(), "fio reported {} of {} jobs", reports.len(), jobs.len());
+    Ok(reports)
 }
 
 /// Writes and reads in random order with a checksum in every block; returns how many blocks were
@@ -80,55 +91,66 @@ pub fn requests(commands: &Commands, device: &str, number: u64) -> Result<()> {
     fio(commands, "reading and writing", device, &options).map(drop)
 }
 
-/// Measures everything in turn, and gives `show` the table line by line.
-pub fn table(
-    commands: &Commands,
-    target: &DemoTarget,
-    mut show: impl FnMut(&str),
-) -> Result<Shares> {
+/// Measures everything in turns.
+pub fn measure(commands: &Commands, target: &DemoTarget) -> Result<Vec<Finding>> {
     {
         let _claim = claim(&target.backing)?;
         let doing = "writing once what will be read";
         fio(commands, doing, text(&target.backing)?, &["rw=write", "bs=1m", COVERED])?;
     }
-    let mut shares = Shares::default();
-    show(&figures::heading());
-    for workload in &WORKLOADS {
-        let mut all = RIVALS.map(|(name, _)| Series { name: name.into(), iops: Vec::new() });
-        for round in 1..=ROUNDS {
-            for (series, (name, lend)) in all.iter_mut().zip(RIVALS) {
-                let doing = format!("{}: {name}, round {round} of {ROUNDS}", workload.name);
-                series.iops.push(measure(commands, target, workload, lend, &doing)?);
+    let mut all: [Rates; WORKLOADS.len()] = Default::default();
+    for (round, order) in ORDERS.iter().enumerate() {
+        for rival in order {
+            let doing = format!("round {} of {ROUNDS}: {}", round + 1, RIVALS[*rival]);
+            ui::progress(&format!("   {doing} …"));
+            let rates = round_of(commands, target, LEND_MODES[*rival], &doing)?;
+            for (all, rate) in all.iter_mut().zip(rates) {
+                [&mut all.raw, &mut all.fused, &mut all.copy][*rival].push(rate);
             }
         }
-        figures::rows(workload.name, workload.block_bytes, &all).iter().for_each(|row| show(row));
-        let [raw, fused, copy] = &all;
-        shares.fused.extend(figures::ratio(&fused.iops, &raw.iops));
-        shares.copy.extend(figures::ratio(&copy.iops, &raw.iops));
     }
-    Ok(shares)
+    let findings = WORKLOADS.iter().zip(&all).map(|(workload, rates)| {
+        Finding::of(workload.name, workload.block_bytes, rates)
+            .with_context(|| format!("{}: no request was completed", workload.name))
+    });
+    findings.collect()
 }
 
-/// One measurement, in requests a second.
-fn measure(
+/// One rival's round: requests a second with each workload.
+fn round_of(
     commands: &Commands,
     target: &DemoTarget,
-    workload: &Workload,
     lend: Option<&str>,
     doing: &str,
-) -> Result<f64> {
+) -> Result<Vec<f64>> {
     let runtime = format!("runtime={}ms", target.place.runtime().as_millis());
     let more = ["fixedbufs", COVERED, "time_based", &runtime, "norandommap", "randrepeat=0"];
-    let options = [workload.options.as_slice(), &more].concat();
-    let report = if let Some(lend) = lend {
+    let jobs = WORKLOADS.map(|workload| [workload.options.as_slice(), &more].concat());
+    let jobs: Vec<&[&str]> = jobs.iter().map(Vec::as_slice).collect();
+    let reports = if let Some(lend) = lend {
         let device = Device::add(commands, target, lend)?;
         settle(commands);
-        let report = fio(commands, doing, &device.path, &options)?;
+        let reports = fio_jobs(commands, doing, &device.path, &jobs)?;
         device.delete(commands, target)?;
-        report
+        reports
     } else {
         let _claim = claim(&target.backing)?;
-        fio(commands, doing, text(&target.backing)?, &options)?
+        fio_jobs(commands, doing, text(&target.backing)?, &jobs)?
     };
-    Ok(report.read.iops + report.write.iops)
+    Ok(reports.iter().map(|report| report.read.iops + report.write.iops).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_rival_is_favoured_by_its_place() {
+        for (n, order) in ORDERS.iter().enumerate() {
+            assert!(ORDERS[n + 1..].iter().all(|other| other != order), "{order:?}");
+            let mut sorted = *order;
+            sorted.sort_unstable();
+            assert_eq!(sorted, [0, 1, 2]);
+        }
+    }
 }

@@ -15,11 +15,11 @@ pub enum Place {
 }
 
 impl Place {
-    /// How long each measurement runs.
+    /// How long each load runs, of which `measure` has 54.
     pub fn runtime(self) -> Duration {
         match self {
-            Self::EmulatedGuest | Self::VirtualizedGuest => Duration::from_millis(600),
-            Self::Host => Duration::from_secs(2),
+            Self::EmulatedGuest | Self::VirtualizedGuest => Duration::from_millis(500),
+            Self::Host => Duration::from_secs(1),
         }
     }
 }

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use super::closing::{Shown, closing};
 use super::commands::Commands;
 use super::device::{self, Device, text};
+use super::figures::{self, Finding};
 use super::measure::{self, ROUNDS};
 use super::place::{DemoTarget, Place};
 use super::{files, undo};
@@ -189,8 +190,10 @@ impl Show<'_> {
     }
 
     fn speed(&mut self, shown: &mut Shown) -> Result<()> {
-        self.step(&format!("Measure with fio: the best of {ROUNDS} rounds, taken in turn"));
-        shown.shares = measure::table(&self.commands, self.target, say)?;
+        self.step(&format!("Measure with fio: medians of {ROUNDS} rounds, in changing order"));
+        shown.speed = measure::measure(&self.commands, self.target)?;
+        say(&figures::heading());
+        shown.speed.iter().flat_map(Finding::rows).for_each(|row| say(&row));
         self.ok("measured");
         Ok(())
     }

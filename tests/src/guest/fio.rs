@@ -271,7 +271,10 @@ pub fn parse(text: &str) -> Result<Report> {
 }
 
 /// Reads the reports of all jobs; fio may print warnings before them.
-fn parse_each(text: &str) -> Result<Vec<Report>> {
+///
+/// # Errors
+/// When there are none.
+pub fn parse_each(text: &str) -> Result<Vec<Report>> {
     let start = text.find('{').context("fio wrote no report")?;
     let whole: Whole = serde_json::from_str(&text[start..]).context("fio's report")?;
     Ok(whole.jobs.iter().map(Report::of).collect())
