@@ -4,18 +4,19 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
-use nix::sys::signal::{SigSet, Signal, killpg};
+use nix::sys::signal::{Signal, killpg};
 use nix::sys::termios::{SetArg, Termios, tcsetattr};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::Pid;
@@ -40,19 +41,34 @@ fn registry() -> MutexGuard<'static, Registry> {
     REGISTRY.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Makes SIGINT, SIGTERM and SIGHUP end the program in order. To be called
-/// before the first thread is started, since threads inherit the mask.
+/// The signals by which a user or the system ends a program.
+const SIGNALS: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
+
+/// Makes SIGINT, SIGTERM and SIGHUP end the program in order. They are caught and not blocked:
+/// programs inherit what is blocked, and would not hear of their end.
 ///
 /// # Errors
-/// When the signals cannot be blocked or the thread cannot be started.
+/// When the signals cannot be caught or the thread cannot be started.
 pub fn handle_signals() -> Result<()> {
-    let mut signals = SigSet::empty();
-    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-        signals.add(signal);
+    let (mut wakened, waker) = UnixStream::pair().context("make a pair of sockets")?;
+    let heard = Arc::new(AtomicUsize::new(0));
+    for signal in SIGNALS {
+        let number = signal as i32;
+        let catch = || -> io::Result<()> {
+            // In this order: who is woken finds the number.
+            let value = usize::try_from(number).map_err(io::Error::other)?;
+            signal_hook::flag::register_usize(number, Arc::clone(&heard), value)?;
+            signal_hook::low_level::pipe::register(number, waker.try_clone()?)?;
+            Ok(())
+        };
+        catch().with_context(|| format!("catch {signal}"))?;
     }
-    signals.thread_block().context("block signals")?;
     std::thread::Builder::new().name("signals".into()).spawn(move || {
-        if let Ok(signal) = signals.wait() {
+        let woken = wakened.read_exact(&mut [0]);
+        let number = heard.load(Ordering::SeqCst);
+        let signal =
+            SIGNALS.into_iter().find(|signal| usize::try_from(*signal as i32) == Ok(number));
+        if let (Ok(()), Some(signal)) = (woken, signal) {
             stop(signal);
         }
     })?;
@@ -60,7 +76,28 @@ pub fn handle_signals() -> Result<()> {
 }
 
 fn stop(signal: Signal) -> ! {
-    STOPPING.store(true, Ordering::SeqCst);
+    end(&format!("ended by {signal}"), 128 + signal as i32)
+}
+
+/// Ends the program as a signal does, because of an error that other threads do not hear of: they
+/// may be waiting for children of their own.
+pub fn fail(error: &anyhow::Error) -> ! {
+    end(&format!("error: {error:#}"), 1)
+}
+
+fn end(last_word: &str, code: i32) -> ! {
+    end_children();
+    // `eprintln` would panic if whoever read it was ended by the same signal.
+    let _ = writeln!(io::stderr(), "{last_word}");
+    std::process::exit(code)
+}
+
+/// Ends all child processes, undoes what is to be undone, and removes directories. Returns to the
+/// first thread only.
+fn end_children() {
+    if STOPPING.swap(true, Ordering::SeqCst) {
+        park_for_ever();
+    }
     let groups = {
         let mut registry = registry();
         if let Some(terminal) = registry.terminal.take() {
@@ -79,7 +116,7 @@ fn stop(signal: Signal) -> ! {
         }
         let _ = killpg(group, Signal::SIGKILL);
     }
-    crate::ui::clear();
+    crate::ui::end_status();
     let on_stop = registry().on_stop.take();
     if let Some(action) = on_stop {
         action();
@@ -87,8 +124,6 @@ fn stop(signal: Signal) -> ! {
     for directory in std::mem::take(&mut registry().directories) {
         let _ = fs::remove_dir_all(directory);
     }
-    eprintln!("ended by {signal}");
-    std::process::exit(128 + signal as i32)
 }
 
 /// The thread that stops the program ends this one too.
@@ -113,6 +148,16 @@ pub fn remember_terminal(settings: Option<Termios>) {
 /// before directories are removed; `None` forgets it.
 pub fn on_stop(action: Option<fn()>) {
     registry().on_stop = action;
+}
+
+/// A directory that is removed if the program ends early.
+pub fn remember_directory(path: &Path) {
+    registry().directories.push(path.to_owned());
+}
+
+/// The directory is kept, or has gone.
+pub fn forget_directory(path: &Path) {
+    registry().directories.retain(|other| other != path);
 }
 
 /// A command for `program` which the kernel ends with `end` if the harness
@@ -246,7 +291,7 @@ impl RunDir {
         let lock = Flock::lock(directory, FlockArg::LockExclusiveNonblock)
             .map_err(|(_, errno)| errno)
             .with_context(|| format!("lock {}", path.display()))?;
-        registry().directories.push(path.clone());
+        remember_directory(&path);
         Ok(Self { path, _lock: lock })
     }
 
@@ -259,7 +304,7 @@ impl RunDir {
 impl Drop for RunDir {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.path);
-        registry().directories.retain(|path| *path != self.path);
+        forget_directory(&self.path);
     }
 }
 
@@ -289,48 +334,4 @@ fn sweep(parent: &Path) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn dropped_group_takes_descendants_with_it() {
-        let mut shell = command("sh", Signal::SIGKILL);
-        shell.args(["-c", "sleep 1000 & echo $!; wait"]).stdout(std::process::Stdio::piped());
-        let mut group = Group::spawn(&mut shell, Signal::SIGKILL).unwrap();
-        let mut line = String::new();
-        let stdout = group.child().stdout.take().unwrap();
-        io::BufRead::read_line(&mut io::BufReader::new(stdout), &mut line).unwrap();
-        let sleeper = PathBuf::from(format!("/proc/{}/stat", line.trim()));
-        assert!(sleeper.exists());
-        drop(group);
-        let gone = |stat: io::Result<String>| stat.map_or(true, |stat| stat.contains(") Z "));
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while !gone(fs::read_to_string(&sleeper)) {
-            assert!(Instant::now() < deadline, "still there");
-            std::thread::yield_now();
-        }
-    }
-
-    #[test]
-    fn exit_status_comes_through_the_wrapper() {
-        let mut shell = command("sh", Signal::SIGTERM);
-        shell.args(["-c", "exit 7"]);
-        let mut group = Group::spawn(&mut shell, Signal::SIGTERM).unwrap();
-        assert_eq!(group.wait().unwrap().code(), Some(7));
-        assert_eq!(group.try_wait().unwrap().unwrap().code(), Some(7));
-    }
-
-    #[test]
-    fn dead_run_directories_are_swept_and_live_ones_kept() {
-        let parent = tempfile::tempdir().unwrap();
-        let alive = RunDir::create(parent.path()).unwrap();
-        let dead = parent.path().join("run-dead");
-        fs::create_dir(&dead).unwrap();
-        let second = RunDir::create(parent.path()).unwrap();
-        assert!(!dead.exists());
-        assert!(alive.path().exists() && second.path().exists());
-        let gone = second.path().to_owned();
-        drop(second);
-        assert!(!gone.exists());
-    }
-}
+mod tests;

@@ -93,18 +93,30 @@ impl Image {
     }
 }
 
+/// The image of the present recipe, if it has been made.
+///
+/// # Errors
+/// When there is no place for it.
+pub fn present_image() -> Result<Option<Image>> {
+    let image = Image::open(paths::cache()?.join(recipe::hash()));
+    if let Some(image) = &image {
+        // Used images are kept: the directory's time is that of its last use.
+        let directory = File::open(&image.directory);
+        let _ = directory.and_then(|d| d.set_modified(std::time::SystemTime::now()));
+    }
+    Ok(image)
+}
+
 /// The image of the present recipe, made if it is not there yet.
 ///
 /// # Errors
 /// When it cannot be made; the message says what to do.
 pub fn ensure_image() -> Result<Image> {
-    let cache = paths::cache()?;
-    let directory = cache.join(recipe::hash());
-    if let Some(image) = Image::open(directory.clone()) {
-        // Used images are kept: the directory's time is that of its last use.
-        let _ = File::open(&directory).and_then(|d| d.set_modified(std::time::SystemTime::now()));
+    if let Some(image) = present_image()? {
         return Ok(image);
     }
+    let cache = paths::cache()?;
+    let directory = cache.join(recipe::hash());
     fs::create_dir_all(&cache).with_context(|| format!("make {}", cache.display()))?;
     ui::status("waiting for another run that makes the guest image");
     let _lock = cleanup::lock_file(&cache.join("lock"))?;
@@ -135,6 +147,10 @@ fn build(cache: &Path, directory: &Path) -> Result<()> {
     };
     let scratch = tempfile::Builder::new().prefix("ublk-image-").tempdir_in(&scratch_parent)?;
     fs::set_permissions(scratch.path(), fs::Permissions::from_mode(0o777))?;
+    // A signal leaves none of their gigabytes.
+    for directory in [building.path(), scratch.path()] {
+        cleanup::remember_directory(directory);
+    }
 
     let mirror = find_mirror(scratch.path())?;
     debootstrap(privilege, &mirror, scratch.path())?;
@@ -149,6 +165,7 @@ fn build(cache: &Path, directory: &Path) -> Result<()> {
     fs::set_permissions(building.path(), fs::Permissions::from_mode(0o755))?;
     let built = building.keep();
     fs::rename(&built, directory).context("put the image in its place")?;
+    cleanup::forget_directory(&built);
     ui::clear();
     Ok(())
 }
