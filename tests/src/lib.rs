@@ -11,6 +11,7 @@
 pub mod agent;
 pub mod artifact;
 pub mod bench;
+pub mod cargo_output;
 pub mod cleanup;
 pub mod config;
 pub mod demo;

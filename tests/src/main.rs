@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use vm_harness::config::{Kernel, VmConfig};
+use vm_harness::payload::{SHELL, Set};
 use vm_harness::runner::{self, Selection};
 use vm_harness::{bench, cleanup, demo, image, setup, shell, ui};
 
@@ -76,6 +77,9 @@ struct GuestArgs {
     /// One instruction is one nanosecond of guest time, on one CPU
     #[arg(long)]
     icount: bool,
+    /// Build the programs as users install them, which takes longer: for measuring
+    #[arg(long)]
+    release: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -101,6 +105,11 @@ impl GuestArgs {
             ..VmConfig::default()
         }
         .drives(self.drives)
+    }
+
+    /// The programs, as they are to be built.
+    fn built(&self, set: Set) -> Set {
+        if self.release { set.released() } else { set }
     }
 }
 
@@ -170,9 +179,11 @@ fn run(command: Command) -> Result<ExitCode> {
             };
             if args.list { runner::list(&selection) } else { runner::run(&selection) }
         }
-        Command::Shell(guest) => shell::shell(&guest.config()),
+        Command::Shell(guest) => shell::shell(&guest.config(), &guest.built(SHELL)),
         Command::Run { guest, timeout, command } => {
-            shell::run(&guest.config(), command, timeout.map(Duration::from_secs))
+            let timeout = timeout.map(Duration::from_secs);
+            let set = guest.built(Set::for_command(&command));
+            shell::run(&guest.config(), &set, command, timeout)
         }
         Command::Demo(args) => demo::run(&args),
         Command::Bench(args) => bench::run(&args),

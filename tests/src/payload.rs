@@ -1,13 +1,15 @@
 //! Builds the programs for the guest and puts them on a disk.
 
 use std::fs;
+use std::io::BufReader;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::sys::signal::Signal;
 
 use crate::artifact::{self, Artifact};
+use crate::cargo_output::{self, Said};
 use crate::cleanup::{self, Group};
 use crate::{paths, ui};
 
@@ -16,48 +18,85 @@ use crate::{paths, ui};
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
 /// A program for the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Program {
     package: &'static str,
     binary: &'static str,
-    /// Path of its main file below the workspace: a program that is not
-    /// written yet is left out.
-    source: &'static str,
 }
 
-const PROGRAMS: &[Program] = &[
-    Program { package: "vm-harness", binary: "vm-agent", source: "tests/src/bin/vm-agent.rs" },
-    Program {
-        package: "vm-harness",
-        binary: "guest-tests",
-        source: "tests/src/bin/guest-tests.rs",
-    },
-    Program { package: "vm-harness", binary: "demo-guest", source: "tests/src/bin/demo-guest.rs" },
-    Program {
-        package: "vm-harness",
-        binary: "bench-guest",
-        source: "tests/src/bin/bench-guest.rs",
-    },
-    Program { package: "ublk-target", binary: "ublk-target", source: "ublk-target/src/main.rs" },
-    Program { package: "ublk-bench", binary: "ublk-bench", source: "bench/src/main.rs" },
-];
+const AGENT: Program = Program { package: "vm-harness", binary: "vm-agent" };
+const GUEST_TESTS: Program = Program { package: "vm-harness", binary: "guest-tests" };
+const DEMO_GUEST: Program = Program { package: "vm-harness", binary: "demo-guest" };
+const BENCH_GUEST: Program = Program { package: "vm-harness", binary: "bench-guest" };
+const UBLK_TARGET: Program = Program { package: "ublk-target", binary: "ublk-target" };
+const UBLK_BENCH: Program = Program { package: "ublk-bench", binary: "ublk-bench" };
 
-/// Builds all programs for the guest, statically, so that they run on any C
-/// library, and returns where they are. Cargo's output goes to the user.
+/// How programs are built: arguments of cargo.
+type Profile = &'static [&'static str];
+/// Fast, for programs whose speed does not matter.
+const FAST: Profile = &["--profile", "guest"];
+/// The same, for tests, which make loads and check what was read.
+const FAST_TESTS: Profile =
+    &["--profile", "guest", "--config", "profile.guest.package.vm-harness.opt-level=1"];
+/// As users install them.
+const RELEASE: Profile = &["--profile", "release"];
+
+/// Programs that a guest gets, and how they are built.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Set {
+    programs: &'static [Program],
+    profile: Profile,
+}
+
+/// What the demonstration runs.
+pub const DEMO: Set = Set { programs: &[AGENT, DEMO_GUEST, UBLK_TARGET], profile: FAST };
+/// What tests run.
+pub const TESTS: Set =
+    Set { programs: &[AGENT, GUEST_TESTS, UBLK_TARGET, UBLK_BENCH], profile: FAST_TESTS };
+/// What a user finds in a guest's shell.
+pub const SHELL: Set = Set { programs: &[AGENT, UBLK_TARGET, UBLK_BENCH], profile: FAST };
+/// What a command of the user's finds that names no other program of ours.
+const RUN: Set = Set { programs: &[AGENT, UBLK_TARGET], profile: FAST };
+/// What is measured, and what measures it.
+pub const BENCH: Set =
+    Set { programs: &[AGENT, BENCH_GUEST, UBLK_TARGET, UBLK_BENCH], profile: RELEASE };
+
+/// For a command that names programs of several sets.
+const ALL: Set = Set {
+    programs: &[AGENT, GUEST_TESTS, DEMO_GUEST, BENCH_GUEST, UBLK_TARGET, UBLK_BENCH],
+    profile: FAST_TESTS,
+};
+
+impl Set {
+    /// The first set that has what a command names.
+    pub fn for_command(words: &[String]) -> Self {
+        let is_named = |program: &&Program| words.iter().any(|word| word.contains(program.binary));
+        let named: Vec<_> = ALL.programs.iter().filter(is_named).collect();
+        let sets = [RUN, SHELL, DEMO, TESTS, BENCH];
+        let has_all = |set: &Self| named.iter().all(|program| set.programs.contains(program));
+        sets.into_iter().find(has_all).unwrap_or(ALL)
+    }
+
+    /// The same programs as users install them.
+    #[must_use]
+    pub fn released(self) -> Self {
+        Self { profile: RELEASE, ..self }
+    }
+}
+
+/// Builds programs for the guest, statically, so that they run on any C library, and returns where
+/// they are. What the compiler says goes to the user.
 ///
 /// # Errors
 /// When a program does not build.
-pub fn build() -> Result<Vec<PathBuf>> {
-    let workspace = paths::workspace();
-    let programs: Vec<_> =
-        PROGRAMS.iter().filter(|program| workspace.join(program.source).is_file()).collect();
-    ui::step("building the programs for the guest");
-    let mut command = release_build();
+pub fn build(set: &Set) -> Result<Vec<PathBuf>> {
+    let mut command = cargo_build(set.profile);
     link_statically(&mut command);
-    for program in &programs {
+    for program in set.programs {
         command.args(["-p", program.package, "--bin", program.binary]);
     }
-    let built = run_cargo(command)?;
-    programs.iter().map(|program| pick(&built, program.binary)).collect()
+    let built = run_cargo(command, "building the programs for the guest")?;
+    set.programs.iter().map(|program| pick(&built, program.binary)).collect()
 }
 
 /// Has a build of cargo's make programs for the guest.
@@ -73,25 +112,35 @@ pub fn link_statically(command: &mut Command) {
 /// # Errors
 /// When it does not build.
 pub fn build_for_host(name: &str) -> Result<PathBuf> {
-    ui::step(&format!("building {name}"));
-    let mut command = release_build();
+    let mut command = cargo_build(RELEASE);
     command.args(["-p", name, "--bin", name]);
-    pick(&run_cargo(command)?, name)
+    pick(&run_cargo(command, &format!("building {name}"))?, name)
 }
 
-fn release_build() -> Command {
+fn cargo_build(profile: Profile) -> Command {
     let mut command = cleanup::command(paths::cargo(), Signal::SIGTERM);
-    command.current_dir(paths::workspace()).args(["build", "--release", "--quiet"]);
+    command.current_dir(paths::workspace()).arg("build").args(profile);
     command.args(["--message-format", "json-render-diagnostics"]);
     command
 }
 
-/// Runs a build and returns the executables it reports.
-fn run_cargo(mut command: Command) -> Result<Vec<Artifact>> {
-    command.stdin(Stdio::null()).stdout(Stdio::piped());
+/// Runs a build and returns the executables it reports. `doing` says what it is for.
+fn run_cargo(mut command: Command, doing: &str) -> Result<Vec<Artifact>> {
+    ui::step(doing);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    cargo_output::want_progress(&mut command);
     let mut group = Group::spawn(&mut command, Signal::SIGTERM)?;
     let stdout = group.child().stdout.take().context("cargo's standard output")?;
-    let built = artifact::read(std::io::BufReader::new(stdout))?;
+    let stderr = group.child().stderr.take().context("cargo's standard error")?;
+    // In a thread, for cargo may wait until either of them is read.
+    let messages = std::thread::Builder::new()
+        .name("cargo".into())
+        .spawn(move || artifact::read(BufReader::new(stdout)))?;
+    cargo_output::read(BufReader::new(stderr), |said| match said {
+        Said::Doing(now) => ui::progress(&format!("{doing}: {now}")),
+        Said::Diagnostic(line) => ui::note(&line),
+    })?;
+    let built = messages.join().map_err(|_| anyhow!("cargo's messages could not be read"))??;
     let status = group.wait()?;
     ui::clear();
     ensure!(status.success(), "the build failed");
@@ -136,6 +185,22 @@ pub fn make_disk(programs: &[PathBuf], image: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_command_finds_the_programs_that_it_names() {
+        for (command, set) in [
+            ("uname -r", RUN),
+            ("ublk-target features", RUN),
+            ("sh -c ublk-bench_--help", SHELL),
+            ("demo-guest tcg", DEMO),
+            ("guest-tests", TESTS),
+            ("/payload/bench-guest prepare", BENCH),
+            ("cat demo-guest guest-tests", ALL),
+        ] {
+            let words: Vec<_> = command.split(' ').map(String::from).collect();
+            assert_eq!(Set::for_command(&words), set, "{command}");
+        }
+    }
 
     #[test]
     fn programs_are_picked_by_their_whole_name() {

@@ -63,7 +63,7 @@ const REQUIREMENTS: &[Requirement] = &[
         present: |machine| machine.program("setpriv"),
     },
     Requirement {
-        package: "libclang-dev",
+        package: "libclang1",
         purpose: "libclang, which bindgen needs to build a dependency",
         present: Machine::libclang,
     },
@@ -290,7 +290,7 @@ mod tests {
             (3, "util-linux"),
             (4, "gcc"),
             (5, "debian-archive-keyring"),
-            (6, "libclang-dev"),
+            (6, "libclang1"),
             (7, "libc6-dev"),
             (8, "mount"),
         ] {

@@ -5,38 +5,31 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 use std::os::fd::AsFd;
 
-use crate::cleanup::{self, RunDir};
+use crate::cleanup::{self, RunDir, fail};
 use crate::config::VmConfig;
 use crate::image::{self, Image};
+use crate::payload::{self, Set};
 use crate::proto::{ExitState, Frame, Job, ToGuest, WindowSize};
 use crate::vm::{JobResult, Sink, Vm, pass_on};
-use crate::{paths, payload, ui};
+use crate::{paths, ui};
 
 /// A day: programs that the user runs end when they end.
 const NO_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 /// How often the size of the terminal is looked at.
 const SIZE_INTERVAL_MS: u16 = 500;
 
-/// Makes all that a boot needs; the directory holds the payload disk.
+/// Makes all that a boot needs, the image and these programs, with more of them on the payload
+/// disk; the directory holds that disk.
 ///
 /// # Errors
 /// When the image or the programs cannot be made.
-pub fn prepare() -> Result<(Image, RunDir, PathBuf)> {
-    prepare_with(&[])
-}
-
-/// The same, with more programs on the payload disk.
-///
-/// # Errors
-/// As [`prepare()`].
-pub fn prepare_with(more: &[PathBuf]) -> Result<(Image, RunDir, PathBuf)> {
-    let image = image::ensure_image()?;
-    let mut programs = payload::build()?;
+pub fn prepare(set: &Set, more: &[PathBuf]) -> Result<(Image, RunDir, PathBuf)> {
+    let (image, mut programs) = image_and_programs(set)?;
     programs.extend_from_slice(more);
     let directory = RunDir::create(&paths::cache()?.join("run"))?;
     let disk = directory.path().join("payload.img");
@@ -44,8 +37,37 @@ pub fn prepare_with(more: &[PathBuf]) -> Result<(Image, RunDir, PathBuf)> {
     Ok((image, directory, disk))
 }
 
-fn boot(config: &VmConfig) -> Result<(Vm, RunDir)> {
-    let (image, directory, disk) = prepare()?;
+/// Makes the image and these programs. Where there is no image yet, both at the same time: the
+/// image waits for a network and disks, and much of it is done by one thread.
+///
+/// # Errors
+/// As [`prepare()`]. Where both are made at the same time and one fails, the program ends.
+fn image_and_programs(set: &Set) -> Result<(Image, Vec<PathBuf>)> {
+    if let Some(image) = image::present_image()? {
+        return Ok((image, payload::build(set)?));
+    }
+    side_by_side(image::ensure_image, || payload::build(set))
+}
+
+/// Does one thing in a thread of its own, and another one in this thread. If one of them fails, the
+/// program ends, with the child processes of both: what the other one does is of no use then.
+fn side_by_side<A: Send, B>(
+    one: impl FnOnce() -> Result<A> + Send,
+    other: impl FnOnce() -> Result<B>,
+) -> Result<(A, B)> {
+    std::thread::scope(|scope| {
+        // It lives as long as the children that it starts, as `cleanup::command` demands.
+        let one = std::thread::Builder::new()
+            .name("beside".into())
+            .spawn_scoped(scope, || one().unwrap_or_else(|error| fail(&error)))?;
+        let other = other().unwrap_or_else(|error| fail(&error));
+        let one = one.join().map_err(|_| anyhow!("a thread panicked"))?;
+        Ok((one, other))
+    })
+}
+
+fn boot(config: &VmConfig, set: &Set) -> Result<(Vm, RunDir)> {
+    let (image, directory, disk) = prepare(set, &[])?;
     ui::status("booting the guest");
     let mut vm = Vm::boot(config, &image, &disk)?;
     if !config.icount {
@@ -60,8 +82,13 @@ fn boot(config: &VmConfig) -> Result<(Vm, RunDir)> {
 ///
 /// # Errors
 /// When the guest cannot be booted or goes down.
-pub fn run(config: &VmConfig, argv: Vec<String>, timeout: Option<Duration>) -> Result<ExitCode> {
-    let (mut vm, _directory) = boot(config)?;
+pub fn run(
+    config: &VmConfig,
+    set: &Set,
+    argv: Vec<String>,
+    timeout: Option<Duration>,
+) -> Result<ExitCode> {
+    let (mut vm, _directory) = boot(config, set)?;
     let job = Job { argv, ..Job::default() };
     let result = vm.run(&job, timeout.unwrap_or(NO_TIMEOUT), &mut pass_on)?;
     vm.power_off()?;
@@ -84,12 +111,12 @@ fn exit_code(result: &JobResult) -> ExitCode {
 ///
 /// # Errors
 /// When there is no terminal, or the guest cannot be booted or goes down.
-pub fn shell(config: &VmConfig) -> Result<ExitCode> {
+pub fn shell(config: &VmConfig, set: &Set) -> Result<ExitCode> {
     anyhow::ensure!(
         std::io::stdin().is_terminal() && std::io::stdout().is_terminal(),
         "a shell needs a terminal; use `vm run -- COMMAND` without one"
     );
-    let (mut vm, _directory) = boot(config)?;
+    let (mut vm, _directory) = boot(config, set)?;
     ui::note(&format!("kernel {}; leave with `exit`, which powers off", vm.kernel()));
     let terminal = std::env::var("TERM").unwrap_or_else(|_| "vt100".into());
     let job = Job {
@@ -165,5 +192,81 @@ impl Drop for RawTerminal {
     fn drop(&mut self) {
         let _ = tcsetattr(std::io::stdin(), SetArg::TCSANOW, &self.0);
         cleanup::remember_terminal(None);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+    use std::path::Path;
+    use std::process::{Command, Stdio};
+    use std::time::Instant;
+
+    use nix::sys::signal::Signal;
+
+    use super::*;
+    use crate::cleanup::Group;
+
+    /// Says, in the process that a test starts, which side is to fail and where the other one is to
+    /// write the process that it waits for.
+    const FAILS: &str = "UBLK_VM_TEST_FAILS";
+    const WAITS: &str = "UBLK_VM_TEST_WAITS";
+
+    #[test]
+    fn both_sides_are_done() {
+        let (one, other) = side_by_side(|| Ok(1), || Ok("two")).unwrap();
+        assert_eq!((one, other), (1, "two"));
+    }
+
+    /// The process that is written down there, if it has been written.
+    fn written(file: &Path) -> Option<String> {
+        std::fs::read_to_string(file).ok().filter(|text| text.ends_with('\n'))
+    }
+
+    fn wait_for_ever(file: &Path) -> Result<()> {
+        let mut shell = cleanup::command("sh", Signal::SIGTERM);
+        shell.args(["-c", "echo $$ > \"$0\"; exec sleep 1000"]).arg(file);
+        Group::spawn(&mut shell, Signal::SIGTERM)?.wait()?;
+        Ok(())
+    }
+
+    fn fail_while_the_other_waits(file: &Path) -> Result<()> {
+        while written(file).is_none() {
+            std::thread::yield_now();
+        }
+        anyhow::bail!("no mirror")
+    }
+
+    #[test]
+    fn a_failure_ends_the_other_side() {
+        // The program ends, so it has to be another process.
+        if let (Ok(fails), Ok(file)) = (std::env::var(FAILS), std::env::var(WAITS)) {
+            let file = Path::new(&file);
+            let failing = || fail_while_the_other_waits(file);
+            let waiting = || wait_for_ever(file);
+            let done = match fails.as_str() {
+                "one" => side_by_side(failing, waiting),
+                _ => side_by_side(waiting, failing),
+            };
+            panic!("{done:?}");
+        }
+        for fails in ["one", "other"] {
+            let scratch = tempfile::tempdir().unwrap();
+            let file = scratch.path().join("process");
+            let began = Instant::now();
+            let output = Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", "shell::tests::a_failure_ends_the_other_side", "--nocapture"])
+                .env(FAILS, fails)
+                .env(WAITS, &file)
+                .stdin(Stdio::null())
+                .output()
+                .unwrap();
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert_eq!(output.status.code(), Some(1), "{:?}: {said}", output.status.signal());
+            assert!(said.contains("error: no mirror"), "{said}");
+            let process = written(&file).unwrap();
+            assert!(!Path::new("/proc").join(process.trim()).exists(), "{process} is left");
+            assert!(began.elapsed() < Duration::from_secs(100), "it was waited for");
+        }
     }
 }

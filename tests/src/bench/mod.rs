@@ -21,7 +21,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use clap::builder::PossibleValuesParser;
 
-use crate::{paths, shell, ui};
+use crate::{paths, payload, shell, ui};
 use column::COLUMNS;
 pub use guest::in_guest;
 use host::Bench;
@@ -95,7 +95,7 @@ pub fn run(args: &BenchArgs) -> Result<ExitCode> {
         Some(Err(error)) => (Vec::new(), Some(format!("it could not be built: {error:#}"))),
         None => (Vec::new(), None),
     };
-    let (image, _directory, payload) = shell::prepare_with(&rublk)?;
+    let (image, _directory, payload) = shell::prepare(&payload::BENCH, &rublk)?;
     let directory = paths::workspace().join(DIRECTORY);
     let mut code = ExitCode::SUCCESS;
     if args.counts_instructions() {

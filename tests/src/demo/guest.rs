@@ -14,7 +14,7 @@ use crate::image::Image;
 use crate::proto::{ExitState, Job};
 use crate::qemu::Accel;
 use crate::vm::{Vm, VmDown, pass_on};
-use crate::{cleanup, klog, shell, ui};
+use crate::{cleanup, klog, payload, shell, ui};
 
 /// The guest's program.
 const PROGRAM: &str = "demo-guest";
@@ -31,7 +31,7 @@ const ATTEMPTS: u32 = 3;
 pub fn run() -> Result<ExitCode> {
     ui::out("ublk-target serves block devices from user space, without copying their data.");
     ui::out("This shows it in a virtual machine: nothing on this machine's own drives is touched.");
-    let (image, _directory, payload) = shell::prepare()?;
+    let (image, _directory, payload) = shell::prepare(&payload::DEMO, &[])?;
     let is_emulator_bug =
         |error: &anyhow::Error| error.downcast_ref::<VmDown>().is_some_and(VmDown::is_emulator_bug);
     for _ in 1..ATTEMPTS {

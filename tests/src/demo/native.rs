@@ -49,7 +49,7 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode> {
     let program = match &args.program {
         Some(program) => fs::canonicalize(program).with_context(|| missing(program))?,
         None => {
-            setup::ensure_only(&["util-linux", "libclang-dev", "gcc"])?;
+            setup::ensure_only(&["util-linux", "libclang1", "gcc"])?;
             payload::build_for_host("ublk-target")?
         }
     };

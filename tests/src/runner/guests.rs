@@ -37,7 +37,7 @@ pub fn run(selection: &Selection, report: &mut Report) -> Result<()> {
         return Ok(());
     }
     let image = image::ensure_image()?;
-    let programs = payload::build()?;
+    let programs = payload::build(&payload::TESTS)?;
     let directory = RunDir::create(&paths::cache()?.join("run"))?;
     let disk = directory.path().join("payload.img");
     payload::make_disk(&programs, &disk)?;

@@ -39,11 +39,11 @@ const LEAST: f64 = 4.0;
 pub fn run(row: &str, load: &str) -> Result<ExitCode> {
     let row = row_named(row).with_context(|| format!("there is no row {row}"))?;
     let column = COLUMNS.iter().find(|it| it.name == load).context("there is no such load")?;
-    let mut programs = payload::build()?;
+    let mut programs = payload::build(&payload::BENCH)?;
     let rival = (row.subject == Subject::RublkLoop).then(rublk::ensure_built).transpose()?;
     let plugin = build()?;
     let rival: Vec<PathBuf> = rival.into_iter().collect();
-    let (image, directory, disk) = shell::prepare_with(&rival)?;
+    let (image, directory, disk) = shell::prepare(&payload::BENCH, &rival)?;
     programs.extend(rival);
     let measure = |times: &str| {
         ui::step(&format!("counting the instructions of {times} x {} requests", column.requests));
