@@ -52,9 +52,8 @@ fn tell(news: &News) {
                 let _ = writeln!(out, "{}", device.device.display());
             }
             let _ = out.flush();
-            let status = NotifyState::Status(&format!("{} of {wanted} devices", devices.len()));
-            notify(&[NotifyState::Ready, status]);
-            return;
+            let status = format!("{} of {wanted} devices", devices.len());
+            return notify(&[NotifyState::Ready, NotifyState::Status(&status)]);
         }
         News::Reloading => match NotifyState::monotonic_usec_now() {
             Ok(now) => vec![NotifyState::Reloading, now],
