@@ -1,17 +1,17 @@
 //! Makes and keeps the guest image.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Write};
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, bail, ensure};
-use nix::sys::signal::Signal;
+use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::cleanup::{self, Group};
+use crate::cleanup;
 use crate::config::Kernel;
+use crate::mmdebstrap::{self, KEYRING};
 use crate::recipe::{self, Privilege, ROOT_FS_KIB, ROOT_FS_OFFSET};
 use crate::{paths, ui};
 
@@ -19,7 +19,6 @@ const RECORD: &str = "image.json";
 const ROOT: &str = "root.img";
 const HEADERS: &str = "headers";
 const PACKAGES: &str = "packages";
-const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Images kept when a new one has been made.
 const KEEP: usize = 2;
 
@@ -137,13 +136,12 @@ pub fn ensure_image() -> Result<Image> {
 }
 
 fn build(cache: &Path, directory: &Path) -> Result<()> {
-    let privilege =
-        if nix::unistd::geteuid().is_root() { Privilege::Root } else { Privilege::Unshare };
+    let privilege = mmdebstrap::privilege();
     let building = tempfile::Builder::new().prefix("building-").tempdir_in(cache)?;
     // In a user namespace, root is somebody else who cannot look into homes.
     let scratch_parent = match privilege {
         Privilege::Root => building.path().to_owned(),
-        Privilege::Unshare => scratch_parent(),
+        Privilege::Unshare => mmdebstrap::unpack_parent(),
     };
     let scratch = tempfile::Builder::new().prefix("ublk-image-").tempdir_in(&scratch_parent)?;
     fs::set_permissions(scratch.path(), fs::Permissions::from_mode(0o777))?;
@@ -152,7 +150,7 @@ fn build(cache: &Path, directory: &Path) -> Result<()> {
         cleanup::remember_directory(directory);
     }
 
-    let mirror = find_mirror(scratch.path())?;
+    let mirror = mmdebstrap::find_mirror(scratch.path())?;
     debootstrap(privilege, &mirror, scratch.path())?;
     ui::step("guest image: keeping it");
     let kernels = collect(scratch.path(), building.path())?;
@@ -170,12 +168,6 @@ fn build(cache: &Path, directory: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Where mmdebstrap may unpack a gigabyte: a disk, rather than `/tmp`, which
-/// often is memory.
-fn scratch_parent() -> PathBuf {
-    std::env::var_os("TMPDIR").map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from)
-}
-
 fn debootstrap(privilege: Privilege, mirror: &str, scratch: &Path) -> Result<()> {
     let customize = write_script(scratch, "customize.sh", recipe::CUSTOMIZE_SH)?;
     let init = write_script(scratch, "init.sh", recipe::INIT_SH)?;
@@ -183,49 +175,14 @@ fn debootstrap(privilege: Privilege, mirror: &str, scratch: &Path) -> Result<()>
     root.set_len(ROOT_FS_OFFSET + ROOT_FS_KIB * 1024)?;
     root.set_permissions(fs::Permissions::from_mode(0o666))?;
     std::os::unix::fs::FileExt::write_all_at(&root, &partition_table()?, 0)?;
-
-    let keyring = Path::new(KEYRING);
-    ensure!(keyring.is_file(), "{KEYRING} is missing (package debian-archive-keyring)");
-    // SIGTERM, for it unmounts and removes what it made.
-    let mut command = cleanup::command("mmdebstrap", Signal::SIGTERM);
-    command
-        .args(recipe::mmdebstrap_args(privilege, mirror, KEYRING, &customize.display().to_string()))
-        .env("OUT", scratch)
-        .env("INIT", init)
-        .env("FS_KIB", ROOT_FS_KIB.to_string())
-        .env("TMPDIR", scratch_parent())
-        .env("LC_ALL", "C.UTF-8")
-        .current_dir("/")
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped());
-    let mut group = Group::spawn(&mut command, Signal::SIGTERM)?;
-    let stderr = group.child().stderr.take().context("mmdebstrap's standard error")?;
-    let mut log = Vec::new();
-    for line in BufReader::new(stderr).split(b'\n') {
-        let line = String::from_utf8_lossy(&line?).trim_end().to_owned();
-        if let Some(step) = progress(&line) {
-            ui::step(&format!("guest image: {step}"));
-        }
-        log.push(line);
-    }
-    let status = group.wait()?;
-    ui::clear();
-    if !status.success() {
-        let tail = log[log.len().saturating_sub(30)..].join("\n");
-        bail!("mmdebstrap ended with {status}; its last lines:\n{tail}");
-    }
-    Ok(())
-}
-
-/// The part of mmdebstrap's (or our hook's) output that says what it does now.
-fn progress(line: &str) -> Option<&str> {
-    if let Some(step) = line.strip_prefix("STEP ") {
-        return Some(step);
-    }
-    let step = line.strip_prefix("I: ")?.trim_end_matches('.');
-    let verbs = ["downloading", "extracting", "installing", "running apt-get", "cleaning"];
-    verbs.iter().any(|verb| step.starts_with(verb)).then_some(step)
+    let customize = customize.display().to_string();
+    let args = recipe::mmdebstrap_args(privilege, mirror, KEYRING, &customize);
+    let env = [
+        ("OUT", scratch.into()),
+        ("INIT", init.into()),
+        ("FS_KIB", ROOT_FS_KIB.to_string().into()),
+    ];
+    mmdebstrap::run("guest image", &args, &env)
 }
 
 fn write_script(directory: &Path, name: &str, text: &str) -> Result<PathBuf> {
@@ -311,62 +268,6 @@ fn prune(cache: &Path, newest: &Path) {
     }
 }
 
-/// A mirror of the Debian archive: the user's word, or one that this machine's
-/// apt is set up with.
-fn find_mirror(scratch: &Path) -> Result<String> {
-    if let Some(mirror) = std::env::var("UBLK_VM_MIRROR").ok().filter(|m| !m.is_empty()) {
-        return Ok(mirror);
-    }
-    let output = Command::new("apt-get")
-        .args(["indextargets", "--format", "$(ORIGIN)|$(LABEL)|$(REPO_URI)"])
-        .output();
-    let text = output.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
-    for mirror in mirror_candidates(&text) {
-        if serves_guest_release(&mirror, scratch) {
-            return Ok(mirror);
-        }
-    }
-    bail!(
-        "no mirror of the Debian archive with {} in this machine's apt configuration: \
-         set UBLK_VM_MIRROR to the address of one",
-        recipe::SUITE
-    )
-}
-
-/// Repositories that may be the Debian archive, likely ones first. Origin and
-/// label are empty where apt has no lists yet.
-fn mirror_candidates(indextargets: &str) -> Vec<String> {
-    let mut sure = Vec::new();
-    let mut maybe = Vec::new();
-    for line in indextargets.lines() {
-        let mut fields = line.splitn(3, '|');
-        let (Some(origin), Some(label), Some(uri)) = (fields.next(), fields.next(), fields.next())
-        else {
-            continue;
-        };
-        let list = match (origin, label) {
-            ("Debian", "Debian") => &mut sure,
-            ("", "") if !uri.contains("security") => &mut maybe,
-            _ => continue,
-        };
-        if !list.iter().any(|known| known == uri) {
-            list.push(uri.to_owned());
-        }
-    }
-    sure.append(&mut maybe);
-    sure
-}
-
-/// Asks through apt's own downloader, which knows the machine's proxies.
-fn serves_guest_release(mirror: &str, scratch: &Path) -> bool {
-    let address = format!("{}/dists/{}/InRelease", mirror.trim_end_matches('/'), recipe::SUITE);
-    Command::new("/usr/lib/apt/apt-helper")
-        .args(["download-file", &address])
-        .arg(scratch.join("InRelease"))
-        .output()
-        .is_ok_and(|output| output.status.success())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -376,29 +277,6 @@ mod tests {
         let mut versions = ["7.2.12+deb13-cloud-amd64", "6.12.9+deb13", "6.12.107+deb13"];
         versions.sort_by_key(|version| version_key(version));
         assert_eq!(versions, ["6.12.9+deb13", "6.12.107+deb13", "7.2.12+deb13-cloud-amd64"]);
-    }
-
-    #[test]
-    fn mirrors_that_serve_the_archive_come_first() {
-        let text = "||http://a.example/unknown/\n\
-             Debian|Debian-Security|http://s.example/debian-security/\n\
-             Debian|Debian|http://m.example/d/\n\
-             ||http://s.example/security/\n\
-             Node|Node|http://n.example/\n\
-             Debian|Debian|http://m.example/d/\n";
-        assert_eq!(mirror_candidates(text), ["http://m.example/d/", "http://a.example/unknown/"]);
-        assert!(mirror_candidates("Ubuntu|Ubuntu|http://u.example/ubuntu/\n").is_empty());
-    }
-
-    #[test]
-    fn progress_lines_are_picked() {
-        assert_eq!(
-            progress("I: downloading packages with apt..."),
-            Some("downloading packages with apt")
-        );
-        assert_eq!(progress("STEP making the file system"), Some("making the file system"));
-        assert_eq!(progress("Unpacking fio (3.39-1) ..."), None);
-        assert_eq!(progress("I: success in 41 seconds"), None);
     }
 
     #[test]

@@ -76,6 +76,16 @@ pub enum Privilege {
     Unshare,
 }
 
+impl Privilege {
+    /// What mmdebstrap calls it.
+    pub const fn mode(self) -> &'static str {
+        match self {
+            Self::Root => "root",
+            Self::Unshare => "unshare",
+        }
+    }
+}
+
 /// Arguments of mmdebstrap: mirror, keyring and the path of the written-out
 /// [`CUSTOMIZE_SH`] come from the machine, the rest is the recipe.
 pub fn mmdebstrap_args(
@@ -84,12 +94,8 @@ pub fn mmdebstrap_args(
     keyring: &str,
     customize: &str,
 ) -> Vec<String> {
-    let mode = match privilege {
-        Privilege::Root => "root",
-        Privilege::Unshare => "unshare",
-    };
     let mut args = vec![
-        format!("--mode={mode}"),
+        format!("--mode={}", privilege.mode()),
         "--variant=apt".into(),
         "--architectures=amd64".into(),
         "--format=null".into(),
@@ -122,7 +128,7 @@ pub fn hash() -> String {
 
 /// 128 bits of FNV-1a as hexadecimal digits: the same in every release of the
 /// compiler, and nobody attacks the name of a cache directory.
-fn hash_of(text: &str) -> String {
+pub fn hash_of(text: &str) -> String {
     let mut hash: u128 = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d;
     for byte in text.bytes() {
         hash ^= u128::from(byte);
