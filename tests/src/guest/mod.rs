@@ -52,7 +52,7 @@ pub enum Outcome {
 }
 
 /// Where a test's code runs.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub enum Code {
     /// In the guest, as a program of its own.
     Guest(fn(&Ctx) -> Result<Outcome>),
@@ -62,7 +62,7 @@ pub enum Code {
 }
 
 /// One test.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct TestCase {
     /// Its name, unique, made of words with underscores.
     pub name: &'static str,

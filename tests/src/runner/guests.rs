@@ -1,24 +1,25 @@
-//! Runs tests that need a guest: one boot a group, and a fresh one whenever a
+//! Runs tests that need a guest: one boot for many, and a fresh one whenever a
 //! test has ended the guest or left it in a state that cannot be undone.
 
 use std::path::Path;
+use std::thread;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 
 use super::Selection;
 use super::report::{Ending, Report};
-use crate::cleanup::RunDir;
+use super::schedule::{Claim, Schedule};
 use crate::config::{GROUPS, Group};
 use crate::guest::{
     self, Code, FIGURE, LONG_VARIABLE, Outcome, SEED_VARIABLE, SKIP_EXIT_CODE, TestCase,
 };
 use crate::hosted::HostCtx;
-use crate::image::{self, Image};
+use crate::image::Image;
 use crate::klog::{self, Finding};
 use crate::proto::{ExitState, Job, KmsgRecord};
 use crate::vm::{Vm, VmDown};
-use crate::{paths, payload, ui};
+use crate::{payload, shell, ui};
 
 /// Lines of a test's output shown with its failure.
 const OUTPUT_LINES: usize = 60;
@@ -26,53 +27,67 @@ const OUTPUT_LINES: usize = 60;
 /// How often a test is run if the emulator's own bug ends the guest.
 const ATTEMPTS: u32 = 3;
 
-/// Runs the selected tests of all groups.
+/// Guests at the same time, however many processors there are: each has its memory and its drives.
+const MAX_GUESTS: u32 = 8;
+
+/// Runs the selected tests of all groups, as many guests at the same time as there are processors
+/// for.
 ///
 /// # Errors
 /// When the image or the guest's programs cannot be made.
-pub fn run(selection: &Selection, report: &mut Report) -> Result<()> {
+pub fn run(selection: &Selection, report: &Report) -> Result<()> {
     let selected: Vec<_> =
         guest::all().filter(|test| selection.takes_guest_test(test.name)).collect();
     if selected.is_empty() {
         return Ok(());
     }
-    let image = image::ensure_image()?;
-    let programs = payload::build(&payload::TESTS)?;
-    let directory = RunDir::create(&paths::cache()?.join("run"))?;
-    let disk = directory.path().join("payload.img");
-    payload::make_disk(&programs, &disk)?;
-    for group in GROUPS {
-        let tests: Vec<_> = selected.iter().copied().filter(|t| t.group == group.name).collect();
-        let mut runner = Runner {
-            group,
-            image: &image,
-            payload: &disk,
-            long: selection.long,
-            vm: None,
-            figures: Vec::new(),
-        };
-        for (n, test) in tests.iter().enumerate() {
-            if report.stopped() {
-                break;
-            }
-            ui::status(&format!("{} [{}/{}] {}", group.name, n + 1, tests.len(), test.name));
-            let started = Instant::now();
-            let ending = runner.run(test);
-            report.add(test.name, &ending, Some(started.elapsed()));
-            if ending == Ending::Passed {
-                runner.figures.iter().for_each(|line| ui::out(&format!("     | {line}")));
-            }
+    let began = Instant::now();
+    let (image, _directory, disk) = shell::prepare(&payload::TESTS, &[])?;
+    report.time("the image and the programs for the guests", began.elapsed());
+    let processors = thread::available_parallelism().map_or(1, usize::from);
+    let processors = u32::try_from(processors).unwrap_or(u32::MAX);
+    let schedule = Schedule::new(GROUPS, &selected, processors);
+    let lane = || {
+        while let Some(claim) = schedule.claim() {
+            run_claim(&claim, selection, &image, &disk, report);
         }
-        if let Some(vm) = runner.vm.take() {
-            ui::status(&format!("{}: powering off", group.name));
-            let name = format!("vm_group_{}_powers_off", group.name);
-            report.check(&name, || match vm.power_off() {
-                Ok(()) => Ending::Passed,
-                Err(down) => failed("the guest did not power off", &down.to_string()),
-            });
-        }
+    };
+    thread::scope(|scope| {
+        let lanes: Vec<_> = (0..processors.min(MAX_GUESTS)).map(|_| scope.spawn(lane)).collect();
+        let ended: Vec<_> = lanes.into_iter().map(|lane| lane.join()).collect();
+        let all_well = ended.iter().all(|end| end.is_ok());
+        all_well.then_some(()).ok_or_else(|| anyhow!("a thread that runs guests has panicked"))
+    })
+}
+
+/// Runs tests of a group in one guest after the other until there are none left.
+fn run_claim(claim: &Claim, selection: &Selection, image: &Image, disk: &Path, report: &Report) {
+    let group = claim.group;
+    let mut runner = Runner {
+        group,
+        image,
+        payload: disk,
+        long: selection.long,
+        report,
+        vm: None,
+        figures: Vec::new(),
+    };
+    while let Some((test, before, of)) = (!report.stopped()).then(|| claim.next()).flatten() {
+        ui::status(&format!("{} [{}/{of}] {}", group.name, before + 1, test.name));
+        let started = Instant::now();
+        let ending = runner.run(test);
+        let figures = std::mem::take(&mut runner.figures);
+        let figures = if ending == Ending::Passed { figures } else { Vec::new() };
+        report.add(test.name, &ending, Some(started.elapsed()), &figures);
     }
-    Ok(())
+    if let Some(vm) = runner.vm.take() {
+        ui::status(&format!("{}: powering off", group.name));
+        let name = format!("vm_group_{}_powers_off", group.name);
+        report.check(&name, || match vm.power_off() {
+            Ok(()) => Ending::Passed,
+            Err(down) => failed("the guest did not power off", &down.to_string()),
+        });
+    }
 }
 
 struct Runner<'a> {
@@ -80,6 +95,7 @@ struct Runner<'a> {
     image: &'a Image,
     payload: &'a Path,
     long: bool,
+    report: &'a Report,
     vm: Option<Vm>,
     /// What the last test measured.
     figures: Vec<String>,
@@ -114,9 +130,7 @@ impl Runner<'_> {
                 ui::note(&format!("{}: the emulator's int3 bug, running it again", test.name));
                 continue;
             }
-            let text = format!("{error:#}");
-            let (reason, details) = text.split_once('\n').unwrap_or((&text, ""));
-            return failed(reason, details);
+            return error.into();
         }
     }
 
@@ -153,7 +167,9 @@ impl Runner<'_> {
 
     fn boot(&self) -> Result<Vm> {
         let config = (self.group.config)();
+        let began = Instant::now();
         let mut vm = Vm::boot(&config, self.image, self.payload).context("boot the guest")?;
+        self.report.boot(self.group.name, began.elapsed());
         if !config.icount {
             vm.watch_silence(Some(config.silence_timeout));
         }

@@ -73,7 +73,7 @@ const COUNTS: &[(&str, &str)] = &[("PROPTEST_CASES", "16"), ("UBLK_SIM_SEEDS", "
 const LONG_COUNTS: &[(&str, &str)] = &[("PROPTEST_CASES", "64"), ("UBLK_SIM_SEEDS", "40")];
 
 /// Makes the check; tests that say that they cannot run are counted as skipped.
-pub fn run(long: bool, report: &mut Report) {
+pub fn run(long: bool, report: &Report) {
     let mut skipped = Vec::new();
     report.check(NAME, || {
         if !host::installed(CHECKER) {

@@ -4,12 +4,16 @@ mod guests;
 mod host;
 mod memory;
 mod report;
+mod rust_version;
+mod schedule;
 mod versions;
 
 use std::process::ExitCode;
+use std::thread;
 
 use anyhow::{Result, bail, ensure};
 
+use crate::cleanup;
 use crate::guest;
 use crate::ui;
 
@@ -40,6 +44,12 @@ impl Selection {
         self.filter.as_ref().is_some_and(|filter| guest::all().any(|test| test.name == filter))
     }
 
+    /// The filter is the full name of a check.
+    fn names_check(&self) -> bool {
+        let is_named = |name: &str| self.filter.as_deref() == Some(name);
+        is_named(versions::NAME) || host::checks().any(is_named)
+    }
+
     fn takes_guest_test(&self, name: &str) -> bool {
         if self.names_guest_test() {
             return self.filter.as_deref() == Some(name);
@@ -48,19 +58,28 @@ impl Selection {
     }
 }
 
-/// Runs what is selected; the last line printed is the count.
+/// Runs what is selected, on the host and in guests at the same time; the last line printed is the
+/// count. What keeps tests from being run at all ends the program.
 ///
 /// # Errors
-/// When nothing is selected, or tests cannot be run at all.
+/// When nothing is selected.
 pub fn run(selection: &Selection) -> Result<ExitCode> {
-    let mut report = Report::new(selection.fail_fast);
-    if selection.host && !selection.names_guest_test() {
-        host::run(selection, &mut report)?;
-    }
-    if selection.guest && !report.stopped() {
-        guests::run(selection, &mut report)?;
-    }
-    versions::check(selection, &mut report);
+    let report = Report::new(selection.fail_fast);
+    let or_end = |ended: Result<()>| ended.unwrap_or_else(|error| cleanup::fail(&error));
+    // The threads live as long as the programs that they start, as `cleanup::command` demands.
+    thread::scope(|scope| {
+        if selection.guest {
+            scope.spawn(|| or_end(guests::run(selection, &report)));
+        }
+        if selection.host && !selection.names_guest_test() {
+            if selection.takes(rust_version::NAME) {
+                scope.spawn(|| rust_version::run(&report));
+            }
+            or_end(host::run(selection, &report));
+        }
+    });
+    report.print_times();
+    versions::check(selection, &report);
     ensure!(report.count() > 0, "no test has `{}` in its name", filter_text(selection));
     Ok(report.finish())
 }

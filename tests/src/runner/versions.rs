@@ -13,7 +13,7 @@ use super::report::{Ending, Report};
 use crate::config::Kernel;
 use crate::image::{self, Image};
 use crate::known_versions::known;
-use crate::{paths, ui};
+use crate::paths;
 
 /// Name of the check.
 pub const NAME: &str = "check_versions";
@@ -194,7 +194,7 @@ impl Row {
 }
 
 /// Makes the check, and prints what is in use below its line.
-pub fn check(selection: &Selection, report: &mut Report) {
+pub fn check(selection: &Selection, report: &Report) {
     if !selection.takes(NAME) {
         return;
     }
@@ -209,10 +209,8 @@ pub fn check(selection: &Selection, report: &mut Report) {
         })
         .collect();
     let ending = judge(&rows);
-    report.add(NAME, &ending, Some(started.elapsed()));
-    if ending == Ending::Passed {
-        block(&rows).iter().for_each(|line| ui::out(&format!("     | {line}")));
-    }
+    let figures = if ending == Ending::Passed { block(&rows) } else { Vec::new() };
+    report.add(NAME, &ending, Some(started.elapsed()), &figures);
 }
 
 fn judge(rows: &[Row]) -> Ending {
