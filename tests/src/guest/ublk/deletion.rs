@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -48,6 +48,12 @@ fn del(what: &str, more: &[&str]) -> Result<Duration> {
     Ok(took)
 }
 
+/// Lets a suspended process go on as soon as something is gone.
+fn go_on_without(pid: u32, path: &str) -> Result<Child> {
+    let script = format!("while [ -e {path} ]; do sleep 0.02; done; kill -CONT {pid}");
+    Ok(Command::new("sh").args(["-c", &script]).spawn()?)
+}
+
 fn every_state(ctx: &Ctx) -> Result<Outcome> {
     load_driver()?;
     let add = |more: &[&str]| process::run(&[&[PROGRAM, "add", "null", "-n", ID], more].concat());
@@ -79,10 +85,7 @@ fn every_state(ctx: &Ctx) -> Result<Outcome> {
         let blow = Blow::new(ctx, step, "self", "SIGSTOP")?;
         let mut adding = blow.spawn(&["add", "null", "-n", ID])?;
         let server = remains::wait_suspended("--role server")?;
-        // It goes on when its device is gone.
-        let mut going_on = Command::new("sh")
-            .args(["-c", &format!("sleep 0.5; kill -CONT {}", server.pid)])
-            .spawn()?;
+        let mut going_on = go_on_without(server.pid, &format!("/sys/class/ublk-char/ublkc{ID}"))?;
         del(&format!("half-added, its server alive ({step})"), &[])?;
         going_on.wait()?;
         ensure!(!adding.wait()?.success(), "an add whose device was deleted must fail");
@@ -138,9 +141,8 @@ fn recovery(ctx: &Ctx) -> Result<Outcome> {
         let blow = Blow::new(ctx, step, "self", "SIGSTOP")?;
         let mut recovering = blow.spawn(&["recover", "-n", ID])?;
         let server = remains::wait_suspended("--role server")?;
-        let mut going_on = Command::new("sh")
-            .args(["-c", &format!("sleep 0.5; kill -CONT {}", server.pid)])
-            .spawn()?;
+        // A device without a disk cannot be recovered.
+        let mut going_on = go_on_without(server.pid, &format!("/sys/block/ublkb{ID}"))?;
         del(&format!("half-recovered ({step})"), &[])?;
         going_on.wait()?;
         ensure!(!recovering.wait()?.success());
