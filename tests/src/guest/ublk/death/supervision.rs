@@ -83,7 +83,9 @@ fn crash_loop(ctx: &Ctx) -> Result<Outcome> {
     ensure!(why.contains("does not exist"), "{why}");
     let log = fs::read_to_string(format!("/var/log/ublk-target/{}.log", one.id()))?;
     let attempts = log.matches("recovering device").count();
-    ensure!(attempts == 9 && log.contains("given up"), "{attempts} attempts: {log}");
+    // A server that has lived for a second is not counted among those that failed. This one has on a
+    // busy machine.
+    ensure!(matches!(attempts, 9 | 10) && log.contains("given up"), "{attempts} attempts: {log}");
     let said = refused(&one)?;
     ensure!(said.contains("does not exist"), "{said}");
     ensure!(look(&one)?.given_up.is_some(), "a refusal has forgotten it");
