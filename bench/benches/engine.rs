@@ -8,7 +8,7 @@ use std::hint::black_box;
 use bufreg::{Borrower, Incarnation, Owner, Registry, SlotIndex};
 use criterion::{Criterion, criterion_group, criterion_main};
 use ublk_target::engine::{
-    Engine, EngineConfig, OpKey, Port, QueueIdentity, SlotChoice, SlotTable, TagKey,
+    Answer, Engine, EngineConfig, OpKey, Port, QueueIdentity, SlotChoice, SlotTable, TagKey,
 };
 use ublk_target::lend::LendMode;
 use ublk_target::plan::{Op, Plan, Planner};
@@ -92,7 +92,8 @@ impl Port for Last {
     fn fetch(&mut self, key: TagKey, _slot: SlotIndex) {
         self.fetch = Some(key);
     }
-    fn commit(&mut self, key: TagKey, _result: i32, _slot: SlotIndex) {
+    fn commit(&mut self, key: TagKey, answer: Answer, _slot: SlotIndex) {
+        black_box(answer);
         self.fetch = Some(key);
     }
     fn register(&mut self, _key: TagKey, _slot: SlotIndex) {}

@@ -137,8 +137,8 @@ faults! {
     RingBroken = "ring broken", 0;
     /// The driver refuses a commit.
     CommitRefused = "commit refused", 1;
-    /// A request is answered short, and its rest asked for again.
-    ShortAnswer = "answered short by the planner", 0;
+    /// A request's transfers ask for less than all at first, as its planner wants.
+    PlannedShort = "transfers cut by the planner", 0;
     /// A request is answered with an error that the fault target has decided on.
     ErrorAnswer = "error of the fault target", 0;
     /// The planner is replaced while the device is live.

@@ -14,10 +14,13 @@ use crate::rng::Rng;
 /// Of what devices are made, so that they have whole blocks of any size.
 const PAGE: u64 = 4096;
 
-/// Draws a planner; returns it with the sizes of the device and of each backing.
-pub fn draw(rng: &mut Rng, hostile: bool) -> (Mapping, u64, Vec<u64>) {
-    let (mapping, size, backings) = sound(rng, hostile);
-    let mapping = if rng.chance(300) { with_faults(rng, hostile, mapping) } else { mapping };
+/// Draws a planner of a device with such blocks; returns it with the sizes of the device and of each
+/// backing.
+pub fn draw(rng: &mut Rng, hostile: bool, block: u32) -> (Mapping, u64, Vec<u64>) {
+    let (mut mapping, size, backings) = sound(rng, hostile);
+    if rng.chance(300) {
+        mapping = with_faults(rng, hostile, block, mapping);
+    }
     (mapping, size, backings)
 }
 
@@ -35,13 +38,11 @@ const RULES: [&str; 8] = [
 const GENTLE: usize = 4;
 
 /// Wraps a planner.
-pub fn with_faults(rng: &mut Rng, hostile: bool, inner: Mapping) -> Mapping {
+pub fn with_faults(rng: &mut Rng, hostile: bool, block: u32, inner: Mapping) -> Mapping {
     let all = if hostile { &RULES[..] } else { &RULES[..GENTLE] };
     let rules = (0..1 + rng.below(3)).map(|_| rng.pick(all).parse());
     let rules = rules.map(|rule| rule.unwrap_or_else(|error| panic!("{error}")));
     let rules: Vec<_> = rules.collect();
-    // Multiples of any block.
-    let block = u32::try_from(PAGE).unwrap_or(4096);
     Mapping::Fault(Box::new(FaultTarget::new(rules, rng.next(), block, inner)))
 }
 

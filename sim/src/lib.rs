@@ -16,7 +16,9 @@
 //! * the ring (`io_uring/`): a submission queue of few entries, hard-linked chains, silent
 //!   successes, the buffer table, of which other queues may have the beginning, cancelling;
 //! * drives with a volatile cache, so that flushes and FUA can be checked;
-//! * the block layer, which asks again for the rest of what was answered short;
+//! * what drivers make of a success of fewer bytes than were asked for: one kind has the block layer
+//!   ask again for the rest, the other takes it for the whole. The seed chooses the kind, and
+//!   such an answer is a failure with either;
 //! * clients, whose requests never overlap while they are open.
 
 #![forbid(unsafe_code)]

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::Serialize;
 use ublk_sim::campaign::{Campaign, Failure};
 use ublk_sim::fault::Fault;
-use ublk_sim::setup::Hostility;
+use ublk_sim::setup::{Hostility, ShortResults};
 use ublk_sim::{DEFAULT_STEPS, Options};
 
 /// A campaign as JSON.
@@ -18,6 +18,7 @@ struct Json {
     steps: u64,
     seconds: f64,
     requests_per_second: u64,
+    drivers: BTreeMap<&'static str, u64>,
     faults: BTreeMap<&'static str, u64>,
     counters: BTreeMap<&'static str, u64>,
 }
@@ -55,6 +56,10 @@ pub fn table(campaign: &Campaign, elapsed: Duration) {
         elapsed.as_secs_f64(),
         grouped(per_second(total.requests, elapsed)),
     );
+    println!("\nseeds whose driver");
+    for (kind, seeds) in ShortResults::ALL.iter().zip(total.drivers) {
+        println!("{:>14}  {}", grouped(seeds), kind.name());
+    }
     println!("\nfaults");
     for fault in Fault::ALL {
         println!("{:>14}  {}", grouped(total.tally.count(*fault)), fault.name());
@@ -76,6 +81,7 @@ pub fn json(campaign: &Campaign, elapsed: Duration) {
         steps: total.steps,
         seconds: elapsed.as_secs_f64(),
         requests_per_second: per_second(total.requests, elapsed),
+        drivers: ShortResults::ALL.iter().map(|it| it.name()).zip(total.drivers).collect(),
         faults: Fault::ALL.iter().map(count).collect(),
         counters: total.counters.iter().copied().collect(),
     };

@@ -39,6 +39,30 @@ pub enum Hostility {
     None,
 }
 
+/// What the driver makes of a success of fewer bytes than a request has. No server of ours may
+/// commit one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ShortResults {
+    /// What is left of the request is a request again (up to Linux 7.2).
+    Redelivered,
+    /// It is taken for the whole, but for reads that the driver copies itself (from Linux 7.3 on).
+    Believed,
+}
+
+impl ShortResults {
+    /// All kinds, as they are counted.
+    pub const ALL: [Self; 2] = [Self::Redelivered, Self::Believed];
+
+    /// What is said of drivers of this kind.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Redelivered => "would deliver the rest of a short result again",
+            Self::Believed => "would take a short result for the whole",
+        }
+    }
+}
+
 /// What becomes of open requests when their server has died.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Recovery {
@@ -57,6 +81,8 @@ pub struct Setup {
     pub depth: u16,
     /// How the device lends.
     pub lend: LendMode,
+    /// What the driver makes of short results.
+    pub short_results: ShortResults,
     /// The buffer table.
     pub slots: SlotTable,
     /// The planner.
@@ -127,7 +153,7 @@ impl Setup {
         ]);
         let mut slots = slot_table(&mut rng, lend, depth, hostile);
         let block = rng.pick(&[512, 512, 512, 1024, 4096]);
-        let (mapping, size, backings) = layout::draw(&mut rng, hostile);
+        let (mapping, size, backings) = layout::draw(&mut rng, hostile, block);
         let routes = routes(&mut rng, backings.len());
         if mapping.scratch_bytes() > 0 {
             slots.scratch = depth;
@@ -145,6 +171,7 @@ impl Setup {
         let setup = Self {
             depth,
             lend,
+            short_results: ShortResults::Redelivered,
             slots,
             mapping,
             backings,
@@ -169,7 +196,8 @@ impl Setup {
                 first_slot: rng.pick(&[0, 0, 1, 9000]),
             },
         };
-        Self { polled: !setup.io_lane && rng.chance(256), ..setup }
+        let polled = !setup.io_lane && rng.chance(256);
+        Self { polled, short_results: rng.pick(&ShortResults::ALL), ..setup }
     }
 
     /// How likely a fault is, out of 1024 chances.

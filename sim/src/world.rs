@@ -273,8 +273,8 @@ impl World {
         let other = match present.faults() {
             Some(fault) => fault.inner().clone(),
             None => {
-                let hostile = kernel.setup.hostile;
-                layout::with_faults(&mut kernel.rng, hostile, present)
+                let (hostile, block) = (kernel.setup.hostile, kernel.setup.geometry.block);
+                layout::with_faults(&mut kernel.rng, hostile, block, present)
             }
         };
         let replaced = engine.replace_planner(other.clone());

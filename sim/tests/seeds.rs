@@ -30,6 +30,8 @@ fn every_request_is_answered_once_and_rightly_by_a_hostile_kernel() {
     if campaign.seeds >= 160 {
         let unseen: Vec<_> = campaign.total.tally.unseen().map(Fault::name).collect();
         assert!(unseen.is_empty(), "never seen: {unseen:?}");
+        let drivers = campaign.total.drivers;
+        assert!(drivers.iter().all(|seeds| *seeds > 40), "{drivers:?}");
     }
     assert!(
         campaign.total.requests > campaign.seeds * 100,
@@ -46,7 +48,7 @@ fn a_sound_kernel_sees_no_error() {
         campaign.play(seed, &options).unwrap_or_else(|failure| panic!("{failure:?}"));
     }
     assert_eq!(campaign.total.succeeded, campaign.total.requests);
-    let only = [Fault::Reordered, Fault::QueueFull, Fault::ShortAnswer, Fault::Replaced];
+    let only = [Fault::Reordered, Fault::QueueFull, Fault::PlannedShort, Fault::Replaced];
     for fault in Fault::ALL.iter().filter(|fault| !only.contains(fault)) {
         assert_eq!(campaign.total.tally.count(*fault), 0, "{}", fault.name());
     }

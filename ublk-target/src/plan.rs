@@ -148,8 +148,8 @@ pub struct Plan {
 pub(crate) struct Marks {
     /// Nanoseconds before anything is issued.
     pub delay_ns: u64,
-    /// The request is answered with so many bytes.
-    pub short: Option<u64>,
+    /// Reads and writes ask for no more than so many bytes at first.
+    pub at_first: Option<u64>,
     /// The request is to wait for another one, and the planner asked again from here.
     pub wait_at: Option<u64>,
     /// What the request is answered with after the delay.
@@ -212,18 +212,19 @@ impl Plan {
         self.marks.delay_ns
     }
 
-    /// Says that a read or write is answered with its first `bytes` only; the driver delivers the
-    /// rest again. For the first window, whose operations must move these bytes and no others:
-    /// whole blocks, fewer than all. From the next window on, the request is as long as that.
-    pub fn answer_only(&mut self, bytes: u64) {
-        self.marks.short = Some(self.marks.short.map_or(bytes, |short| short.min(bytes)));
+    /// Says that reads and writes come short: from this window on, each that is longer than `bytes`
+    /// asks for no more than that at first, and the engine goes on with the rest, as with a backing
+    /// that moves fewer bytes than it was asked for. Whole blocks, not 0. For tests of whatever has
+    /// to do with that; the request is served as a whole all the same.
+    pub fn transfer_at_first(&mut self, bytes: u64) {
+        self.marks.at_first = Some(self.marks.at_first.map_or(bytes, |least| least.min(bytes)));
         self.marked = true;
     }
 
-    /// With how many bytes the request is answered, if not with all.
+    /// For how many bytes reads and writes ask at first, if not for all.
     #[must_use]
-    pub const fn short(&self) -> Option<u64> {
-        self.marks.short
+    pub const fn at_first(&self) -> Option<u64> {
+        self.marks.at_first
     }
 
     /// Says that the request has to wait until another one has settled. The planner is then asked

@@ -6,8 +6,8 @@ use std::rc::Rc;
 
 use bufreg::{Incarnation, SlotIndex};
 use ublk_target::engine::{
-    Engine, EngineConfig, MAX_SUBSTITUTES, OpKey, Port, QueueIdentity, SlotChoice, SlotTable,
-    TagKey,
+    Answer, Engine, EngineConfig, MAX_SUBSTITUTES, OpKey, Port, QueueIdentity, SlotChoice,
+    SlotTable, TagKey,
 };
 use ublk_target::lend::LendMode;
 use ublk_target::plan::{BackingIndex, Op, OpKind, Place, Plan, Planner, Verdict};
@@ -90,9 +90,9 @@ impl Port for Wanted {
     fn fetch(&mut self, key: TagKey, _slot: SlotIndex) {
         self.fetches[key.tag.index()] = Some(key);
     }
-    fn commit(&mut self, key: TagKey, result: i32, _slot: SlotIndex) {
+    fn commit(&mut self, key: TagKey, answer: Answer, _slot: SlotIndex) {
         self.fetches[key.tag.index()] = Some(key);
-        self.answers.push((key.tag, result));
+        self.answers.push((key.tag, answer.result()));
     }
     fn register(&mut self, _: TagKey, _: SlotIndex) {}
     fn unregister(&mut self, _: TagKey, _: SlotIndex) {}
@@ -267,56 +267,6 @@ fn an_error_can_come_late() {
     assert_eq!(play.answers(), [(0, Errno::ENOSPC.negated())]);
     assert!(play.wanted.ops.is_empty(), "nothing of the window is issued");
     assert_eq!((play.settled(), play.engine.stats().planned_errors), (vec![], 1));
-}
-
-#[test]
-fn a_short_request_is_short_for_its_planner_too() {
-    let mut play = Play::new(Told::new(|request, from, plan| {
-        if from == 0 {
-            assert_eq!(request.len, 16384);
-            plan.answer_only(8192);
-            plan.continue_at(4096);
-        } else {
-            assert_eq!(request.len, 8192);
-        }
-        let buf_offset = u32::try_from(from).unwrap();
-        plan.push(Op { buf_offset, ..op(OpKind::Write { fua: false }, 4096) }).unwrap();
-        Ok(())
-    }));
-    play.deliver(0, WRITE, 0);
-    play.complete(4096);
-    play.complete(4096);
-    assert_eq!(play.answers(), [(0, 8192)]);
-    assert_eq!((play.settled(), play.engine.stats().planned_short), (vec![(0, Ok(()))], 1));
-}
-
-#[test]
-fn what_cannot_be_answered_short_is_not() {
-    // All, more, nothing, part of a block.
-    for bytes in [16384, 32768, 0, 512] {
-        let mut play = Play::new(Told::new(move |_, _, plan| {
-            plan.answer_only(bytes);
-            push(plan, OpKind::Read, bytes);
-            Ok(())
-        }));
-        play.deliver(0, READ, 0);
-        let settled = vec![(0, Err(Errno::EIO))];
-        assert_eq!((play.answers(), play.settled()), (vec![(0, EIO)], settled), "{bytes}");
-        assert!(play.wanted.ops.is_empty());
-    }
-    // In a later window.
-    let mut play = Play::new(Told::new(|_, from, plan| {
-        push(plan, OpKind::Read, 4096);
-        if from == 0 {
-            plan.continue_at(1)
-        } else {
-            plan.answer_only(4096)
-        }
-        Ok(())
-    }));
-    play.deliver(0, READ, 0);
-    play.complete(4096);
-    assert_eq!((play.answers(), play.settled()), (vec![(0, EIO)], vec![(0, Err(Errno::EIO))]));
 }
 
 #[test]

@@ -9,6 +9,7 @@ use uring_ext::{Errno, sys};
 use super::{Ask, Blame, Kernel, Posted};
 use crate::entry::Fetch;
 use crate::fault::Fault;
+use crate::setup::ShortResults;
 use crate::{GARBAGE, MAX_REQUEST};
 
 /// Who has a tag.
@@ -85,14 +86,6 @@ impl TagModel {
     #[must_use]
     pub const fn has_data(&self) -> bool {
         matches!(self.iod.op(), sys::UBLK_IO_OP_READ | sys::UBLK_IO_OP_WRITE)
-    }
-
-    /// How many bytes of the buffer the request may claim: fewer than all if the planner has made
-    /// it shorter.
-    #[must_use]
-    pub fn claimed(&self) -> usize {
-        let short = self.blame.decision.short.and_then(|bytes| usize::try_from(bytes).ok());
-        short.unwrap_or(self.len)
     }
 
     /// The slot that the driver has registered the buffer in, and will take it out of.
@@ -202,7 +195,9 @@ impl Kernel {
         self.answer(tag, result);
         self.set_fetch(fetch, user_data);
         let model = &mut self.tags[usize::from(tag)];
-        model.result = result;
+        // A read of nothing is an error to the driver.
+        let nothing = result == 0 && model.iod.op() == sys::UBLK_IO_OP_READ;
+        model.result = if nothing { Errno::EIO.negated() } else { result };
         model.phase = Phase::Committed;
         if self.setup.lend == LendMode::Copy && model.iod.op() == sys::UBLK_IO_OP_READ {
             // The driver copies what it was told, success or not.
@@ -240,10 +235,21 @@ impl Kernel {
         }
     }
 
-    /// A request was answered short: its rest is a request again (`__ublk_complete_rq`), unless the
-    /// device is being stopped, which fails it.
+    /// How many bytes of a request the driver takes for done (`__ublk_complete_rq`).
+    pub(super) fn believed(&self, request: &Request, result: i32) -> u64 {
+        let is_read = request.kind == RequestKind::Read;
+        let copied = self.setup.lend == LendMode::Copy && is_read;
+        let is_short = request.has_data()
+            && match self.setup.short_results {
+                ShortResults::Redelivered => true,
+                ShortResults::Believed => copied,
+            };
+        if is_short { u64::try_from(result).unwrap_or(0) } else { request.len }
+    }
+
+    /// A request was answered short, and its rest is a request again; unless the device is being
+    /// stopped, which fails it.
     pub(super) fn requeue_rest(&mut self, tag: u16, request: &Request, done: u64) {
-        self.tally.note(Fault::ShortAnswer);
         let (offset, len) = (request.offset + done, request.len - done);
         let rest = Ask::sound(Request { offset, len, ..*request });
         if self.stopping {

@@ -107,6 +107,9 @@ pub struct Kernel {
     pub closing: bool,
     /// The device is being stopped.
     pub stopping: bool,
+    /// Short results are dealt with as the driver would, and are no failure: to see what it makes
+    /// of them.
+    pub bears_short: bool,
     /// Requests that were answered.
     pub answered: u64,
     /// Requests that were answered with success.
@@ -161,6 +164,7 @@ impl Kernel {
             refused: false,
             closing: false,
             stopping: false,
+            bears_short: false,
             answered: 0,
             succeeded: 0,
             failed_at_death: 0,

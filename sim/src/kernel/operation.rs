@@ -42,7 +42,7 @@ impl Kernel {
             Buffer::Lent { tag: lent } => {
                 assert!(tag.is_none_or(|tag| tag == lent), "a foreign buffer");
                 let start = usize::try_from(transfer.addr).unwrap_or(usize::MAX);
-                let len = self.tags[usize::from(lent)].claimed();
+                let len = self.tags[usize::from(lent)].len;
                 assert!(end(start) <= len, "bytes {start}..{} of {len}", end(start));
             }
             Buffer::Pool { index } => {
@@ -50,7 +50,7 @@ impl Kernel {
                 assert_eq!(found, index, "an address in another buffer of the pool");
                 let whole = self.pool[usize::from(index)].len();
                 let tag = tag.filter(|_| index < self.setup.slots.pool);
-                let len = tag.map_or(whole, |tag| self.tags[usize::from(tag)].claimed());
+                let len = tag.map_or(whole, |tag| self.tags[usize::from(tag)].len);
                 assert!(end(offset) <= len, "bytes {offset}..{} of {len}", end(offset));
             }
         }

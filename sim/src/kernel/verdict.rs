@@ -125,14 +125,12 @@ impl Kernel {
         assert_eq!(ask.refusal, None, "{:?} was not refused", ask.iod);
         let Some(request) = ask.request else { return };
         assert!(!model.blame.must_fail, "{request:?} succeeded in spite of an error");
-        let Decision { delay_ns, error, short } = model.blame.decision;
+        let Decision { delay_ns, error, short: _ } = model.blame.decision;
         assert_eq!(error, None, "{request:?} was to fail");
         let early = delay_ns > 0 && self.now < model.blame.since.saturating_add(delay_ns);
         assert!(!early, "{request:?} was to be held back");
-        let claimed = Request { len: short.unwrap_or(request.len), ..request };
-        assert_eq!(self.setup.mapping.refusal(&claimed), None, "{request:?} was planned");
-        let moved = if request.has_data() { claimed.len } else { 0 };
-        assert_eq!(u64::try_from(result), Ok(moved), "{request:?}, of which {short:?}");
+        assert_eq!(self.setup.mapping.refusal(&request), None, "{request:?} was planned");
+        self.check_result(tag, &request, result);
         let is_durable = |writes: &[u64; MAX_BACKINGS]| {
             let mut legs = (0..).zip(self.backings.iter().zip(writes));
             let is_out = |leg| self.setup.mapping.mirror().is_some_and(|it| it.is_out(leg));
@@ -154,6 +152,15 @@ impl Kernel {
         }
     }
 
+    /// A success is the whole request, whatever this driver would make of less.
+    fn check_result(&self, tag: u16, request: &Request, result: i32) {
+        let whole = if request.has_data() { request.len } else { 0 };
+        let moved = u64::try_from(result).unwrap_or(0);
+        assert!(moved <= whole, "tag {tag} committed {moved} bytes of {request:?}");
+        let is_short = moved < whole && !self.bears_short;
+        assert!(!is_short, "tag {tag} committed short: {moved} bytes of {request:?}");
+    }
+
     fn judge_error(&mut self, tag: u16, errno: Errno) {
         let model = &self.tags[usize::from(tag)];
         let Some(ask) = &model.ask else { return };
@@ -161,14 +168,13 @@ impl Kernel {
             assert_eq!(errno, refusal, "{:?}", ask.iod);
             return;
         }
-        let Decision { delay_ns, error, short } = model.blame.decision;
+        let Decision { delay_ns, error, short: _ } = model.blame.decision;
         if error == Some(errno) {
             assert!(model.blame.since + delay_ns <= self.now, "{:?} failed early", ask.request);
             self.tally.note(Fault::ErrorAnswer);
             return;
         }
-        let claimed = |request: Request| Request { len: short.unwrap_or(request.len), ..request };
-        let planned = ask.request.and_then(|it| self.setup.mapping.refusal(&claimed(it)));
+        let planned = ask.request.and_then(|it| self.setup.mapping.refusal(&it));
         if planned == Some(errno) {
             let idle = errno == Errno::EIO;
             self.tally.note(if idle { Fault::PlannerIdles } else { Fault::PlannerRefuses });
@@ -202,9 +208,9 @@ impl Kernel {
             }
             return;
         }
-        // What is claimed, and no more.
-        let result = u64::try_from(model.result).unwrap_or(0);
-        let done = if request.has_data() { result } else { request.len };
+        let result = model.result;
+        let done = self.believed(&request, result);
+        let model = &self.tags[usize::from(tag)];
         let len = usize::try_from(done).unwrap_or(usize::MAX);
         let sectors = Ask::sound(Request { len: done, ..request }).sectors();
         match request.kind {

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use ublk_sim::fault::Fault;
 use ublk_sim::kernel::{Ask, Kernel, Phase, QID, SimIo};
 use ublk_sim::mapping::Mapping;
-use ublk_sim::setup::{Hostility, Recovery, Setup};
+use ublk_sim::setup::{Hostility, Recovery, Setup, ShortResults};
 use ublk_sim::trace::Trace;
 use ublk_target::engine::{OpKey, SlotChoice, SlotTable, TagKey};
 use ublk_target::lane::event::Event;
@@ -52,6 +52,15 @@ impl Hand {
         for tag in 0..2 {
             hand.fetch(tag);
         }
+        hand
+    }
+
+    /// A server whose kernel makes of short results what its driver would.
+    pub fn with_short_results(lend: LendMode, short_results: ShortResults) -> Self {
+        let hand = Self::new(lend);
+        let mut kernel = hand.kernel.borrow_mut();
+        (kernel.bears_short, kernel.setup.short_results) = (true, short_results);
+        drop(kernel);
         hand
     }
 
@@ -119,6 +128,24 @@ impl Hand {
     /// Without FUA.
     pub fn write(&self, buffer: FixedBuffer) -> Sqe {
         self.named(Sqe::write_fixed(backing_file(0), buffer, 1024, 0, false), OP)
+    }
+
+    /// Serves a request of tag 0 by half of what it needs, and says so.
+    pub fn serve_half(&mut self, kind: RequestKind, buffer: FixedBuffer) {
+        self.ask(0, kind);
+        let (file, len) = (backing_file(0), 512);
+        let half = if kind == RequestKind::Read {
+            Sqe::read_fixed(file, buffer, len, 0)
+        } else {
+            Sqe::write_fixed(file, buffer, len, 0, false)
+        };
+        assert_eq!(self.carry_out(self.named(half, OP)), [(OP, 512)]);
+        self.commit(0, 512);
+    }
+
+    /// What a tag is to deliver next.
+    pub fn asked(&self, tag: usize) -> Option<Request> {
+        self.kernel.borrow().tags[tag].ask.and_then(|ask| ask.request)
     }
 
     /// A buffer of the pool, where nothing is lent and the table begins with it.

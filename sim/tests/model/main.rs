@@ -3,9 +3,12 @@
 
 mod hand;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use bufreg::Incarnation;
 use ublk_sim::fault::Fault;
 use ublk_sim::kernel::{Ask, Phase};
+use ublk_sim::setup::ShortResults;
 use ublk_target::lane::event::Event;
 use ublk_target::lane::{LaneIo, RingRole, backing_file};
 use ublk_target::lend::LendMode;
@@ -197,35 +200,108 @@ fn success_in_spite_of_an_error_is_found_out() {
     hand.commit(0, 1024);
 }
 
+/// Whatever the driver would make of it.
 #[test]
-fn what_is_left_of_a_short_request_is_asked_for_again() {
-    let mut hand = Hand::new(LendMode::Fused);
-    hand.ask(0, WRITE);
-    hand.carry_out(hand.write(lent(0)));
-    hand.decide(0, Decision { short: Some(512), ..Decision::default() });
-    hand.commit(0, 512);
-    let kernel = hand.kernel.borrow();
-    let rest = kernel.tags[0].ask.and_then(|ask| ask.request);
-    assert_eq!(rest, Some(Request { kind: WRITE, offset: 512, len: 512 }));
-    assert_eq!((kernel.answered, kernel.asked), (1, 1), "the rest counts as another");
+fn a_success_of_fewer_bytes_than_were_asked_for_is_found_out() {
+    for short_results in ShortResults::ALL {
+        for (kind, lend) in
+            [(READ, LendMode::Copy), (READ, LendMode::Fused), (WRITE, LendMode::Copy)]
+        {
+            let mut hand = Hand::new(lend);
+            hand.kernel.borrow_mut().setup.short_results = short_results;
+            hand.ask(1, kind);
+            let panic = catch_unwind(AssertUnwindSafe(|| hand.commit(1, 512))).unwrap_err();
+            let said = panic.downcast::<String>().expect("it says what");
+            assert!(said.contains("tag 1 committed short: 512 bytes of"), "{said}");
+        }
+    }
 }
 
 #[test]
-#[should_panic(expected = "of which None")]
-fn a_short_answer_that_nobody_wanted_is_found_out() {
+#[should_panic(expected = "tag 0 committed 2048 bytes of")]
+fn a_success_of_more_bytes_than_were_asked_for_is_found_out() {
     let mut hand = Hand::new(LendMode::Fused);
     hand.ask(0, WRITE);
-    hand.carry_out(hand.write(lent(0)));
-    hand.commit(0, 512);
+    hand.commit(0, 2048);
 }
 
 #[test]
-#[should_panic(expected = "bytes 0..1024 of 512")]
-fn an_operation_beyond_what_is_claimed_is_found_out() {
-    let mut hand = Hand::new(LendMode::Fused);
+fn one_driver_delivers_the_rest_of_a_short_result_again() {
+    for (kind, lend) in [(WRITE, LendMode::Fused), (READ, LendMode::Fused), (WRITE, LendMode::Copy)]
+    {
+        let mut hand = Hand::with_short_results(lend, ShortResults::Redelivered);
+        let buffer = if lend == LendMode::Copy { hand.pooled(0) } else { lent(0) };
+        hand.serve_half(kind, buffer);
+        assert_eq!(hand.asked(0), Some(Request { kind, offset: 512, len: 512 }), "{lend}");
+        let kernel = hand.kernel.borrow();
+        assert_eq!((kernel.answered, kernel.asked), (1, 1), "the rest counts as another");
+    }
+    let mut hand = Hand::with_short_results(LendMode::Fused, ShortResults::Redelivered);
+    hand.ask(0, WRITE);
+    hand.commit(0, 0);
+    assert_eq!(hand.asked(0), Some(Request { kind: WRITE, offset: 0, len: 1024 }), "for ever");
+}
+
+#[test]
+fn the_other_driver_takes_a_short_result_for_the_whole() {
+    for lend in [LendMode::Fused, LendMode::Copy] {
+        let mut hand = Hand::with_short_results(lend, ShortResults::Believed);
+        let buffer = if lend == LendMode::Copy { hand.pooled(0) } else { lent(0) };
+        hand.serve_half(WRITE, buffer);
+        assert_eq!((hand.asked(0), hand.phase(0)), (None, Phase::Waiting), "{lend}");
+    }
+    // A write of which nothing was written has succeeded, too.
+    let mut hand = Hand::with_short_results(LendMode::Fused, ShortResults::Believed);
+    hand.ask(0, WRITE);
+    hand.commit(0, 0);
+    assert_eq!(hand.kernel.borrow().succeeded, 1);
+}
+
+#[test]
+#[should_panic(expected = "sector 1 was read wrongly")]
+fn it_then_lacks_what_was_written() {
+    let mut hand = Hand::with_short_results(LendMode::Fused, ShortResults::Believed);
+    hand.serve_half(WRITE, lent(0));
+    hand.serve(READ, hand.read(lent(0), 0));
+}
+
+#[test]
+#[should_panic(expected = "left a hole in sector 1")]
+fn its_reader_sees_what_was_in_the_buffer_before() {
+    let mut hand = Hand::with_short_results(LendMode::Slot, ShortResults::Believed);
     hand.ask(0, READ);
-    hand.decide(0, Decision { short: Some(512), ..Decision::default() });
-    hand.carry_out(hand.read(lent(0), 0));
+    hand.push(&[hand.register(0, 1)]);
+    let half = Sqe::read_fixed(backing_file(0), lent(1), 512, 0);
+    hand.carry_out(hand.named(half, OP));
+    hand.push(&[hand.unregister(0, 1)]);
+    hand.commit(0, 512);
+}
+
+#[test]
+fn reads_that_the_driver_copies_are_delivered_again_by_either() {
+    for short_results in ShortResults::ALL {
+        let mut hand = Hand::with_short_results(LendMode::Copy, short_results);
+        hand.serve_half(READ, hand.pooled(0));
+        assert_eq!(hand.asked(0), Some(Request { kind: READ, offset: 512, len: 512 }));
+    }
+    // Those that the server copies are not.
+    let mut hand = Hand::with_short_results(LendMode::UserCopy, ShortResults::Believed);
+    hand.ask(0, READ);
+    hand.carry_out(hand.read(hand.pooled(0), 0));
+    assert_eq!(hand.io.copy(Tag(0), 0, Direction::ToRequest, 0, 1024), 1024);
+    hand.commit(0, 512);
+    assert_eq!((hand.asked(0), hand.kernel.borrow().succeeded), (None, 1));
+}
+
+#[test]
+fn a_read_of_nothing_is_an_error_to_either() {
+    for short_results in ShortResults::ALL {
+        let mut hand = Hand::with_short_results(LendMode::Copy, short_results);
+        hand.ask(0, READ);
+        hand.commit(0, 0);
+        let kernel = hand.kernel.borrow();
+        assert_eq!((kernel.tags[0].result, kernel.asked), (Errno::EIO.negated(), 0));
+    }
 }
 
 #[test]

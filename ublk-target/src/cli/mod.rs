@@ -139,7 +139,7 @@ enum Target {
         #[command(flatten)]
         device: Device,
     },
-    /// Another target, some of whose requests fail, are answered short, or are held back
+    /// Another target, some of whose requests fail, come short at first, or are held back
     #[command(after_help = FAULT_HELP, subcommand_value_name = "TARGET", subcommand_help_heading = "Targets")]
     Fault {
         /// Which requests meet what, see below; the first rule that applies decides
@@ -162,7 +162,7 @@ Which requests a rule concerns:
 What it does to them, one or more:
   error=NAME        answers with this error: EIO, ENOSPC, ETIMEDOUT, ENOLINK, EREMOTEIO, EBADE,
                     ENODATA, EILSEQ, ENODEV or ETIME; nothing is read or written
-  short             reads or writes only part of them, from the start; the kernel asks again for the rest
+  short             reads or writes only a part at first, as a drive may; the server goes on with the rest
   delay=TIME        holds them for so long first: a number with ns, us, ms or s
 
 The options of the device (-n, -q, -d, --lend, …) follow the target:

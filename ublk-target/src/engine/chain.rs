@@ -41,7 +41,13 @@ impl<P: Planner> Engine<P> {
         self.inflight.insert(key, inflight);
         self.stats.ops += 1;
         self.stamp_issue(tag, port);
-        port.submit_chain(self.next_turn(tag), slot, key, &op);
+        let turn = self.next_turn(tag);
+        if op.len > self.tags[tag.index()].run.at_first {
+            let (op, _) = self.shortened(key);
+            port.submit_chain(turn, slot, key, &op);
+        } else {
+            port.submit_chain(turn, slot, key, &op);
+        }
     }
 
     /// Goes on once operation and unregistration of a chain have both been answered.

@@ -66,6 +66,14 @@ impl InFlight {
         self.moved = 0;
     }
 
+    /// How many bytes it asks for now. A transfer that is longer than `at_first` asks for no more
+    /// than that until it has made progress.
+    #[inline]
+    pub const fn asked(&self, at_first: u64) -> u64 {
+        let is_cut = self.op.len > at_first && self.moved == 0 && self.op.has_data();
+        if is_cut { at_first } else { self.op.len }
+    }
+
     /// Takes note of `moved` bytes (0 for what moves none).
     pub fn advance(&mut self, moved: u32) -> Progress {
         if !self.op.has_data() {
@@ -265,6 +273,15 @@ mod tests {
         assert_eq!((read.op.offset, read.op.buf_offset, read.op.len), (2024, 1536, 3072));
         assert_eq!(read.retries, 0, "progress renews the retries");
         assert_eq!(read.advance(3072), Progress::Done);
+    }
+
+    #[test]
+    fn what_comes_short_asks_for_the_rest_after_progress() {
+        let mut write = inflight(OpKind::Write { fua: true });
+        assert_eq!((write.asked(512), write.asked(4096)), (512, 4096));
+        assert_eq!(write.advance(100), Progress::Again);
+        assert_eq!((write.op.len, write.asked(512)), (3996, 3996));
+        assert_eq!(inflight(OpKind::Delay).asked(512), 4096, "only transfers do");
     }
 
     #[test]

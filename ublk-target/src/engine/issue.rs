@@ -1,5 +1,6 @@
 //! Issuing operations: each has a place in the table and its borrow until it completes.
 
+use bufreg::SlotIndex;
 use uring_ext::Errno;
 
 use super::inflight::{Cancel, InFlight};
@@ -74,7 +75,11 @@ impl<P: Planner> Engine<P> {
         let inflight = InFlight { tag, op, moved, borrow, retries, substitutes, cancel, deadline };
         self.inflight.insert(key, inflight);
         run.pending += 1;
-        port.submit(key, &op, borrow.map(|borrow| borrow.slot()));
+        if op.len > run.at_first {
+            self.submit_short(key, port);
+        } else {
+            port.submit(key, &op, borrow.map(|borrow| borrow.slot()));
+        }
         Ok(())
     }
 
@@ -86,7 +91,28 @@ impl<P: Planner> Engine<P> {
                 self.stats.unexpected += 1;
             }
         }
-        port.submit(key, &inflight.op, inflight.borrow.map(|borrow| borrow.slot()));
+        self.submit_short(key, port);
+    }
+
+    /// Issues an operation, or as much of it as it is to ask for at first.
+    #[cold]
+    fn submit_short(&mut self, key: OpKey, port: &mut impl Port) {
+        let (asked, slot) = self.shortened(key);
+        port.submit(key, &asked, slot);
+    }
+
+    /// An operation in flight with the length that it asks for, and its slot.
+    ///
+    /// # Panics
+    /// If the key is not live.
+    #[cold]
+    pub(super) fn shortened(&mut self, key: OpKey) -> (Op, Option<SlotIndex>) {
+        let inflight = self.inflight.get(key).expect("an operation that is being issued");
+        let (op, run) = (inflight.op, &mut self.tags[inflight.tag.index()].run);
+        let len = inflight.asked(run.at_first);
+        let is_first = len < op.len && !std::mem::replace(&mut run.is_short, true);
+        self.stats.planned_short += u64::from(is_first);
+        (Op { len, ..op }, inflight.borrow.map(|borrow| borrow.slot()))
     }
 
     pub(super) fn stamp_issue(&mut self, tag: Tag, port: &mut impl Port) {

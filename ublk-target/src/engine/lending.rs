@@ -195,7 +195,7 @@ impl<P: Planner> Engine<P> {
     }
 
     fn copy_in(&mut self, tag: Tag, lease: Lease<Reserved>, port: &mut impl Port) {
-        let copied = match self.run(tag).request.kind {
+        let copied = match self.run(tag).request().kind {
             RequestKind::Write { .. } => self.copy(tag, lease.slot(), Direction::FromRequest, port),
             RequestKind::Read
             | RequestKind::Flush
@@ -224,7 +224,7 @@ impl<P: Planner> Engine<P> {
         port: &mut impl Port,
     ) -> Result<(), Errno> {
         let run = self.run(tag);
-        let to = u32::try_from(run.request.len).map_err(|_| Errno::EINVAL)?;
+        let to = u32::try_from(run.request().len).map_err(|_| Errno::EINVAL)?;
         let (mut from, mut tries) = (run.copied_from, 0);
         while from < to {
             match Errno::from_result(port.copy(tag, slot, direction, from, to)) {
@@ -262,7 +262,7 @@ impl<P: Planner> Engine<P> {
                 return self.unregister(tag, lease, port);
             }
             Way::Copied => {
-                if run.request.kind == RequestKind::Read && !run.failed() {
+                if run.request().kind == RequestKind::Read && !run.failed() {
                     let copied = self.copy(tag, lease.slot(), Direction::ToRequest, port);
                     if let Err(errno) = copied {
                         self.run(tag).fail(errno);
@@ -327,7 +327,7 @@ impl<P: Planner> Engine<P> {
             if run.stamps.done == 0 {
                 run.stamps.done = now;
             }
-            recorder.record(run.request.kind, run.stamps, now);
+            recorder.record(run.request().kind, run.stamps, now);
         }
         let result = run.result();
         self.commit(tag, result, port);

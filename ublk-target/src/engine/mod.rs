@@ -8,9 +8,10 @@
 //!
 //! * Every delivered request is committed exactly once, and only when all its operations have
 //!   completed and its buffer has no borrow left.
-//! * A read or write that commits success has moved every byte that it claims: all, unless the
-//!   planner has shortened the request. Short transfers are continued; what cannot be continued
-//!   is an error, unless the planner knows another place or can do without.
+//! * A success is the whole request: a read or write that commits it has moved every byte that the
+//!   driver has delivered it for, and there is no [`Answer`] for fewer. Short transfers are
+//!   continued; what cannot be continued is an error, unless the planner knows another place or can
+//!   do without.
 //! * The first error of a request is its answer; no further operation of it is issued.
 //! * The planner is told once that a request which it has accepted settles. A request that it makes
 //!   wait holds nothing but what the driver has delivered, and there is always one that it waits
@@ -21,6 +22,7 @@
 //! * After construction it allocates nothing: all that a tag's request can need is there from
 //!   the start.
 
+mod answer;
 mod chain;
 mod config;
 mod deadline;
@@ -35,6 +37,7 @@ mod stats;
 mod straight;
 mod tag;
 
+pub use answer::Answer;
 pub use config::{EngineConfig, QueueIdentity, SlotChoice, SlotTable};
 pub use key::{OpKey, TagKey};
 pub use latency::{Recorder, STAGES, Stamps};
@@ -50,7 +53,7 @@ use uring_ext::{Errno, sys};
 use crate::plan::{Op, OpKind, Planner};
 use crate::request::{Refusal, Request};
 use crate::units::Tag;
-use inflight::{Cancel, InFlightTable, Progress};
+use inflight::{Cancel, InFlight, InFlightTable, Progress};
 pub use planning::MAX_SUBSTITUTES;
 use tag::{Phase, TagState};
 
@@ -63,9 +66,8 @@ pub trait Port {
     /// Hands a tag to the driver for the first time. `slot` is where the driver is to register
     /// the buffer of its request, if the device lends so.
     fn fetch(&mut self, key: TagKey, slot: SlotIndex);
-    /// Completes the tag's request with `result` (bytes, or a negated error number) and asks for
-    /// the next one.
-    fn commit(&mut self, key: TagKey, result: i32, slot: SlotIndex);
+    /// Completes the tag's request and asks for the next one.
+    fn commit(&mut self, key: TagKey, answer: Answer, slot: SlotIndex);
     /// Registers the buffer of the tag's request in a slot.
     fn register(&mut self, key: TagKey, slot: SlotIndex);
     /// Takes the buffer of the tag's request out of a slot.
@@ -269,10 +271,12 @@ impl<P: Planner> Engine<P> {
         }
     }
 
-    /// What [`Engine::completed`] is told of an operation that has been carried out as a whole.
+    /// What [`Engine::completed`] is told of an operation that has been carried out as it was
+    /// issued.
     pub fn whole(&mut self, key: OpKey) -> i32 {
         let straight = self.straight_tag(key).map(|state| state.straight.request.len);
-        let len = straight.or_else(|| self.inflight.get(key).map(|inflight| inflight.op.len));
+        let asked = |it: &InFlight| it.asked(self.tags[it.tag.index()].run.at_first);
+        let len = straight.or_else(|| self.inflight.get(key).map(asked));
         let len = len.unwrap_or(0);
         i32::try_from(len).unwrap_or(i32::MAX)
     }
@@ -412,25 +416,18 @@ impl<P: Planner> Engine<P> {
         }
     }
 
-    fn commit(&mut self, tag: Tag, result: Result<i32, Errno>, port: &mut impl Port) {
+    fn commit(&mut self, tag: Tag, result: Result<Answer, Errno>, port: &mut impl Port) {
         let TagState { phase, run, .. } = &mut self.tags[tag.index()];
         *phase = Phase::WithDriver;
         if std::mem::take(&mut run.accepted) {
-            self.planner.settled(&run.request, result.map(drop));
+            self.planner.settled(run.request(), result.map(drop));
             self.settled = true;
         }
         self.stats.commits += 1;
-        let result = match result {
-            Ok(bytes) => bytes,
-            Err(errno) => {
-                self.stats.failed += 1;
-                // An error that means "try again" would be taken as such by some who see it.
-                let again = matches!(errno, Errno::EAGAIN | Errno::EINTR);
-                if again { Errno::EIO.negated() } else { errno.negated() }
-            }
-        };
+        self.stats.failed += u64::from(result.is_err());
+        let answer = result.unwrap_or_else(Answer::failed);
         let slot = self.tag_slot(tag);
-        port.commit(self.next_turn(tag), result, slot);
+        port.commit(self.next_turn(tag), answer, slot);
     }
 }
 

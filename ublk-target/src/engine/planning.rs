@@ -37,13 +37,12 @@ fn check_marks(
     let is_first = !run.accepted;
     // So the planner believes, and is told of the end even if it has said what cannot be.
     run.accepted |= plan.waits_at().is_none();
-    if let Some(bytes) = plan.short() {
-        let whole_blocks = bytes > 0 && bytes % u64::from(block) == 0;
-        let fits = whole_blocks && bytes < run.request.len && run.request.has_data();
-        if !is_first || !fits {
+    if let Some(bytes) = plan.at_first() {
+        // A drive may take whole blocks only.
+        if bytes == 0 || bytes % u64::from(block) != 0 {
             return Err(Errno::EIO);
         }
-        run.request.len = bytes;
+        run.at_first = run.at_first.min(bytes);
     }
     // Whoever waits must not hold what others wait for.
     if plan.waits_at().is_some_and(|at| !is_first || at < run.cursor) {
@@ -94,7 +93,7 @@ impl<P: Planner> Engine<P> {
         let TagState { run, plan, .. } = &self.tags[tag.index()];
         let of_request = |op: &Op| op.buffer() == Some(Buffer::Request);
         let needs_buffer = plan.next().is_some() || plan.ops().any(of_request) || plan.is_marked();
-        if run.failed() || !run.request.has_data() || !needs_buffer {
+        if run.failed() || !run.request().has_data() || !needs_buffer {
             return self.proceed(tag, port);
         }
         self.lend(tag, port);
@@ -110,12 +109,9 @@ impl<P: Planner> Engine<P> {
     #[inline]
     pub(super) fn plan_next(&mut self, tag: Tag) {
         let TagState { run, plan, .. } = &mut self.tags[tag.index()];
-        let planned = self.planner.plan(&run.request, run.cursor, plan);
+        let planned = self.planner.plan(run.request(), run.cursor, plan);
         let checked = if plan.is_marked() {
-            let is_short = plan.short().is_some();
-            let checked = check_marks(planned, self.config.geometry.block, run, plan);
-            self.stats.planned_short += u64::from(is_short && checked.is_ok());
-            checked
+            check_marks(planned, self.config.geometry.block, run, plan)
         } else {
             run.accepted |= planned.is_ok();
             planned.and_then(|()| check_progress(run, plan))
@@ -203,7 +199,7 @@ impl<P: Planner> Engine<P> {
         if ended.op.kind == OpKind::Delay {
             return Verdict::Fail;
         }
-        let verdict = self.planner.failed(&run.request, &ended.op, errno);
+        let verdict = self.planner.failed(run.request(), &ended.op, errno);
         match verdict {
             _ if run.failed() => Verdict::Fail,
             Verdict::Ignore if ended.op.is_read() => Verdict::Fail,

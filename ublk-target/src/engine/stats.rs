@@ -28,7 +28,8 @@ pub struct EngineStats {
     pub partial: u64,
     /// Requests that the planner has answered with an error.
     pub planned_errors: u64,
-    /// Requests that the planner has shortened.
+    /// Requests some of whose reads or writes asked for less than all at first, since the planner
+    /// wanted them to come short.
     pub planned_short: u64,
     /// Windows that the planner has held back.
     pub delays: u64,

@@ -6,6 +6,7 @@ use bufreg::SlotIndex;
 use uring_ext::iod::IoDesc;
 use uring_ext::sys;
 
+use super::answer::Answer;
 use super::inflight::{Cancel, InFlight, InFlightTable};
 use super::key::{OpKey, TagKey};
 use super::latency::Stamps;
@@ -71,11 +72,11 @@ impl<P: Planner> Engine<P> {
             return false;
         }
         let request = state.straight.request;
-        let is_whole = u64::try_from(res) == Ok(request.len);
-        if !is_whole || self.straight_slots.is_none() {
+        let whole = Answer::of_transfer(&request, res);
+        let Some(answer) = whole.filter(|_| self.straight_slots.is_some()) else {
             self.leave_straight(tag);
             return false;
-        }
+        };
         let Some(lease) = state.straight.lease.take() else { return false };
         let slot = lease.slot();
         self.registry.take_back(lease);
@@ -85,7 +86,7 @@ impl<P: Planner> Engine<P> {
         self.stats.commits += 1;
         let next = TagKey { tag, turn: state.turn };
         self.planner.settled(&request, Ok(()));
-        port.commit(next, res, slot);
+        port.commit(next, answer, slot);
         self.settled = !self.deferred.is_empty();
         true
     }

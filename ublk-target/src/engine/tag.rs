@@ -3,6 +3,7 @@
 use bufreg::{Active, Lease, LeaseKey, Quarantined, Reserved, Retiring, Sole};
 use uring_ext::Errno;
 
+use super::answer::Answer;
 use super::inflight::{InFlight, Progress};
 use super::latency::Stamps;
 use crate::plan::{BackingIndex, Place, Plan};
@@ -157,7 +158,8 @@ pub(super) struct Chain {
 /// A request being carried out.
 #[derive(Debug)]
 pub(super) struct Run {
-    pub request: Request,
+    /// As it was delivered; nothing changes it.
+    request: Request,
     pub way: Way,
     /// The slot with the request's bytes.
     pub held: Held,
@@ -176,6 +178,10 @@ pub(super) struct Run {
     pub moved: u32,
     /// How often it has been issued elsewhere.
     pub substitutes: u8,
+    /// How many bytes a transfer asks for at first, at most.
+    pub at_first: u64,
+    /// One has asked for less than all.
+    pub is_short: bool,
     /// Bytes of the request's start that went another way before copying began.
     pub copied_from: u32,
     /// Where the window begins, in the planner's terms.
@@ -202,6 +208,8 @@ impl Run {
             retries: 0,
             moved: 0,
             substitutes: 0,
+            at_first: u64::MAX,
+            is_short: false,
             copied_from: 0,
             cursor: 0,
             next_op: 0,
@@ -225,12 +233,20 @@ impl Run {
         self.retries = 0;
         self.moved = 0;
         self.substitutes = 0;
+        self.at_first = u64::MAX;
+        self.is_short = false;
         self.copied_from = 0;
         self.cursor = 0;
         self.next_op = 0;
         self.pending = 0;
         self.error = None;
         self.stamps = stamps;
+    }
+
+    /// As it was delivered.
+    #[inline]
+    pub const fn request(&self) -> &Request {
+        &self.request
     }
 
     /// Remembers the first error.
@@ -269,16 +285,14 @@ impl Run {
         plan.clear();
     }
 
-    /// What the request is answered with.
-    pub fn result(&self) -> Result<i32, Errno> {
+    /// What the request is answered with, once nothing of it is left to be done.
+    pub fn result(&self) -> Result<Answer, Errno> {
         match self.error {
             // A client's io_uring would issue such a read or write again and again
             // (`io_rw_should_reissue`).
             Some(Errno::EOPNOTSUPP) if self.request.has_data() => Err(Errno::EIO),
             Some(errno) => Err(errno),
-            // The driver takes any result of zero or more as full success of the other kinds.
-            None if !self.request.has_data() => Ok(0),
-            None => i32::try_from(self.request.len).map_err(|_| Errno::EINVAL),
+            None => Ok(Answer::whole(&self.request)),
         }
     }
 }

@@ -13,7 +13,7 @@ use super::fault::{Fault, Faults};
 use super::place::{NO_SLOT, Place};
 use super::{LaneIo, RingRole};
 use crate::backing::{DiscardCall, Route};
-use crate::engine::{EngineConfig, OpKey, Port, SlotTable, TagKey};
+use crate::engine::{Answer, EngineConfig, OpKey, Port, SlotTable, TagKey};
 use crate::lend::LendMode;
 use crate::plan::{Op, OpKind, WINDOW_OPS};
 use crate::units::Tag;
@@ -326,8 +326,8 @@ impl<Io: LaneIo> Port for RingPort<Io> {
     }
 
     #[inline]
-    fn commit(&mut self, key: TagKey, result: i32, slot: SlotIndex) {
-        let delivery = self.delivery(key.tag, slot);
+    fn commit(&mut self, key: TagKey, answer: Answer, slot: SlotIndex) {
+        let (delivery, result) = (self.delivery(key.tag, slot), answer.result());
         let sqe = Sqe::commit_and_fetch(self.place.cdev(), self.qid, key.tag.0, result, delivery);
         self.push(RingRole::Fetch, &[self.named(sqe, Event::Fetched(key))]);
     }

@@ -103,7 +103,7 @@ pub enum TargetConfig {
         /// The backings.
         files: Vec<PathBuf>,
     },
-    /// Another target, some of whose requests fail, are answered short, or are held back.
+    /// Another target, some of whose requests fail, come short at first, or are held back.
     Fault {
         /// The first one that applies to a request decides.
         rules: Vec<Rule>,

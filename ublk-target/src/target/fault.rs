@@ -1,4 +1,4 @@
-//! The fault target: another target, some of whose requests fail, are answered short, or are held
+//! The fault target: another target, some of whose requests fail, come short at first, or are held
 //! back.
 
 use std::cell::Cell;
@@ -20,7 +20,7 @@ pub struct FaultTarget<P> {
     left: Box<[Cell<u64>]>,
     seed: u64,
     random: Cell<u64>,
-    /// Logical block in bytes; what is answered short is a multiple of it.
+    /// Logical block in bytes; what comes short is a multiple of it.
     block: u32,
 }
 
@@ -31,7 +31,7 @@ pub struct Decision {
     pub delay_ns: u64,
     /// The error that it is answered with.
     pub error: Option<Errno>,
-    /// It is answered with so many bytes only.
+    /// Its transfers come short at first; how short depends on this random number.
     pub short: Option<u64>,
 }
 
@@ -74,14 +74,21 @@ impl<P> FaultTarget<P> {
             let (error, short) = match rule.answer {
                 Answer::Whole => (None, None),
                 Answer::Error(errno) => (Some(errno), None),
-                // At least one block, and not all of them.
-                Answer::Short => {
-                    (None, Some((1 + self.draw() % (request.len / block - 1)) * block))
-                }
+                Answer::Short => (None, Some(self.draw())),
             };
             return Decision { delay_ns: rule.delay_ns, error, short };
         }
         Decision::default()
+    }
+
+    /// How many bytes transfers ask for at first: at least one block, and not all that the longest
+    /// of the window has.
+    fn at_first(&self, plan: &Plan, drawn: u64) -> u64 {
+        let block = u64::from(self.block);
+        let longest = plan.ops().filter(|op| op.has_data()).map(|op| op.len).max();
+        // If all here are as short as can be, longer ones may come in a later window.
+        let most = (longest.unwrap_or(0) / block).saturating_sub(1).max(1);
+        (1 + drawn % most) * block
     }
 
     /// splitmix64.
@@ -99,22 +106,21 @@ const fn mix(state: u64) -> u64 {
 }
 
 /// The cursor is 0 for a request that is to be decided on, and one more than that of the wrapped
-/// target afterwards. An answer that is short makes the request itself shorter, so nothing need
-/// be remembered.
+/// target afterwards. What is said in the first window holds for the later ones, so nothing need be
+/// remembered.
 impl<P: Planner> Planner for FaultTarget<P> {
     fn plan(&self, request: &Request, from: u64, plan: &mut Plan) -> Result<(), Errno> {
         let decision = if from == 0 { self.decide(request) } else { Decision::default() };
         let Decision { delay_ns, error, short } = decision;
-        let request = Request { len: short.unwrap_or(request.len), ..*request };
         let planned = match error {
             Some(errno) => Err(errno),
-            None => self.inner.plan(&request, from.saturating_sub(1), plan),
+            None => self.inner.plan(request, from.saturating_sub(1), plan),
         };
         plan.delay(delay_ns);
-        if let Some(bytes) = short {
-            plan.answer_only(bytes);
-        }
         planned?;
+        if let Some(drawn) = short {
+            plan.transfer_at_first(self.at_first(plan, drawn));
+        }
         if let Some(next) = plan.next() {
             plan.continue_at(next + 1);
         }
@@ -139,12 +145,14 @@ impl<P: Planner> Planner for FaultTarget<P> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use proptest::prelude::*;
 
     use super::super::oracle::{self, Geometry};
     use super::super::{LinearTarget, LoopTarget, StripeTarget};
     use super::*;
-    use crate::plan::BackingIndex;
+    use crate::plan::{BackingIndex, OpKind};
     use crate::request::RequestKind;
 
     const BLOCK: u32 = 512;
@@ -178,9 +186,35 @@ mod tests {
             assert!((20..65).contains(&count(|it| it.error == Some(Errno::EIO))));
             assert!((25..75).contains(&count(|it| it.short.is_some() && it.delay_ns == 1_000_000)));
             assert_eq!(count(|it| it.delay_ns == 2_000_000), 9, "no more than the count");
-            let shorts: Vec<_> = one.iter().filter_map(|it| it.short).collect();
-            assert!(shorts.iter().all(|bytes| (512..8192).contains(bytes) && bytes % 512 == 0));
-            assert!(shorts.contains(&512) && shorts.contains(&7680), "{shorts:?}");
+            let shorts: BTreeSet<_> = one.iter().filter_map(|it| it.short).collect();
+            assert!(shorts.len() > 25, "no two are short alike");
+        }
+    }
+
+    #[test]
+    fn the_longest_transfer_comes_short() {
+        let at_first = |lens: &[u64], drawn| {
+            let mut plan = Plan::default();
+            for (kind, len) in lens.iter().map(|len| (OpKind::Read, *len)).chain([FLUSH]) {
+                let backing = BackingIndex(0);
+                plan.push(Op { kind, backing, offset: 0, len, buf_offset: 0 }).unwrap();
+            }
+            target(&["short"], 0, LoopTarget::new(1 << 30)).at_first(&plan, drawn)
+        };
+        const FLUSH: (OpKind, u64) = (OpKind::WriteZeroes { may_unmap: true }, 1 << 20);
+        for (lens, least, greatest) in [
+            (&[8192][..], 512, 7680),
+            (&[512, 8192, 1024], 512, 7680),
+            (&[1024], 512, 512),
+            (&[1536, 512], 512, 1024),
+            // Nothing can be divided here; in a later window perhaps.
+            (&[512, 512], 512, 512),
+            (&[], 512, 512),
+        ] {
+            let all: BTreeSet<_> = (0..100).map(|drawn| at_first(lens, drawn)).collect();
+            assert!(all.iter().all(|bytes| bytes % 512 == 0), "{lens:?}: {all:?}");
+            let ends = (all.first().copied(), all.last().copied());
+            assert_eq!(ends, (Some(least), Some(greatest)), "{lens:?}");
         }
     }
 
@@ -199,7 +233,7 @@ mod tests {
         let target = target(&rules, 0, LoopTarget::new(1 << 30));
         let error = |request: &Request| target.decide(request).error;
         assert_eq!(error(&read(4096, 8192)), Some(Errno::ENOSPC));
-        assert_eq!(target.decide(&read(4096, 1024)).short, Some(512));
+        assert!(target.decide(&read(4096, 1024)).short.is_some());
         assert_eq!(target.decide(&read(4096, 512)), Decision::default(), "one block is not short");
         let write = Request { kind: RequestKind::Write { fua: true }, ..read(0, 4096) };
         assert_eq!(error(&write), Some(Errno::new(libc::EILSEQ)));
@@ -215,23 +249,18 @@ mod tests {
         let (mut plan, long) = (Plan::default(), read(0, 80 << 10));
         assert_eq!(target.plan(&long, 0, &mut plan), Err(Errno::EIO));
         assert_eq!(plan.delay_ns(), 5000);
-        // One that is long enough for several windows.
-        let short = loop {
-            plan.clear();
-            target.plan(&long, 0, &mut plan).unwrap();
-            if plan.next().is_some() {
-                break plan.short().unwrap();
-            }
-        };
+        plan.clear();
+        target.plan(&long, 0, &mut plan).unwrap();
         assert_eq!(plan.delay_ns(), 7000);
-        let (mut ops, rest) = (plan.len(), read(0, short));
+        assert!(plan.at_first().is_some_and(|bytes| bytes < 4096), "{plan:?}");
+        let mut ops = plan.len();
         while let Some(next) = plan.next() {
             plan.clear();
-            target.plan(&rest, next, &mut plan).unwrap();
-            assert_eq!((plan.delay_ns(), plan.short()), (0, None));
+            target.plan(&long, next, &mut plan).unwrap();
+            assert_eq!((plan.delay_ns(), plan.at_first()), (0, None));
             ops += plan.len();
         }
-        assert_eq!(ops as u64, short.div_ceil(4096));
+        assert_eq!(ops, 20, "all of the request is planned");
     }
 
     #[test]
@@ -240,7 +269,7 @@ mod tests {
         let outer = target(&["delay=2ms,short,count=1", "delay=3ms,error=ENOSPC"], 0, inner);
         let mut plan = Plan::default();
         outer.plan(&read(0, 1024), 0, &mut plan).unwrap();
-        assert_eq!((plan.delay_ns(), plan.short()), (3_000_000, Some(512)));
+        assert_eq!((plan.delay_ns(), plan.at_first()), (3_000_000, Some(512)));
         plan.clear();
         assert_eq!(outer.plan(&read(0, 1024), 0, &mut plan), Err(Errno::ENOSPC));
         assert_eq!(plan.delay_ns(), 3_000_000, "the wrapped target has nothing to decide");
@@ -260,7 +289,7 @@ mod tests {
         prop::sample::subsequence(rules, 1..6).prop_shuffle()
     }
 
-    /// As the wrapped target, but for what was decided.
+    /// As the wrapped target, but for errors that were decided on.
     fn check<P: Planner + Clone>(
         geometry: Geometry<P>,
         rules: &[&str],
@@ -271,10 +300,9 @@ mod tests {
         let shadow = target.clone();
         let geometry = Geometry { target, size, backings };
         oracle::check_answers(&geometry, requests, |request| {
-            let Decision { error, short, .. } = shadow.decide(request);
-            let len = short.unwrap_or(request.len);
-            let inside = request.offset + len <= size;
-            error.map_or(if inside { Ok(len) } else { Err(Errno::EIO) }, Err)
+            let inside = request.offset + request.len <= size;
+            let error = shadow.decide(request).error;
+            error.map_or(if inside { Ok(()) } else { Err(Errno::EIO) }, Err)
         })
     }
 

@@ -36,7 +36,7 @@ pub(super) enum Answer {
     Whole,
     /// This error.
     Error(Errno),
-    /// A part of it.
+    /// Whatever comes of it, once it has come short.
     Short,
 }
 
@@ -120,7 +120,7 @@ pub enum BadRule {
     /// Two answers.
     #[error("error and short exclude each other; use two rules")]
     TwoAnswers,
-    /// Short answers to what has no bytes.
+    /// Short transfers for what has no bytes.
     #[error("only reads and writes can be short; leave op out, or give read, write or both")]
     ShortKind,
     /// A range for flushes alone.

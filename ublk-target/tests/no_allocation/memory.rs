@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use ublk_target::lane::{LaneIo, RingRole};
 use ublk_target::plan::{BackingIndex, Op, OpKind, Plan, Planner, Verdict};
 use ublk_target::request::{Request, RequestKind};
-use ublk_target::target::FaultTarget;
+use ublk_target::target::{FaultTarget, LinearTarget};
 use ublk_target::units::Tag;
 use uring_ext::iod::IoDesc;
 use uring_ext::nvme::{Namespace, RangeAddr, Ranges};
@@ -50,11 +50,13 @@ impl Planner for Sectors {
     }
 }
 
-/// Short answers, errors and delays on [`Sectors`].
-pub fn faults() -> FaultTarget<Sectors> {
+/// Transfers that come short, errors and delays on pieces of two sectors, on two backings in turn.
+pub fn faults() -> FaultTarget<LinearTarget> {
     let rules = ["p=0.2,short", "p=0.3,delay=1ms", "p=0.1,delay=1ms,error=EIO", "p=0.1,error=EIO"];
     let rules: Vec<_> = rules.iter().map(|rule| rule.parse().unwrap()).collect();
-    FaultTarget::new(rules, 1, 512, Sectors)
+    let extents =
+        (0..1024_u64).map(|number| (BackingIndex(u16::from(number % 2 == 1)), number << 10, 1024));
+    FaultTarget::new(rules, 1, 512, LinearTarget::new(extents).unwrap())
 }
 
 /// Copies on write, one request at a time; what fails is tried elsewhere, or ignored.
