@@ -36,6 +36,12 @@
 //! * Two incarnations that the kernel can know of at the same time have different numbers. The
 //!   caller sees to that.
 //!
+//! # What rests on them
+//! * *A success is the whole request*: the engine answers with all bytes that were delivered, or with an
+//!   error. It does so only once the lease is retired or taken back, that is after its last borrow
+//!   (2), and a lease is retired, taken back and released whole: there is no way to give back a
+//!   part, so nothing of it can come to a second answer.
+//!
 //! # What does not compile
 //! A quarantined slot is not borrowed,
 //! ```compile_fail,E0308
