@@ -188,8 +188,9 @@ fn short(ctx: &Ctx, width: u32) -> Result<Outcome> {
         let done = verify(ctx, device.path()?, &blocks)?;
         let counters = stop(device, udev)?;
         let short = counters.get("planned short");
-        println!("{lend}: {done} reads and writes, {short} answered short");
+        println!("{lend}: {done} reads and writes, {short} came short");
         ensure!(short > done / 10 && counters.get("delays") > 0, "{counters:?}");
+        ensure!(counters.get("partial") >= short, "{counters:?}");
         counters.ensure_none(&["failed", "planned errors"])?;
     }
     Ok(Outcome::Pass)

@@ -24,6 +24,7 @@ mod reaching;
 mod remains;
 mod resize;
 mod service;
+mod short_transfers;
 mod splitting;
 mod stacks;
 mod stats;
@@ -63,6 +64,7 @@ pub const TABLES: &[&[TestCase]] = &[
     reaching::TESTS,
     resize::TESTS,
     service::TESTS,
+    short_transfers::TESTS,
     splitting::TESTS,
     stacks::TESTS,
     stats::TESTS,
