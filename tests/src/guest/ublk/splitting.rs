@@ -201,6 +201,9 @@ fn ensure_cut(drive: &Drive, device: &Device, kib: &str) -> Result<()> {
     let longest = device.attribute("queue/max_hw_sectors_kb")?;
     ensure!(longest == kib, "requests may have {longest} KiB");
     let _udev = QuietUdev::new()?;
+    // udev may have read the drive, and its pages stay while a server has the drive open. A write that
+    // meets one needs a worker to take it out of the cache.
+    process::run(&["blockdev", "--flushbufs", text(&drive.path())?])?;
     let done = || -> Result<(u64, u64)> {
         let report = report(device)?;
         let requests = |kind| number(&report, &format!("/total/requests/{kind}/requests"));
