@@ -94,6 +94,10 @@ impl RustRoot {
         let building = tempfile::Builder::new().prefix(BUILDING).tempdir_in(cache)?;
         let scratch =
             tempfile::Builder::new().prefix("ublk-rust-").tempdir_in(mmdebstrap::unpack_parent())?;
+        // A signal leaves none of their gigabytes.
+        for directory in [building.path(), scratch.path()] {
+            cleanup::remember_directory(directory);
+        }
         let mirror = mmdebstrap::find_mirror(scratch.path())?;
         let packed = building.path().join("root.tar");
         // In a user namespace, root is somebody else: it writes where it may, and the files are
@@ -108,13 +112,15 @@ impl RustRoot {
         let complaint = String::from_utf8_lossy(&output.stderr).into_owned();
         ensure!(output.status.success(), "tar ended with {}: {complaint}", output.status);
         fs::remove_file(&packed)?;
-        for point in ["workspace", "cargo", "target", "proc", "dev"] {
+        for point in ["cargo", "target", "proc", "dev"] {
             fs::create_dir_all(root.join(point))?;
         }
         fs::create_dir(building.path().join("target"))?;
         File::create(building.path().join(COMPLETE))?;
         let built = building.keep();
-        fs::rename(&built, &self.directory).context("put the root in its place")
+        fs::rename(&built, &self.directory).context("put the root in its place")?;
+        cleanup::forget_directory(&built);
+        Ok(())
     }
 
     /// A command for `program` of the root, to be run in the workspace, with a target directory of

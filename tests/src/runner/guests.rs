@@ -27,9 +27,6 @@ const OUTPUT_LINES: usize = 60;
 /// How often a test is run if the emulator's own bug ends the guest.
 const ATTEMPTS: u32 = 3;
 
-/// Guests at the same time, however many processors there are: each has its memory and its drives.
-const MAX_GUESTS: u32 = 8;
-
 /// Runs the selected tests of all groups, as many guests at the same time as there are processors
 /// for.
 ///
@@ -47,13 +44,14 @@ pub fn run(selection: &Selection, report: &Report) -> Result<()> {
     let processors = thread::available_parallelism().map_or(1, usize::from);
     let processors = u32::try_from(processors).unwrap_or(u32::MAX);
     let schedule = Schedule::new(GROUPS, &selected, processors);
+    let most = GROUPS.iter().map(|group| group.guests).sum();
     let lane = || {
         while let Some(claim) = schedule.claim() {
             run_claim(&claim, selection, &image, &disk, report);
         }
     };
     thread::scope(|scope| {
-        let lanes: Vec<_> = (0..processors.min(MAX_GUESTS)).map(|_| scope.spawn(lane)).collect();
+        let lanes: Vec<_> = (0..processors.min(most)).map(|_| scope.spawn(lane)).collect();
         let ended: Vec<_> = lanes.into_iter().map(|lane| lane.join()).collect();
         let all_well = ended.iter().all(|end| end.is_ok());
         all_well.then_some(()).ok_or_else(|| anyhow!("a thread that runs guests has panicked"))
