@@ -163,9 +163,10 @@ fn load(device: &str, size: &str) -> Vec<String> {
     options
 }
 
-fn start_load(ctx: &Ctx, name: &str, device: &str, seconds: u32) -> Result<fio::Running> {
+/// One that goes on until it is ended.
+fn start_load(ctx: &Ctx, name: &str, device: &str) -> Result<fio::Running> {
     let mut options = load(device, "8m");
-    options.extend(["time_based".to_owned(), format!("runtime={seconds}")]);
+    options.extend(["time_based", "runtime=600"].map(str::to_owned));
     let options: Vec<_> = options.iter().map(String::as_str).collect();
     fio::start(ctx, name, &options)
 }
@@ -215,7 +216,10 @@ fn reload(ctx: &Ctx) -> Result<Outcome> {
     let config = write(ctx, &sections)?;
     let fleet = Fleet::start(ctx.directory(), &config)?;
     let loads =
-        [0, 1].map(|id| start_load(ctx, &format!("load{id}"), &format!("/dev/ublkb{id}"), 20));
+        [0, 1].map(|id| start_load(ctx, &format!("load{id}"), &format!("/dev/ublkb{id}")));
+    for id in [0, 1] {
+        wait_for_writes(id, 100)?;
+    }
     // A bad file changes nothing.
     fs::write(&config, format!("{}depht = 3\n", sections.concat()))?;
     fleet.reload("there is no option `depht` of the target loop")?;
@@ -248,7 +252,7 @@ fn reload(ctx: &Ctx) -> Result<Outcome> {
     let options = load("/dev/ublkb8", "8m");
     fio::run(ctx, &options.iter().map(String::as_str).collect::<Vec<_>>())?;
     for load in loads {
-        let report = load?.finish()?;
+        let report = load?.end()?;
         ensure!(report.write.requests > 0, "{report:?}");
     }
     fleet.end()?;
@@ -265,7 +269,7 @@ fn killed(ctx: &Ctx) -> Result<Outcome> {
     ];
     let config = write(ctx, &sections)?;
     let mut fleet = Fleet::start(ctx.directory(), &config)?;
-    let load = start_load(ctx, "load", "/dev/ublkb0", 15)?;
+    let load = start_load(ctx, "load", "/dev/ublkb0")?;
     for _ in 0..3 {
         wait_for_writes(0, 200)?;
         fleet.kill()?;
@@ -275,7 +279,7 @@ fn killed(ctx: &Ctx) -> Result<Outcome> {
         let pids: Vec<_> = listed()?.iter().map(|device| device.pid).collect();
         ensure!(pids == [Some(fleet.pid()); 3], "{pids:?}");
     }
-    let report = load.finish()?;
+    let report = load.end()?;
     ensure!(report.write.requests > 0, "{report:?}");
     let options = self::load("/dev/ublkb2", "8m");
     fio::run(ctx, &options.iter().map(String::as_str).collect::<Vec<_>>())?;
@@ -304,7 +308,7 @@ fn managed(ctx: &Ctx) -> Result<Outcome> {
         section(5, &files[2], "lend = \"copy\"")?,
     ];
     let fleet = Fleet::start(ctx.directory(), &write(ctx, &sections)?)?;
-    let load = start_load(ctx, "load", "/dev/ublkb4", 10)?;
+    let load = start_load(ctx, "load", "/dev/ublkb4")?;
     for (device, id) in listed()?.iter().zip(3..) {
         ensure!(device.id == id && device.state == "LIVE", "{device:?}");
         ensure!(device.pid == Some(fleet.pid()) && device.target == "loop", "{device:?}");
@@ -327,7 +331,7 @@ fn managed(ctx: &Ctx) -> Result<Outcome> {
         fleet.reload("devices, ")?;
         wait_for("the device", PATIENCE, || Ok((ids()? == [3, 4, 5]).then_some(())))?;
     }
-    ensure!(load.finish()?.write.requests > 0);
+    ensure!(load.end()?.write.requests > 0);
     // Without devices it goes on.
     process::run(&[PROGRAM, "del", "--all"])?;
     ensure!(ids()?.is_empty() && fleet.threads()? > 0, "{:?}", ids()?);
