@@ -7,12 +7,14 @@
 //! * [`nvme`]: NVMe commands to a namespace's generic device, and what it says of itself.
 //! * [`pool`]: page-aligned memory for the copy modes, and the buffer table entries for it.
 //! * [`iod`]: the shared array of request descriptors that the driver fills.
+//! * [`block`]: what loop devices of the kernel are attached to.
 //! * [`control`]: commands to `/dev/ublk-control` and their parameters, with bounded waits.
 //! * [`feature`]: names, first kernel versions and a probe of the driver's features.
 //!
 //! All `unsafe` of the project lives in this crate. Facts about the kernel are cited as
 //! file and symbol of its source, with the first version that has them.
 
+pub mod block;
 pub mod control;
 pub mod errno;
 pub mod feature;

@@ -61,6 +61,29 @@ impl Params {
         &self.basic
     }
 
+    /// Limits for discard and write zeroes, if there are any.
+    #[must_use]
+    pub const fn discard(&self) -> Option<&sys::ublk_param_discard> {
+        if self.has(sys::UBLK_PARAM_TYPE_DISCARD) { Some(&self.discard) } else { None }
+    }
+
+    /// The alignment of buffers in memory, in bytes (Linux 6.15).
+    #[must_use]
+    pub const fn dma_alignment(&self) -> Option<u32> {
+        let has_it = self.has(sys::UBLK_PARAM_TYPE_DMA_ALIGN);
+        if has_it { Some(self.dma.alignment.saturating_add(1)) } else { None }
+    }
+
+    /// The segment limits (Linux 6.15).
+    #[must_use]
+    pub const fn segments(&self) -> Option<&sys::ublk_param_segment> {
+        if self.has(sys::UBLK_PARAM_TYPE_SEGMENT) { Some(&self.seg) } else { None }
+    }
+
+    const fn has(&self, part: u32) -> bool {
+        self.types & part != 0
+    }
+
     /// The numbers of the device nodes; zero before the device is started.
     #[must_use]
     pub const fn devt(&self) -> &sys::ublk_param_devt {

@@ -1,4 +1,4 @@
-//! Properties of the calling thread.
+//! Properties of the calling thread and its process.
 
 use crate::Errno;
 
@@ -39,4 +39,56 @@ pub fn is_ordinary() -> bool {
     // SAFETY: it takes an integer; 0 is the calling thread.
     let policy = unsafe { libc::sched_getscheduler(0) };
     policy & !libc::SCHED_RESET_ON_FORK == libc::SCHED_OTHER
+}
+
+/// Closes every descriptor of the process but standard input, output and error: those that its
+/// parent has left open (`close_range(2)`, Linux 5.9). To be called before the process opens any of
+/// its own, which would be closed, too.
+///
+/// # Errors
+/// `ENOSYS` on older kernels.
+pub fn close_inherited_files() -> Result<(), Errno> {
+    close_range(0)
+}
+
+/// Has the programs that this process starts not inherit the descriptors that are open now, but for
+/// standard input, output and error (`CLOSE_RANGE_CLOEXEC`, Linux 5.11).
+///
+/// # Errors
+/// `ENOSYS` or `EINVAL` on older kernels.
+pub fn keep_files_from_children() -> Result<(), Errno> {
+    close_range(libc::CLOSE_RANGE_CLOEXEC)
+}
+
+fn close_range(flags: libc::c_uint) -> Result<(), Errno> {
+    let (first, last, flags) = (libc::c_ulong::from(3_u8), libc::c_ulong::from(u32::MAX), flags);
+    // SAFETY: it takes integers only. Nothing in this process owns the descriptors that it closes,
+    // as the caller sees to.
+    let result =
+        unsafe { libc::syscall(libc::SYS_close_range, first, last, libc::c_ulong::from(flags)) };
+    if result == 0 { Ok(()) } else { Err(Errno::of(&std::io::Error::last_os_error())) }
+}
+
+/// Forks, has the child do some work, and ends it. Returns the child's process id, to be waited for.
+///
+/// # Errors
+/// `EBUSY` if the process has several threads, whose locks the child could wait for without end;
+/// `EAGAIN` at the limit of processes, `ENOMEM`.
+pub fn in_child(work: impl FnOnce()) -> Result<i32, Errno> {
+    let threads = std::fs::read_dir("/proc/self/task").map_err(|error| Errno::of(&error))?;
+    if threads.count() != 1 {
+        return Err(Errno::EBUSY);
+    }
+    // SAFETY: this is the only thread, so the child finds all memory and locks in order.
+    let pid = unsafe { libc::fork() };
+    match pid {
+        -1 => Err(Errno::of(&std::io::Error::last_os_error())),
+        0 => {
+            // Nothing of the parent's may be unwound or flushed here.
+            let worked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+            // SAFETY: it ends the child, whatever that holds.
+            unsafe { libc::_exit(i32::from(worked.is_err())) }
+        }
+        pid => Ok(pid),
+    }
 }

@@ -18,10 +18,21 @@ impl Queues<'_> {
     /// flight uses it.
     ///
     /// # Errors
-    /// `EBADF` for a closed file, `EINVAL` beyond the table.
+    /// `EBADF` for a closed file, `EINVAL` beyond the table. Files before the one at fault are set.
     pub fn set_files(&mut self, first: FixedFile, files: &[RawFd]) -> Result<(), Errno> {
-        let set = self.submitter.register_files_update(first.0, files);
-        set.map(drop).map_err(|error| Errno::of(&error))
+        let (mut at, mut left) = (first.0, files);
+        while !left.is_empty() {
+            // The kernel stops at the first file it cannot set, and answers with how many it has set
+            // before (`__io_sqe_files_update`). It says why only if that one is the first.
+            let set = self.submitter.register_files_update(at, left);
+            let set = set.map_err(|error| Errno::of(&error))?;
+            if set == 0 || set > left.len() {
+                return Err(Errno::EIO);
+            }
+            at += u32::try_from(set).unwrap_or(0);
+            left = &left[set..];
+        }
+        Ok(())
     }
 
     /// Empties places of the table of files. Allocates nothing.
@@ -42,9 +53,16 @@ impl Queues<'_> {
     /// Puts the buffers of a pool into slots of the buffer table, from `first` on. Allocates nothing.
     ///
     /// # Errors
-    /// `EINVAL` beyond the table, `ENOMEM` where the locked-memory limit does not suffice.
+    /// `EINVAL` beyond the table, `ENOMEM` where the locked-memory limit does not suffice. Buffers
+    /// before the one at fault are set.
     pub fn set_buffers(&mut self, first: u16, pool: &BufferPool) -> Result<(), Errno> {
-        self.fill_slots(first, pool.count(), |index| pool.iovec(index))
+        // One by one: the kernel stops at the first buffer it cannot set and answers with how many
+        // it has set before (`__io_sqe_buffers_update`), which the `io-uring` crate does not pass on.
+        for index in 0..pool.count() {
+            let slot = u32::from(first) + u32::from(index);
+            self.update_buffers(slot, &[pool.iovec(index)])?;
+        }
+        Ok(())
     }
 
     /// Empties slots of the buffer table. Allocates nothing.
@@ -52,25 +70,13 @@ impl Queues<'_> {
     /// # Errors
     /// `EINVAL` beyond the table.
     pub fn clear_buffers(&mut self, first: u16, count: u16) -> Result<(), Errno> {
-        self.fill_slots(first, count, |_| EMPTY)
-    }
-
-    fn fill_slots(
-        &mut self,
-        first: u16,
-        count: u16,
-        buffer: impl Fn(u16) -> libc::iovec,
-    ) -> Result<(), Errno> {
-        let (mut chunk, mut used) = ([EMPTY; CHUNK], 0);
-        for index in 0..count {
-            chunk[used] = buffer(index);
-            used += 1;
-            if used == CHUNK || index + 1 == count {
-                let end = u32::from(first) + u32::from(index) + 1;
-                let start = end - u32::try_from(used).unwrap_or(0);
-                self.update_buffers(start, &chunk[..used])?;
-                used = 0;
-            }
+        let (mut at, mut left) = (u32::from(first), usize::from(count));
+        while left > 0 {
+            // An empty slot takes no memory, so this fails only beyond the table, and then as a whole.
+            let some = left.min(CHUNK);
+            self.update_buffers(at, &[EMPTY; CHUNK][..some])?;
+            at += u32::try_from(some).unwrap_or(0);
+            left -= some;
         }
         Ok(())
     }

@@ -76,6 +76,33 @@ fn tables_change_while_the_ring_is_in_use() {
     assert_eq!(queues.set_buffers(99, &pool), Err(Errno::EINVAL));
 }
 
+/// The kernel answers with how many places it has changed, and changes those before the one at fault.
+#[test]
+fn a_table_that_changes_in_part_is_an_error() {
+    let file: File = tempfile();
+    let closed = tempfile().as_raw_fd();
+    let mut ring = ring(4, 8);
+    ring.register_places_of_files(8).unwrap();
+    ring.register_slots(8).unwrap();
+    let mut queues = ring.queues();
+    let open = file.as_raw_fd();
+    for files in [&[open, closed][..], &[closed, open], &[open, open, closed, open]] {
+        assert_eq!(
+            queues.set_files(FixedFile(0), files),
+            Err(Errno::new(libc::EBADF)),
+            "{files:?}"
+        );
+    }
+    let pool = BufferPool::new(3, 4096).unwrap();
+    let second =
+        std::ptr::with_exposed_provenance_mut(usize::try_from(pool.addr(1, 0).get()).unwrap());
+    // SAFETY: the page is the pool's second buffer, which nothing has used yet or will use: the
+    // kernel refuses to register it.
+    assert_eq!(unsafe { libc::munmap(second, 4096) }, 0);
+    assert_eq!(queues.set_buffers(0, &pool), Err(Errno::EFAULT));
+    queues.clear_buffers(0, 8).unwrap();
+}
+
 #[test]
 fn an_empty_slot_is_an_error_of_the_operation() {
     let file = tempfile();
