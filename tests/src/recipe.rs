@@ -38,6 +38,7 @@ const PACKAGES: &[&str] = &[
     // of initramfs images; its hook is left out below.
     "tiny-initramfs",
     "bpftrace",
+    "btrfs-progs",
     "dmsetup",
     "e2fsprogs",
     "fdisk",

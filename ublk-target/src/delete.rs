@@ -18,6 +18,7 @@ use uring_ext::sys;
 use crate::backing::sysfs::parse_devt;
 use crate::backing::usage;
 use crate::leftovers;
+use crate::mark::Nonce;
 use crate::processes::{self, Process, Role};
 use crate::state;
 use crate::steps::step;
@@ -115,6 +116,9 @@ pub fn command(id: u32, command: Command) -> Result<(), ControlError> {
 const PATIENCE: Duration = Duration::from_secs(30);
 /// After so much of it a process of ours is killed, if that was asked for.
 const BEFORE_KILL: Duration = Duration::from_secs(5);
+/// A user of which no process and no mount is to be seen.
+pub(crate) const UNSEEN: &str =
+    "the kernel, or a process in another pid namespace, has it open (an export, for instance)";
 /// How long what is on its way to close a device may take; what has it open after that uses it.
 const TO_LET_GO: Duration = Duration::from_secs(2);
 
@@ -192,11 +196,11 @@ impl Deletion<'_> {
             if self.run(device, command, &what)? {
                 return Ok(());
             }
-            // Opened since it was looked at.
-            if began.elapsed() >= PATIENCE {
-                let users = vec!["a program that cannot be told has it open".to_owned()];
-                return Err(DeleteError::InUse { id, users });
+            // Opened since it was looked at; or by who cannot be seen from here, and does not let go.
+            if began.elapsed() >= TO_LET_GO {
+                return Err(DeleteError::InUse { id, users: vec![UNSEEN.to_owned()] });
             }
+            std::thread::sleep(Duration::from_millis(10));
         }
     }
 
@@ -205,7 +209,7 @@ impl Deletion<'_> {
     /// Whether the device is to be stopped only if it is unused.
     fn await_users(&mut self, device: &Doomed) -> Result<bool, DeleteError> {
         let Some((major, minor)) = device.number else { return Ok(true) };
-        let id = device.id;
+        let (id, control) = (device.id, self.control);
         let what = format!("udev to let go of {device}");
         wait_with(&what, self.progress, |slice| {
             let (users, is_open) = users_of((major, minor));
@@ -215,7 +219,7 @@ impl Deletion<'_> {
             if !is_open {
                 return Some(Ok(true));
             }
-            if !device.is_live {
+            if !device.is_served(control) {
                 return Some(Ok(false));
             }
             // Nobody tells when a device is closed.
@@ -340,8 +344,6 @@ struct Doomed {
     numbers: Vec<(u32, u32)>,
     /// Tells it from a later one of the same id.
     identity: Option<u64>,
-    /// Its I/O is served.
-    is_live: bool,
     /// What sees to it, and ends with it.
     processes: Vec<Process>,
     /// What serves it among others, and goes on without it.
@@ -355,8 +357,7 @@ impl Doomed {
         let number = number_of(id);
         let numbers = number.map(|(major, minor)| usage::numbers_of_device(major, minor));
         // Of one that was started, the server is in its state file.
-        let adder = state::adder(info).filter(|_| !state::has_disk(info));
-        let has_server = u32::try_from(info.ublksrv_pid).is_ok_and(state::is_alive);
+        let adder = Nonce::of(info).filter(|_| !state::has_disk(info));
         let (mut fleet, processes): (Vec<_>, Vec<_>) = processes::of_device(id, adder)
             .into_iter()
             .partition(|process| process.role == Role::Fleet);
@@ -365,7 +366,6 @@ impl Doomed {
             number,
             numbers: numbers.unwrap_or_default(),
             identity: state::identity(id),
-            is_live: u32::from(info.state) == sys::UBLK_S_DEV_LIVE && has_server,
             processes,
             fleet: fleet.pop(),
             seen: processes::now(),
@@ -382,6 +382,16 @@ impl Doomed {
                 Ok(now.is_some() && now != self.identity)
             }
         }
+    }
+
+    /// Whether its I/O is served: its server is alive, or is not to be seen from here and the driver
+    /// has not said that it is gone.
+    fn is_served(&self, control: &Control) -> bool {
+        control.info(self.id).is_ok_and(|info| {
+            let is_alive = u32::try_from(info.ublksrv_pid).is_ok_and(state::is_alive);
+            let is_unseen = info.ublksrv_pid <= 0;
+            u32::from(info.state) == sys::UBLK_S_DEV_LIVE && (is_alive || is_unseen)
+        })
     }
 
     fn is_started(&self, control: &Control) -> bool {

@@ -2,8 +2,8 @@
 //! device.
 //!
 //! All of it is told from what belongs to a device that is just being added. A file is left over
-//! once its writer is dead and its device is gone, and that is looked at in this order: a device
-//! that is added afterwards gets its files only when it has come a long way.
+//! once its device is gone, or nobody writes it any more. A device gets its files only after it was
+//! added.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,8 +11,9 @@ use std::time::Duration;
 
 use uring_ext::control::Control;
 
+use crate::mark::Nonce;
 use crate::processes::{self, Process, Role};
-use crate::state::{self, RUN_DIR, StateFile};
+use crate::state::{self, RUN_DIR};
 use crate::stats;
 
 /// A process without a device that is younger may be about to add one.
@@ -22,11 +23,11 @@ const TIME_TO_ADD: Duration = Duration::from_secs(5);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Entry {
     Record(u32),
-    /// A record that the process `writer` has not finished.
-    HalfWritten {
-        writer: u32,
-    },
+    /// A record that nobody has finished yet.
+    HalfWritten,
     Socket(u32),
+    /// The log of a device that could have none where logs belong.
+    Log(u32),
 }
 
 impl Entry {
@@ -36,18 +37,17 @@ impl Entry {
         match kind {
             "json" => Some(Self::Record(id)),
             "sock" => Some(Self::Socket(id)),
-            _ => Some(Self::HalfWritten { writer: kind.strip_prefix("json.")?.parse().ok()? }),
+            "log" => Some(Self::Log(id)),
+            _ => kind.strip_prefix("json.")?.parse::<Nonce>().ok().map(|_| Self::HalfWritten),
         }
     }
 
     /// Whether nobody needs it any more.
-    fn is_left(self, control: &Control, directory: &Path) -> bool {
+    fn is_left(self, control: &Control, directory: &Path, path: &Path) -> bool {
         match self {
-            Self::HalfWritten { writer } => !state::is_ours(writer),
-            Self::Record(id) => {
-                let record = StateFile::read(directory, id);
-                !record.is_ok_and(|record| state::is_ours(record.pid)) && is_gone(control, id)
-            }
+            Self::HalfWritten => !state::is_being_written(path),
+            // A device has its files only after it was added.
+            Self::Record(id) | Self::Log(id) => is_gone(control, id),
             Self::Socket(id) => stats::is_deserted(directory, id) && is_gone(control, id),
         }
     }
@@ -76,7 +76,8 @@ fn remove(control: &Control, directory: &Path, which: impl Fn(&str) -> bool) -> 
     for found in entries.flatten() {
         let name = found.file_name();
         let Some(name) = name.to_str().filter(|name| which(name)) else { continue };
-        let is_left = Entry::parse(name).is_some_and(|entry| entry.is_left(control, directory));
+        let is_left = Entry::parse(name)
+            .is_some_and(|entry| entry.is_left(control, directory, &found.path()));
         // One that is missing by now was another one's to remove.
         if is_left && fs::remove_file(found.path()).is_ok() {
             removed.push(found.path());
@@ -122,7 +123,9 @@ mod tests {
     fn entries_are_told_apart() {
         let table = [
             ("3.json", Some(Entry::Record(3))),
-            ("3.json.77", Some(Entry::HalfWritten { writer: 77 })),
+            ("3.json.00123456789a", Some(Entry::HalfWritten)),
+            ("3.json.77", None),
+            ("3.log", Some(Entry::Log(3))),
             ("12.sock", Some(Entry::Socket(12))),
             ("3.json.", None),
             ("x.json", None),

@@ -1,7 +1,10 @@
 //! Processes of this program: what each is, and which device it is about.
 //!
-//! They are known by their name, their arguments and the devices that they have open. What a state
-//! file says of a process is believed only as far as these agree.
+//! A process is one of ours if root runs it, in this user namespace, and it has our name: other users
+//! can name theirs as they like. It serves a device if it has that one's character device open, by
+//! its number. Of processes that have none open only those of this pid namespace count, and their
+//! arguments say what they do. What a state file says of a process is believed only as far as these
+//! agree.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -13,9 +16,10 @@ use nix::sys::signal::Signal;
 use rustix::process::{Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
 use std::os::fd::{AsFd, OwnedFd};
 
-use crate::backing::usage;
+use crate::backing::usage::{self, process_name};
+use crate::mark::Nonce;
 use crate::server::signals::has_ended;
-use crate::state::{RUN_DIR, StateFile, is_ours};
+use crate::state::{RUN_DIR, StateFile, is_alive};
 
 /// What a process of this program is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,6 +47,8 @@ pub struct Process {
     pub device: Option<u32>,
     /// Process id of its supervisor.
     pub supervisor: Option<u32>,
+    /// What it marks the device with that it adds, where another process knows that.
+    pub nonce: Option<Nonce>,
     /// When it was started, since the machine was.
     pub started: Duration,
     pidfd: OwnedFd,
@@ -60,12 +66,17 @@ impl Process {
             return None;
         }
         let told = Told::by(&arguments(pid)?);
-        let one = || usage::served_by(pid).first().copied().or(told.device);
+        let served = usage::served_by(pid);
+        if served.is_empty() && !is_in_same("pid", pid) {
+            return None;
+        }
+        let one = || served.first().copied().or(told.device);
         let process = Self {
             pid,
             role: told.role,
             device: if told.role == Role::Fleet { None } else { one() },
             supervisor: told.supervisor,
+            nonce: told.nonce,
             started: started(pid)?,
             pidfd,
         };
@@ -110,6 +121,7 @@ struct Told {
     role: Role,
     device: Option<u32>,
     supervisor: Option<u32>,
+    nonce: Option<Nonce>,
 }
 
 impl Told {
@@ -139,6 +151,7 @@ impl Told {
             role,
             device: device.and_then(|id| id.parse().ok()),
             supervisor: value(&["--supervisor"]).and_then(|pid| pid.parse().ok()),
+            nonce: value(&["--nonce"]).and_then(|nonce| nonce.parse().ok()),
         }
     }
 }
@@ -154,6 +167,33 @@ fn value_of<'a>(arguments: &'a [String], names: &[&str]) -> Option<&'a str> {
             None => (!argument.starts_with("--")).then_some(rest),
         }
     })
+}
+
+/// Whether a process is alive, of this program, and run by the user and in the user namespace of the
+/// calling one: root's.
+#[must_use]
+pub fn is_ours(pid: u32) -> bool {
+    is_alive(pid)
+        && process_name(pid) == env!("CARGO_PKG_NAME")
+        && is_of_own_user(pid)
+        && is_in_same("user", pid)
+}
+
+/// Whether all user ids of a process are the calling one's. Those of another user namespace are shown
+/// as this one has them.
+fn is_of_own_user(pid: u32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let ids = status.lines().find_map(|line| line.strip_prefix("Uid:")).unwrap_or_default();
+    let own = nix::unistd::geteuid().as_raw().to_string();
+    let mut ids = ids.split_whitespace().peekable();
+    ids.peek().is_some() && ids.all(|id| id == own)
+}
+
+/// Whether a process is in the calling one's namespace of a kind.
+fn is_in_same(kind: &str, pid: u32) -> bool {
+    let of = |process: &str| fs::read_link(format!("/proc/{process}/ns/{kind}")).ok();
+    // A kernel without such namespaces has none to tell apart.
+    of("self").is_none_or(|own| of(&pid.to_string()) == Some(own))
 }
 
 fn arguments(pid: u32) -> Option<Vec<String>> {
@@ -196,15 +236,17 @@ pub fn all() -> Vec<Process> {
 }
 
 /// The processes that see to a device: its server and supervisor, and those that recover or stop it.
-/// `adder` is the one that has added it.
+/// `adder` is the mark of the one that has added it.
 #[must_use]
-pub fn of_device(id: u32, adder: Option<u32>) -> Vec<Process> {
+pub fn of_device(id: u32, adder: Option<Nonce>) -> Vec<Process> {
     let record = StateFile::read(Path::new(RUN_DIR), id).ok();
-    let mut known: Vec<u32> = adder.into_iter().collect();
-    known.extend(record.iter().flat_map(|record| [Some(record.pid), record.supervisor]).flatten());
+    let known: Vec<u32> =
+        record.iter().flat_map(|record| [Some(record.pid), record.supervisor]).flatten().collect();
     let mut found = all();
-    let is_about_it =
-        |process: &Process| process.device == Some(id) || known.contains(&process.pid);
+    let is_about_it = |process: &Process| {
+        let has_added_it = adder.is_some() && process.nonce == adder;
+        process.device == Some(id) || known.contains(&process.pid) || has_added_it
+    };
     let supervisors: Vec<u32> =
         found.iter().filter(|it| is_about_it(it)).filter_map(|it| it.supervisor).collect();
     found.retain(|process| {
@@ -243,7 +285,11 @@ mod tests {
         for (line, role, device, supervisor) in table {
             let line = format!("ublk-target {line}");
             let arguments: Vec<_> = line.split(' ').map(str::to_owned).collect();
-            assert_eq!(Told::by(&arguments), Told { role, device, supervisor }, "{line}");
+            assert_eq!(
+                Told::by(&arguments),
+                Told { role, device, supervisor, nonce: None },
+                "{line}"
+            );
         }
     }
 

@@ -4,18 +4,22 @@
 //! know (the target and its backings), only for the disk that it was written for, and all that it
 //! says is checked as if a user had typed it.
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
+use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 use uring_ext::control::{Control, ControlError};
 use uring_ext::{Errno, sys};
 
 use crate::backing::identity::Known;
-use crate::backing::usage::process_name;
 use crate::lend::LendMode;
+use crate::mark::Nonce;
+use crate::own_files;
+use crate::processes;
 use crate::server::config::DeviceConfig;
 use crate::server::on_death::OnDeath;
 use crate::steps::step;
@@ -26,9 +30,19 @@ pub const RUN_DIR: &str = "/run/ublk-target";
 /// Where the logs of servers are.
 pub const LOG_DIR: &str = "/var/log/ublk-target";
 /// The format that this version writes and reads.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
+/// The field of the checksum.
+const CHECKSUM: &str = "crc32c";
 /// The longest state file that is read, in bytes.
 const MAX_BYTES: u64 = 1 << 20;
+
+/// Where the program of this process was found, if its own mounts need not have it.
+static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+
+/// Says where the program of this process was found. Without effect if that was said before.
+pub fn adopt_program(path: &Path) {
+    let _ = PROGRAM.set(path.to_owned());
+}
 
 /// The block device of an id.
 #[must_use]
@@ -58,6 +72,8 @@ pub struct StateFile {
     /// The disk's sequence number, which no other disk has had since the machine was booted
     /// (Linux 5.15); absent until the device is live.
     pub diskseq: Option<u64>,
+    /// The mark of the device, which tells it from all others.
+    pub nonce: Option<Nonce>,
     /// Process id of the server.
     pub pid: u32,
     /// Process id of the supervisor.
@@ -74,6 +90,8 @@ pub struct StateFile {
     pub config: DeviceConfig,
     /// Why the supervisor has given up.
     pub given_up: Option<String>,
+    /// Why the device has no server, which the supervisor tries to change.
+    pub trouble: Option<String>,
 }
 
 /// Why a state file cannot be used.
@@ -130,14 +148,20 @@ impl StateFile {
             version: VERSION,
             id,
             diskseq: None,
+            nonce: None,
             pid: std::process::id(),
             supervisor: None,
-            program: std::env::current_exe().unwrap_or_default(),
+            program: PROGRAM
+                .get()
+                .cloned()
+                .or_else(|| std::env::current_exe().ok())
+                .unwrap_or_default(),
             incarnation: 0,
             target: target.to_owned(),
             backings,
             config,
             given_up: None,
+            trouble: None,
         }
     }
 
@@ -150,19 +174,46 @@ impl StateFile {
     /// Writes the file, whole or not at all.
     ///
     /// # Errors
-    /// Those of the file system.
+    /// Those of the file system; `EPERM` if others can write to the directory.
     pub fn write(&self, directory: &Path) -> io::Result<()> {
-        fs::create_dir_all(directory)?;
+        own_files::directory(directory)?;
         let path = Self::path(directory, self.id);
-        // Of this process alone: what another one has left half-written is in nobody's way.
-        let new = path.with_extension(format!("json.{}", std::process::id()));
-        let mut file = OpenOptions::new();
-        let mut file = file.write(true).create(true).truncate(true).mode(0o644).open(&new)?;
-        let mut text = serde_json::to_vec_pretty(self)?;
-        text.push(b'\n');
-        file.write_all(&text)?;
-        step("half-recorded");
-        fs::rename(new, path)
+        let mut text = self.to_text()?;
+        text.push('\n');
+        // One that looks for files of dead writers may take it for such before it is locked.
+        let mut attempts = 0..3;
+        loop {
+            match Self::replace(&path, text.as_bytes()) {
+                Err(error)
+                    if error.kind() == io::ErrorKind::NotFound && attempts.next().is_some() => {}
+                written => return written,
+            }
+        }
+    }
+
+    /// The record with a checksum over all the rest of it.
+    fn to_text(&self) -> io::Result<String> {
+        let mut value = serde_json::to_value(self)?;
+        let checksum = checksum_of(&value);
+        if let Some(fields) = value.as_object_mut() {
+            fields.insert(CHECKSUM.to_owned(), checksum.into());
+        }
+        Ok(serde_json::to_string_pretty(&value)?)
+    }
+
+    fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
+        let new = path.with_extension(format!("json.{}", Nonce::draw()));
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o644).open(&new)?;
+        let mut file = lock_as_writer(file)?;
+        let written = file.write_all(text).and_then(|()| {
+            step("half-recorded");
+            fs::rename(&new, path)
+        });
+        if written.is_err() {
+            // It may be gone already; nobody needs it.
+            let _ = fs::remove_file(&new);
+        }
+        written
     }
 
     /// Reads the file of a device. Nothing that it says is believed because it is there: it is of
@@ -193,12 +244,18 @@ impl StateFile {
 
     fn parse(text: &str, id: u32, path: &Path) -> Result<Self, StateProblem> {
         let corrupt = |reason: String| StateProblem::Corrupt { path: path.to_owned(), reason };
-        let value: serde_json::Value =
+        let mut value: serde_json::Value =
             serde_json::from_str(text).map_err(|error| corrupt(error.to_string()))?;
         let found = value.get("version").and_then(serde_json::Value::as_u64);
         match found.ok_or_else(|| corrupt("it has no version".to_owned()))? {
             found if found == u64::from(VERSION) => {}
             found => return Err(StateProblem::Version { path: path.to_owned(), found }),
+        }
+        // Somebody has changed it, or a bit has flipped on the way.
+        let recorded = value.as_object_mut().and_then(|fields| fields.remove(CHECKSUM));
+        let is = checksum_of(&value);
+        if recorded.as_ref().and_then(serde_json::Value::as_str) != Some(&is) {
+            return Err(corrupt(format!("its checksum is not {is}")));
         }
         let state: Self =
             serde_json::from_value(value).map_err(|error| corrupt(error.to_string()))?;
@@ -212,6 +269,8 @@ impl StateFile {
     pub fn remove(directory: &Path, id: u32) {
         // A missing file is what is wanted; another error leaves a file that nobody trusts.
         let _ = fs::remove_file(Self::path(directory, id));
+        // Its log, if that could not be where logs belong.
+        let _ = fs::remove_file(directory.join(format!("{id}.log")));
         let Ok(entries) = fs::read_dir(directory) else { return };
         let half_written = format!("{id}.json.");
         for entry in entries.flatten() {
@@ -220,6 +279,23 @@ impl StateFile {
             }
         }
     }
+}
+
+/// The CRC-32C of a value as JSON without blanks, its fields in the order of their names.
+fn checksum_of(value: &serde_json::Value) -> String {
+    format!("{:08x}", crc32c::crc32c(value.to_string().as_bytes()))
+}
+
+fn lock_as_writer(file: File) -> io::Result<Flock<File>> {
+    Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| errno.into())
+}
+
+/// Whether a process is writing a state file that has no name of its own yet: it has it locked. One
+/// that cannot be opened is gone, or not ours.
+#[must_use]
+pub fn is_being_written(path: &Path) -> bool {
+    let file = OpenOptions::new().write(true).custom_flags(libc::O_NOFOLLOW).open(path);
+    file.is_ok_and(|file| Flock::lock(file, FlockArg::LockExclusiveNonblock).is_err())
 }
 
 /// The ids of all devices that there are state files of, in order.
@@ -261,6 +337,8 @@ pub struct Description {
     pub supervisor: Option<u32>,
     /// Why the supervisor has given up, `null` if it has not.
     pub given_up: Option<String>,
+    /// Why the device has no server, which the supervisor tries to change; `null` if it has one.
+    pub trouble: Option<String>,
     /// Number of queues.
     pub queues: u16,
     /// Tags of each queue.
@@ -269,6 +347,8 @@ pub struct Description {
     pub size_bytes: u64,
     /// Canonical paths of the backings.
     pub backings: Vec<PathBuf>,
+    /// Some go through the page cache, since their own blocks are larger than the device's.
+    pub page_cache: bool,
 }
 
 impl Description {
@@ -300,15 +380,19 @@ impl Description {
             pid,
             supervisor: None,
             given_up: None,
+            trouble: None,
             queues: info.nr_hw_queues,
             depth: info.queue_depth,
             size_bytes: Bytes::from(Sectors(sectors)).0,
             backings: Vec::new(),
+            page_cache: false,
         };
         if let Some(file) = file {
             described.target = file.target;
-            described.supervisor = file.supervisor.filter(|pid| is_ours(*pid));
+            described.supervisor = file.supervisor.filter(|pid| processes::is_ours(*pid));
             described.given_up = file.given_up;
+            described.trouble = file.trouble;
+            described.page_cache = file.backings.iter().any(|known| known.page_cache);
             described.backings = file.backings.into_iter().map(|known| known.path).collect();
         }
         Ok(described)
@@ -336,12 +420,6 @@ pub fn is_alive(pid: u32) -> bool {
         .is_some_and(|state| state != 'Z' && state != 'X')
 }
 
-/// Whether a process is alive and of this program.
-#[must_use]
-pub fn is_ours(pid: u32) -> bool {
-    is_alive(pid) && process_name(pid) == env!("CARGO_PKG_NAME")
-}
-
 /// The driver's name of a device state (`UBLK_S_DEV_*`).
 fn state_name(state: u16) -> &'static str {
     match u32::from(state) {
@@ -357,24 +435,6 @@ fn state_name(state: u16) -> &'static str {
 #[must_use]
 pub fn has_disk(info: &sys::ublksrv_ctrl_dev_info) -> bool {
     u32::from(info.state) != sys::UBLK_S_DEV_DEAD
-}
-
-/// The mark of this program in a device's `ublksrv_flags`, which the driver keeps and does not look
-/// at; the process that has added the device is in the lower half.
-const MARK: u64 = 0x75_62_74 << 32;
-
-/// What the calling process marks a device with that it adds: nobody else can tell whose a device
-/// is that was never started.
-#[must_use]
-pub fn mark() -> u64 {
-    MARK | u64::from(std::process::id())
-}
-
-/// The process that has added a device, if it was one of this program.
-#[must_use]
-pub fn adder(info: &sys::ublksrv_ctrl_dev_info) -> Option<u32> {
-    let pid = info.ublksrv_flags.checked_sub(MARK)?;
-    u32::try_from(pid).ok()
 }
 
 /// Tells a device from a later one of the same id, as long as it has its character device.
@@ -401,6 +461,7 @@ mod tests {
             path: PathBuf::from("/dev/nvme0n1"),
             size: Bytes(1 << 30),
             identity: "wwid nvme.1".to_owned(),
+            page_cache: false,
         };
         let file = PathBuf::from("/dev/nvme0n1");
         let config = DeviceConfig::of_target(TargetConfig::Fault {
@@ -431,23 +492,48 @@ mod tests {
     #[test]
     fn a_corrupt_state_file_is_not_believed() {
         let directory = tempfile::tempdir().unwrap();
-        let good = serde_json::to_string(&state()).unwrap();
+        let whole = state().to_text().unwrap();
+        let good = serde_json::to_value(state()).unwrap().to_string();
+        // As somebody would change it who knows of the checksum.
+        let summed = |old: &str, new: &str| {
+            let changed = good.replace(old, new);
+            assert_ne!(changed, good, "{old}");
+            let sum = checksum_of(&serde_json::from_str(&changed).unwrap());
+            format!("{{\"{CHECKSUM}\":\"{sum}\",{}", &changed[1..])
+        };
         let bad = [
             (String::new(), "is corrupt"),
-            (good[..good.len() / 2].to_owned(), "is corrupt"),
+            (whole[..whole.len() / 2].to_owned(), "is corrupt"),
             ("[2]".to_owned(), "has no version"),
-            (good.replace("\"version\":2", "\"version\":99"), "has format 99"),
-            (good.replace("\"id\":3", "\"id\":4"), "it is of device 4"),
-            (good.replace("auto", "telepathy"), "telepathy"),
-            (good.replace("error=EIO", "error=EGAD"), "EGAD"),
-            (good.replace("\"queues\":1", "\"queues\":-1"), "is corrupt"),
-            (good.replace("\"queues\":1", "\"queues\":1,\"quacks\":1"), "quacks"),
+            (good.clone(), "its checksum"),
+            (whole.replace("1073741824", "1073741840"), "its checksum"),
+            (whole.replace("\"version\": 3", "\"version\": 99"), "has format 99"),
+            (summed("\"id\":3", "\"id\":4"), "it is of device 4"),
+            (summed("auto", "telepathy"), "telepathy"),
+            (summed("error=EIO", "error=EGAD"), "EGAD"),
+            (summed("\"queues\":1", "\"queues\":-1"), "is corrupt"),
+            (summed("\"queues\":1", "\"queues\":1,\"quacks\":1"), "quacks"),
         ];
         for (text, expected) in bad {
             let path = StateFile::path(directory.path(), 3);
             fs::write(&path, &text).unwrap();
             let refused = StateFile::read(directory.path(), 3).unwrap_err().to_string();
             assert!(refused.contains(expected), "{text}: {refused}");
+        }
+    }
+
+    #[test]
+    fn no_flipped_bit_is_believed() {
+        let good = state();
+        let text = good.to_text().unwrap().into_bytes();
+        for bit in 0..text.len() * 8 {
+            let mut flipped = text.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            let Ok(flipped) = String::from_utf8(flipped) else { continue };
+            // A blank may have become another one.
+            if let Ok(read) = StateFile::parse(&flipped, 3, Path::new("3.json")) {
+                assert_eq!(read, good, "bit {bit}");
+            }
         }
     }
 
@@ -466,16 +552,6 @@ mod tests {
             StateFile::read(directory.path(), 3),
             Err(StateProblem::Unreadable { .. })
         ));
-    }
-
-    #[test]
-    fn a_device_tells_who_has_added_it() {
-        let of = |ublksrv_flags| {
-            adder(&sys::ublksrv_ctrl_dev_info { ublksrv_flags, ..Default::default() })
-        };
-        assert_eq!(of(mark()), Some(std::process::id()));
-        assert_eq!(of(0), None);
-        assert_eq!(of(u64::MAX), None);
     }
 
     #[test]

@@ -12,6 +12,7 @@ use nix::unistd::Pid;
 use uring_ext::control::Control;
 
 use crate::leftovers;
+use crate::processes;
 use crate::server::config::DeviceError;
 use crate::server::signals::{Wake, Wakeups, Watch};
 use crate::state::{self, RUN_DIR, StateFile};
@@ -27,7 +28,8 @@ pub struct Policy {
     pub pause: Duration,
     /// The longest pause.
     pub longest_pause: Duration,
-    /// How many servers in a row may fail to become sound.
+    /// How many servers in a row may fail to become sound. Those that lack what may be there later do
+    /// not count.
     pub attempts: u32,
 }
 
@@ -47,6 +49,8 @@ impl Default for Policy {
 struct Attempts {
     policy: Policy,
     failed: u32,
+    /// Of these, those that do not count.
+    lacked: u32,
 }
 
 impl Attempts {
@@ -54,17 +58,25 @@ impl Attempts {
     /// `None` to give up.
     fn next(&mut self, lived: Duration) -> Option<Duration> {
         if lived >= self.policy.sound {
-            self.failed = 0;
+            (self.failed, self.lacked) = (0, 0);
             return Some(Duration::ZERO);
         }
-        self.failed += 1;
-        if self.failed >= self.policy.attempts {
+        self.failed = self.failed.saturating_add(1);
+        if self.failed - self.lacked >= self.policy.attempts {
             return None;
         }
         let doublings = self.failed.saturating_sub(2).min(16);
         let pause =
             if self.failed == 1 { Duration::ZERO } else { self.policy.pause * (1 << doublings) };
         Some(pause.min(self.policy.longest_pause))
+    }
+}
+
+impl Attempts {
+    /// As [`Attempts::next`], after something was lacking that may be there later.
+    fn next_when_lacking(&mut self) -> Duration {
+        self.lacked = self.lacked.saturating_add(1);
+        self.next(Duration::ZERO).unwrap_or(self.policy.longest_pause)
     }
 }
 
@@ -85,6 +97,9 @@ pub enum NotRecovered {
     Told(Signal),
     /// The server has failed, for this reason.
     Failed(String),
+    /// It lacks something that may be there later: memory, processes, room in the file system, a backing
+    /// that somebody else has.
+    Lacking(String),
 }
 
 /// Starts a server that recovers a device, and waits until it is live. Returns its process id, or
@@ -92,7 +107,7 @@ pub enum NotRecovered {
 pub type Recover<'a> = dyn Fn(u32) -> Result<u32, NotRecovered> + 'a;
 
 /// Supervises a device until it is gone, or no server stays alive. A signal that would end the
-/// server is passed on to it.
+/// server is passed on to it, and SIGHUP, too, after `reopen_log`.
 ///
 /// # Errors
 /// [`DeviceError::Setup`] and [`DeviceError::Control`] if there can be no supervision at all.
@@ -102,21 +117,25 @@ pub fn supervise(
     policy: Policy,
     wakeups: &Wakeups,
     recover: &Recover<'_>,
+    reopen_log: &dyn Fn(),
 ) -> Result<End, DeviceError> {
     let control = Control::open()?;
-    let mut attempts = Attempts { policy, failed: 0 };
+    let mut attempts = Attempts { policy, failed: 0, lacked: 0 };
     let mut pid = server;
     loop {
         let began = Instant::now();
         let watch = Watch::on(pid);
-        let was_told = wait_for_its_end(pid, &watch, wakeups);
+        let was_told = wait_for_its_end(pid, &watch, wakeups, reopen_log);
         let mut lived = began.elapsed();
         let mut why = format!("the server ({pid}) has died");
+        let mut is_lacking = false;
         loop {
             if was_told || is_stopped(&control, id) {
                 return Ok(End::Stopped);
             }
-            let Some(pause) = attempts.next(lived) else {
+            let pause =
+                if is_lacking { Some(attempts.next_when_lacking()) } else { attempts.next(lived) };
+            let Some(pause) = pause else {
                 return Ok(give_up(id, &why));
             };
             log::warn!("{why}: recovering device {id}");
@@ -135,13 +154,17 @@ pub fn supervise(
                     break;
                 }
                 Err(NotRecovered::Told(signal)) => return Ok(leave(id, signal)),
-                Err(NotRecovered::Failed(error)) => {
+                Err(failed @ (NotRecovered::Failed(_) | NotRecovered::Lacking(_))) => {
                     // Somebody else may have been faster.
                     if let Some(other) = live_server(&control, id) {
                         pid = other;
                         break;
                     }
-                    (why, lived) = (error, Duration::ZERO);
+                    is_lacking = matches!(failed, NotRecovered::Lacking(_));
+                    if let NotRecovered::Failed(error) | NotRecovered::Lacking(error) = failed {
+                        tell_trouble(id, &error);
+                        (why, lived) = (error, Duration::ZERO);
+                    }
                 }
             }
         }
@@ -170,8 +193,12 @@ fn rest(pause: Duration, wakeups: &Wakeups, is_stopped: impl Fn() -> bool) -> Re
         let slice = PollTimeout::try_from(slice).unwrap_or(PollTimeout::ZERO);
         match wakeups.wait(slice) {
             Wake::Signal(signal) => return Rest::Told(signal),
-            Wake::LaneEnded | Wake::Undelivered | Wake::Petition | Wake::Other | Wake::TimedOut => {
-            }
+            Wake::LaneEnded
+            | Wake::Undelivered
+            | Wake::Petition
+            | Wake::Hangup
+            | Wake::Other
+            | Wake::TimedOut => {}
         }
         if left.is_zero() {
             return Rest::Over;
@@ -183,14 +210,18 @@ fn rest(pause: Duration, wakeups: &Wakeups, is_stopped: impl Fn() -> bool) -> Re
 }
 
 /// Whether the server was told to end.
-fn wait_for_its_end(pid: u32, watch: &Watch, wakeups: &Wakeups) -> bool {
+fn wait_for_its_end(pid: u32, watch: &Watch, wakeups: &Wakeups, reopen_log: &dyn Fn()) -> bool {
     let mut was_told = false;
     loop {
         let Some(fd) = watch.fd() else { return was_told };
-        match wakeups.wait_or(fd, PollTimeout::NONE) {
+        match wakeups.wait_or_hangup(Some(fd), PollTimeout::NONE) {
             Wake::Signal(signal) => {
                 was_told = true;
                 tell(pid, signal);
+            }
+            Wake::Hangup => {
+                reopen_log();
+                tell(pid, Signal::SIGHUP);
             }
             Wake::Other => return was_told,
             Wake::LaneEnded | Wake::Undelivered | Wake::Petition | Wake::TimedOut => {}
@@ -222,7 +253,19 @@ fn is_stopped(control: &Control, id: u32) -> bool {
 fn live_server(control: &Control, id: u32) -> Option<u32> {
     let info = control.info(id).ok()?;
     let pid = u32::try_from(info.ublksrv_pid).ok()?;
-    (state::has_disk(&info) && state::is_ours(pid)).then_some(pid)
+    (state::has_disk(&info) && processes::is_ours(pid)).then_some(pid)
+}
+
+/// Makes it visible that the device has no server, and why; the next server takes it back.
+fn tell_trouble(id: u32, why: &str) {
+    let Ok(mut record) = StateFile::read(Path::new(RUN_DIR), id) else { return };
+    if record.trouble.as_deref() != Some(why) {
+        record.trouble = Some(why.to_owned());
+        // Where there is no room for it, the log has it.
+        if let Err(error) = record.write(Path::new(RUN_DIR)) {
+            log::warn!("cannot write to {RUN_DIR}: {error}");
+        }
+    }
 }
 
 /// Makes it visible that nobody looks after the device any more.
@@ -246,14 +289,26 @@ mod tests {
     fn servers_that_keep_dying_are_given_up() {
         let ms = Duration::from_millis;
         let policy = Policy { sound: ms(1000), pause: ms(50), longest_pause: ms(300), attempts: 7 };
-        let mut attempts = Attempts { policy, failed: 0 };
+        let mut attempts = Attempts { policy, failed: 0, lacked: 0 };
         let pauses: Vec<_> = std::iter::from_fn(|| attempts.next(ms(10))).collect();
         assert_eq!(pauses, [0, 50, 100, 200, 300, 300].map(ms));
     }
 
     #[test]
+    fn what_may_be_there_later_is_waited_for() {
+        let policy = Policy::default();
+        let mut attempts = Attempts { policy, failed: 0, lacked: 0 };
+        let pauses: Vec<_> = (0..1000).map(|_| attempts.next_when_lacking()).collect();
+        assert!(pauses.is_sorted() && pauses[0] == Duration::ZERO);
+        assert_eq!(pauses[999], policy.longest_pause);
+        // Others count as before.
+        let left = std::iter::from_fn(|| attempts.next(Duration::ZERO)).count();
+        assert_eq!(left, usize::try_from(policy.attempts).unwrap() - 1);
+    }
+
+    #[test]
     fn a_server_that_served_begins_anew() {
-        let mut attempts = Attempts { policy: Policy::default(), failed: 0 };
+        let mut attempts = Attempts { policy: Policy::default(), failed: 0, lacked: 0 };
         for _ in 0..1000 {
             assert_eq!(attempts.next(Duration::from_secs(1)), Some(Duration::ZERO));
             for _ in 1..Policy::default().attempts {

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use ublk_target::backing::sysfs::SysfsDevice;
-use ublk_target::backing::{Backing, BackingProblem, usage};
+use ublk_target::backing::{Backing, BackingProblem, Opening, usage};
 use ublk_target::units::Bytes;
 
 use crate::results;
@@ -29,7 +29,7 @@ pub struct Place {
 /// Looks at a backing, which nobody may be using, and of which `span` bytes are wanted, or that many
 /// by default.
 pub fn examine(path: &Path, span: Option<Bytes>, default: Bytes, write: bool) -> Result<Place> {
-    let backing = Backing::open(path, false)?;
+    let backing = Backing::open(path, Opening::ALONE)?;
     let canonical = backing.path();
     let meta = canonical.metadata()?;
     ensure!(
@@ -76,7 +76,7 @@ pub fn examine(path: &Path, span: Option<Bytes>, default: Bytes, write: bool) ->
 
 /// Whether a backing is refused because it is in use.
 pub fn is_in_use(path: &Path) -> bool {
-    let opened = Backing::open(path, false);
+    let opened = Backing::open(path, Opening::ALONE);
     opened.is_err_and(|error| matches!(error.problem, BackingProblem::InUse(_)))
 }
 
@@ -125,7 +125,7 @@ mod tests {
         let span = Some(Bytes(17 * MIB + 4096));
         let place = examine(&path, span, DEFAULT, false).unwrap();
         assert_eq!(place.described.span_bytes, 17 * MIB);
-        let held = Backing::open(&path, false).unwrap();
+        let held = Backing::open(&path, Opening::ALONE).unwrap();
         assert!(is_in_use(&path));
         let error = examine(&path, None, DEFAULT, true).unwrap_err().to_string();
         assert!(error.contains("is in use"), "{error}");

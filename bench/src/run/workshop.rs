@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
-use ublk_target::backing::{Backing, usage};
+use ublk_target::backing::{Backing, Opening, usage};
 
 use super::commands::{Commands, Interrupted, find, wait_until};
 use super::made::{LIMIT, Made, free_ublk_id};
@@ -78,7 +78,7 @@ impl Workshop {
     fn raw(&self) -> Result<Device<'_>> {
         let path = Path::new(&self.place.path);
         wait_until(LET_GO, || !place::is_in_use(path));
-        let claim = Some(Backing::open(path, false)?);
+        let claim = Some(Backing::open(path, Opening::ALONE)?);
         let path = self.place.path.clone();
         Ok(Device { workshop: self, made: None, path, server: None, _claim: claim })
     }

@@ -21,6 +21,8 @@ pub struct Known {
     pub size: Bytes,
     /// What tells it from others, in words; empty where nothing does.
     pub identity: String,
+    /// It goes through the page cache, since its own blocks are larger than the device's.
+    pub page_cache: bool,
 }
 
 impl Backing {
@@ -28,7 +30,8 @@ impl Backing {
     #[must_use]
     pub fn known(&self) -> Known {
         let (path, size) = (self.path().to_owned(), self.size());
-        Known { path, size, identity: self.identity.clone() }
+        let (identity, page_cache) = (self.identity.clone(), self.is_buffered());
+        Known { path, size, identity, page_cache }
     }
 
     /// Uses no more of it than was used before, if it is the one that is known.
@@ -88,6 +91,7 @@ pub(super) fn of_file(file: &File) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Opening;
     use super::*;
 
     #[test]
@@ -96,8 +100,8 @@ mod tests {
         let path = directory.path().join("disk");
         let make = |len: u64| File::create(&path).unwrap().set_len(len).unwrap();
         make(1 << 20);
-        let known = Backing::open(&path, false).unwrap().known();
-        let again = || Backing::open(&path, false).unwrap().keep_to(&known);
+        let known = Backing::open(&path, Opening::ALONE).unwrap().known();
+        let again = || Backing::open(&path, Opening::ALONE).unwrap().keep_to(&known);
         assert_eq!(again().unwrap().size(), Bytes(1 << 20));
         // What has been added to it is not used.
         make(2 << 20);

@@ -96,17 +96,21 @@ impl Default for Limits {
 
 /// The driver's own limit of one request's data (`UBLK_IO_BUF_BITS`): 32 MiB.
 const DRIVER_MAX_IO: u32 = 1 << sys::UBLK_IO_BUF_BITS;
+/// The greatest physical block, `io_min` and `io_opt` that the driver takes (`ublk_validate_params`,
+/// Linux 7.0). They are advice, so greater ones are cut to it.
+const DRIVER_MAX_HINT: u32 = 256 << 20;
+/// The greatest logical block that is served: a page of every architecture, which is the driver's
+/// limit (`ublk_validate_params`).
+pub const MAX_BLOCK: u32 = 4096;
 
 impl Limits {
     /// Limits of a device whose requests may go to any of several backings, or to several at once:
     /// what all of them meet.
-    ///
-    /// # Panics
-    /// If there are none.
+    /// `None` if there are none.
     #[must_use]
-    pub fn of_all<'a>(backings: impl IntoIterator<Item = &'a Self>) -> Self {
+    pub fn of_all<'a>(backings: impl IntoIterator<Item = &'a Self>) -> Option<Self> {
         let mut backings = backings.into_iter();
-        let first = backings.next().expect("a device has a backing");
+        let first = backings.next()?;
         let all = backings.fold(*first, |all, other| Self {
             logical_block: all.logical_block.max(other.logical_block),
             physical_block: all.physical_block.max(other.physical_block),
@@ -127,7 +131,8 @@ impl Limits {
             read_only: all.read_only || other.read_only,
         });
         // Parts of a request begin at any block of its buffer, which must do as an address.
-        Self { logical_block: all.logical_block.max(all.dma_alignment), ..all }
+        let logical_block = all.logical_block.max(all.dma_alignment);
+        Some(Self { logical_block, physical_block: all.physical_block.max(logical_block), ..all })
     }
 
     /// How long operations may be.
@@ -168,13 +173,15 @@ impl Limits {
     /// The parameters of a device of `size` with buffers of `buffer_bytes`.
     #[must_use]
     pub fn params(&self, size: Bytes, buffer_bytes: u32) -> Params {
-        let max_io = u64::from(self.max_io.min(buffer_bytes));
+        // The driver takes no less than a page, and every buffer has one.
+        let max_io = u64::from(self.max_io.min(buffer_bytes).max(MAX_BLOCK));
+        let hint = |bytes: u32| shift(bytes.max(self.logical_block).min(DRIVER_MAX_HINT));
         let basic = sys::ublk_param_basic {
             attrs: self.attrs(),
             logical_bs_shift: shift(self.logical_block),
-            physical_bs_shift: shift(self.physical_block),
-            io_opt_shift: shift(self.optimal()),
-            io_min_shift: shift(self.io_min.max(self.logical_block)),
+            physical_bs_shift: hint(self.physical_block),
+            io_opt_shift: hint(self.optimal()),
+            io_min_shift: hint(self.io_min),
             max_sectors: sectors(max_io),
             chunk_sectors: sectors(self.chunk),
             dev_sectors: size.sectors().0,
@@ -199,7 +206,8 @@ impl Limits {
         });
         params.with_discard(sys::ublk_param_discard {
             discard_alignment: discard.alignment,
-            discard_granularity: discard.granularity,
+            // 0 is refused.
+            discard_granularity: discard.granularity.max(self.logical_block),
             max_discard_sectors: sectors(discard.max_bytes),
             max_write_zeroes_sectors: sectors(self.max_write_zeroes),
             // The driver takes no other number (`ublk_validate_params`).
@@ -220,7 +228,7 @@ impl Limits {
 
     /// The optimal size as the driver can express it, a power of two: the largest that divides
     /// the backing's, or the physical block where that is unknown.
-    fn optimal(&self) -> u32 {
+    const fn optimal(&self) -> u32 {
         if self.io_opt == 0 { self.physical_block } else { 1 << self.io_opt.trailing_zeros() }
     }
 }
@@ -249,6 +257,8 @@ fn sectors(bytes: u64) -> u32 {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -298,7 +308,7 @@ mod tests {
             max_write_zeroes: 1 << 21,
             ..Limits::default()
         };
-        let both = Limits::of_all([&one, &other]);
+        let both = Limits::of_all([&one, &other]).unwrap();
         let expected = Limits {
             logical_block: 4096,
             dma_alignment: 512,
@@ -313,20 +323,20 @@ mod tests {
             ..Limits::default()
         };
         assert_eq!(both, expected);
-        assert_eq!(Limits::of_all([&other, &one]), expected);
+        assert_eq!(Limits::of_all([&other, &one]).unwrap(), expected);
         let without = Limits { discard: None, max_write_zeroes: 0, fua: false, ..one };
-        let worse = Limits::of_all([&one, &without]);
+        let worse = Limits::of_all([&one, &without]).unwrap();
         assert_eq!((worse.discard, worse.max_write_zeroes, worse.fua), (None, 0, false));
         let chunks = |one, other| {
             let with = |chunk| Limits { chunk, ..Limits::default() };
-            Limits::of_all([&with(one), &with(other)]).chunk
+            Limits::of_all([&with(one), &with(other)]).unwrap().chunk
         };
         assert_eq!(
             (chunks(128 << 10, 96 << 10), chunks(0, 4096), chunks(0, 0)),
             (32 << 10, 4096, 0)
         );
         let coarse = Limits { dma_alignment: 4096, ..Limits::default() };
-        assert_eq!(Limits::of_all([&coarse]).logical_block, 4096);
+        assert_eq!(Limits::of_all([&coarse]).unwrap().logical_block, 4096);
     }
 
     #[test]
@@ -370,6 +380,74 @@ mod tests {
         ];
         for (limits, attrs) in table {
             assert_eq!(limits.params(Bytes(512), 4096).basic().attrs, attrs, "{limits:?}");
+        }
+    }
+
+    /// The checks of `ublk_validate_params` in Linux 7.3, of what is set here.
+    fn driver_takes(params: &Params, buffer_bytes: u32) -> Result<(), String> {
+        let basic = params.basic();
+        let check = |holds: bool, what: &str| if holds { Ok(()) } else { Err(what.to_owned()) };
+        check((9..=12).contains(&basic.logical_bs_shift), "logical block")?;
+        check(basic.physical_bs_shift <= 28, "physical block")?;
+        check(basic.io_min_shift <= 28 && basic.io_opt_shift <= 28, "io_min, io_opt")?;
+        check(basic.logical_bs_shift <= basic.physical_bs_shift, "logical above physical")?;
+        check(basic.max_sectors <= buffer_bytes >> 9, "more than the buffer")?;
+        check(basic.max_sectors >= 8, "less than a page")?;
+        if let Some(discard) = params.discard() {
+            let segments = discard.max_discard_segments;
+            check(discard.max_discard_sectors == 0 || segments == 1, "discard segments")?;
+            check(discard.discard_granularity != 0, "discard granularity")?;
+        }
+        let dma = params.dma_alignment().unwrap_or(1);
+        check(dma <= 4096 && dma.is_power_of_two(), "dma alignment")?;
+        let segments = params.segments().ok_or("no segments")?;
+        check(segments.max_segment_size >= sys::UBLK_MIN_SEGMENT_SIZE, "segment size")
+    }
+
+    fn limits() -> impl Strategy<Value = Limits> {
+        // Blocks and alignments are powers of two; sysfs may show anything else.
+        let block = || (9_u32..=12).prop_map(|shift| 1 << shift);
+        let advice =
+            || prop_oneof![Just(0), any::<u32>(), (0_u32..32).prop_map(|shift| 1 << shift)];
+        let discard = (advice(), any::<u32>(), any::<u64>()).prop_map(|it| {
+            let (granularity, alignment, max_bytes) = it;
+            DiscardLimits { granularity, alignment, max_bytes }
+        });
+        let sizes = (block(), block(), advice(), advice(), any::<u32>(), any::<u64>());
+        let rest =
+            (0_u32..=12, any::<u16>(), any::<u32>(), proptest::option::of(discard), any::<u64>());
+        (sizes, rest).prop_map(|(sizes, rest)| {
+            let (logical_block, physical_block, io_min, io_opt, max_io, chunk) = sizes;
+            let (dma, max_segments, max_segment_size, discard, max_write_zeroes) = rest;
+            let dma_alignment = 1 << dma;
+            Limits {
+                logical_block,
+                physical_block,
+                io_min,
+                io_opt,
+                max_io,
+                chunk,
+                dma_alignment,
+                max_segments,
+                max_segment_size,
+                discard,
+                max_write_zeroes,
+                ..Limits::default()
+            }
+        })
+    }
+
+    proptest! {
+        /// Whatever backings say of themselves, the driver takes the device.
+        #[test]
+        fn the_driver_takes_all_limits(backings in proptest::collection::vec(limits(), 1..5)) {
+            for limits in [backings[0], Limits::of_all(&backings).unwrap()] {
+                for limits in [limits, limits.of_cut_requests(1 << 20)] {
+                    let bytes = limits.buffer_bytes(u32::MAX, 4096);
+                    let params = limits.params(Bytes(1 << 30), bytes);
+                    prop_assert_eq!(driver_takes(&params, bytes), Ok(()), "{:?}", limits);
+                }
+            }
         }
     }
 }

@@ -2,6 +2,8 @@
 
 pub mod identity;
 pub mod limits;
+mod lock;
+mod lookup;
 mod namespace;
 pub mod sysfs;
 pub mod usage;
@@ -12,14 +14,15 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{Flock, FlockArg};
-use rustix::fs::{AtFlags, StatxFlags, statx};
+use rustix::fs::{AtFlags, FallocateFlags, StatxFlags, fallocate, statx};
 use uring_ext::Errno;
 use uring_ext::nvme::Namespace;
 
 use crate::kernel::KernelVersion;
 use crate::units::Bytes;
-use limits::{DiscardLimits, Limits};
+use limits::{DiscardLimits, Limits, MAX_BLOCK};
+use lookup::Found;
+pub(crate) use lookup::find;
 use namespace::NamespaceFiles;
 use sysfs::SysfsDevice;
 
@@ -44,6 +47,32 @@ pub enum BackingProblem {
         /// The logical block size in bytes.
         block: u32,
     },
+    /// Its blocks are longer than those of a ublk device can be.
+    #[error(
+        "has blocks of {0} bytes, and a ublk device has blocks of at most {MAX_BLOCK}; give a backing \
+         with smaller ones"
+    )]
+    BlockTooBig(u32),
+    /// Smaller blocks are asked for than a block device has.
+    #[error("has blocks of {0} bytes; only files can be served in smaller ones")]
+    BlocksTooLarge(u32),
+    /// The path leads through a link of another user.
+    #[error(
+        "leads through the link {}, which user {uid} can change; give the path that it leads to",
+        link.display()
+    )]
+    OthersLink {
+        /// The link.
+        link: PathBuf,
+        /// Its owner.
+        uid: u32,
+    },
+    /// The file has several names, one of them where others can make them.
+    #[error(
+        "has another name, and {} is not root's alone: it may be anybody's file; give that other name",
+        .0.display()
+    )]
+    OthersName(PathBuf),
     /// Somebody uses it.
     #[error("is in use: {}; stop that use first", .0.join(", "))]
     InUse(Vec<String>),
@@ -106,6 +135,8 @@ pub enum DiscardCall {
     BlockCommand,
     /// `fallocate(FALLOC_FL_PUNCH_HOLE)`.
     PunchHole,
+    /// The same, and zeroes are holes, too: the file system has no `FALLOC_FL_ZERO_RANGE`.
+    OnlyHoles,
 }
 
 /// How operations reach a backing.
@@ -135,8 +166,8 @@ impl Route {
 enum Handle {
     /// Opened with `O_EXCL`, or a shared device such as `/dev/zero`.
     Device(File),
-    /// Locked with `flock`.
-    File(Flock<File>),
+    /// Locked.
+    File(File),
     /// Both devices of a namespace.
     Namespace(NamespaceFiles),
 }
@@ -151,40 +182,61 @@ pub struct Backing {
     limits: Limits,
     route: Route,
     can_poll: bool,
+    is_buffered: bool,
+}
+
+/// How a backing is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Opening {
+    /// As an NVMe namespace, which is given commands.
+    pub passthru: bool,
+    /// So that nobody else can claim it. Without it, what a device would be made of is looked at.
+    pub claims: bool,
+    /// Blocks of so many bytes, a power of two, are served. A file whose own are larger goes through
+    /// the page cache then.
+    pub block_size: Option<u32>,
+}
+
+impl Opening {
+    /// For direct I/O on blocks of its own, for the calling process alone.
+    pub const ALONE: Self = Self { passthru: false, claims: true, block_size: None };
 }
 
 impl Backing {
     /// Opens a block device (exclusively) or a regular file (locked) for direct I/O and reads its
     /// limits. One that refuses writes is opened for reading and has
     /// [`Limits::read_only`] set. The generic device of an NVMe namespace is given commands, and
-    /// with `passthru` so is a block device, which must be such a namespace then.
+    /// with [`Opening::passthru`] so is a block device, which must be such a namespace then.
+    ///
+    /// The path is looked up once, and links that other users can change are not followed.
     ///
     /// # Errors
     /// [`BackingError`]; nothing is left open.
-    pub fn open(path: &Path, passthru: bool) -> Result<Self, BackingError> {
-        let opened = Self::try_open(path, passthru);
+    pub fn open(path: &Path, how: Opening) -> Result<Self, BackingError> {
+        let opened = Self::try_open(path, how);
         opened.map_err(|problem| BackingError { path: path.to_owned(), problem })
     }
 
-    fn try_open(path: &Path, passthru: bool) -> Result<Self, BackingProblem> {
-        let path = path.canonicalize().map_err(|error| match Errno::of(&error) {
-            Errno::ENOENT => BackingProblem::Missing,
-            errno => BackingProblem::Failed { doing: "cannot be looked up", errno },
-        })?;
-        let meta = path.metadata().map_err(failed("cannot be looked up"))?;
-        let kind = meta.file_type();
-        if kind.is_block_device() && passthru {
-            let generic = namespace::generic_of(&path).ok_or(BackingProblem::NoNamespace)?;
-            namespace::open(Self::open_device(path, meta.rdev())?, generic)
+    fn try_open(path: &Path, how: Opening) -> Result<Self, BackingProblem> {
+        let found = lookup::find(path)?;
+        let kind = found.meta.file_type();
+        if kind.is_block_device() && how.passthru {
+            let generic = namespace::generic_of(&found.path).ok_or(BackingProblem::NoNamespace)?;
+            namespace::open(Self::open_device(found, how)?, generic)
         } else if kind.is_block_device() {
-            Self::open_device(path, meta.rdev())
-        } else if let Some(block) = namespace::block_of(&path).filter(|_| kind.is_char_device()) {
-            let meta = block.metadata().map_err(failed("its block device cannot be looked up"))?;
-            namespace::open(Self::open_device(block, meta.rdev())?, path)
-        } else if passthru {
+            Self::open_device(found, how)
+        } else if let Some(block) =
+            namespace::block_of(&found.path).filter(|_| kind.is_char_device())
+        {
+            let block = lookup::find(&block)?;
+            if !block.meta.file_type().is_block_device() {
+                return Err(BackingProblem::NoNamespace);
+            }
+            namespace::open(Self::open_device(block, how)?, found.path)
+        } else if how.passthru {
             Err(BackingProblem::NoNamespace)
         } else if kind.is_file() {
-            Self::open_file(path)
+            Self::open_file(found, how)
         } else if kind.is_dir() {
             Err(BackingProblem::WrongKind("a directory"))
         } else if kind.is_char_device() {
@@ -194,15 +246,20 @@ impl Backing {
         }
     }
 
-    fn open_device(path: PathBuf, rdev: u64) -> Result<Self, BackingProblem> {
-        let (major, minor) = usage::split_devt(rdev);
+    fn open_device(found: Found, how: Opening) -> Result<Self, BackingProblem> {
+        let (major, minor) = usage::split_devt(found.meta.rdev());
         let sysfs = SysfsDevice::find(Path::new("/sys"), major, minor)
             .ok_or(BackingProblem::Failed { doing: "has no driver", errno: Errno::ENXIO })?;
         if sysfs.is_zoned() {
             return Err(BackingProblem::Zoned);
         }
         let limits = sysfs.limits();
-        let file = open_direct(&path, !limits.read_only, libc::O_EXCL).map_err(|errno| {
+        check_block(limits.logical_block)?;
+        if how.block_size.is_some_and(|block| block < limits.logical_block) {
+            return Err(BackingProblem::BlocksTooLarge(limits.logical_block));
+        }
+        let flags = if how.claims { libc::O_EXCL } else { 0 };
+        let file = found.open(!limits.read_only, true, flags).map_err(|errno| {
             if errno == Errno::EBUSY {
                 in_use(usage::holders_of_device(major, minor), "another program has claimed it")
             } else {
@@ -219,44 +276,61 @@ impl Backing {
         let route = Route::File(discard_call);
         let can_poll = sysfs.can_poll();
         let (handle, identity) = (Handle::Device(file), identity::of_device(&sysfs));
-        Ok(Self { path, handle, identity, size, limits, route, can_poll })
+        let (path, is_buffered) = (found.path, false);
+        Ok(Self { path, handle, identity, size, limits, route, can_poll, is_buffered })
     }
 
-    fn open_file(path: PathBuf) -> Result<Self, BackingProblem> {
-        let users = usage::users_of_file(&path);
-        if !users.is_empty() {
-            return Err(BackingProblem::InUse(users));
+    fn open_file(found: Found, how: Opening) -> Result<Self, BackingProblem> {
+        if let Some(directory) = &found.open_directory {
+            if found.meta.nlink() > 1 {
+                return Err(BackingProblem::OthersName(directory.clone()));
+            }
+            log::warn!(
+                "{}: others than root can put another file in its place: {} is not root's alone",
+                found.path.display(),
+                directory.display()
+            );
         }
-        let (file, read_only) = match open_direct(&path, true, 0) {
-            Ok(file) => (file, false),
-            Err(Errno::EROFS) => (open_direct(&path, false, 0).map_err(not_opened)?, true),
-            Err(errno) => return Err(not_opened(errno)),
+        let open = |direct: bool| match found.open(true, direct, 0) {
+            Ok(file) => Ok((file, false)),
+            Err(Errno::EROFS) => Ok((found.open(false, direct, 0).map_err(not_opened)?, true)),
+            Err(errno) => Err(not_opened(errno)),
         };
-        let file = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
-            if errno == nix::errno::Errno::EWOULDBLOCK {
-                in_use(Vec::new(), "another program has locked it, likely another ublk-target")
-            } else {
-                BackingProblem::Failed {
-                    doing: "cannot be locked",
-                    errno: Errno::new(errno as i32),
+        let (mut file, read_only) = open(true)?;
+        let below = device_below(&file)?;
+        let mut limits = Limits { read_only, ..limits_of_file(&file, below.as_ref())? };
+        // The page cache reads and writes parts of blocks.
+        let wanted = how.block_size.filter(|block| *block < limits.logical_block);
+        let is_buffered = wanted.is_some();
+        if let Some(block) = wanted {
+            file = open(false)?.0;
+            limits = Limits { logical_block: block, dma_alignment: 4, ..limits };
+        }
+        let mut discard_call = DiscardCall::PunchHole;
+        if how.claims {
+            lock::lock(&file, read_only)?;
+            if !read_only {
+                match probe(&file) {
+                    Some(call) => discard_call = call,
+                    // The kernel would answer each of them with an error, and log it.
+                    None => limits = Limits { discard: None, max_write_zeroes: 0, ..limits },
                 }
             }
-        })?;
-        let below = device_below(&file)?;
-        let limits = Limits { read_only, ..limits_of_file(&file, below.as_ref())? };
+        }
         let size = size_of_open(&file, limits.logical_block)?;
         let tail = file.metadata().map_err(failed("cannot be looked up"))?.len() - size.0;
         if tail > 0 {
             let block = limits.logical_block;
             log::warn!(
                 "{}: the last {tail} bytes, less than a block of {block}, are not served",
-                path.display()
+                found.path.display()
             );
         }
-        let route = Route::File(DiscardCall::PunchHole);
-        let can_poll = below.is_some_and(|device| device.can_poll());
+        let route = Route::File(discard_call);
+        let can_poll = below.is_some_and(|device| device.can_poll()) && !is_buffered;
         let (identity, handle) = (identity::of_file(&file), Handle::File(file));
-        Ok(Self { path, handle, identity, size, limits, route, can_poll })
+        let path = found.path;
+        Ok(Self { path, handle, identity, size, limits, route, can_poll, is_buffered })
     }
 
     /// `/dev/zero`, which fills the reads of targets without data.
@@ -276,6 +350,7 @@ impl Backing {
             limits: Limits::default(),
             route: Route::File(DiscardCall::PunchHole),
             can_poll: false,
+            is_buffered: false,
         })
     }
 
@@ -305,6 +380,17 @@ impl Backing {
         size.map_err(|problem| BackingError { path: self.path.clone(), problem })
     }
 
+    /// Whether it is a block device with fewer than `end` bytes by now; one that was pulled out has
+    /// none.
+    #[must_use]
+    pub fn has_shrunk(&self, end: u64) -> bool {
+        match &self.handle {
+            // Nothing but this looks at the position.
+            Handle::Device(file) => (&*file).seek(SeekFrom::End(0)).is_ok_and(|size| size < end),
+            Handle::File(_) | Handle::Namespace(_) => false,
+        }
+    }
+
     /// Its limits.
     #[must_use]
     pub const fn limits(&self) -> &Limits {
@@ -315,6 +401,12 @@ impl Backing {
     #[must_use]
     pub const fn route(&self) -> Route {
         self.route
+    }
+
+    /// Whether it goes through the page cache, since its own blocks are larger than those served.
+    #[must_use]
+    pub const fn is_buffered(&self) -> bool {
+        self.is_buffered
     }
 
     /// Whether the drive has queues to be polled.
@@ -352,13 +444,13 @@ fn in_use(mut users: Vec<String>, otherwise: &str) -> BackingProblem {
     BackingProblem::InUse(users)
 }
 
-/// Opens for direct I/O, without updates of the access time where that is allowed.
-fn open_direct(path: &Path, write: bool, flags: i32) -> Result<File, Errno> {
+/// Opens without updates of the access time where that is allowed.
+fn open_quietly(path: &Path, write: bool, flags: i32) -> Result<File, Errno> {
     let open = |flags| {
         OpenOptions::new()
             .read(true)
             .write(write)
-            .custom_flags(flags | libc::O_DIRECT)
+            .custom_flags(flags)
             .open(path)
             .map_err(|error| Errno::of(&error))
     };
@@ -398,10 +490,11 @@ fn limits_of_file(file: &File, below: Option<&SysfsDevice>) -> Result<Limits, Ba
         // Older kernels do not tell: a page fits every file system's block layer.
         None => below.map_or((4096, 4096), |limits| (limits.dma_alignment, limits.logical_block)),
     };
+    check_block(offset_align)?;
     let block = u32::try_from(meta.blksize()).unwrap_or(4096).max(offset_align);
     let granularity = block.max(512);
     Ok(Limits {
-        logical_block: offset_align.clamp(512, 4096),
+        logical_block: offset_align.max(512),
         physical_block: granularity.clamp(512, 4096),
         io_min: granularity,
         io_opt: 0,
@@ -418,6 +511,29 @@ fn limits_of_file(file: &File, below: Option<&SysfsDevice>) -> Result<Limits, Ba
     })
 }
 
+/// Refuses blocks that a device cannot have: the driver would say `EINVAL` and no more.
+const fn check_block(bytes: u32) -> Result<(), BackingProblem> {
+    if bytes > MAX_BLOCK { Err(BackingProblem::BlockTooBig(bytes)) } else { Ok(()) }
+}
+
+/// What the file system of a file does of discards and zeroes, found out behind its end; `None` if
+/// nothing.
+fn probe(file: &File) -> Option<DiscardCall> {
+    const LEN: u64 = 4096;
+    let end = file.metadata().ok()?.len().checked_next_multiple_of(LEN)?;
+    let try_on = |how| fallocate(file, how | FallocateFlags::KEEP_SIZE, end, LEN);
+    let is_absent = |tried: rustix::io::Result<()>| {
+        tried.is_err_and(|errno| errno == rustix::io::Errno::OPNOTSUPP)
+    };
+    if is_absent(try_on(FallocateFlags::PUNCH_HOLE)) {
+        return None;
+    }
+    let has_zeroes = !is_absent(try_on(FallocateFlags::ZERO_RANGE));
+    // What that has allocated is given back.
+    let _ = try_on(FallocateFlags::PUNCH_HOLE);
+    Some(if has_zeroes { DiscardCall::PunchHole } else { DiscardCall::OnlyHoles })
+}
+
 /// `STATX_DIOALIGN` (`include/uapi/linux/stat.h`).
 const DIOALIGN: u32 = 0x2000;
 
@@ -429,7 +545,7 @@ mod tests {
     use super::*;
 
     fn problem(path: &Path) -> BackingProblem {
-        Backing::open(path, false).unwrap_err().problem
+        Backing::open(path, Opening::ALONE).unwrap_err().problem
     }
 
     #[test]
@@ -453,15 +569,16 @@ mod tests {
         let directory = tempfile::tempdir_in(".").unwrap();
         let path = directory.path().join("disk");
         File::create(&path).unwrap().set_len((1 << 20) + 100).unwrap();
-        let backing = Backing::open(&path, false).unwrap();
+        let backing = Backing::open(&path, Opening::ALONE).unwrap();
         assert_eq!(backing.size(), Bytes(1 << 20));
         let limits = backing.limits();
         assert!(limits.volatile_cache && limits.fua && !limits.read_only);
         assert!(limits.logical_block.is_power_of_two() && limits.dma_alignment.is_power_of_two());
         assert!(matches!(problem(&path), BackingProblem::InUse(_)), "opened twice");
         drop(backing);
-        assert!(Backing::open(&path, false).is_ok());
-        let passthru = Backing::open(&path, true).unwrap_err();
+        assert!(Backing::open(&path, Opening::ALONE).is_ok());
+        let passthru =
+            Backing::open(&path, Opening { passthru: true, ..Opening::ALONE }).unwrap_err();
         assert_eq!(passthru.problem, BackingProblem::NoNamespace);
     }
 }

@@ -89,6 +89,7 @@ pub(super) fn open(block: Backing, generic: PathBuf) -> Result<Backing, BackingP
             deallocates_zeroes: identity.deallocates_zeroes,
         },
         can_poll: block.can_poll,
+        is_buffered: false,
     })
 }
 

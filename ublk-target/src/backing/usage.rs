@@ -1,10 +1,16 @@
 //! Who uses a block device or a file: to say it where exclusive use is refused.
 
-use std::fs;
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{AtFlags, CWD, FileType, StatxFlags, statx};
+use uring_ext::block::LoopFile;
+
 use super::sysfs::{SysfsDevice, parse_devt};
+use crate::text::printable;
 
 /// The users of the block device `(major, minor)` and of its partitions, in words: mounts, swap,
 /// devices stacked on it. Empty if none of these is known.
@@ -23,30 +29,89 @@ pub fn numbers_of_device(major: u32, minor: u32) -> Vec<(u32, u32)> {
     numbers
 }
 
-/// The users of the block devices of these numbers, in words.
+/// The users of the block devices of these numbers, in words: mounts in every mount namespace in
+/// sight, devices stacked on them, loop devices of the kernel, swap.
 #[must_use]
 pub fn users_of(numbers: &[(u32, u32)]) -> Vec<String> {
-    let mut users = Vec::new();
-    let mut mounts = mounts();
-    mounts.retain(|mount| numbers.contains(&mount.devt));
-    mounts.dedup();
-    users.extend(mounts.iter().map(|mount| format!("mounted on {}", mount.point.display())));
+    let mut users = mounts_of(numbers);
     for (major, minor) in numbers {
         let holders = SysfsDevice::find(Path::new("/sys"), *major, *minor)
             .map(|device| device.holders())
             .unwrap_or_default();
-        users.extend(holders.into_iter().map(|name| format!("held by {name}")));
+        users.extend(holders.into_iter().map(|name| format!("held by {}", printable(&name))));
     }
-    let swaps = fs::read_to_string("/proc/swaps").unwrap_or_default();
-    for path in swap_paths(&swaps) {
-        let is_ours = fs::metadata(path).is_ok_and(|meta| {
-            meta.file_type().is_block_device() && numbers.contains(&split_devt(meta.rdev()))
-        });
-        if is_ours {
-            users.push("used as swap".to_owned());
+    let is_it = |file: &LoopFile| file.rdevice != 0 && numbers.contains(&split_devt(file.rdevice));
+    users.extend(loop_devices_of(is_it));
+    users.extend(btrfs_of(numbers));
+    let is_swap = |meta: &fs::Metadata| {
+        meta.file_type().is_block_device() && numbers.contains(&split_devt(meta.rdev()))
+    };
+    users.extend(swaps_of(is_swap));
+    users
+}
+
+/// Where block devices of these numbers are mounted, in words. Each mount namespace is looked at once,
+/// by one of its processes; those of the calling one first.
+fn mounts_of(numbers: &[(u32, u32)]) -> Vec<String> {
+    let mut seen = BTreeSet::new();
+    let mut found = Vec::new();
+    let own = std::process::id();
+    for pid in std::iter::once(own).chain(processes()) {
+        let Ok(namespace) = fs::read_link(format!("/proc/{pid}/ns/mnt")) else { continue };
+        if !seen.insert(namespace) {
+            continue;
+        }
+        let mut mounts = mounts(&pid.to_string());
+        let root = PathBuf::from(format!("/proc/{pid}/root"));
+        mounts.retain(|mount| mount.is_of(numbers, &root));
+        mounts.dedup();
+        for mount in mounts {
+            let point = printable(&mount.point.to_string_lossy());
+            let told = format!("mounted on {point}");
+            if pid == own {
+                found.push(told);
+            } else if !found.contains(&told) {
+                found.push(format!("{told} among the mounts of {}", Opener::of(pid)));
+            }
         }
     }
-    users
+    found
+}
+
+/// The loop devices of the kernel whose file is such a one, in words.
+fn loop_devices_of(is_it: impl Fn(&LoopFile) -> bool) -> Vec<String> {
+    let Ok(blocks) = fs::read_dir("/sys/block") else { return Vec::new() };
+    let mut found = Vec::new();
+    for block in blocks.flatten().filter(|block| block.path().join("loop").exists()) {
+        let path = Path::new("/dev").join(block.file_name());
+        let Ok(device) = File::open(&path) else { continue };
+        if uring_ext::block::loop_file(device.as_fd()).is_ok_and(|file| is_it(&file)) {
+            found.push(format!("attached to {}", path.display()));
+        }
+    }
+    found.sort();
+    found
+}
+
+/// The mounted btrfs file systems that have such a device among others, in words: the mount names one
+/// of them only.
+fn btrfs_of(numbers: &[(u32, u32)]) -> Vec<String> {
+    let Ok(systems) = fs::read_dir("/sys/fs/btrfs") else { return Vec::new() };
+    let has_it = |system: &fs::DirEntry| {
+        let devices = fs::read_dir(system.path().join("devices")).into_iter().flatten().flatten();
+        let mut number = devices.filter_map(|it| fs::read_to_string(it.path().join("dev")).ok());
+        number.any(|number| parse_devt(&number).is_some_and(|it| numbers.contains(&it)))
+    };
+    let named =
+        |it: fs::DirEntry| format!("in btrfs {}", printable(&it.file_name().to_string_lossy()));
+    systems.flatten().filter(has_it).map(named).collect()
+}
+
+/// That such a file is used as swap, in words.
+fn swaps_of(is_it: impl Fn(&fs::Metadata) -> bool) -> Option<String> {
+    let swaps = fs::read_to_string("/proc/swaps").unwrap_or_default();
+    let is_used = swap_paths(&swaps).any(|path| fs::metadata(path).is_ok_and(|meta| is_it(&meta)));
+    is_used.then(|| "used as swap".to_owned())
 }
 
 /// The users of a block device, or where none is known the processes that have it open.
@@ -59,21 +124,17 @@ pub fn holders_of_device(major: u32, minor: u32) -> Vec<String> {
     openers_of_device(major, minor).iter().take(3).map(|o| format!("open by {o}")).collect()
 }
 
-/// The users of a regular file, in words: swap, kernel loop devices.
+/// The users of a regular file, in words: swap, kernel loop devices. It may have several names, so it
+/// is known by its numbers.
 #[must_use]
-pub fn users_of_file(path: &Path) -> Vec<String> {
-    let mut users = Vec::new();
-    let swaps = fs::read_to_string("/proc/swaps").unwrap_or_default();
-    if swap_paths(&swaps).any(|swap| Path::new(swap) == path) {
-        users.push("used as swap".to_owned());
-    }
-    let Ok(blocks) = fs::read_dir("/sys/block") else { return users };
-    for block in blocks.flatten() {
-        let backing = fs::read_to_string(block.path().join("loop/backing_file"));
-        if backing.is_ok_and(|backing| Path::new(backing.trim_end()) == path) {
-            users.push(format!("attached to /dev/{}", block.file_name().to_string_lossy()));
-        }
-    }
+pub fn users_of_file(file: &fs::Metadata) -> Vec<String> {
+    let (device, inode) = (file.dev(), file.ino());
+    let is_it = |it: &LoopFile| {
+        it.rdevice == 0 && it.inode == inode && split_devt(it.device) == split_devt(device)
+    };
+    let mut users: Vec<_> =
+        swaps_of(|meta| (meta.dev(), meta.ino()) == (device, inode)).into_iter().collect();
+    users.extend(loop_devices_of(is_it));
     users
 }
 
@@ -91,11 +152,20 @@ impl Opener {
         Self { pid, name: process_name(pid) }
     }
 
-    /// Whether it is a worker of udev, which looks at every device that appears or was written
-    /// to, and lets go of it by itself.
+    /// Whether it is a worker of udev, or a program that one has started (`blkid`, `bcache`): these
+    /// look at every device that appears or was written to, and let go of it by themselves.
     #[must_use]
     pub fn is_udev(&self) -> bool {
-        self.name.contains("udev")
+        let mut pid = Some(self.pid);
+        // A parent that ends meanwhile leaves its child to another one: this comes to an end.
+        for _ in 0..8 {
+            let Some(next) = pid.filter(|pid| *pid > 1) else { return false };
+            if process_name(next).contains("udev") && is_roots(next) {
+                return true;
+            }
+            pid = parent_of(next);
+        }
+        false
     }
 }
 
@@ -114,26 +184,34 @@ pub fn openers_of_device(major: u32, minor: u32) -> Vec<Opener> {
 /// Processes that have a block device of these numbers open.
 #[must_use]
 pub fn openers_of(numbers: &[(u32, u32)]) -> Vec<Opener> {
-    openers(|meta| meta.file_type().is_block_device() && numbers.contains(&split_devt(meta.rdev())))
+    openers(|node| !node.is_char && numbers.contains(&node.number))
 }
 
 /// Processes that have a node of the character device open.
 #[must_use]
 pub fn openers_of_char_device(path: &Path) -> Vec<Opener> {
     let Ok(node) = fs::metadata(path) else { return Vec::new() };
-    openers(|meta| meta.file_type().is_char_device() && meta.rdev() == node.rdev())
+    openers(|it| it.is_char && it.number == split_devt(node.rdev()))
 }
 
 /// The ids of the ublk devices whose character device a process has open, those among them that are
-/// deleted but not let go of.
+/// deleted but not let go of. The device's number is its id; a name could be anything.
 #[must_use]
 pub fn served_by(pid: u32) -> Vec<u32> {
-    let Ok(files) = fs::read_dir(format!("/proc/{pid}/fd")) else { return Vec::new() };
-    let id = |path: PathBuf| {
-        let name = path.to_str()?.strip_prefix("/dev/ublkc")?;
-        name.strip_suffix(" (deleted)").unwrap_or(name).parse().ok()
+    let Some(ublk) = char_major("ublk-char") else { return Vec::new() };
+    let id = |node: Node| {
+        let (major, minor) = node.number;
+        (node.is_char && major == ublk).then_some(minor)
     };
-    files.flatten().filter_map(|file| id(fs::read_link(file.path()).ok()?)).collect()
+    nodes_of(pid).filter_map(id).collect()
+}
+
+/// The major number of a driver's character devices (`/proc/devices`).
+fn char_major(name: &str) -> Option<u32> {
+    let devices = fs::read_to_string("/proc/devices").ok()?;
+    let (characters, _) = devices.split_once("Block devices:")?;
+    let mut lines = characters.lines().filter_map(|line| line.trim().split_once(' '));
+    lines.find(|(_, driver)| *driver == name)?.0.parse().ok()
 }
 
 /// Processes of any program that have the character device of a ublk device open.
@@ -142,25 +220,56 @@ pub fn servers_of(id: u32) -> Vec<Opener> {
     processes().filter(|pid| served_by(*pid).contains(&id)).map(Opener::of).collect()
 }
 
-fn openers(is_it: impl Fn(&fs::Metadata) -> bool) -> Vec<Opener> {
-    processes().filter(|pid| has_open(*pid, &is_it)).map(Opener::of).collect()
+fn openers(is_it: impl Fn(&Node) -> bool) -> Vec<Opener> {
+    let has_it = |pid: &u32| nodes_of(*pid).any(|node| is_it(&node));
+    processes().filter(has_it).map(Opener::of).collect()
 }
 
-fn processes() -> impl Iterator<Item = u32> {
+pub(super) fn processes() -> impl Iterator<Item = u32> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
-fn has_open(pid: u32, is_it: impl Fn(&fs::Metadata) -> bool) -> bool {
-    let Ok(files) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
-    files.flatten().any(|file| fs::metadata(file.path()).is_ok_and(|meta| is_it(&meta)))
+/// The node of a device that a process has open.
+struct Node {
+    is_char: bool,
+    number: (u32, u32),
+}
+
+fn nodes_of(pid: u32) -> impl Iterator<Item = Node> {
+    let files = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    files.filter_map(|file| {
+        // A file of a server that does not answer must not be waited for.
+        let flags = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
+        let stat = statx(CWD, file.path(), flags, StatxFlags::TYPE).ok()?;
+        let kind = FileType::from_raw_mode(stat.stx_mode.into());
+        let is_node = kind.is_char_device() || kind.is_block_device();
+        let number = (stat.stx_rdev_major, stat.stx_rdev_minor);
+        is_node.then(|| Node { is_char: kind.is_char_device(), number })
+    })
 }
 
 /// The name of a process, `?` if it is gone.
 #[must_use]
 pub fn process_name(pid: u32) -> String {
     fs::read_to_string(format!("/proc/{pid}/comm"))
-        .map_or_else(|_| "?".to_owned(), |name| name.trim().to_owned())
+        .map_or_else(|_| "?".to_owned(), |name| printable(name.trim()))
+}
+
+/// Whether root runs a process.
+pub(super) fn is_roots(pid: u32) -> bool {
+    field_of(pid, "Uid:").is_some_and(|uid| uid == 0)
+}
+
+fn parent_of(pid: u32) -> Option<u32> {
+    field_of(pid, "PPid:")
+}
+
+/// The first number of a line of `/proc/PID/status`.
+fn field_of(pid: u32, field: &str) -> Option<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix(field))?;
+    line.split_whitespace().next()?.parse().ok()
 }
 
 /// Major and minor of a device number.
@@ -172,23 +281,45 @@ pub fn split_devt(devt: u64) -> (u32, u32) {
 /// Something mounted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
-    /// The device number; major 0 for file systems without a device.
+    /// The device number; major 0 for file systems without a device, and those that have several
+    /// (btrfs).
     pub devt: (u32, u32),
     /// Where.
     pub point: PathBuf,
+    /// What was mounted, as whoever did it has named it.
+    pub source: PathBuf,
 }
 
-/// What is mounted in the calling process's mount namespace, in the order of mounting.
+impl Mount {
+    /// Whether it is one of these block devices that is mounted. `root` is where its namespace begins.
+    fn is_of(&self, numbers: &[(u32, u32)], root: &Path) -> bool {
+        if numbers.contains(&self.devt) {
+            return true;
+        }
+        let Ok(source) = self.source.strip_prefix("/") else { return false };
+        let node = fs::metadata(root.join(source));
+        self.devt.0 == 0
+            && node.is_ok_and(|node| {
+                node.file_type().is_block_device() && numbers.contains(&split_devt(node.rdev()))
+            })
+    }
+}
+
+/// What is mounted in a process's mount namespace, in the order of mounting. `process` is a process id,
+/// or `self`.
 #[must_use]
-pub fn mounts() -> Vec<Mount> {
-    parse_mounts(&fs::read_to_string("/proc/self/mountinfo").unwrap_or_default())
+pub fn mounts(process: &str) -> Vec<Mount> {
+    parse_mounts(&fs::read_to_string(format!("/proc/{process}/mountinfo")).unwrap_or_default())
 }
 
 fn parse_mounts(mountinfo: &str) -> Vec<Mount> {
     let parse = |line: &str| {
         let mut fields = line.split(' ');
         let devt = parse_devt(fields.nth(2)?)?;
-        Some(Mount { devt, point: PathBuf::from(unescape(fields.nth(1)?)) })
+        let point = PathBuf::from(unescape(fields.nth(1)?));
+        // Options and tags, of which there may be any number; then the type, and the source.
+        let source = fields.skip_while(|field| *field != "-").nth(2).unwrap_or_default();
+        Some(Mount { devt, point, source: PathBuf::from(unescape(source)) })
     };
     mountinfo.lines().filter_map(parse).collect()
 }
@@ -214,8 +345,16 @@ mod tests {
                          30 22 259:3 / /mnt/a\\040b rw - xfs /dev/nvme1n1p1 rw\n\
                          31 22 0:20 / /proc rw - proc proc rw\n";
         let found = parse_mounts(mountinfo);
-        let found: Vec<_> = found.iter().map(|m| (m.devt, m.point.to_str().unwrap())).collect();
-        assert_eq!(found, [((259, 0), "/"), ((259, 3), "/mnt/a b"), ((0, 20), "/proc")]);
+        let found: Vec<_> = found
+            .iter()
+            .map(|m| (m.devt, m.point.to_str().unwrap(), m.source.to_str().unwrap()))
+            .collect();
+        let expected = [
+            ((259, 0), "/", "/dev/root"),
+            ((259, 3), "/mnt/a b", "/dev/nvme1n1p1"),
+            ((0, 20), "/proc", "proc"),
+        ];
+        assert_eq!(found, expected);
         assert!(parse_mounts("garbage\n\n").is_empty());
     }
 

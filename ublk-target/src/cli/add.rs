@@ -48,6 +48,7 @@ pub fn config(target: &Target) -> (DeviceConfig, &Device) {
         busy_wait: device.busy_wait,
         unpolled: device.unpolled(),
         on_death: device.on_death(),
+        block_size: device.block_size,
         target,
     };
     (config, device)

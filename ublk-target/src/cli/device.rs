@@ -1,9 +1,11 @@
 //! Arguments that all targets have in common.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use ublk_target::lend::LendRequest;
+use ublk_target::mark::Nonce;
 use ublk_target::server::on_death::OnDeath;
 use ublk_target::server::pace::BusyWait;
 use ublk_target::server::polling;
@@ -52,6 +54,10 @@ pub struct Device {
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = busy_wait)]
     #[arg(conflicts_with = "poll")]
     pub busy_wait: BusyWait,
+    /// Blocks of so many bytes: 512, 1024, 2048 or 4096 [default: those of the backing]. A file whose
+    /// file system wants larger ones goes through the page cache then
+    #[arg(long, value_name = "BYTES", value_parser = block_size)]
+    pub block_size: Option<u32>,
     /// What becomes of the device when its server dies; all but `fail` let it be recovered, or
     /// recover by itself with --supervise [default: fail; with --supervise: reissue]
     #[arg(long, value_name = "WHAT")]
@@ -82,6 +88,12 @@ pub struct Life {
     /// Process id of the supervisor
     #[arg(long, hide = true, value_name = "PID")]
     pub supervisor: Option<u32>,
+    /// What devices are marked with that this process adds
+    #[arg(long, hide = true)]
+    pub nonce: Option<Nonce>,
+    /// Where the program was found that this process is of
+    #[arg(long, hide = true, value_name = "PATH")]
+    pub program: Option<PathBuf>,
     /// This process was the device's server before it became one of this program
     #[arg(long, hide = true)]
     pub next: bool,
@@ -148,6 +160,13 @@ fn busy_wait(text: &str) -> Result<BusyWait, String> {
             Ok(BusyWait::Limit(Duration::from_micros(limit)))
         }
     }
+}
+
+/// A power of two from 512 to 4,096.
+fn block_size(text: &str) -> Result<u32, String> {
+    let bytes = text.parse().ok();
+    let bytes = bytes.filter(|bytes: &u32| (512..=4096).contains(bytes) && bytes.is_power_of_two());
+    bytes.ok_or_else(|| "neither 512, 1024, 2048 nor 4096".to_owned())
 }
 
 /// A number of seconds, whole or not, from 1 ms to a day.

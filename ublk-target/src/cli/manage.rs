@@ -15,6 +15,7 @@ use uring_ext::control::Control;
 
 use super::processes::delete_by;
 use super::table::{Align, table};
+use super::terminal::say;
 use super::{Del, List};
 
 /// Deletes one device or all.
@@ -24,7 +25,7 @@ pub fn delete(del: &Del) -> anyhow::Result<ExitCode> {
         control: &control,
         force: del.force,
         helper: &delete_by,
-        progress: &mut |what| eprintln!("ublk-target: {what}"),
+        progress: &mut |what| say!("{what}"),
     };
     if let Some(id) = del.which.id {
         deletion.delete(id)?;
@@ -32,12 +33,12 @@ pub fn delete(del: &Del) -> anyhow::Result<ExitCode> {
     }
     let mut failed = false;
     let mut failure = |error: DeleteError| {
-        eprintln!("ublk-target: {error}");
+        say!("{error}");
         failed = true;
     };
     for id in all_ids() {
         if let Some(server) = foreign_server(id) {
-            eprintln!("ublk-target: note: device {id} is served by {server} and is left alone");
+            say!("note: device {id} is served by {server} and is left alone");
             continue;
         }
         match deletion.delete(id) {
@@ -125,8 +126,12 @@ pub fn list(list: &List) -> anyhow::Result<ExitCode> {
 fn row(device: &Description) -> [String; 11] {
     let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
     let backings = device.backings.iter().map(|path| path.display().to_string());
-    let backings = backings.collect::<Vec<_>>().join(",");
+    let mut backings = backings.collect::<Vec<_>>().join(",");
+    if device.page_cache {
+        backings.push_str(" (page cache)");
+    }
     let supervisor = match (device.supervisor, &device.given_up) {
+        (Some(pid), _) if device.trouble.is_some() => Some(format!("{pid} (trying)")),
         (Some(pid), _) => Some(pid.to_string()),
         (None, Some(_)) => Some("given up".to_owned()),
         (None, None) => None,
@@ -149,9 +154,9 @@ fn row(device: &Description) -> [String; 11] {
 /// Removes files that belong to no device, and names what else is left of dead servers.
 fn name_leftovers(control: &Control) {
     for file in leftovers::remove_files(control) {
-        eprintln!("ublk-target: note: removed {}, which belonged to no device", file.display());
+        say!("note: removed {}, which belonged to no device", file.display());
     }
     for process in leftovers::processes(control) {
-        eprintln!("ublk-target: note: {process} has no device; `ublk-target del --all` ends it");
+        say!("note: {process} has no device; `ublk-target del --all` ends it");
     }
 }

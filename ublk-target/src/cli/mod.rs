@@ -3,6 +3,7 @@
 mod add;
 mod device;
 mod features;
+mod logging;
 mod manage;
 mod processes;
 mod recover;
@@ -10,6 +11,7 @@ mod resize;
 mod serve;
 mod stats;
 mod table;
+mod terminal;
 mod upgrade;
 
 use std::path::PathBuf;
@@ -18,13 +20,15 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use ublk_target::delete;
-use ublk_target::server::config::ExtentConfig;
+use ublk_target::server::config::{DeviceError, ExtentConfig};
 use ublk_target::server::recovery;
 use ublk_target::target::Rule;
 use ublk_target::units::Bytes;
 use uring_ext::control::Control;
 
 use device::{Device, Life, seconds};
+use logging::To;
+use terminal::say;
 
 /// Serves Linux block devices (/dev/ublkbN) from user space, without copying their data.
 #[derive(Debug, Parser)]
@@ -326,6 +330,9 @@ struct Features {
 pub fn run() -> ExitCode {
     // Started as /proc/self/exe, it would be called `exe`; others know it by its name.
     let _ = nix::sys::prctl::set_name(c"ublk-target");
+    // A server that this command starts must not keep what the caller has open. Kernels before 5.11
+    // cannot be asked for it; the server closes it itself then.
+    let _ = uring_ext::task::keep_files_from_children();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) if !error.use_stderr() => {
@@ -333,7 +340,7 @@ pub fn run() -> ExitCode {
             return ExitCode::SUCCESS;
         }
         Err(error) => {
-            eprintln!("ublk-target: {}", one_line(&error.render().to_string()));
+            say!("{}", one_line(&error.render().to_string()));
             return ExitCode::from(2);
         }
     };
@@ -341,50 +348,51 @@ pub fn run() -> ExitCode {
         Command::Add(target) => add::add(target, cli.verbose),
         Command::Serve(args) => serve::serve(args, cli.verbose),
         Command::Del(del) => {
-            start_log(cli.verbose, "warn");
+            logging::start(cli.verbose, "warn", To::Terminal);
             manage::delete(del)
         }
         Command::List(list) => {
-            start_log(cli.verbose, "warn");
+            logging::start(cli.verbose, "warn", To::Terminal);
             manage::list(list)
         }
         Command::Stats(args) => {
-            start_log(cli.verbose, "warn");
+            logging::start(cli.verbose, "warn", To::Terminal);
             stats::stats(args)
         }
         Command::Recover(args) => recover::recover(args, cli.verbose),
         Command::Supervise { id, server } => processes::supervise_device(*id, *server, cli.verbose),
         Command::Upgrade(args) => {
-            start_log(cli.verbose, "warn");
+            logging::start(cli.verbose, "warn", To::Terminal);
             upgrade::upgrade(args)
         }
         Command::Resize(args) => {
-            start_log(cli.verbose, "warn");
+            logging::start(cli.verbose, "warn", To::Terminal);
             resize::resize(args)
         }
         Command::QuiesceDevice { id, server } => {
-            start_log(cli.verbose, "warn");
+            logging::start(cli.verbose, "warn", To::Terminal);
             let quiesced = ublk_target::server::upgrade::quiesce(*id, *server);
             quiesced.map(|()| ExitCode::SUCCESS).map_err(Into::into)
         }
         Command::CheckState { id } => {
-            start_log(cli.verbose, "warn");
-            let read = Control::open().map_err(Into::into).and_then(|it| recovery::read(&it, *id));
-            read.map(|_| ExitCode::SUCCESS).map_err(Into::into)
+            logging::start(cli.verbose, "warn", To::Terminal);
+            let control = Control::open().map_err(DeviceError::from);
+            let checked = control.and_then(|control| recovery::check_upgrade(&control, *id));
+            checked.map(|()| ExitCode::SUCCESS).map_err(Into::into)
         }
         Command::StopDevice { id, command } => {
-            start_log(cli.verbose, "warn");
+            logging::start(cli.verbose, "warn", To::Terminal);
             manage::command(*id, *command)
         }
         Command::Features(features) => {
-            start_log(cli.verbose, "warn");
+            logging::start(cli.verbose, "warn", To::Terminal);
             features::features(features)
         }
     };
     match result {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("ublk-target: {error:#}");
+            say!("{error:#}");
             ExitCode::FAILURE
         }
     }
@@ -397,15 +405,6 @@ fn one_line(message: &str) -> String {
     let said: Vec<_> = lines.take_while(|line| !line.starts_with("Usage:")).collect();
     let said = said.into_iter().filter(|line| !line.starts_with("For more information"));
     format!("{}; see `ublk-target --help`", said.collect::<Vec<_>>().join(" "))
-}
-
-fn start_log(verbose: u8, default: &str) {
-    let level = match verbose {
-        0 => default,
-        1 => "info",
-        _ => "debug",
-    };
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(level)).init();
 }
 
 #[cfg(test)]

@@ -5,8 +5,7 @@
 //! the line that the server prints when the device is live. Errors reach the user on standard
 //! error, which the server keeps until then; afterwards it logs to a file.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, IsTerminal, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -17,21 +16,24 @@ use clap::ValueEnum;
 use clap::builder::PossibleValue;
 use nix::poll::PollTimeout;
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Pid, dup2_stderr, dup2_stdout, setsid};
+use nix::unistd::{Pid, setsid};
 use sd_notify::NotifyState;
 use ublk_target::delete::{self, Deletion};
+use ublk_target::inherited;
 use ublk_target::lend::Choice;
+use ublk_target::mark::Nonce;
+use ublk_target::program::Program;
 use ublk_target::server::config::DeviceError;
 use ublk_target::server::device::Helpers;
-use ublk_target::server::signals::{Wake, Wakeups};
-use ublk_target::state::{self, Description, RUN_DIR, StateFile, log_path};
+use ublk_target::server::signals::{Hangup, Wake, Wakeups};
+use ublk_target::state::{self, Description, RUN_DIR, StateFile};
 use ublk_target::steps::step;
 use ublk_target::supervise::{End, NotRecovered, Policy, supervise};
-use uring_ext::Errno;
 use uring_ext::control::Control;
 
 use super::device::{Life, Role};
-use super::start_log;
+use super::logging::{self, To};
+use super::terminal::say;
 
 /// Lives as the role of this process wants it: serves, supervises one that serves, or starts one of
 /// these and waits until the device is live.
@@ -46,11 +48,20 @@ pub fn live(
         (None, true, false) => Role::Server,
         (None, false, supervise) => {
             let role = if supervise { Role::Supervisor } else { Role::Server };
-            return start(own().args(arguments()).args(["--role", name(role)]));
+            let nonce = Nonce::own().to_string();
+            return start(own().args(arguments()).args(["--role", name(role), "--nonce", &nonce]));
         }
     };
-    start_log(verbose, "info");
-    if !life.foreground && life.role.is_some() {
+    let is_in_background = !life.foreground && life.role.is_some();
+    logging::start(verbose, "info", if is_in_background { To::File } else { To::Terminal });
+    inherited::shed();
+    if let Some(nonce) = life.nonce {
+        nonce.adopt();
+    }
+    if let Some(program) = &life.program {
+        state::adopt_program(program);
+    }
+    if is_in_background {
         if !life.next {
             setsid().context("cannot leave the session")?;
         }
@@ -60,10 +71,21 @@ pub fn live(
         }
     }
     match role {
-        Role::Server => serve(life).map(|()| ExitCode::SUCCESS).map_err(Into::into),
+        Role::Server => match serve(life) {
+            Ok(()) => Ok(ExitCode::SUCCESS),
+            Err(error) if error.is_passing() && life.supervisor.is_some() => {
+                say!("{error}");
+                Ok(ExitCode::from(LACKING))
+            }
+            Err(error) => Err(error.into()),
+        },
         Role::Supervisor => supervise_new(life),
     }
 }
+
+/// Exit code of a server, to its supervisor, which lacks something that may be there later
+/// (`EX_TEMPFAIL` of `sysexits.h`).
+const LACKING: u8 = 75;
 
 const fn name(role: Role) -> &'static str {
     match role {
@@ -82,8 +104,10 @@ pub fn own() -> Command {
 /// The user's arguments, without those of a role.
 fn arguments() -> Vec<std::ffi::OsString> {
     let mut arguments: Vec<_> = std::env::args_os().skip(1).collect();
-    if let Some(at) = arguments.iter().position(|argument| argument == "--role") {
-        arguments.drain(at..(at + 2).min(arguments.len()));
+    for own in ["--role", "--nonce"] {
+        if let Some(at) = arguments.iter().position(|argument| argument == own) {
+            arguments.drain(at..(at + 2).min(arguments.len()));
+        }
     }
     arguments
 }
@@ -95,7 +119,10 @@ fn start(command: &mut Command) -> anyhow::Result<ExitCode> {
             print!("{line}");
             Ok(ExitCode::SUCCESS)
         }
-        Err(Ended { status, .. }) => has_failed(status),
+        Err(Ended { status, .. }) => {
+            take_back();
+            has_failed(status)
+        }
     }
 }
 
@@ -103,6 +130,7 @@ fn start(command: &mut Command) -> anyhow::Result<ExitCode> {
 /// how it ended.
 fn has_failed(status: ExitStatus) -> anyhow::Result<ExitCode> {
     match status.code().and_then(|code| u8::try_from(code).ok()) {
+        Some(LACKING) => Ok(ExitCode::FAILURE),
         Some(code) if code > 0 => Ok(ExitCode::from(code)),
         _ => anyhow::bail!("the server ended before its device was live ({status})"),
     }
@@ -118,14 +146,11 @@ struct Ended {
 }
 
 /// Starts a process, and waits for a line from it or its end. A signal is passed on to it. What it
-/// says on standard error until then is passed on, too, where that is a pipe. Of a device that it was
-/// to add nothing is left if it ends.
+/// says on standard error until then is passed on, too, where that is a pipe.
 fn wait_for_line(
     command: &mut Command,
     wakeups: Option<&Wakeups>,
 ) -> anyhow::Result<Result<(Child, String), Ended>> {
-    let is_add = command.get_args().find(|it| !it.to_string_lossy().starts_with('-'));
-    let is_add = is_add.is_some_and(|word| word == "add");
     let mut server = command.stdout(Stdio::piped()).spawn().context("cannot start the server")?;
     step(if wakeups.is_some() { "supervisor-started-it" } else { "started-it" });
     let (mut line, mut told) = (String::new(), None);
@@ -151,54 +176,58 @@ fn wait_for_line(
         return Ok(Ok((server, line)));
     }
     let status = server.wait().context("cannot wait for the server")?;
-    if is_add {
-        take_back(server.id());
-    }
     Ok(Err(Ended { status, said: String::from_utf8_lossy(&said).into_owned(), told }))
 }
 
-/// Deletes what a server that has ended has added: one that was killed could not.
-fn take_back(server: u32) {
-    let Ok(control) = Control::open() else { return };
-    let is_its = |id: &u32| control.info(*id).is_ok_and(|it| state::adder(&it) == Some(server));
-    for id in state::device_ids().iter().filter(|id| is_its(id)) {
-        delete_again(&control, *id);
+/// Deletes what the server of this command has added, of which nobody was told; whether there was
+/// anything. A device that it has recovered has another mark.
+fn take_back() -> bool {
+    let Ok(control) = Control::open() else { return false };
+    let is_its =
+        |id: &u32| control.info(*id).is_ok_and(|info| Nonce::of(&info) == Some(Nonce::own()));
+    let mut has_taken = false;
+    for id in state::device_ids().into_iter().filter(is_its) {
+        has_taken = true;
+        let progress = &mut |what: &str| say!("{what}");
+        let mut deletion =
+            Deletion { control: &control, force: false, helper: &delete_by, progress };
+        if let Err(error) = deletion.delete(id) {
+            log::error!("{error}");
+        }
     }
-}
-
-/// Deletes a device of which nobody was told.
-fn delete_again(control: &Control, id: u32) {
-    let progress = &mut |what: &str| eprintln!("ublk-target: {what}");
-    let mut deletion = Deletion { control, force: false, helper: &delete_by, progress };
-    if let Err(error) = deletion.delete(id) {
-        log::error!("{error}");
-    }
+    has_taken
 }
 
 /// Starts a server, and supervises it.
 fn supervise_new(life: &Life) -> anyhow::Result<ExitCode> {
     // Before the server is there, so that no signal is lost.
-    let wakeups =
-        Wakeups::new().map_err(|errno| anyhow::anyhow!("cannot wait for signals: {errno}"))?;
+    let wakeups = wakeups(life.foreground)?;
     let pid = std::process::id().to_string();
     let mut command = own();
     if life.foreground {
         // Its own group: this process passes the terminal's signals on.
         command.process_group(0);
     }
-    command.args(arguments()).args(["--role", "server", "--supervisor", &pid]);
+    let nonce = Nonce::own().to_string();
+    command.args(arguments()).args(["--role", "server", "--supervisor", &pid, "--nonce", &nonce]);
     if !life.json {
         command.arg("--json");
     }
     let (server, line) = match wait_for_line(command.stdin(Stdio::null()), Some(&wakeups))? {
         Ok(started) => started,
-        Err(Ended { status, .. }) => return has_failed(status),
+        Err(Ended { status, .. }) => {
+            take_back();
+            return has_failed(status);
+        }
     };
     let description: Description =
         serde_json::from_str(&line).context("the server has told nonsense")?;
     if let Err(error) = announce(life, &description, None) {
-        delete_again(&Control::open()?, description.id);
-        return Err(error.into());
+        if take_back() {
+            return Err(error.into());
+        }
+        // It was there before whoever asked for its recovery, and stays if he is gone.
+        log::warn!("recovered, but: {error}");
     }
     step("supervising");
     watch(description.id, server.id(), life.foreground, &wakeups)
@@ -206,12 +235,32 @@ fn supervise_new(life: &Life) -> anyhow::Result<ExitCode> {
 
 /// Supervises a device whose server is there.
 pub fn supervise_device(id: u32, server: u32, verbose: u8) -> anyhow::Result<ExitCode> {
-    start_log(verbose, "info");
+    logging::start(verbose, "info", To::File);
+    inherited::shed();
     setsid().context("cannot leave the session")?;
-    log_to(&log_path(id))?;
-    let wakeups =
-        Wakeups::new().map_err(|errno| anyhow::anyhow!("cannot wait for signals: {errno}"))?;
+    std::env::set_current_dir("/")?;
+    if let (_, Some(problem)) = logging::to_file_of(id)? {
+        log::warn!("{problem}");
+    }
+    let wakeups = wakeups(false)?;
     watch(id, server, false, &wakeups)
+}
+
+fn wakeups(foreground: bool) -> anyhow::Result<Wakeups> {
+    let hangup = if ends_with_terminal(foreground) { Hangup::Ends } else { Hangup::IsApart };
+    Wakeups::new(hangup).map_err(|errno| anyhow::anyhow!("cannot wait for signals: {errno}"))
+}
+
+/// Whether the process belongs to a terminal, whose end SIGHUP tells of.
+fn ends_with_terminal(foreground: bool) -> bool {
+    foreground && io::stderr().is_terminal()
+}
+
+/// Has SIGHUP open the log again, which for a process in the foreground is whatever it was given.
+fn reopen_log(foreground: bool, id: u32) {
+    if !foreground {
+        logging::reopen(id);
+    }
 }
 
 fn watch(id: u32, server: u32, foreground: bool, wakeups: &Wakeups) -> anyhow::Result<ExitCode> {
@@ -220,7 +269,8 @@ fn watch(id: u32, server: u32, foreground: bool, wakeups: &Wakeups) -> anyhow::R
         reap();
         recover_under(id, foreground, wakeups)
     };
-    let end = supervise(id, server, Policy::default(), wakeups, &recover)?;
+    let reopen = || reopen_log(foreground, id);
+    let end = supervise(id, server, Policy::default(), wakeups, &recover, &reopen)?;
     match end {
         End::Stopped => Ok(ExitCode::SUCCESS),
         End::GivenUp(_) => Ok(ExitCode::FAILURE),
@@ -242,11 +292,18 @@ fn reap() {
 /// the last server, which may be newer than this one, or else of this one.
 fn recover_under(id: u32, foreground: bool, wakeups: &Wakeups) -> Result<u32, NotRecovered> {
     let last = StateFile::read(Path::new(RUN_DIR), id).ok().map(|record| record.program);
-    let programs = last.map(Command::new).into_iter().chain([own()]);
+    let last = last.and_then(|path| match Program::open(&path) {
+        Ok(program) => Some(program),
+        Err(error) => {
+            log::info!("{error}: this program serves the device");
+            None
+        }
+    });
+    let programs = last.as_ref().map(Program::command).into_iter().chain([own()]);
     let mut result = Err(NotRecovered::Failed("no program".to_owned()));
     for program in programs {
         result = recover_with(program, id, foreground, wakeups);
-        if !matches!(result, Err(NotRecovered::Failed(_))) {
+        if !matches!(result, Err(NotRecovered::Failed(_) | NotRecovered::Lacking(_))) {
             break;
         }
     }
@@ -266,8 +323,9 @@ fn recover_with(
     } else {
         command.stderr(Stdio::piped());
     }
+    // There is no process, or no pipe, to be had now.
     let heard = wait_for_line(command.stdin(Stdio::null()), Some(wakeups))
-        .map_err(|error| NotRecovered::Failed(format!("{error:#}")))?;
+        .map_err(|error| NotRecovered::Lacking(format!("{error:#}")))?;
     let Ended { status, said, told } = match heard {
         Ok((server, _)) => return Ok(server.id()),
         Err(ended) => ended,
@@ -275,60 +333,68 @@ fn recover_with(
     if let Some(signal) = told {
         return Err(NotRecovered::Told(signal));
     }
-    Err(NotRecovered::Failed(match said.trim_end().lines().last() {
+    let why = match said.trim_end().lines().last() {
         Some(last) if status.code().is_some() => {
             last.strip_prefix("ublk-target: ").unwrap_or(last).to_owned()
         }
         _ => format!("a server that should recover it ended ({status})"),
-    }))
+    };
+    if status.code() == Some(LACKING.into()) {
+        return Err(NotRecovered::Lacking(why));
+    }
+    Err(NotRecovered::Failed(why))
 }
 
 /// What a server has others do.
 ///
 /// `life` is this process's own.
 pub fn helpers(life: &Life) -> Helpers<'_> {
-    let prepare = |arguments: &[&str]| {
-        let mut command = own();
-        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null());
-        command
-    };
     Helpers {
         stop: Box::new(|id| delete_by(id, delete::Command::Stop)),
         supervise: Box::new(move |id| {
             let own = std::process::id().to_string();
             prepare(&["supervise", "-n", &id.to_string(), "--server", &own]).spawn()
         }),
-        quiesce: Box::new(move |id| {
-            let own = std::process::id().to_string();
-            prepare(&["quiesce-device", "-n", &id.to_string(), "--server", &own])
-                .process_group(0)
-                .spawn()
-        }),
+        quiesce: Box::new(quiesce_by),
         become_next: Box::new(|id, program, supervisor| {
-            let mut command = Command::new(program);
+            let mut command = program.command();
             command.args(["recover", "-n", &id.to_string(), "--role", "server", "--next"]);
+            // The server's mounts need not have it.
+            command.arg("--program").arg(program.path());
             if let Some(pid) = supervisor {
                 command.args(["--supervisor", &pid.to_string()]);
             }
             command.args(life.foreground.then_some("--foreground"));
             command.exec()
         }),
+        reopen_log: if ends_with_terminal(life.foreground) {
+            None
+        } else {
+            Some(Box::new(|id| reopen_log(life.foreground, id)))
+        },
     }
+}
+
+/// Starts a process that makes the I/O of a device of the calling one wait.
+pub fn quiesce_by(id: u32) -> io::Result<Child> {
+    let own = std::process::id().to_string();
+    let mut helper = prepare(&["quiesce-device", "-n", &id.to_string(), "--server", &own]);
+    helper.process_group(0).spawn()
 }
 
 /// Starts a process that gives the driver a command which may take long.
 pub fn delete_by(id: u32, command: delete::Command) -> io::Result<Child> {
     let command = command.to_possible_value();
     let command = command.as_ref().map_or("stop", PossibleValue::get_name);
-    let mut helper = prepare(&["stop-device", "-n", &id.to_string(), "--command", command])?;
+    let mut helper = prepare(&["stop-device", "-n", &id.to_string(), "--command", command]);
     // Its own group: the terminal's signals are for others.
     helper.process_group(0).spawn()
 }
 
-fn prepare(arguments: &[&str]) -> io::Result<Command> {
-    let mut command = Command::new(std::env::current_exe()?);
+fn prepare(arguments: &[&str]) -> Command {
+    let mut command = own();
     command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null());
-    Ok(command)
+    command
 }
 
 /// Tells the user that the device is live. A process in the background has its log by then.
@@ -338,7 +404,7 @@ pub fn announce(
     choice: Option<&Choice>,
 ) -> Result<(), DeviceError> {
     if let Some(choice) = choice.filter(|choice| choice.is_fallback) {
-        eprintln!("ublk-target: note: lend mode {}: {}", choice.mode, choice.reason);
+        say!("note: lend mode {}: {}", choice.mode, choice.reason);
     }
     let line = if life.json {
         serde_json::to_string(description).map_err(|_| DeviceError::Abandoned)?
@@ -354,11 +420,15 @@ pub fn announce(
         }
         return say(&mut io::stdout().lock(), &line);
     }
-    let log = log_path(description.id);
-    let mut user = log_to(&log).map_err(|error| DeviceError::Setup {
-        doing: format!("cannot log to {}", log.display()),
-        errno: Errno::of(&error),
-    })?;
+    // It would keep the caller's directory busy.
+    let away = std::env::set_current_dir("/");
+    let logged = away.and_then(|()| logging::to_file_of(description.id));
+    let (mut user, problem) =
+        logged.map_err(|error| DeviceError::of_io("cannot leave the terminal", &error))?;
+    if let Some(problem) = problem {
+        // Standard error is the log by now, if there is any.
+        log::warn!("{problem}");
+    }
     log::set_max_level(log::LevelFilter::Trace);
     log::info!("serving {line}");
     say(&mut user, &line)
@@ -366,18 +436,4 @@ pub fn announce(
 
 fn say(user: &mut impl Write, line: &str) -> Result<(), DeviceError> {
     writeln!(user, "{line}").and_then(|()| user.flush()).map_err(|_| DeviceError::Abandoned)
-}
-
-/// Sends standard output and error to a log file and leaves the working directory, which the
-/// process would keep busy. Returns what was standard output.
-fn log_to(path: &Path) -> io::Result<File> {
-    if let Some(directory) = path.parent() {
-        std::fs::create_dir_all(directory)?;
-    }
-    let log = OpenOptions::new().create(true).append(true).open(path)?;
-    std::env::set_current_dir("/")?;
-    let user = File::from(io::stdout().as_fd().try_clone_to_owned()?);
-    dup2_stdout(&log)?;
-    dup2_stderr(&log)?;
-    Ok(user)
 }

@@ -11,6 +11,7 @@ use uring_ext::control::Control;
 use super::Recover;
 use super::device::Life;
 use super::processes::{self, announce, own};
+use super::terminal::say;
 
 /// Gives devices whose server is dead a new one.
 pub fn recover(args: &Recover, verbose: u8) -> anyhow::Result<ExitCode> {
@@ -20,7 +21,7 @@ pub fn recover(args: &Recover, verbose: u8) -> anyhow::Result<ExitCode> {
 
 /// Serves a device whose server is dead.
 pub fn serve(id: u32, life: &Life) -> Result<(), DeviceError> {
-    let mut progress = |what: &str| eprintln!("ublk-target: {what} …");
+    let mut progress = |what: &str| say!("{what} …");
     let helpers = processes::helpers(life);
     let on_live = |description: &_, choice: &_| announce(life, description, Some(choice));
     recovery::recover(id, life.supervisor, life.next, &helpers, &mut progress, on_live)
@@ -45,7 +46,7 @@ fn recover_all(args: &Recover) -> anyhow::Result<ExitCode> {
                 | CannotRecoverDevice::NotStarted(_),
             )) => continue,
             Err(error) => {
-                eprintln!("ublk-target: {error}");
+                say!("{error}");
                 code = ExitCode::FAILURE;
                 continue;
             }

@@ -11,6 +11,7 @@ use uring_ext::control::Control;
 use uring_ext::feature::UPDATE_SIZE;
 
 use super::Resize;
+use super::terminal::print_line;
 
 /// Changes the size of a live device. The server is asked to serve more; the kernel is told here, so
 /// that the server never waits for its own device.
@@ -62,6 +63,6 @@ pub fn resize(args: &Resize) -> anyhow::Result<ExitCode> {
     if new != old {
         control.update_size(id, new.sectors().0)?;
     }
-    println!("{}: {new} (was {old})", described.device.display());
+    print_line(format_args!("{}: {new} (was {old})", described.device.display()))?;
     Ok(ExitCode::SUCCESS)
 }

@@ -6,26 +6,31 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use sd_notify::NotifyState;
+use ublk_target::inherited;
 use ublk_target::server::fleet::{self, FleetError, News, Orders};
 
-use super::processes::delete_by;
-use super::{Serve, start_log};
+use super::Serve;
+use super::logging::{self, To};
+use super::processes::{delete_by, quiesce_by};
+use super::terminal::{print_line, say};
 
 /// Serves the devices of a file.
 pub fn serve(args: &Serve, verbose: u8) -> anyhow::Result<ExitCode> {
-    start_log(verbose, "info");
+    logging::start(verbose, "info", To::Terminal);
     let path = std::path::absolute(&args.config)?;
     let config = match file::read(&path) {
         Ok(config) => config,
         Err(faults) => return Ok(refuse(&faults)),
     };
     if args.check {
-        println!("{}: {} devices", path.display(), config.devices.len());
+        print_line(format_args!("{}: {} devices", path.display(), config.devices.len()))?;
         return Ok(ExitCode::SUCCESS);
     }
+    inherited::shed();
     let orders = Orders {
         read: Box::new(|| file::read(&path)),
         command: Box::new(delete_by),
+        quiesce: Box::new(quiesce_by),
         tell: Box::new(tell),
     };
     match fleet::serve(config, &orders) {
@@ -38,7 +43,7 @@ pub fn serve(args: &Serve, verbose: u8) -> anyhow::Result<ExitCode> {
 /// A line for each fault.
 fn refuse(faults: &[String]) -> ExitCode {
     for fault in faults {
-        eprintln!("ublk-target: {fault}");
+        say!("{fault}");
     }
     ExitCode::FAILURE
 }

@@ -15,6 +15,7 @@ use ublk_target::stats::client::{Client, ClientError};
 use ublk_target::stats::report::Report;
 
 use super::Stats;
+use super::terminal::say;
 
 /// How often the server is told that the connection is wanted; it ends silent ones after 30 s.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
@@ -36,7 +37,7 @@ pub fn stats(args: &Stats) -> anyhow::Result<ExitCode> {
     let mut client = Client::connect(args.id)?;
     match show_intervals(args, &mut client, interrupts.as_ref())? {
         None | Some(End::Interrupted | End::Unread) => {}
-        Some(End::Gone(gone)) if args.watch => eprintln!("ublk-target: {gone}"),
+        Some(End::Gone(gone)) if args.watch => say!("{gone}"),
         Some(End::Gone(gone)) => return Err(gone.into()),
     }
     Ok(ExitCode::SUCCESS)

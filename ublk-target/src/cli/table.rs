@@ -1,5 +1,7 @@
 //! Tables of text.
 
+use ublk_target::text::printable;
+
 /// Where the cells of a table stand in their columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Align {
@@ -9,8 +11,10 @@ pub enum Align {
     RightAfter(usize),
 }
 
-/// Rows as columns of equal width.
+/// Rows as columns of equal width. Names of others in them cannot command a terminal.
 pub fn table<const N: usize>(rows: &[[String; N]], align: Align) -> String {
+    let rows = rows.iter().map(|row| row.each_ref().map(|cell| printable(cell)));
+    let rows: &[[String; N]] = &rows.collect::<Vec<_>>();
     let mut widths = [0; N];
     for row in rows {
         for (width, cell) in widths.iter_mut().zip(row) {

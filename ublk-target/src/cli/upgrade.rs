@@ -1,14 +1,14 @@
 //! `upgrade`.
 
-use std::fs::{self, File};
-use std::os::fd::AsRawFd;
+use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::path::Path;
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use ublk_target::kernel;
+use ublk_target::program::Program;
 use ublk_target::server::on_death::OnDeath;
 use ublk_target::server::signals::Watch;
 use ublk_target::state::{self, Description, RUN_DIR, StateFile, device_ids, recorded_ids};
@@ -18,6 +18,7 @@ use uring_ext::control::Control;
 use uring_ext::feature::{Features, QUIESCE};
 
 use super::Upgrade;
+use super::terminal::{print_line, say};
 
 /// The longest wait for the new server; I/O that is outstanding has to end first.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -25,13 +26,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Has devices served by another program.
 pub fn upgrade(args: &Upgrade) -> anyhow::Result<ExitCode> {
     let program = match &args.program {
-        Some(program) => program.canonicalize(),
-        None => std::env::current_exe(),
+        Some(program) => Program::open(program)?,
+        None => Program::open(&std::env::current_exe().context("cannot find this program")?)?,
     };
-    let program = program.with_context(|| match &args.program {
-        Some(program) => program.display().to_string(),
-        None => "cannot find this program".to_owned(),
-    })?;
     let control = Control::open()?;
     if let Some(id) = args.which.id {
         one(&control, id, &program)?;
@@ -41,14 +38,14 @@ pub fn upgrade(args: &Upgrade) -> anyhow::Result<ExitCode> {
     let recorded = recorded_ids(Path::new(RUN_DIR));
     for id in device_ids().into_iter().filter(|id| recorded.contains(id)) {
         if let Err(error) = one(&control, id, &program) {
-            eprintln!("ublk-target: {error:#}");
+            say!("{error:#}");
             code = ExitCode::FAILURE;
         }
     }
     Ok(code)
 }
 
-fn one(control: &Control, id: u32, program: &Path) -> anyhow::Result<()> {
+fn one(control: &Control, id: u32, program: &Program) -> anyhow::Result<()> {
     let info = match control.info(id) {
         Err(error) if state::is_missing(&error) => anyhow::bail!("there is no ublk device {id}"),
         info => info?,
@@ -73,59 +70,55 @@ fn one(control: &Control, id: u32, program: &Path) -> anyhow::Result<()> {
     }
     let pid = u32::try_from(info.ublksrv_pid).unwrap_or(0);
     // The one to fall back to, even if its file is replaced meanwhile. A dead server has none.
-    let old = File::open(format!("/proc/{pid}/exe"));
+    let old = Program::of_process(pid);
     check(program, id)?;
     let before = StateFile::read(Path::new(RUN_DIR), id)?;
-    let meta = fs::metadata(program).with_context(|| program.display().to_string())?;
     let server = Watch::on(pid);
     step("upgrade-checked");
     let began = Instant::now();
-    let asked = Client::connect(id)
-        .and_then(|mut client| client.upgrade(program, (meta.dev(), meta.ino())));
+    let asked = Client::connect(id).and_then(|mut client| client.upgrade(program));
     match asked {
         // It is dead, or dies now: the device gets the new program as its next server.
         Err(_) if server.has_ended(Duration::from_millis(500)) => {}
         asked => asked?,
     }
     step("upgrade-sent");
-    let fallback = old.as_ref().map_or_else(|_| before.program.clone(), path_of);
-    let programs = [program.to_owned(), fallback];
+    let old = old.or_else(|| Program::open(&before.program).ok());
+    let programs: Vec<_> = std::iter::once(program).chain(&old).collect();
     let (record, next) = await_next(control, id, before.incarnation, &server, began, &programs)?;
-    if (next.dev(), next.ino()) != (meta.dev(), meta.ino()) {
+    if (next.dev(), next.ino()) != program.identity() {
         anyhow::bail!(
             "{} could not take over; {} is served by {} again; see {}",
-            program.display(),
+            program.path().display(),
             device.display(),
             record.program.display(),
             state::log_path(id).display()
         );
     }
-    println!(
+    print_line(format_args!(
         "{}: served by {} (I/O waited for less than {:.0?})",
         device.display(),
-        program.display(),
+        program.path().display(),
         began.elapsed()
-    );
+    ))?;
     Ok(())
 }
 
-/// Whether the program starts, and understands the device.
-fn check(program: &Path, id: u32) -> anyhow::Result<()> {
-    let output = Command::new(program)
+/// Whether the program starts, and understands the device and its backings.
+fn check(program: &Program, id: u32) -> anyhow::Result<()> {
+    let path = program.path().display();
+    let output = program
+        .command()
         .args(["check-state", "-n", &id.to_string()])
         .output()
-        .with_context(|| format!("{} cannot be started; nothing has changed", program.display()))?;
+        .with_context(|| format!("{path} cannot be started; nothing has changed"))?;
     if output.status.success() {
         return Ok(());
     }
     let said = String::from_utf8_lossy(&output.stderr);
     let said = said.lines().next().map(str::trim).filter(|line| !line.is_empty());
     let said = said.map_or_else(|| output.status.to_string(), str::to_owned);
-    anyhow::bail!("{} cannot serve device {id}: {said}; nothing has changed", program.display());
-}
-
-fn path_of(file: &File) -> PathBuf {
-    PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()))
+    anyhow::bail!("{path} cannot serve device {id}: {said}; nothing has changed");
 }
 
 /// Waits until the device has its next server, and returns the file of its program. Should the
@@ -136,7 +129,7 @@ fn await_next(
     before: u32,
     server: &Watch,
     began: Instant,
-    programs: &[PathBuf],
+    programs: &[&Program],
 ) -> anyhow::Result<(StateFile, fs::Metadata)> {
     let mut said = 0;
     let mut programs = programs.iter();
@@ -159,14 +152,15 @@ fn await_next(
                      `ublk-target recover -n {id}` tries again"
                 );
             };
-            eprintln!("ublk-target: the server of device {id} has died: recovering it");
-            let recovered = Command::new(program)
+            say!("the server of device {id} has died: recovering it");
+            let recovered = program
+                .command()
                 .args(["recover", "-n", &id.to_string()])
                 .stdout(std::process::Stdio::null())
                 .status();
             // A supervisor may have been faster; then the state shows it.
             if let Err(error) = recovered {
-                eprintln!("ublk-target: {}: {error}", program.display());
+                say!("{}: {error}", program.path().display());
             }
         }
         let waited = began.elapsed();
@@ -179,7 +173,7 @@ fn await_next(
         }
         if waited.as_secs() / 2 > said {
             said = waited.as_secs() / 2;
-            eprintln!("ublk-target: waiting for the outstanding I/O of device {id} …");
+            say!("waiting for the outstanding I/O of device {id} …");
         }
     }
 }

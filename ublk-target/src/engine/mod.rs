@@ -82,6 +82,11 @@ pub trait Port {
     /// Copies bytes `from..to` between the tag's request and a buffer of the pool, at once.
     /// Returns the number of bytes copied, or a negated error number.
     fn copy(&mut self, tag: Tag, slot: SlotIndex, direction: Direction, from: u32, to: u32) -> i32;
+    /// The error of an operation that has failed for good, as the device's users are to see it.
+    fn explain(&mut self, op: &Op, errno: Errno) -> Errno {
+        let _ = op;
+        errno
+    }
     /// Asks for the end of an operation.
     fn cancel(&mut self, key: OpKey, op: &Op);
     /// Nanoseconds of a monotonic clock. Asked only while latencies are measured.
@@ -232,7 +237,7 @@ impl<P: Planner> Engine<P> {
                 self.stats.retries += 1;
                 Progress::Again
             }
-            Err(errno) => Progress::Failed(errno),
+            Err(errno) => Progress::Failed(port.explain(&op.op, errno)),
         };
         let outcome = match outcome {
             // Nobody wants the rest.

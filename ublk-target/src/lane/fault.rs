@@ -23,6 +23,8 @@ pub struct Faults {
     ignore_flush: bool,
     /// Carry out writes with FUA as if they had none (`ignore-fua`).
     ignore_fua: bool,
+    /// Have the lane panic at its n-th operation (`panic=N`).
+    panic_at: Option<u64>,
     ops: u64,
     injected: Injected,
 }
@@ -63,7 +65,7 @@ impl std::fmt::Display for Injected {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{VARIABLE}: `{0}` is no fault; there are auto-register, register, short=N, again=N, \
-     ignore-flush and ignore-fua"
+     ignore-flush, ignore-fua and panic=N"
 )]
 pub struct UnknownFault(String);
 
@@ -94,6 +96,7 @@ impl Faults {
                 None if name == "ignore-fua" => faults.ignore_fua = true,
                 Some(("short", n)) if number(n).is_some() => faults.short_every = number(n),
                 Some(("again", n)) if number(n).is_some() => faults.again_every = number(n),
+                Some(("panic", n)) if number(n).is_some() => faults.panic_at = number(n),
                 Some(_) | None => return Err(UnknownFault(name.to_owned())),
             }
         }
@@ -101,8 +104,12 @@ impl Faults {
     }
 
     /// What the next operation meets. `len` is its length if it transfers data.
+    ///
+    /// # Panics
+    /// If that was asked for.
     pub fn next(&mut self, len: Option<u64>, block: u64) -> Fault {
         self.ops += 1;
+        assert!(self.panic_at != Some(self.ops), "operation {}: a test asked for it", self.ops);
         let hit = |every: Option<u64>| every.is_some_and(|every| self.ops % every == 0);
         if hit(self.again_every) {
             self.injected.again += 1;

@@ -19,7 +19,7 @@ use uring_ext::ring::Cqe;
 use uring_ext::sqe::{FixedFile, Sqe};
 
 use crate::engine::{Engine, EngineConfig, OpKey};
-use crate::plan::Planner;
+use crate::plan::{BackingIndex, Planner};
 use crate::units::Tag;
 use event::{Common, Event};
 use fault::Injected;
@@ -55,6 +55,12 @@ pub trait LaneIo {
     /// Writes down the range of a deallocation, for the time that its operation is in flight in a
     /// place.
     fn range(&mut self, place: u16, namespace: Namespace, offset: u64, len: u64) -> RangeAddr;
+    /// Whether a backing is a block device that has fewer than `end` bytes by now: asked only after an
+    /// error.
+    fn has_shrunk(&mut self, backing: BackingIndex, end: u64) -> bool {
+        let _ = (backing, end);
+        false
+    }
     /// Nanoseconds of the monotonic clock.
     fn now(&mut self) -> u64;
 }

@@ -315,6 +315,11 @@ fn file_sqe(op: &Op, buffer: FixedBuffer, route: Route, place: Place) -> Sqe {
         }
         OpKind::Discard => Sqe::fallocate(file, PUNCH, op.offset, op.len),
         OpKind::WriteZeroes { may_unmap: true } => Sqe::fallocate(file, PUNCH, op.offset, op.len),
+        OpKind::WriteZeroes { may_unmap: false }
+            if route == Route::File(DiscardCall::OnlyHoles) =>
+        {
+            Sqe::fallocate(file, PUNCH, op.offset, op.len)
+        }
         OpKind::WriteZeroes { may_unmap: false } => Sqe::fallocate(file, ZERO, op.offset, op.len),
     }
 }
@@ -374,6 +379,14 @@ impl<Io: LaneIo> Port for RingPort<Io> {
 
     fn copy(&mut self, tag: Tag, slot: SlotIndex, direction: Direction, from: u32, to: u32) -> i32 {
         self.io.copy(tag, slot.0 - self.slots.lent, direction, from, to)
+    }
+
+    fn explain(&mut self, op: &Op, errno: Errno) -> Errno {
+        // A drive that was pulled out has no bytes left, and the kernel says so of writes to it as of
+        // writes behind the end. To users that would mean a full disk.
+        let is_gone = errno == Errno::ENOSPC
+            && self.io.has_shrunk(op.backing, op.offset.saturating_add(op.len));
+        if is_gone { Errno::EIO } else { errno }
     }
 
     fn cancel(&mut self, key: OpKey, op: &Op) {

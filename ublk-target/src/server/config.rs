@@ -1,5 +1,6 @@
 //! What a device is made of, and why it may not come to be.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use super::on_death::{CannotRecover, OnDeath};
 use super::pace::BusyWait;
 use super::polling::{CannotPoll, Unpolled, WrittenPolling};
 use super::recovery::CannotRecoverDevice;
-use crate::backing::BackingError;
+use crate::backing::{BackingError, BackingProblem};
 use crate::delete::DeleteError;
 use crate::lane::LaneError;
 use crate::lane::fault::UnknownFault;
@@ -51,6 +52,9 @@ pub struct DeviceConfig {
     pub unpolled: Unpolled,
     /// What becomes of the device when its server dies.
     pub on_death: OnDeath,
+    /// Bytes of a block, a power of two from 512 to 4,096; those of the backings if it is left out.
+    #[serde(default)]
+    pub block_size: Option<u32>,
     /// The target.
     pub target: TargetConfig,
 }
@@ -72,6 +76,7 @@ impl DeviceConfig {
             busy_wait: BusyWait::Auto,
             unpolled: Unpolled::Refuse,
             on_death: OnDeath::Fail,
+            block_size: None,
             target,
         }
     }
@@ -284,6 +289,9 @@ pub enum DeviceError {
          elsewhere; a stripe grows if all its backings do, a linear device if its last extent does"
     )]
     WouldMove,
+    /// A target without backings, which only a state file can have.
+    #[error("the target has no backings")]
+    NoBackings,
     /// The state file names other backings than its target has.
     #[error("the state file does not fit together: its target has other backings than it names")]
     BackingsDiffer,
@@ -349,6 +357,52 @@ pub enum ExtentProblem {
 }
 
 impl DeviceError {
+    /// Whether something was lacking that may be there later: memory, descriptors, room in a file system,
+    /// or what somebody else has.
+    #[must_use]
+    pub fn is_passing(&self) -> bool {
+        const PASSING: [i32; 9] = [
+            libc::EAGAIN,
+            libc::EINTR,
+            libc::ENOMEM,
+            libc::ENOSPC,
+            libc::EDQUOT,
+            libc::EMFILE,
+            libc::ENFILE,
+            libc::EBUSY,
+            libc::ENOBUFS,
+        ];
+        let is_passing = |errno: Errno| PASSING.contains(&errno.negated().saturating_neg());
+        if let Self::Setup { errno, .. }
+        | Self::Lane {
+            error: LaneError::Setup { errno, .. } | LaneError::Ring(errno), ..
+        } = self
+        {
+            return is_passing(*errno);
+        }
+        if let Self::Backing(error) = self {
+            let is_failing =
+                |it: &_| matches!(it, BackingProblem::Failed { errno, .. } if is_passing(*errno));
+            return matches!(error.problem, BackingProblem::InUse(_)) || is_failing(&error.problem);
+        }
+        if let Self::Control(error) = self {
+            return error.errno().is_some_and(is_passing);
+        }
+        matches!(
+            self,
+            Self::BuffersTooBig { .. } | Self::Recover(CannotRecoverDevice::Stuck { .. })
+        )
+    }
+
+    /// Part of the set-up failed in reading or writing, with an errno or in words of our own.
+    #[must_use]
+    pub fn of_io(doing: &str, error: &io::Error) -> Self {
+        match error.raw_os_error() {
+            Some(_) => Self::setup(doing, Errno::of(error)),
+            None => Self::setup(format!("{doing}: {error}"), Errno::EPERM),
+        }
+    }
+
     pub(super) fn setup(doing: impl Into<String>, errno: Errno) -> Self {
         Self::Setup { doing: doing.into(), errno }
     }

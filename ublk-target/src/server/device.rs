@@ -25,9 +25,11 @@ use super::petition::{Petition, Petitioner};
 use super::plan::{Plan, add};
 use super::protection::protect;
 use super::shared::SharedLanes;
-use super::signals::{Wake, Wakeups, Watch};
+use super::signals::{Hangup, Wake, Wakeups, Watch};
 use super::supervision::Supervision;
 use crate::lend::Choice;
+use crate::mark::Nonce;
+use crate::program::Program;
 use crate::state::{self, Description, RUN_DIR, StateFile};
 use crate::stats::{self, Limits, StatsServer, StatsThread};
 use crate::steps::step;
@@ -44,16 +46,21 @@ pub struct Helpers<'a> {
     /// Becomes a process of another program that recovers a device, with the supervisor of this
     /// one. Returns only if it cannot.
     pub become_next: Box<BecomeNext<'a>>,
+    /// Opens the log of a device again, which SIGHUP asks for. Without it SIGHUP ends the server.
+    pub reopen_log: Option<Box<dyn Fn(u32) + 'a>>,
+}
+
+impl Helpers<'_> {
+    pub(super) fn hangup(&self) -> Hangup {
+        if self.reopen_log.is_some() { Hangup::IsApart } else { Hangup::Ends }
+    }
 }
 
 /// Starts a process that stops a device.
 pub type StopHelper<'a> = dyn Fn(u32) -> io::Result<Child> + 'a;
 
 /// The device, the program, and the supervisor.
-pub type BecomeNext<'a> = dyn Fn(u32, &Path, Option<u32>) -> io::Error + 'a;
-
-/// The driver's device numbers have 20 bits (`UBLK_MINORS`).
-const MAX_ID: u32 = (1 << 20) - 1;
+pub type BecomeNext<'a> = dyn Fn(u32, &Program, Option<u32>) -> io::Error + 'a;
 
 /// Adds a device, calls `on_live` when it is, and serves it until a signal ends the server or
 /// somebody stops the device. If `on_live` fails, the device is taken back.
@@ -67,20 +74,16 @@ pub fn serve(
     helpers: &Helpers<'_>,
     on_live: impl FnOnce(&Description, &Choice) -> Result<(), DeviceError>,
 ) -> Result<(), DeviceError> {
-    if let Some(id) = config.id.filter(|id| *id > MAX_ID) {
-        return Err(DeviceError::IdTooBig(id));
-    }
+    // While there is one thread: the control ring has workers of the kernel's.
+    protect(&config.target.files());
     let control = Control::open()?;
-    // First of all, so that no signal ends the process half-way.
-    let wakeups = Wakeups::ready()?;
+    // So that no signal ends the process half-way.
+    let wakeups = Wakeups::ready(helpers.hangup())?;
     step("signals-blocked");
     let plan = Plan::make(config, &control, None)?;
-    if let Some(mounts) = protect() {
-        mounts.forget(&plan.needed_paths());
-    }
     step("planned");
     wakeups.check()?;
-    let added = add(&control, &plan)?;
+    let added = add(&control, &plan, plan.config.id)?;
     step("added");
     let mut server = Server::new(Rc::new(control), wakeups, added.dev_id, supervisor);
     let is_live = server.go_live(&plan, &added).and_then(|()| server.wakeups.check());
@@ -174,6 +177,7 @@ impl Server {
         record.supervisor = self.supervisor;
         record.incarnation = plan.incarnation;
         record.diskseq = state::diskseq(self.id);
+        record.nonce = Nonce::of(&self.control.info(self.id)?);
         self.record = Some(record);
         self.write_record()?;
         step("recorded");
@@ -184,9 +188,8 @@ impl Server {
 
     pub fn write_record(&self) -> Result<(), DeviceError> {
         let Some(record) = &self.record else { return Ok(()) };
-        record.write(Path::new(RUN_DIR)).map_err(|error| {
-            DeviceError::setup(format!("cannot write to {RUN_DIR}"), Errno::of(&error))
-        })
+        let written = record.write(Path::new(RUN_DIR));
+        written.map_err(|error| DeviceError::of_io(&format!("cannot write to {RUN_DIR}"), &error))
     }
 
     /// Tells the user that the device is live, and serves it.
@@ -245,7 +248,7 @@ impl Server {
 
     fn is_deleted(&self) -> bool {
         let Ok(info) = self.control.info(self.id) else { return true };
-        state::adder(&info) != Some(std::process::id())
+        Nonce::of(&info) != Some(Nonce::own())
     }
 
     pub fn start_lanes(
@@ -317,10 +320,8 @@ impl Server {
         let mut supervision = Supervision::of(self.supervisor);
         loop {
             let pause = supervision.pause();
-            let woken = match supervision.watch.as_ref().and_then(Watch::fd) {
-                Some(fd) => self.wakeups.wait_or(fd, pause),
-                None => self.wakeups.wait(pause),
-            };
+            let supervisor = supervision.watch.as_ref().and_then(Watch::fd);
+            let woken = self.wakeups.wait_or_hangup(supervisor, pause);
             match woken {
                 Wake::Signal(signal) => {
                     log::info!("{signal}: stopping");
@@ -349,6 +350,11 @@ impl Server {
                                 plan = self.hand_over(plan, &program, helpers)?;
                             }
                         }
+                    }
+                }
+                Wake::Hangup => {
+                    if let Some(reopen) = &helpers.reopen_log {
+                        reopen(self.id);
                     }
                 }
                 Wake::Other => supervision.has_died(),

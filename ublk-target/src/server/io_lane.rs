@@ -16,7 +16,9 @@ use uring_ext::pool::BufferPool;
 use uring_ext::ring::{Cqe, Queues, Ring, RingSetup};
 use uring_ext::sqe::{FixedFile, Sqe};
 
-use super::lane::{LaneConfig, REAP_BATCH, failed, make_ring, prepare_thread, register_buffers};
+use super::lane::{
+    LaneConfig, REAP_BATCH, failed, make_ring, prepare_thread, register_buffers, spawn_lane,
+};
 use super::message::event_descriptor;
 use crate::lane::event::Event;
 use crate::lane::{LaneError, backing_file};
@@ -63,33 +65,32 @@ impl IoLane {
         let (ready, is_ready) = sync_channel(1);
         let (config, end_of_worker) = (config.clone(), Arc::clone(&end));
         let incarnation = config.engine.incarnation;
-        let thread = std::thread::Builder::new()
-            .name(format!("ublkb{}-io{}", config.engine.queue.device, config.engine.queue.qid.0))
-            .spawn(move || {
-                prepare_thread(&config);
-                let set_up = set_up(&config, &end_of_worker, pool);
-                let mut ring = match set_up {
-                    Ok(ring) => ring,
-                    Err(error) => {
-                        let _ = ready.send(Err(error));
-                        return;
-                    }
-                };
-                let _ = ready.send(Ok(ring.as_raw_fd()));
-                let queues = ring.queues();
-                let worker = Worker {
-                    queues,
-                    entries,
-                    completions,
-                    chain: SmallVec::new(),
-                    lane,
-                    wake: Arc::clone(&config.wake),
-                    incarnation,
-                    failed: false,
-                };
-                worker.run(end_file(&config));
-            })
-            .map_err(|error| failed("starting the I/O lane")(Errno::of(&error)))?;
+        let name = format!("ublkb{}-io{}", config.engine.queue.device, config.engine.queue.qid.0);
+        let thread = spawn_lane(name, move || {
+            prepare_thread(&config);
+            let set_up = set_up(&config, &end_of_worker, pool);
+            let mut ring = match set_up {
+                Ok(ring) => ring,
+                Err(error) => {
+                    let _ = ready.send(Err(error));
+                    return;
+                }
+            };
+            let _ = ready.send(Ok(ring.as_raw_fd()));
+            let queues = ring.queues();
+            let worker = Worker {
+                queues,
+                entries,
+                completions,
+                chain: SmallVec::new(),
+                lane,
+                wake: Arc::clone(&config.wake),
+                incarnation,
+                failed: false,
+            };
+            worker.run(end_file(&config));
+        });
+        let thread = thread.map_err(|error| failed("starting the I/O lane")(Errno::of(&error)))?;
         let died = Err(failed("starting the I/O lane")(Errno::EIO));
         let ring = is_ready.recv().unwrap_or(died)?;
         Ok(Self {

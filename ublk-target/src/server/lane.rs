@@ -4,9 +4,12 @@
 //! decided. Nothing in it allocates, locks, logs or blocks.
 
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use nix::sys::eventfd::EventFd;
@@ -123,6 +126,26 @@ fn new_lane<'ring>(config: &LaneConfig, io: RingIo<'ring>) -> Lane<AnyTarget, Ri
     Lane::new(config.target.clone(), config.engine, port, io)
 }
 
+/// Starts a thread that serves requests. Should it panic, the process ends: what the thread had in hand
+/// nobody else can answer, and the driver only learns from the end of the process that there is no
+/// server any more. The device then fares as after any death of its server.
+///
+/// # Errors
+/// `EAGAIN` at the limit of threads.
+pub(super) fn spawn_lane<T: Send + 'static>(
+    name: String,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<JoinHandle<T>> {
+    let guarded = move || {
+        // The panic has been reported by now.
+        catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
+            log::error!("a lane has panicked, which ends the server");
+            std::process::abort()
+        })
+    };
+    std::thread::Builder::new().name(name).spawn(guarded)
+}
+
 /// Properties of any lane's thread. None of them is vital, so a failure is logged and no more.
 pub(super) fn prepare_lane_thread() {
     // Allocations that this thread causes in the kernel must not wait for writeback, which may
@@ -179,7 +202,8 @@ fn set_up(config: &LaneConfig) -> Result<(Ring, Option<SideRing>, Parts), LaneEr
     };
     log::debug!("lane {}: ring {:?}, {polling:?}", config.engine.queue.qid.0, ring.mode());
     let (qid, cdev) = (config.engine.queue.qid.0, Arc::clone(&config.cdev));
-    Ok((ring, side, Parts { qid, iods, pool, ranges, cdev, io_lane }))
+    let backings = Arc::clone(&config.backings);
+    Ok((ring, side, Parts { qid, iods, pool, ranges, cdev, io_lane, backings }))
 }
 
 fn has_namespace(config: &LaneConfig) -> bool {

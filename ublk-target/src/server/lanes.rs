@@ -15,7 +15,7 @@ use uring_ext::ring::Polling;
 use uring_ext::{Errno, sys};
 
 use super::config::DeviceError;
-use super::lane::{self, LaneConfig, LaneReport};
+use super::lane::{self, LaneConfig, LaneReport, spawn_lane};
 use super::message::{LaneHandle, LaneMessage};
 use super::pace::BusyWait;
 use super::plan::Plan;
@@ -108,16 +108,15 @@ impl DeviceLanes {
         let config = making.lane(qid, wake, cpus);
         let (ready, is_ready) = mpsc::sync_channel(1);
         let wakeups = Arc::clone(making.wakeups);
-        let thread = std::thread::Builder::new()
-            .name(format!("ublkb{id}-q{}", qid.0))
-            .spawn(move || {
-                let served = lane::serve(&config, inbox, &ready);
-                // The files go before the end is announced.
-                drop(config);
-                wakeups.lane_ended();
-                served
-            })
-            .map_err(|error| DeviceError::setup("cannot start a lane", Errno::of(&error)))?;
+        let thread = spawn_lane(format!("ublkb{id}-q{}", qid.0), move || {
+            let served = lane::serve(&config, inbox, &ready);
+            // The files go before the end is announced.
+            drop(config);
+            wakeups.lane_ended();
+            served
+        });
+        let thread =
+            thread.map_err(|error| DeviceError::setup("cannot start a lane", Errno::of(&error)))?;
         self.queues.push(Queue { handle, served_by: ServedBy::Thread(thread) });
         Ok(is_ready)
     }
@@ -146,6 +145,15 @@ impl DeviceLanes {
     /// Whether all of them have ended.
     pub fn have_all_ended(&mut self) -> bool {
         self.queues.iter_mut().all(|queue| queue.served_by.has_ended())
+    }
+
+    /// Whether the driver has taken back some fetches of a lane that shares its ring, and no request of
+    /// it is in hand: the others have to be taken back, too, before the device can have another server.
+    pub fn are_withdrawn(&mut self) -> bool {
+        self.queues.iter_mut().any(|queue| match &mut queue.served_by {
+            ServedBy::Thread(_) => false,
+            ServedBy::Station(station) => station.is_withdrawn() && !station.has_ended(),
+        })
     }
 
     /// Why a lane cannot go on that shares its ring, and so has to be ended: once.

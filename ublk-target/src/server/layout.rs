@@ -9,9 +9,9 @@ use uring_ext::ring::{MAX_BUFFER_SLOTS, Polling};
 
 use super::config::{DeviceConfig, DeviceError, ExtentConfig, ExtentProblem, TargetConfig};
 use super::polling;
-use crate::backing::Backing;
 use crate::backing::identity::Known;
 use crate::backing::limits::Limits;
+use crate::backing::{Backing, Opening};
 use crate::engine::{SlotChoice, SlotTable};
 use crate::lend::{Choice, LendMode};
 use crate::plan::{BackingIndex, Planner};
@@ -43,15 +43,22 @@ pub(super) struct Layout {
 }
 
 impl Layout {
-    /// `known` are the backings of a device that is to be recovered.
+    /// `known` are the backings of a device that is to be recovered. Those that are not claimed are
+    /// only looked at.
     pub fn open(
         config: &DeviceConfig,
         lend: LendMode,
         known: Option<&[Known]>,
+        claims: bool,
     ) -> Result<Self, DeviceError> {
-        let opening = Opening { passthru: config.passthru, known };
-        let Parts { name, target, backings, limits: backing_limits, size } =
-            opening.parts(&config.target)?;
+        let how = Opening { passthru: config.passthru, claims, block_size: config.block_size };
+        let Parts { name, target, backings, limits, size } =
+            Opener { how, known }.parts(&config.target)?;
+        // Larger blocks than those of the backings are made of them.
+        let block = config.block_size.unwrap_or(0).max(limits.logical_block);
+        let physical_block = limits.physical_block.max(block);
+        let backing_limits = Limits { logical_block: block, physical_block, ..limits };
+        let size = Bytes(size.0 / u64::from(block) * u64::from(block));
         let polling = polling::choose(config, &backings)?;
         let page = u32::try_from(page_size()).unwrap_or(4096);
         let has_commands = backings.iter().any(|backing| backing.route().is_namespace());
@@ -70,6 +77,11 @@ impl Layout {
     pub fn geometry(&self) -> Geometry {
         let (size, block) = (self.size.0, self.limits.logical_block);
         Geometry { size, block, max_bytes: self.buffer_bytes }
+    }
+
+    /// Whether operations are commands to NVMe namespaces.
+    pub fn has_namespace(&self) -> bool {
+        self.backings.iter().any(|backing| backing.route().is_namespace())
     }
 
     /// Bytes of each of the server's buffers.
@@ -104,6 +116,8 @@ impl Layout {
         }
         let sizes: Vec<_> = known.iter().map(|known| known.size.0).collect();
         let (target, size) = target_of(config, &sizes, &self.backing_limits)?;
+        let block = u64::from(self.limits.logical_block);
+        let size = Bytes(size.0 / block * block);
         if !is_null && !target.extends(&self.target) {
             return Err(DeviceError::WouldMove);
         }
@@ -134,17 +148,17 @@ struct Parts {
     size: Bytes,
 }
 
-/// How backings are opened.
+/// Opens the backings of a target.
 #[derive(Clone, Copy)]
-struct Opening<'a> {
-    passthru: bool,
+struct Opener<'a> {
+    how: Opening,
     known: Option<&'a [Known]>,
 }
 
-impl Opening<'_> {
+impl Opener<'_> {
     fn parts(self, config: &TargetConfig) -> Result<Parts, DeviceError> {
         match config {
-            TargetConfig::Null { .. } if self.passthru => Err(DeviceError::NoPassthru),
+            TargetConfig::Null { .. } if self.how.passthru => Err(DeviceError::NoPassthru),
             TargetConfig::Null { size } => null(*size),
             TargetConfig::Loop { .. } => self.of_backings("loop", config),
             TargetConfig::Linear { .. } => self.of_backings("linear", config),
@@ -162,7 +176,7 @@ impl Opening<'_> {
     fn of_backings(self, name: &str, config: &TargetConfig) -> Result<Parts, DeviceError> {
         let backings = self.all(&files_of(config)?)?;
         let sizes: Vec<_> = backings.iter().map(|backing| backing.size().0).collect();
-        let limits = limits_of(config, &backings);
+        let limits = limits_of(config, &backings).ok_or(DeviceError::NoBackings)?;
         let (target, size) = target_of(config, &sizes, &limits)?;
         Ok(Parts { name: name.to_owned(), target, backings, limits, size })
     }
@@ -172,7 +186,7 @@ impl Opening<'_> {
             return Err(DeviceError::BackingsDiffer);
         }
         let open = |(index, file): (usize, &PathBuf)| {
-            let backing = Backing::open(file, self.passthru)?;
+            let backing = Backing::open(file, self.how)?;
             match self.known {
                 Some(known) => Ok(backing.keep_to(&known[index])?),
                 None => Ok(backing),
@@ -229,11 +243,12 @@ fn canonical(file: &Path) -> PathBuf {
     file.canonicalize().unwrap_or_else(|_| file.to_owned())
 }
 
-fn limits_of(config: &TargetConfig, backings: &[Backing]) -> Limits {
-    match (config, backings) {
+/// The limits of operations on any of the backings; `None` if there are none.
+fn limits_of(config: &TargetConfig, backings: &[Backing]) -> Option<Limits> {
+    let common = Limits::of_all(backings.iter().map(Backing::limits))?;
+    let limits = match (config, backings) {
         (TargetConfig::Loop { .. }, [backing]) => *backing.limits(),
         (TargetConfig::Stripe { chunk, .. }, _) => {
-            let common = Limits::of_all(backings.iter().map(Backing::limits));
             let row = chunk.0.checked_mul(backings.len() as u64);
             Limits {
                 io_min: u32::try_from(chunk.0).unwrap_or(common.io_min).max(common.io_min),
@@ -241,8 +256,9 @@ fn limits_of(config: &TargetConfig, backings: &[Backing]) -> Limits {
                 ..common
             }
         }
-        _ => Limits::of_all(backings.iter().map(Backing::limits)),
-    }
+        _ => common,
+    };
+    Some(limits)
 }
 
 /// The target of backings of these sizes in bytes, without what wraps it, and its size.

@@ -15,7 +15,7 @@ pub mod petition;
 mod plan;
 pub mod polling;
 mod precedence;
-mod protection;
+pub mod protection;
 pub mod recovery;
 mod ring_io;
 mod shared;

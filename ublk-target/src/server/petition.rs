@@ -1,11 +1,11 @@
 //! What others ask of a server's main thread, which has the device's lanes.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::time::Duration;
 
 use super::signals::Wakeups;
+use crate::program::Program;
 use crate::units::Bytes;
 
 /// What is asked.
@@ -21,7 +21,7 @@ pub enum Petition {
     /// Hand the device over to another program.
     Upgrade {
         /// The program.
-        program: PathBuf,
+        program: Program,
         /// Told whether it will be tried.
         reply: SyncSender<Result<(), String>>,
     },

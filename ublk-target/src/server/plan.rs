@@ -1,6 +1,5 @@
 //! What is decided of a device before the driver is asked for anything, and asking it.
 
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use uring_ext::control::Control;
@@ -15,7 +14,11 @@ use crate::engine::SlotTable;
 use crate::kernel;
 use crate::lane::fault::{self, Faults};
 use crate::lend::{self, Choice, LendMode};
-use crate::state::{self, LOG_DIR, RUN_DIR};
+use crate::mark::Nonce;
+use crate::state;
+
+/// The driver's device numbers have 20 bits (`UBLK_MINORS`).
+const MAX_ID: u32 = (1 << 20) - 1;
 
 /// What is decided before the driver is asked for anything.
 pub(super) struct Plan {
@@ -44,6 +47,29 @@ impl Plan {
         features: Features,
         known: Option<&[Known]>,
     ) -> Result<Self, DeviceError> {
+        Self::with(config, features, known, true)
+    }
+
+    /// As [`Plan::for_driver`], but the backings are only looked at: nothing is claimed, and they may
+    /// be in use.
+    pub fn look(
+        config: &DeviceConfig,
+        features: Features,
+        known: Option<&[Known]>,
+    ) -> Result<Self, DeviceError> {
+        Self::with(config, features, known, false)
+    }
+
+    fn with(
+        config: &DeviceConfig,
+        features: Features,
+        known: Option<&[Known]>,
+        claims: bool,
+    ) -> Result<Self, DeviceError> {
+        // The greatest number of all stands for any id.
+        if let Some(id) = config.id.filter(|id| *id > MAX_ID) {
+            return Err(DeviceError::IdTooBig(id));
+        }
         let mut choice = config.lend.choose(features)?;
         choice.flags |= config.on_death.flags(features)?;
         if config.io_lane {
@@ -62,20 +88,13 @@ impl Plan {
             Ok(list) => Some(Faults::parse(&list)?),
             Err(_) => None,
         };
-        let layout = Layout::open(config, choice.mode, known)?;
+        let layout = Layout::open(config, choice.mode, known, claims)?;
         let slots = slot_table(config, &choice, &layout.target)?;
         layout.check_memory(config.queues, config.depth, choice.mode, &slots)?;
         log::info!("lend mode {}: {}", choice.mode, choice.reason);
         let mut config = DeviceConfig { lend: choice.mode.into(), ..config.clone() };
         config.target.absolute();
         Ok(Self { config, choice, layout, slots, faults, incarnation: 0 })
-    }
-
-    /// What this server, or the next one in its place, opens later.
-    pub fn needed_paths(&self) -> Vec<PathBuf> {
-        let program = std::env::current_exe().ok();
-        let backings = self.layout.backings.iter().map(|backing| backing.path().to_owned());
-        backings.chain(program).chain([RUN_DIR, LOG_DIR].map(PathBuf::from)).collect()
     }
 }
 
@@ -100,26 +119,41 @@ fn asked_for(choice: &Choice) -> u64 {
     flags & served
 }
 
+/// Has the driver look at a device: adds one of any id, gives it the parameters, and takes it away.
+///
+/// # Errors
+/// Those of [`add`], and of setting the parameters.
+pub(super) fn try_on(control: &Control, plan: &Plan) -> Result<(), DeviceError> {
+    let added = add(control, plan, None)?;
+    let layout = &plan.layout;
+    let params = layout.limits.params(layout.size, layout.buffer_bytes);
+    let taken = control.set_params(added.dev_id, params);
+    control.delete(added.dev_id).and_then(|pending| control.finish(pending))?;
+    Ok(taken?)
+}
+
+/// Has the driver add a device, of this id or any.
 pub(super) fn add(
     control: &Control,
     plan: &Plan,
+    id: Option<u32>,
 ) -> Result<sys::ublksrv_ctrl_dev_info, DeviceError> {
     let config = &plan.config;
     let info = sys::ublksrv_ctrl_dev_info {
-        dev_id: config.id.unwrap_or(u32::MAX),
+        dev_id: id.unwrap_or(u32::MAX),
         nr_hw_queues: config.queues,
         queue_depth: config.depth,
         max_io_buf_bytes: plan.layout.buffer_bytes,
         ublksrv_pid: i32::try_from(std::process::id()).unwrap_or(0),
         flags: asked_for(&plan.choice),
-        ublksrv_flags: state::mark(),
+        ublksrv_flags: Nonce::own().flags(),
         ..Default::default()
     };
     let mut added = control.add(info);
     // A device that is gone keeps its id for a moment, while the driver takes it apart
     // (`ublk_cdev_rel`), and nobody tells when that is over.
     let deadline = Instant::now() + Duration::from_secs(5);
-    while let (Err(error), Some(id)) = (&added, config.id) {
+    while let (Err(error), Some(id)) = (&added, id) {
         let is_taken = error.errno() == Some(Errno::EEXIST);
         let is_gone = || control.info(id).is_err_and(|error| state::is_missing(&error));
         if !is_taken || !is_gone() || Instant::now() > deadline {
@@ -128,7 +162,7 @@ pub(super) fn add(
         std::thread::sleep(Duration::from_millis(5));
         added = control.add(info);
     }
-    added.map_err(|error| match (error.errno(), config.id) {
+    added.map_err(|error| match (error.errno(), id) {
         (Some(Errno::EEXIST), Some(id)) => DeviceError::IdTaken(id),
         (Some(Errno::EACCES | Errno::ENOSPC), _) => DeviceError::NoRoom,
         _ => DeviceError::Control(error),
@@ -137,9 +171,14 @@ pub(super) fn add(
 
 #[cfg(test)]
 mod tests {
+    use serde_json::{Value, json};
+
     use super::*;
     use crate::lend::LendRequest;
+    use crate::server::config::TargetConfig;
     use crate::server::on_death::OnDeath;
+    use crate::state::StateFile;
+    use crate::units::Bytes;
 
     /// A driver of the future offers all that there can be.
     #[test]
@@ -159,5 +198,83 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// All places in a value where something else may stand.
+    fn places(value: &Value, at: &str, found: &mut Vec<String>) {
+        found.push(at.to_owned());
+        match value {
+            Value::Object(fields) => {
+                fields.iter().for_each(|(name, it)| places(it, &format!("{at}/{name}"), found));
+            }
+            Value::Array(items) => {
+                (0..).zip(items).for_each(|(n, it)| places(it, &format!("{at}/{n}"), found));
+            }
+            Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+        }
+    }
+
+    /// Whatever a state file says that is of the right shape, the next server says what is wrong with
+    /// it, or serves it: it does not panic.
+    #[test]
+    fn any_record_is_planned_or_refused() {
+        let directory = tempfile::tempdir_in(".").unwrap();
+        let files: Vec<_> = (0..3).map(|n| directory.path().join(format!("{n}"))).collect();
+        for file in &files {
+            std::fs::File::create(file).unwrap().set_len(1 << 20).unwrap();
+        }
+        let extents = files.iter().map(|file| crate::server::config::ExtentConfig {
+            file: file.clone(),
+            offset: Bytes(0),
+            len: Some(Bytes(1 << 19)),
+        });
+        let stripe = TargetConfig::Stripe { chunk: Bytes(65536), files: files.clone() };
+        let fault = TargetConfig::Fault {
+            rules: vec!["p=0.5,error=EIO".parse().unwrap()],
+            seed: 7,
+            target: Box::new(stripe.clone()),
+        };
+        let targets = [
+            TargetConfig::Loop { file: files[0].clone() },
+            TargetConfig::Linear { extents: extents.collect() },
+            TargetConfig::Null { size: Bytes(1 << 20) },
+            stripe,
+            fault,
+        ];
+        let others = [
+            json!(null),
+            json!([]),
+            json!({}),
+            json!(0),
+            json!(1),
+            json!(-1),
+            json!(u64::MAX),
+            json!(1_u64 << 62),
+            json!(""),
+            json!("auto"),
+            json!("/"),
+            json!(true),
+        ];
+        let features = Features(u64::MAX);
+        let (mut planned, mut refused) = (0, 0);
+        for target in targets {
+            let config = DeviceConfig { id: Some(3), ..DeviceConfig::of_target(target) };
+            let plan = Plan::for_driver(&config, features, None).unwrap();
+            let record = StateFile::new(3, "any", plan.layout.known(), config);
+            drop(plan);
+            let good = serde_json::to_value(record).unwrap();
+            let mut at = Vec::new();
+            places(&good, "", &mut at);
+            for (place, other) in at.iter().flat_map(|at| others.iter().map(move |it| (at, it))) {
+                let mut value: Value = good.clone();
+                *value.pointer_mut(place).unwrap() = other.clone();
+                let Ok(record) = serde_json::from_value::<StateFile>(value) else { continue };
+                match Plan::for_driver(&record.config, features, Some(&record.backings)) {
+                    Ok(_) => planned += 1,
+                    Err(_) => refused += 1,
+                }
+            }
+        }
+        assert!(planned > 50 && refused > 50, "{planned} planned, {refused} refused");
     }
 }

@@ -3,21 +3,31 @@
 //!
 //! None of it is vital, so a failure is logged and no more.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use nix::fcntl::OFlag;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::mman::{MlockAllFlags, mlockall};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::waitpid;
+use nix::unistd::{chroot, fchdir, pipe2};
+use uring_ext::task::in_child;
 
-use crate::backing::usage::{Mount, mounts};
+use crate::backing::usage::mounts;
+use crate::state::{LOG_DIR, RUN_DIR};
 
-/// Makes the calling process, which has one thread, fit to serve a device. Returns its mounts, if
-/// these are its own now.
-pub(super) fn protect() -> Option<OwnMounts> {
+/// Makes the calling process, which has one thread, fit to serve. `needed` are paths that it will open
+/// later.
+pub(super) fn protect(needed: &[&Path]) {
+    leave_mounts(needed);
     lock_memory();
     spare_from_oom_killer();
-    OwnMounts::take()
 }
 
 /// Keeps the program in memory. When memory is short and all that could be freed is dirty, pages
@@ -40,45 +50,104 @@ fn spare_from_oom_killer() {
     }
 }
 
-/// The mount namespace of a process that is in one of its own.
-#[derive(Debug)]
-pub(super) struct OwnMounts(());
+/// How long the making of a mount namespace may take. It takes long only if a file system is unmounted
+/// for good by it, on a device that does not answer.
+const PATIENCE: Duration = Duration::from_secs(5);
 
-impl OwnMounts {
-    /// Takes the process into a mount namespace of its own.
-    ///
-    /// The last process of a mount namespace unmounts, as it exits, what is mounted there. If that
-    /// is a file system on the device that it serves, it waits for itself for ever.
-    fn take() -> Option<Self> {
-        let left = unshare(CloneFlags::CLONE_NEWNS).and_then(|()| {
-            let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
-            mount(None::<&str>, "/", None::<&str>, private, None::<&str>)
-        });
-        match left {
-            Ok(()) => Some(Self(())),
-            Err(errno) => {
-                log::warn!("cannot leave the mount namespace: {errno}");
-                None
-            }
+/// Takes the calling process, which has one thread, into a mount namespace of its own, in which there is
+/// nothing but what it needs: the mounts that lead to `needed`, to its program, its state, its log, and
+/// to devices.
+///
+/// A file system that was mounted there would stay in use when it is unmounted elsewhere; and the last
+/// process of a mount namespace unmounts, as it exits, what is mounted there. If that is a file system
+/// on the device that it serves, it waits for itself for ever. So another process makes the namespace,
+/// and this one enters it when nothing of that kind is there any more.
+fn leave_mounts(needed: &[&Path]) {
+    if let Err(error) = enter_own_mounts(needed) {
+        log::warn!("cannot leave the mount namespace: {error}");
+    }
+}
+
+fn enter_own_mounts(needed: &[&Path]) -> io::Result<()> {
+    let needed = all_needed(needed);
+    let (made, mut making) = pipe()?;
+    let (mut held, holding) = pipe()?;
+    let mut holding = Some(holding);
+    let maker = in_child(|| {
+        // The child's own copy, which would keep the pipe open.
+        drop(holding.take());
+        if make_own_mounts(&needed).is_ok_and(|()| making.write_all(&[1]).is_ok()) {
+            // Until the parent has entered the namespace, or has died.
+            let _ = held.read(&mut [0]);
+        }
+    });
+    let maker = maker.map_err(io::Error::from)?;
+    drop(making);
+    let entered = await_byte(&made).and_then(|()| enter_mounts_of(maker));
+    drop(holding);
+    let maker = nix::unistd::Pid::from_raw(maker);
+    if entered.is_err() {
+        let _ = kill(maker, Signal::SIGKILL);
+        // It may hang, and is not waited for.
+        return entered;
+    }
+    waitpid(maker, None)?;
+    Ok(())
+}
+
+/// A pipe that programs do not inherit: where it is read, and where it is written.
+fn pipe() -> io::Result<(File, File)> {
+    let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
+    Ok((reader.into(), writer.into()))
+}
+
+fn await_byte(mut pipe: &File) -> io::Result<()> {
+    let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
+    let timeout = PollTimeout::try_from(PATIENCE).unwrap_or(PollTimeout::MAX);
+    if poll(&mut fds, timeout)? == 0 {
+        return Err(io::ErrorKind::TimedOut.into());
+    }
+    pipe.read_exact(&mut [0])
+}
+
+/// Enters the mount namespace of another process. The root directory stays the same one: entering
+/// would make it that of the namespace.
+fn enter_mounts_of(pid: i32) -> io::Result<()> {
+    let root = File::open(format!("/proc/{pid}/root"))?;
+    setns(File::open(format!("/proc/{pid}/ns/mnt"))?, CloneFlags::CLONE_NEWNS)?;
+    fchdir(root)?;
+    chroot(".")?;
+    Ok(())
+}
+
+/// Makes a mount namespace for the calling process with nothing but what is needed.
+fn make_own_mounts(needed: &[PathBuf]) -> io::Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    mount(None::<&str>, "/", None::<&str>, private, None::<&str>)?;
+    // The last ones are on top of the first.
+    for mount in mounts("self").into_iter().rev() {
+        if !is_needed(&mount.point, needed) {
+            // One that stays is no worse than all of them.
+            let _ = umount2(&mount.point, MntFlags::MNT_DETACH);
         }
     }
+    Ok(())
+}
 
-    /// Unmounts, here, the file systems that the process does not need: one that was mounted here
-    /// when it is unmounted elsewhere would stay in use. `needed` are paths that will be opened
-    /// later.
-    ///
-    /// The device has to be served: a file system on it that is unmounted everywhere else meanwhile
-    /// is unmounted for good here.
-    pub fn forget(self, needed: &[PathBuf]) {
-        // The last ones are on top of the first.
-        for mount in mounts().into_iter().rev() {
-            if is_dispensable(&mount, needed) {
-                if let Err(errno) = umount2(&mount.point, MntFlags::MNT_DETACH) {
-                    log::debug!("{} stays mounted: {errno}", mount.point.display());
-                }
-            }
-        }
-    }
+/// What is needed by all: the state, the log, devices, what is told about them, and the files that the
+/// program consists of (`/proc/self/maps`), from which it is started again.
+fn all_needed(needed: &[&Path]) -> Vec<PathBuf> {
+    let always = [RUN_DIR, LOG_DIR, "/dev", "/proc", "/sys", "/sys/fs/cgroup"].map(PathBuf::from);
+    let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let program = maps.lines().filter_map(|line| Some(PathBuf::from(&line[line.find('/')?..])));
+    let needed = needed.iter().map(|path| path.canonicalize().unwrap_or_else(|_| path.into()));
+    needed.chain(always).chain(program).collect()
+}
+
+/// Whether a mount leads to something that is needed.
+fn is_needed(point: &Path, needed: &[PathBuf]) -> bool {
+    needed.iter().any(|path| path.starts_with(point))
 }
 
 /// Does something with the mounts of the first process in sight: those of the calling one are as they
@@ -89,7 +158,7 @@ pub(super) fn among_present_mounts<T: Send>(work: impl FnOnce() -> T + Send) -> 
     let enter = || {
         // Threads share their root and working directory, and may not while one changes its mounts.
         unshare(CloneFlags::CLONE_FS)?;
-        let mounts = fs::File::open("/proc/1/ns/mnt").map_err(|error| {
+        let mounts = File::open("/proc/1/ns/mnt").map_err(|error| {
             nix::errno::Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO))
         })?;
         setns(mounts, CloneFlags::CLONE_NEWNS)
@@ -108,35 +177,30 @@ pub(super) fn among_present_mounts<T: Send>(work: impl FnOnce() -> T + Send) -> 
     })
 }
 
-/// Whether a mount holds a block device that the server has no use for.
-fn is_dispensable(mount: &Mount, needed: &[PathBuf]) -> bool {
-    // Pseudo file systems have no device, and the number 0.
-    let has_device = mount.devt.0 != 0;
-    let is_needed = needed.iter().any(|path| path.starts_with(&mount.point));
-    has_device && !is_needed && mount.point != Path::new("/")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn file_systems_that_nobody_needs_are_left() {
-        let needed = [PathBuf::from("/usr/bin/ublk-target"), PathBuf::from("/srv/disks/a")];
+    fn mounts_that_lead_to_nothing_are_left() {
+        let needed = all_needed(&[Path::new("/srv/disks/a")]);
         let table = [
-            ("/", 259, false),
-            ("/usr", 259, false),
-            ("/srv", 8, false),
-            ("/srv/disks", 253, false),
-            ("/srv/di", 253, true),
-            ("/home", 259, true),
-            ("/mnt/on ours", 259, true),
-            ("/proc", 0, false),
-            ("/tmp", 0, false),
+            ("/", true),
+            ("/proc", true),
+            ("/dev", true),
+            ("/dev/shm", false),
+            ("/srv", true),
+            ("/srv/disks", true),
+            ("/srv/di", false),
+            ("/home", false),
+            ("/mnt/on ours", false),
+            ("/elsewhere", false),
         ];
-        for (point, major, dispensable) in table {
-            let mount = Mount { devt: (major, 1), point: PathBuf::from(point) };
-            assert_eq!(is_dispensable(&mount, &needed), dispensable, "{point}");
+        for (point, is) in table {
+            assert_eq!(is_needed(Path::new(point), &needed), is, "{point}");
         }
+        // The program, wherever that is.
+        let own = std::env::current_exe().unwrap().canonicalize().unwrap();
+        assert!(is_needed(own.parent().unwrap(), &needed));
     }
 }

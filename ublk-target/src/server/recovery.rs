@@ -19,7 +19,9 @@ use super::protection::protect;
 use super::signals::Wakeups;
 use crate::backing::usage;
 use crate::backing::{BackingError, BackingProblem};
+use crate::kernel;
 use crate::lend::{Choice, LendMode};
+use crate::mark::Nonce;
 use crate::processes::{Process, Role};
 use crate::state::{self, Description, RUN_DIR, StateFile, StateProblem};
 use crate::steps::step;
@@ -115,8 +117,12 @@ pub fn recover(
     progress: &mut dyn FnMut(&str),
     on_live: impl FnOnce(&Description, &Choice) -> Result<(), DeviceError>,
 ) -> Result<(), DeviceError> {
+    // While there is one thread: the control ring has workers of the kernel's. A record that cannot be
+    // read is an error below.
+    let record = StateFile::read(Path::new(RUN_DIR), id);
+    protect(&record.as_ref().map_or_else(|_| Vec::new(), |it| it.config.target.files()));
     let control = Control::open()?;
-    let wakeups = Wakeups::ready()?;
+    let wakeups = Wakeups::ready(helpers.hangup())?;
     step("signals-blocked");
     // Its process is alive: it is this one.
     let record = if is_next { read(&control, id)? } else { check(&control, id)? };
@@ -166,9 +172,6 @@ pub(super) fn take_over(
     let info = server.control.info(id)?;
     let plan = plan(server, record, &info, &mut wait)?;
     let opened = began.elapsed();
-    // A server of several devices has seen to that for all of them.
-    let mounts = if server.company.is_none() { protect() } else { None };
-    let protected = began.elapsed();
     step("planned");
     server.start_lanes(&info, &plan, &cdev)?;
     step("lanes-up");
@@ -178,17 +181,12 @@ pub(super) fn take_over(
     step("start-sent");
     server.await_recovery(end)?;
     let live = began.elapsed();
-    // File systems on the device may be mounted.
-    if let Some(mounts) = mounts {
-        mounts.forget(&plan.needed_paths());
-    }
     let times = format!(
-        "{} ms until the device was let go of, {} to open the backings, {} to be protected, {} to \
-         start the lanes, {} to be live",
+        "{} ms until the device was let go of, {} to open the backings, {} to start the lanes, {} to be \
+         live",
         claimed.as_millis(),
         (opened - claimed).as_millis(),
-        (protected - opened).as_millis(),
-        (ready - protected).as_millis(),
+        (ready - opened).as_millis(),
         (live - ready).as_millis()
     );
     Ok(Taken { plan, times })
@@ -258,10 +256,8 @@ fn difference(
     let on_death = OnDeath::of_flags(info.flags);
     match (record.diskseq, diskseq) {
         (Some(recorded), Some(is)) if recorded != is => differs("disk", &recorded, &is),
-        // It was written before the disk was made, by the server that made it.
-        (None, _) if u32::try_from(info.ublksrv_pid) != Ok(record.pid) => {
-            differs("server", &record.pid, &info.ublksrv_pid)
-        }
+        // The mark is another for each device, and is there before the disk is.
+        _ if record.nonce != Nonce::of(info) => Some("its mark is another device's".to_owned()),
         // The driver gives no more queues than there are CPUs.
         _ if config.queues < info.nr_hw_queues => {
             differs("queues", &config.queues, &info.nr_hw_queues)
@@ -345,6 +341,50 @@ fn claim(server: &Server, wait: &mut Wait<'_>) -> Result<File, DeviceError> {
     }
 }
 
+/// Whether the program that runs could serve a device which another server has: what it would be made
+/// of is looked at, and nothing claimed.
+///
+/// # Errors
+/// [`DeviceError`].
+pub fn check_upgrade(control: &Control, id: u32) -> Result<(), DeviceError> {
+    let record = read(control, id)?;
+    let info = control.info(id).map_err(|error| missing(id, error))?;
+    let params = control.params(id)?;
+    let config = config_of(&record, &info, &params);
+    let plan = Plan::look(&config, kernel::features(control)?, Some(&record.backings))?;
+    check_limits(&plan, &params, &info)
+}
+
+/// What a device is made of, as it was recorded and as the driver has it.
+fn config_of(
+    record: &StateFile,
+    info: &sys::ublksrv_ctrl_dev_info,
+    params: &Params,
+) -> DeviceConfig {
+    DeviceConfig {
+        id: Some(record.id),
+        queues: info.nr_hw_queues,
+        depth: info.queue_depth,
+        // Those of the device stay what they are. A file whose file system wants larger ones by now, as
+        // XFS does once blocks of it are shared, goes through the page cache.
+        block_size: Some(1 << params.basic().logical_bs_shift.min(12)),
+        ..record.config.clone()
+    }
+}
+
+fn check_limits(
+    plan: &Plan,
+    params: &Params,
+    info: &sys::ublksrv_ctrl_dev_info,
+) -> Result<(), DeviceError> {
+    match stricter(plan, params, info) {
+        Some(difference) => {
+            Err(CannotRecoverDevice::LimitsChanged { id: info.dev_id, difference }.into())
+        }
+        None => Ok(()),
+    }
+}
+
 /// Opens the backings and makes the same device of them. The dead server's files are let go of some
 /// time after its end.
 fn plan(
@@ -353,12 +393,8 @@ fn plan(
     info: &sys::ublksrv_ctrl_dev_info,
     wait: &mut Wait<'_>,
 ) -> Result<Plan, DeviceError> {
-    let config = DeviceConfig {
-        id: Some(record.id),
-        queues: info.nr_hw_queues,
-        depth: info.queue_depth,
-        ..record.config.clone()
-    };
+    let params = server.control.params(record.id)?;
+    let config = config_of(record, info, &params);
     let mut plan = loop {
         match Plan::make(&config, &server.control, Some(&record.backings)) {
             Err(DeviceError::Backing(BackingError {
@@ -371,20 +407,24 @@ fn plan(
             made => break made?,
         }
     };
-    let params = server.control.params(record.id)?;
-    if let Some(difference) = stricter(&plan, &params, info) {
-        return Err(CannotRecoverDevice::LimitsChanged { id: record.id, difference }.into());
-    }
+    check_limits(&plan, &params, info)?;
+    // Blocks that were asked for, not those that the device has come to.
+    plan.config.block_size = record.config.block_size;
     plan.layout.buffer_bytes = info.max_io_buf_bytes;
     plan.incarnation = record.incarnation.wrapping_add(1);
     Ok(plan)
 }
 
 /// What the backings take less of than the device was started with.
-fn stricter(plan: &Plan, params: &Params, info: &sys::ublksrv_ctrl_dev_info) -> Option<String> {
+fn stricter(
+    plan: &Plan,
+    params_were: &Params,
+    info: &sys::ublksrv_ctrl_dev_info,
+) -> Option<String> {
     let layout = &plan.layout;
-    let now = layout.limits.params(layout.size, info.max_io_buf_bytes);
-    let (now, was) = (now.basic(), params.basic());
+    let now_params = layout.limits.params(layout.size, info.max_io_buf_bytes);
+    let (now, was) = (now_params.basic(), params_were.basic());
+    let has_now = |attribute: u32| now.attrs & attribute > was.attrs & attribute;
     let size = |sectors| Bytes::from(Sectors(sectors));
     if now.dev_sectors < was.dev_sectors {
         let (now, was) = (size(now.dev_sectors), size(was.dev_sectors));
@@ -395,11 +435,37 @@ fn stricter(plan: &Plan, params: &Params, info: &sys::ublksrv_ctrl_dev_info) -> 
     } else if now.max_sectors < was.max_sectors && !layout.limits.can_cut() {
         let (now, was) = (size(now.max_sectors.into()), size(was.max_sectors.into()));
         Some(format!("they take requests of {now}, and the device up to {was}"))
-    } else if now.attrs & sys::UBLK_ATTR_READ_ONLY > was.attrs & sys::UBLK_ATTR_READ_ONLY {
+    } else if has_now(sys::UBLK_ATTR_READ_ONLY) {
         Some("they are read-only now".to_owned())
+    } else if has_now(sys::UBLK_ATTR_VOLATILE_CACHE) {
+        // Its users send no flushes, and nothing would be durable.
+        Some(
+            "they have a volatile write cache, and the device has none (set the drive's to `write \
+             through` again, in queue/write_cache)"
+                .to_owned(),
+        )
+    } else if layout.limits.dma_alignment > params_were.dma_alignment().unwrap_or(512) {
+        let (now, was) = (layout.limits.dma_alignment, params_were.dma_alignment().unwrap_or(512));
+        Some(format!(
+            "their buffers begin at multiples of {now} bytes, and those of the device of {was}"
+        ))
+    } else if layout.has_namespace() {
+        segments_stricter(now_params.segments()?, params_were.segments()?)
     } else {
         None
     }
+}
+
+/// Commands to a namespace are neither split nor copied by the kernel, as others are.
+fn segments_stricter(
+    now: &sys::ublk_param_segment,
+    was: &sys::ublk_param_segment,
+) -> Option<String> {
+    let differs = |what: &str, now: u32, was: u32| {
+        (now < was).then(|| format!("they take {now} {what}, and the device sends up to {was}"))
+    };
+    differs("segments", now.max_segments.into(), was.max_segments.into())
+        .or_else(|| differs("bytes in a segment", now.max_segment_size, was.max_segment_size))
 }
 
 #[cfg(test)]
@@ -418,10 +484,11 @@ mod tests {
         };
         let mut record = StateFile::new(3, "null", Vec::new(), config);
         record.diskseq = Some(17);
+        record.nonce = Some(Nonce::own());
         let info = sys::ublksrv_ctrl_dev_info {
             nr_hw_queues: 2,
             queue_depth: 128,
-            ublksrv_pid: i32::try_from(record.pid).unwrap(),
+            ublksrv_flags: Nonce::own().flags(),
             flags: uring_ext::feature::USER_RECOVERY.bit,
             ..Default::default()
         };
@@ -439,14 +506,16 @@ mod tests {
         };
         assert!(other(|info| info.nr_hw_queues = 3).contains("queues 2"));
         assert!(other(|info| info.queue_depth = 64).contains("depth 128"));
-        assert!(
-            other(|info| info.flags |= 1).contains("reissue")
-                || !other(|info| info.flags |= 16).is_empty()
-        );
+        // Other programs' devices have no mark.
+        assert!(other(|info| info.ublksrv_flags = 0).contains("mark"));
+        let reissue = |info: &mut sys::ublksrv_ctrl_dev_info| {
+            info.flags |= uring_ext::feature::USER_RECOVERY_REISSUE.bit;
+        };
+        assert_eq!(other(reissue), "it says --on-death wait, and the driver reissue");
         assert!(other(|info| info.flags |= IO_DESC_SIZE.bit).contains("descriptors"));
         record.diskseq = None;
         assert_eq!(difference(&record, &info, Some(17)), None);
-        record.pid += 1;
-        assert!(difference(&record, &info, Some(17)).unwrap().contains("server"));
+        record.nonce = Some(Nonce::draw());
+        assert!(difference(&record, &info, Some(17)).unwrap().contains("mark"));
     }
 }

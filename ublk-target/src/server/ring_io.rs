@@ -14,7 +14,9 @@ use uring_ext::sqe::Sqe;
 
 use super::io_lane::IoLane;
 use super::side_ring::SideQueues;
+use crate::backing::Backing;
 use crate::lane::{LaneError, LaneIo, RingRole};
+use crate::plan::BackingIndex;
 use crate::units::Tag;
 
 /// What a queue's lane works with, beside its rings.
@@ -25,6 +27,7 @@ pub(super) struct Parts {
     pub ranges: Option<Ranges>,
     pub cdev: Arc<File>,
     pub io_lane: Option<IoLane>,
+    pub backings: Arc<[Backing]>,
 }
 
 /// The lane's ring, or rings.
@@ -117,6 +120,10 @@ impl LaneIo for RingIo<'_> {
         self.parts.range(place, namespace, offset, len)
     }
 
+    fn has_shrunk(&mut self, backing: BackingIndex, end: u64) -> bool {
+        self.parts.has_shrunk(backing, end)
+    }
+
     fn now(&mut self) -> u64 {
         super::clock::precise_now()
     }
@@ -138,6 +145,10 @@ impl Parts {
             // The slot table says how many buffers there are, and they were made by it.
             None => unreachable!("a table without a pool has no pool slots"),
         }
+    }
+
+    pub fn has_shrunk(&self, backing: BackingIndex, end: u64) -> bool {
+        self.backings.get(usize::from(backing.0)).is_some_and(|backing| backing.has_shrunk(end))
     }
 
     pub fn range(&mut self, place: u16, namespace: Namespace, offset: u64, len: u64) -> RangeAddr {

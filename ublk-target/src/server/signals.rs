@@ -20,6 +20,8 @@ use super::message::event_descriptor;
 pub enum Wake {
     /// A signal that asks the server to end.
     Signal(Signal),
+    /// SIGHUP, where it does not ask for the end; only [`Wakeups::wait_or_hangup`] says so.
+    Hangup,
     /// A lane has ended.
     LaneEnded,
     /// The driver takes back fetches of a lane: it delivers no more.
@@ -32,10 +34,21 @@ pub enum Wake {
     TimedOut,
 }
 
+/// What SIGHUP means to a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hangup {
+    /// Its terminal has gone, and it ends.
+    Ends,
+    /// It opens its log again, or reads its configuration again.
+    IsApart,
+}
+
 /// The descriptors that the main thread waits on.
 #[derive(Debug)]
 pub struct Wakeups {
     signals: SignalFd,
+    /// SIGHUP, where it does not ask for the end.
+    hangup: Option<SignalFd>,
     /// The last signal that came; 0 if there was none.
     last: AtomicI32,
     lanes: EventFd,
@@ -44,35 +57,38 @@ pub struct Wakeups {
 }
 
 impl Wakeups {
-    /// Blocks the ending signals in this thread, and so in all threads that it starts from now
-    /// on; a control command is then never interrupted half-way.
+    /// Blocks the signals in this thread, and so in all threads that it starts from now on; a control
+    /// command is then never interrupted half-way.
     ///
     /// # Errors
     /// `EMFILE` at the limit of open files.
-    pub fn new() -> Result<Self, Errno> {
-        Self::of(signals(&[Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP])?)
-    }
-
-    /// As [`Wakeups::new`], but the hang-up is for another descriptor, which is returned.
-    ///
-    /// # Errors
-    /// `EMFILE` at the limit of open files.
-    pub(super) fn with_hangup_apart() -> Result<(Self, SignalFd), Errno> {
-        let hangup = signals(&[Signal::SIGHUP])?;
-        Ok((Self::of(signals(&[Signal::SIGINT, Signal::SIGTERM])?)?, hangup))
-    }
-
-    fn of(signals: SignalFd) -> Result<Self, Errno> {
+    pub fn new(hangup: Hangup) -> Result<Self, Errno> {
+        let (signals, hangup) = match hangup {
+            Hangup::Ends => (signals(&[Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP])?, None),
+            Hangup::IsApart => {
+                (signals(&[Signal::SIGINT, Signal::SIGTERM])?, Some(signals(&[Signal::SIGHUP])?))
+            }
+        };
         let [lanes, undelivered, petitions] =
             [event_descriptor()?, event_descriptor()?, event_descriptor()?];
         let last = AtomicI32::new(0);
-        Ok(Self { signals, last, lanes, undelivered, petitions })
+        Ok(Self { signals, hangup, last, lanes, undelivered, petitions })
     }
 
     /// As [`Wakeups::new`], to be shared with lanes.
-    pub(super) fn ready() -> Result<Arc<Self>, DeviceError> {
-        let wakeups = Self::new();
+    pub(super) fn ready(hangup: Hangup) -> Result<Arc<Self>, DeviceError> {
+        let wakeups = Self::new(hangup);
         wakeups.map(Arc::new).map_err(|errno| DeviceError::setup("cannot wait for signals", errno))
+    }
+
+    /// Whether SIGHUP has come since the last look, and does not ask for the end.
+    pub(super) fn take_hangup(&self) -> bool {
+        let Some(hangup) = &self.hangup else { return false };
+        let mut has_come = false;
+        while let Ok(Some(_)) = hangup.read_signal() {
+            has_come = true;
+        }
+        has_come
     }
 
     /// Takes a signal, if one has come, and leaves all else for later.
@@ -126,15 +142,26 @@ impl Wakeups {
 
     /// Waits for a signal, the end of a lane or a petition.
     pub fn wait(&self, timeout: PollTimeout) -> Wake {
-        self.wait_for(None, timeout)
+        self.wait_for(None, false, timeout)
     }
 
     /// Waits for a signal, the end of a lane, a petition, or until another descriptor can be read.
     pub fn wait_or(&self, other: BorrowedFd<'_>, timeout: PollTimeout) -> Wake {
-        self.wait_for(Some(other), timeout)
+        self.wait_for(Some(other), false, timeout)
     }
 
-    fn wait_for(&self, other: Option<BorrowedFd<'_>>, timeout: PollTimeout) -> Wake {
+    /// As [`Wakeups::wait_or`], or until SIGHUP comes, which other waits leave for this one.
+    pub fn wait_or_hangup(&self, other: Option<BorrowedFd<'_>>, timeout: PollTimeout) -> Wake {
+        self.wait_for(other, true, timeout)
+    }
+
+    fn wait_for(
+        &self,
+        other: Option<BorrowedFd<'_>>,
+        heeds_hangup: bool,
+        timeout: PollTimeout,
+    ) -> Wake {
+        let hangup = self.hangup.as_ref().filter(|_| heeds_hangup);
         loop {
             if let Some(signal) = self.take_signal() {
                 return Wake::Signal(signal);
@@ -148,17 +175,21 @@ impl Wakeups {
             if self.petitions.read().is_ok() {
                 return Wake::Petition;
             }
+            if heeds_hangup && self.take_hangup() {
+                return Wake::Hangup;
+            }
             // Without another one, the same twice.
             let other = other.unwrap_or(self.signals.as_fd());
+            let hangup = hangup.map_or(self.signals.as_fd(), AsFd::as_fd);
             let [lanes, undelivered, petitions] =
                 [&self.lanes, &self.undelivered, &self.petitions].map(AsFd::as_fd);
-            let mut fds = [self.signals.as_fd(), lanes, undelivered, petitions, other]
+            let mut fds = [self.signals.as_fd(), hangup, lanes, undelivered, petitions, other]
                 .map(|fd| PollFd::new(fd, PollFlags::POLLIN));
             let ready = poll(&mut fds, timeout);
             let [own @ .., other] = fds.map(|fd| fd.any().unwrap_or(false));
             match ready {
                 Ok(0) => return Wake::TimedOut,
-                Ok(_) if other && own == [false; 4] => return Wake::Other,
+                Ok(_) if other && own == [false; 5] => return Wake::Other,
                 Ok(_) | Err(_) => {}
             }
         }

@@ -6,7 +6,6 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::poll::PollTimeout;
@@ -22,6 +21,7 @@ use super::device::{Helpers, Server};
 use super::plan::Plan;
 use super::recovery;
 use super::signals::Wake;
+use crate::program::Program;
 use crate::state;
 use crate::steps::step;
 
@@ -74,10 +74,10 @@ impl Server {
     pub(super) fn hand_over(
         &mut self,
         plan: Plan,
-        program: &Path,
+        program: &Program,
         helpers: &Helpers<'_>,
     ) -> Result<Plan, DeviceError> {
-        log::info!("handing over to {}", program.display());
+        log::info!("handing over to {}", program.path().display());
         step("upgrade-asked");
         if let Err(error) = self.stop_deliveries(helpers) {
             log::error!("the device stays with this program: {error}");
@@ -87,7 +87,10 @@ impl Server {
         self.let_device_go(plan);
         step("upgrade-let-go");
         let error = (helpers.become_next)(self.id, program, self.supervisor);
-        log::error!("cannot become {}: {error}; going on with this program", program.display());
+        log::error!(
+            "cannot become {}: {error}; going on with this program",
+            program.path().display()
+        );
         self.take_back()
     }
 
@@ -146,7 +149,11 @@ impl Server {
                 match woken {
                     Wake::Signal(signal) => came.signal = Some(signal),
                     Wake::Undelivered => came.undelivered = true,
-                    Wake::LaneEnded | Wake::Petition | Wake::Other | Wake::TimedOut => {}
+                    Wake::LaneEnded
+                    | Wake::Petition
+                    | Wake::Hangup
+                    | Wake::Other
+                    | Wake::TimedOut => {}
                 }
             };
             match status.code() {

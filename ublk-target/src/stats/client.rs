@@ -1,7 +1,7 @@
 //! The side of those who want to know.
 
 use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -13,6 +13,7 @@ use uring_ext::control::{Control, ControlError};
 use super::protocol::{Answer, Command, MAX_RESPONSE_BYTES, Response, Snapshot, VERSION};
 use super::socket_path;
 use crate::backing::usage;
+use crate::program::Program;
 use crate::state::{self, Description, RUN_DIR};
 
 /// How long a server may take to answer.
@@ -152,12 +153,14 @@ impl Client {
         }
     }
 
-    /// Has the server hand the device over to another program, the file of these numbers.
+    /// Has the server hand the device over to another program.
     ///
     /// # Errors
     /// [`ClientError`]: nothing has changed.
-    pub fn upgrade(&mut self, program: &Path, file: (u64, u64)) -> Result<(), ClientError> {
-        match self.ask(&Command::Upgrade { program: program.to_owned(), file })? {
+    pub fn upgrade(&mut self, program: &Program) -> Result<(), ClientError> {
+        let (path, file) = (program.path().to_owned(), program.identity());
+        let descriptor = program.as_raw_fd();
+        match self.ask(&Command::Upgrade { program: path, file, descriptor })? {
             Answer::Accepted => Ok(()),
             answer @ (Answer::Snapshot(_) | Answer::Size(_) | Answer::Error(_)) => {
                 Err(self.refused(answer))

@@ -28,6 +28,8 @@ pub(super) struct Connection {
     deadline: Instant,
     /// What each lane has measured since the last snapshot, if the client wants latencies.
     pub latencies: Option<Vec<Recorder>>,
+    /// Process id of the client, if it is one of this pid namespace.
+    pub client: Option<u32>,
 }
 
 impl Connection {
@@ -35,7 +37,7 @@ impl Connection {
     ///
     /// # Errors
     /// Those of `fcntl`.
-    pub fn new(stream: UnixStream, idle: Duration) -> io::Result<Self> {
+    pub fn new(stream: UnixStream, client: Option<u32>, idle: Duration) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         Ok(Self {
             stream,
@@ -47,6 +49,7 @@ impl Connection {
             idle,
             deadline: Instant::now() + idle,
             latencies: None,
+            client,
         })
     }
 

@@ -41,6 +41,8 @@ pub enum Command {
         program: PathBuf,
         /// The file that this is to be: the numbers of its device and of itself.
         file: (u64, u64),
+        /// A descriptor of it in the client's process: the server has left the client's mounts.
+        descriptor: i32,
     },
 }
 

@@ -2,8 +2,8 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
@@ -12,13 +12,17 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
+use nix::sys::socket::sockopt::PeerCredentials;
+use nix::sys::socket::{UnixCredentials, getsockopt};
+use nix::unistd::geteuid;
+use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::connection::Connection;
 use super::lanes::{Lanes, Silent};
 use super::protocol::{Answer, Command, Snapshot};
 use super::summary::{lane_stats, latencies};
 use crate::engine::Recorder;
+use crate::program::Program;
 use crate::server::message::LaneHandle;
 use crate::server::petition::{Petition, Petitioner};
 use crate::units::Bytes;
@@ -291,8 +295,11 @@ impl Service {
                 return;
             }
         };
-        let is_allowed = is_allowed(&stream);
-        let Ok(connection) = Connection::new(stream, self.limits.idle) else { return };
+        let peer = getsockopt(&stream, PeerCredentials).ok();
+        let is_allowed = peer.is_some_and(is_allowed);
+        // One in another pid namespace has the id 0 here.
+        let client = peer.and_then(|peer| u32::try_from(peer.pid()).ok()).filter(|pid| *pid > 0);
+        let Ok(connection) = Connection::new(stream, client, self.limits.idle) else { return };
         if !is_allowed {
             connection.dismiss("statistics are for root only");
         } else if self.connections.len() >= self.limits.connections {
@@ -322,8 +329,9 @@ impl Service {
                 let grown = self.petitioner.ask(|reply| Petition::Grow { size, reply });
                 grown.map_or_else(Answer::Error, |size| Answer::Size(size.0))
             }
-            Some(Ok(Command::Upgrade { program, file })) => {
-                let accepted = see(&program, file).and_then(|()| {
+            Some(Ok(Command::Upgrade { program, file, descriptor })) => {
+                let client = self.connections[index].client;
+                let accepted = see(&program, file, client, descriptor).and_then(|program| {
                     self.petitioner.ask(|reply| Petition::Upgrade { program, reply })
                 });
                 accepted.map_or_else(Answer::Error, |()| Answer::Accepted)
@@ -384,17 +392,21 @@ impl Service {
     }
 }
 
-/// Whether a program is seen here as the client sees it: the server has left the client's mounts.
-fn see(program: &Path, file: (u64, u64)) -> Result<(), String> {
-    let seen = std::fs::metadata(program).map(|meta| (meta.dev(), meta.ino()));
-    if seen.as_ref().is_ok_and(|seen| *seen == file) {
-        return Ok(());
+/// The program that a client has open: by its descriptor, or by its path if that leads to the same file
+/// here, for the server has left the client's mounts.
+fn see(
+    path: &Path,
+    file: (u64, u64),
+    client: Option<u32>,
+    descriptor: i32,
+) -> Result<Program, String> {
+    let by_descriptor = client.and_then(|pid| Program::of_descriptor(pid, descriptor, path).ok());
+    let seen = by_descriptor.map_or_else(|| Program::open(path), Ok);
+    let seen = seen.map_err(|error| error.to_string())?;
+    if seen.identity() == file {
+        return Ok(seen);
     }
-    Err(format!(
-        "the server does not see {}, which is on a file system that was mounted after the server was \
-         started, or that it had no use for; put the program beside the present one",
-        program.display()
-    ))
+    Err(format!("the server finds another file than the client does in {}", path.display()))
 }
 
 fn all_of(recorders: &[Recorder]) -> Recorder {
@@ -404,9 +416,8 @@ fn all_of(recorders: &[Recorder]) -> Recorder {
 }
 
 /// The modes of the socket let nobody else in; this is for the case that somebody widens them.
-fn is_allowed(stream: &UnixStream) -> bool {
-    let own = rustix::process::geteuid();
-    sockopt::socket_peercred(stream).is_ok_and(|peer| peer.uid.is_root() || peer.uid == own)
+fn is_allowed(peer: UnixCredentials) -> bool {
+    peer.uid() == 0 || peer.uid() == geteuid().as_raw()
 }
 
 /// The time until `deadline`, rounded up so that it has passed when the wait is over.

@@ -16,7 +16,7 @@ use crate::engine::{Recorder, Stamps};
 use crate::request::RequestKind;
 use crate::server::message::{LaneHandle, LaneMessage, LaneSnapshot};
 use crate::server::petition::Petitioner;
-use crate::server::signals::Wakeups;
+use crate::server::signals::{Hangup, Wakeups};
 use crate::units::Qid;
 
 /// What lanes are made to do here.
@@ -31,7 +31,7 @@ enum Manner {
 
 /// Brings petitions to a main thread that has ended.
 fn nobody() -> Petitioner {
-    Petitioner::new(Arc::new(Wakeups::new().unwrap())).0
+    Petitioner::new(Arc::new(Wakeups::new(Hangup::Ends).unwrap())).0
 }
 
 type Seen = Arc<Mutex<Vec<&'static str>>>;

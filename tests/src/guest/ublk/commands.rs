@@ -42,9 +42,11 @@ fn list(_ctx: &Ctx) -> Result<Outcome> {
         pid: one.described.pid,
         supervisor: None,
         given_up: None,
+        trouble: None,
         queues: 2,
         depth: 64,
         size_bytes: drive.size_bytes()?,
+        page_cache: false,
         backings: vec![drive.path()],
     };
     ensure!(one.described == described, "{:?}", one.described);

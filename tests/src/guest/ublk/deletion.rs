@@ -242,8 +242,8 @@ fn leftovers(ctx: &Ctx) -> Result<Outcome> {
     let run = Path::new(remains::RUN_DIRECTORY);
     fs::create_dir_all(run)?;
     let litter = || -> Result<[std::path::PathBuf; 4]> {
-        let left =
-            ["77.json", "77.json.999999", "78.json.999999", "79.sock"].map(|it| run.join(it));
+        let left = ["77.json", "77.json.00000000beef", "78.json.00000000cafe", "79.sock"]
+            .map(|it| run.join(it));
         fs::write(&left[0], "{}")?;
         fs::write(&left[1], "{")?;
         fs::write(&left[2], "{")?;

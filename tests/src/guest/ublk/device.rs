@@ -27,10 +27,12 @@ pub struct Description {
     pub pid: Option<u32>,
     pub supervisor: Option<u32>,
     pub given_up: Option<String>,
+    pub trouble: Option<String>,
     pub queues: u16,
     pub depth: u16,
     pub size_bytes: u64,
     pub backings: Vec<PathBuf>,
+    pub page_cache: bool,
 }
 
 /// A device that is deleted with its handle.

@@ -21,6 +21,8 @@ pub const TESTS: &[TestCase] = &[
     TestCase::guest("devices_of_a_fleet_are_managed_one_by_one", DEFAULT, managed).seconds(180),
     TestCase::guest("devices_of_a_fleet_lend_in_all_ways", DEFAULT, ways).seconds(180),
     TestCase::guest("a_fleet_with_faults_is_not_begun", DEFAULT, faults),
+    TestCase::guest("a_reload_with_a_fault_changes_nothing", DEFAULT, bad_reload).seconds(180),
+    TestCase::guest("a_fleet_heeds_a_quiesce_with_io_in_hand", DEFAULT, quiesced).seconds(180),
 ];
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -215,8 +217,7 @@ fn reload(ctx: &Ctx) -> Result<Outcome> {
     let mut sections = sections?;
     let config = write(ctx, &sections)?;
     let fleet = Fleet::start(ctx.directory(), &config)?;
-    let loads =
-        [0, 1].map(|id| start_load(ctx, &format!("load{id}"), &format!("/dev/ublkb{id}")));
+    let loads = [0, 1].map(|id| start_load(ctx, &format!("load{id}"), &format!("/dev/ublkb{id}")));
     for id in [0, 1] {
         wait_for_writes(id, 100)?;
     }
@@ -410,6 +411,91 @@ fn faults(ctx: &Ctx) -> Result<Outcome> {
         }
         ensure!(ids()?.is_empty(), "{:?}", ids()?);
     }
+    mount.unmount()?;
+    Ok(Outcome::Pass)
+}
+
+/// Existing devices whose new form cannot be made; and two that swap their backings, which can.
+fn bad_reload(ctx: &Ctx) -> Result<Outcome> {
+    let mount = backings(ctx)?;
+    let files: Result<Vec<_>> = (0..3).map(|number| backing(&mount, number, 8)).collect();
+    let files = files?;
+    let good = [section(0, &files[0], "")?, section(1, &files[1], "")?];
+    let config = write(ctx, &good)?;
+    let fleet = Fleet::start(ctx.directory(), &config)?;
+    let backings_are = |expected: [&PathBuf; 2]| -> Result<()> {
+        let listed = listed()?;
+        let backings: Vec<_> = listed.iter().flat_map(|device| &device.backings).collect();
+        ensure!(backings == expected, "{backings:?}\n{}", fleet.said()?);
+        ensure!(listed.iter().all(|device| device.state == "LIVE"), "{listed:?}");
+        Ok(())
+    };
+    // So that a device that was made again would be found out.
+    let disk = |id: u32| fs::read_to_string(format!("/sys/block/ublkb{id}/diskseq"));
+    let before = [disk(0)?, disk(1)?];
+    let mistyped = section(0, Path::new("/mnt/mistyped"), "")?;
+    let too_deep = section(0, &files[2], "lend = \"fused\"\nfirst-slot = 16380")?;
+    let same_file = section(2, &files[1], "")?;
+    let table = [
+        ([mistyped, good[1].clone()].concat(), "/mnt/mistyped"),
+        ([too_deep, good[1].clone()].concat(), "lower --first-slot"),
+        ([good.concat(), same_file].concat(), "fleet.toml"),
+    ];
+    for (text, expected) in table {
+        fs::write(&config, text)?;
+        fleet.reload("all stays as it was")?;
+        let said = fleet.said()?;
+        ensure!(said.contains(expected), "{expected}: {said}");
+        backings_are([&files[0], &files[1]])?;
+        ensure!([disk(0)?, disk(1)?] == before, "a device was made again\n{said}");
+    }
+    for device in ["/dev/ublkb0", "/dev/ublkb1"] {
+        crate::guest::udev::settle()?;
+        ensure!(Path::new(device).exists());
+    }
+    write(ctx, &[section(0, &files[1], "")?, section(1, &files[0], "")?])?;
+    fleet.reload("2 devices, ")?;
+    wait_for("the swap", PATIENCE, || Ok((ids()? == [0, 1]).then_some(())))?;
+    backings_are([&files[1], &files[0]])?;
+    // One of them is in use and keeps its backing: so does the other.
+    let held = File::open("/dev/ublkb0")?;
+    write(ctx, &good)?;
+    fleet.reload("device 1 is as it was")?;
+    backings_are([&files[1], &files[0]])?;
+    drop(held);
+    fleet.end()?;
+    mount.unmount()?;
+    Ok(Outcome::Pass)
+}
+
+/// The driver takes back what is idle, and the tag in hand later comes back to it.
+fn quiesced(ctx: &Ctx) -> Result<Outcome> {
+    let mount = backings(ctx)?;
+    let more = "on-death = \"reissue\"\nrule = \"op=read,range=1M+4096,delay=2000ms\"";
+    let sections =
+        [section(0, &backing(&mount, 0, 8)?, more)?, section(1, &backing(&mount, 1, 8)?, "")?];
+    let fleet = Fleet::start(ctx.directory(), &write(ctx, &sections)?)?;
+    let read = |skip: &str| -> Result<Child> {
+        let skip = format!("skip={skip}");
+        let argv = ["if=/dev/ublkb0", "of=/dev/null", "bs=4k", "count=1", "iflag=direct", &skip];
+        Ok(Command::new("dd").args(argv).stderr(Stdio::null()).spawn()?)
+    };
+    crate::guest::udev::settle()?;
+    let mut delayed = read("256")?;
+    wait_for("the read", PATIENCE, || {
+        let inflight = fs::read_to_string("/sys/block/ublkb0/inflight")?;
+        Ok((inflight.split_whitespace().next() == Some("1")).then_some(()))
+    })?;
+    // As a child of the server would do it: the helper only acts for its parent.
+    let quiesce =
+        [PROGRAM, "quiesce-device", "-n", "0", "--server", &std::process::id().to_string()];
+    process::run(&quiesce)?;
+    ensure!(delayed.wait()?.success(), "the read in hand has failed");
+    ensure!(read("0")?.wait()?.success(), "the next read has failed");
+    let said = fleet.said()?;
+    ensure!(said.contains("made it wait") && said.contains("is recovered"), "{said}");
+    ensure!(ids()? == [0, 1]);
+    fleet.end()?;
     mount.unmount()?;
     Ok(Outcome::Pass)
 }

@@ -29,6 +29,7 @@ mod splitting;
 mod stacks;
 mod stats;
 mod steps;
+mod strangers;
 mod upgrade;
 mod verify;
 mod zero_copy;
@@ -68,6 +69,7 @@ pub const TABLES: &[&[TestCase]] = &[
     splitting::TESTS,
     stacks::TESTS,
     stats::TESTS,
+    strangers::TESTS,
     steps::TESTS,
     upgrade::TESTS,
     zero_copy::TESTS,

@@ -43,7 +43,7 @@ struct Stack {
 }
 
 enum Layer {
-    Ours(Device),
+    Ours(Box<Device>),
     Mapper(Mapper),
     Loop(KernelLoop),
     Mount(Mount),
@@ -58,7 +58,7 @@ impl Stack {
         }
         let device = Device::add(&arguments)?;
         let path = device.described.device.clone();
-        self.layers.push(Layer::Ours(device));
+        self.layers.push(Layer::Ours(Box::new(device)));
         Ok(path)
     }
 
@@ -96,7 +96,7 @@ impl Stack {
 
     fn servers(&self) -> impl Iterator<Item = &Device> {
         self.layers.iter().filter_map(|layer| match layer {
-            Layer::Ours(device) => Some(device),
+            Layer::Ours(device) => Some(&**device),
             Layer::Mapper(_) | Layer::Loop(_) | Layer::Mount(_) => None,
         })
     }

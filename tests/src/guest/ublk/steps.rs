@@ -26,6 +26,12 @@ pub const TESTS: &[TestCase] = &[
     TestCase::guest("a_kill_at_each_step_of_a_supervised_add", DEFAULT, commands::supervised_add)
         .seconds(600),
     TestCase::guest("a_kill_at_each_step_of_recover", DEFAULT, commands::recover).seconds(600),
+    TestCase::guest(
+        "a_kill_at_each_step_of_a_supervised_recover",
+        DEFAULT,
+        commands::supervised_recover,
+    )
+    .seconds(600),
     TestCase::guest("a_kill_at_each_step_of_the_end", DEFAULT, commands::end).seconds(600),
     TestCase::guest("a_kill_at_each_step_of_del", DEFAULT, commands::del).seconds(600),
     TestCase::guest("a_signal_at_each_step_of_add_is_obeyed", DEFAULT, commands::signals)
@@ -81,6 +87,13 @@ pub struct Blow {
     file: PathBuf,
 }
 
+impl Drop for Blow {
+    fn drop(&mut self) {
+        // It is there if the step was never come to.
+        let _ = std::fs::remove_file(&self.file);
+    }
+}
+
 impl Blow {
     /// `whom` is `self` or `parent`.
     pub fn new(ctx: &Ctx, step: &str, whom: &str, signal: &str) -> Result<Self> {
@@ -90,8 +103,12 @@ impl Blow {
     }
 
     /// One that does not fall before it is armed.
-    pub fn later(ctx: &Ctx, step: &str, whom: &str, signal: &str) -> Result<Self> {
-        let file = ctx.directory().join("blow");
+    ///
+    /// Its file is where servers find it, too: /tmp is on none of their mounts.
+    pub fn later(_ctx: &Ctx, step: &str, whom: &str, signal: &str) -> Result<Self> {
+        let file = Path::new("/dev/step-of-a-test").to_owned();
+        // What a step that was never come to has left.
+        let _ = std::fs::remove_file(&file);
         let variable = format!("UBLK_TARGET_STEP={step} {whom} {signal} {}", text(&file)?);
         Ok(Self { variable, file })
     }

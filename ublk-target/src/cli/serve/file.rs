@@ -28,7 +28,8 @@ const NOT_HERE: [(&str, &str); 5] = [
     ("role", "it is not for users"),
 ];
 /// Options of any command, and hidden ones.
-const NOT_OPTIONS: [&str; 5] = ["help", "version", "verbose", "supervisor", "next"];
+const NOT_OPTIONS: [&str; 7] =
+    ["help", "version", "verbose", "supervisor", "next", "nonce", "program"];
 
 /// Reads the file: the devices, or a line for each fault.
 pub fn read(path: &Path) -> Result<FleetConfig, Vec<String>> {

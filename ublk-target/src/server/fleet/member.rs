@@ -1,6 +1,6 @@
 //! One device of a fleet.
 
-use std::path::Path;
+use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,12 +12,13 @@ use super::{Fleet, Orders, cpus, id_of};
 use crate::backing::BackingProblem;
 use crate::delete::{self, Deletion};
 use crate::lend::LendRequest;
+use crate::mark::Nonce;
 use crate::server::config::{DeviceConfig, DeviceError};
 use crate::server::device::Server;
 use crate::server::petition::Petition;
 use crate::server::plan::{self, Plan};
 use crate::server::recovery::{self, CannotRecoverDevice};
-use crate::state::{self, Description, RUN_DIR, StateFile};
+use crate::state::{self, Description, StateFile};
 
 /// What a device is begun with.
 pub(super) struct Outset {
@@ -78,7 +79,7 @@ impl Outset {
     }
 
     /// That of a device that there is and that waits for a server.
-    fn waiting(config: &DeviceConfig, control: &Control) -> Result<Option<Self>, DeviceError> {
+    pub fn waiting(config: &DeviceConfig, control: &Control) -> Result<Option<Self>, DeviceError> {
         let id = id_of(config);
         let info = match control.info(id) {
             Err(error) if state::is_missing(&error) => return Ok(None),
@@ -99,7 +100,7 @@ impl Outset {
 }
 
 /// Whether somebody else has a backing.
-fn is_in_use(error: &DeviceError) -> bool {
+pub(super) fn is_in_use(error: &DeviceError) -> bool {
     matches!(error, DeviceError::Backing(it) if matches!(it.problem, BackingProblem::InUse(_)))
 }
 
@@ -123,11 +124,12 @@ fn is_served(info: &sys::ublksrv_ctrl_dev_info) -> bool {
     u32::try_from(info.ublksrv_pid).is_ok_and(state::is_alive) && state::has_disk(info)
 }
 
-/// Whether a device is one of this program's, and of a server that is dead.
+/// Whether a device is one of this program's, without a disk, and nobody has it. Only one process can
+/// have a character device open, so opening it tells, whatever namespace the others are in.
 fn is_dead_ones(info: &sys::ublksrv_ctrl_dev_info) -> bool {
-    let record = StateFile::read(Path::new(RUN_DIR), info.dev_id).ok();
-    let server = state::adder(info).or(record.map(|record| record.pid));
-    server.is_some_and(|pid| !state::is_ours(pid))
+    let is_ours = Nonce::of(info).is_some();
+    let opened = || File::options().read(true).write(true).open(state::char_path(info.dev_id));
+    is_ours && !state::has_disk(info) && opened().is_ok()
 }
 
 /// A device that is served.
@@ -196,7 +198,10 @@ impl Member {
     }
 
     /// Whether the device has come to an end, or has to.
-    pub fn look(&mut self) -> Option<End> {
+    pub fn look(&mut self, orders: &Orders<'_>) -> Option<End> {
+        if self.server.lanes.are_withdrawn() {
+            self.have_rest_taken_back(orders);
+        }
         if let Some(error) = self.server.lanes.take_failure() {
             return Some(End::Failed(error));
         }
@@ -213,6 +218,24 @@ impl Member {
             return Some(End::Waits(error));
         }
         Some(End::Failed(error))
+    }
+
+    /// Somebody has made the device wait for another server while a request was in hand. That one has
+    /// been answered, and its tag is with the driver again, which delivers nothing to it.
+    fn have_rest_taken_back(&self, orders: &Orders<'_>) {
+        let id = self.server.id;
+        let info = self.server.control.info(id);
+        if !info.is_ok_and(|info| u32::from(info.state) == sys::UBLK_S_DEV_LIVE) {
+            return;
+        }
+        log::warn!("device {id}: somebody has made it wait for another server");
+        // No request is in hand, so that this does not take long.
+        let status = (orders.quiesce)(id).and_then(|mut process| process.wait());
+        match status {
+            Ok(status) if status.success() => {}
+            Ok(status) => log::error!("device {id}: its deliveries cannot be stopped: {status}"),
+            Err(error) => log::error!("device {id}: its deliveries cannot be stopped: {error}"),
+        }
     }
 
     /// Stops the device and takes it down.
@@ -238,7 +261,7 @@ impl Member {
                 return Ok(());
             }
             if Instant::now() > deadline {
-                return Err("a program that cannot be told has it open".to_owned());
+                return Err(delete::UNSEEN.to_owned());
             }
             // Nobody tells when a device is closed.
             std::thread::sleep(Duration::from_millis(10));
@@ -307,7 +330,7 @@ fn server(id: u32, fleet: &Fleet) -> Server {
 }
 
 fn add(plan: Plan, fleet: &Fleet) -> Result<(Plan, Server), DeviceError> {
-    let added = plan::add(&fleet.control, &plan)?;
+    let added = plan::add(&fleet.control, &plan, plan.config.id)?;
     let mut server = server(added.dev_id, fleet);
     match server.go_live(&plan, &added) {
         Ok(()) => Ok((plan, server)),

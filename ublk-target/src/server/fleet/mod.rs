@@ -6,14 +6,12 @@ mod reload;
 
 use std::cell::RefCell;
 use std::io;
-use std::os::fd::AsFd;
 use std::process::Child;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use nix::poll::PollTimeout;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::signalfd::SignalFd;
 use uring_ext::Errno;
 use uring_ext::control::Control;
 use uring_ext::feature::Features;
@@ -22,10 +20,10 @@ use super::config::{DeviceConfig, DeviceError};
 use super::device::Company;
 use super::protection::protect;
 use super::shared::SharedLanes;
-use super::signals::{Wake, Wakeups};
+use super::signals::{Hangup, Wake, Wakeups};
 use crate::delete;
 use crate::kernel;
-use crate::state::{Description, LOG_DIR, RUN_DIR};
+use crate::state::Description;
 use crate::stats::StatsThread;
 use crate::steps::step;
 use member::{Member, Outset};
@@ -63,6 +61,8 @@ pub struct Orders<'a> {
     pub read: Box<dyn Fn() -> Result<FleetConfig, Vec<String>> + Sync + 'a>,
     /// Starts a process that gives the driver a command ([`delete::command`]).
     pub command: Box<dyn Fn(u32, delete::Command) -> io::Result<Child> + 'a>,
+    /// Starts a process that makes the I/O of a device wait ([`quiesce`](super::upgrade::quiesce)).
+    pub quiesce: Box<dyn Fn(u32) -> io::Result<Child> + 'a>,
     /// Is told what happens to all of them.
     pub tell: Box<dyn Fn(&News) + 'a>,
 }
@@ -83,16 +83,15 @@ pub enum News {
 /// # Errors
 /// [`FleetError`].
 pub fn serve(config: FleetConfig, orders: &Orders<'_>) -> Result<(), FleetError> {
+    // While there is one thread: the control ring has workers of the kernel's.
+    protect(&config.devices.iter().flat_map(|device| device.target.files()).collect::<Vec<_>>());
     let control = Control::open().map_err(DeviceError::from)?;
-    let (wakeups, hangup) = Wakeups::with_hangup_apart()
-        .map_err(|errno| DeviceError::setup("cannot wait for signals", errno))?;
+    let wakeups = Wakeups::ready(Hangup::IsApart)?;
     step("signals-blocked");
     open_many_files();
     let features = kernel::features(&control).map_err(DeviceError::from)?;
     // All of them before any is made.
     let outsets = outsets(&config.devices, &control, features).map_err(FleetError::Faults)?;
-    // While there is one thread.
-    let mounts = protect();
     let stats = StatsThread::start("ublk-stats")
         .map_err(|error| DeviceError::setup("cannot start a thread", Errno::of(&error)))?;
     let limit = config.lanes.map_or_else(cpus, usize::from);
@@ -100,19 +99,13 @@ pub fn serve(config: FleetConfig, orders: &Orders<'_>) -> Result<(), FleetError>
     let mut fleet = Fleet {
         control: Rc::new(control),
         features,
-        wakeups: Arc::new(wakeups),
-        hangup,
+        wakeups,
         company: Company { lanes, stats },
         members: Vec::new(),
         lanes: config.lanes,
     };
     let wanted = outsets.len();
     let described = fleet.add_all(outsets, orders);
-    if let Some(mounts) = mounts {
-        let program = std::env::current_exe().ok();
-        let needed = [RUN_DIR, LOG_DIR].map(std::path::PathBuf::from);
-        mounts.forget(&needed.into_iter().chain(program).collect::<Vec<_>>());
-    }
     if described.is_empty() && wanted > 0 {
         return Err(FleetError::None);
     }
@@ -161,7 +154,6 @@ struct Fleet {
     control: Rc<Control>,
     features: Features,
     wakeups: Arc<Wakeups>,
-    hangup: SignalFd,
     company: Company,
     /// In the order in which they were made.
     members: Vec<Member>,
@@ -200,15 +192,12 @@ impl Fleet {
                 return log::info!("{signal}: ending");
             }
             // Whatever it was: all is looked at below.
-            let woken = self.wakeups.wait_or(self.hangup.as_fd(), timeout);
+            let woken = self.wakeups.wait_or_hangup(None, timeout);
             if matches!(woken, Wake::Signal(_)) {
                 continue;
             }
             let has_acted = self.look_after_members(orders);
-            let mut is_asked = false;
-            while let Ok(Some(_)) = self.hangup.read_signal() {
-                is_asked = true;
-            }
+            let is_asked = self.wakeups.take_hangup() || woken == Wake::Hangup;
             if is_asked {
                 self.reload(orders);
             }
@@ -222,7 +211,7 @@ impl Fleet {
         let mut has_acted = false;
         for mut member in std::mem::take(&mut self.members) {
             member.heed_petitions();
-            match member.look() {
+            match member.look(orders) {
                 None => self.members.push(member),
                 Some(end) => {
                     has_acted = true;

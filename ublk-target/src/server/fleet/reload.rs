@@ -1,9 +1,11 @@
 //! Another configuration for a fleet that serves.
 
-use super::member::Outset;
+use uring_ext::feature::Features;
+
+use super::member::{Member, Outset, is_in_use};
 use super::{Fleet, FleetConfig, News, Orders, id_of};
-use crate::server::config::DeviceConfig;
-use crate::server::plan::Plan;
+use crate::server::config::{DeviceConfig, DeviceError};
+use crate::server::plan::{self, Plan};
 use crate::server::protection::among_present_mounts;
 
 /// What a configuration changes.
@@ -39,13 +41,13 @@ impl Fleet {
                 faults.iter().for_each(|fault| log::error!("{fault}"));
                 log::error!("the configuration has faults; all stays as it was");
             }
-            Ok((changes, outsets)) => self.carry_out(changes, outsets, orders),
+            Ok(found) => self.carry_out(found, orders),
         }
         (orders.tell)(&News::Reloaded(self.members.len()));
     }
 
-    /// What is to be done, with all that is new opened.
-    fn find_changes(&self, orders: &Orders<'_>) -> Result<(Changes, Vec<Outset>), Vec<String>> {
+    /// What is to be done, after all of it was looked at: by this program, and by the driver.
+    fn find_changes(&self, orders: &Orders<'_>) -> Result<Found, Vec<String>> {
         let now: Vec<_> = self.members.iter().map(|member| &member.config).collect();
         let features = self.features;
         // The file and new backings may be on file systems that this process has left.
@@ -53,62 +55,156 @@ impl Fleet {
         let (wanted, plans) = among_present_mounts(|| {
             let wanted: FleetConfig = read()?;
             let changes = Changes::between(&now, &wanted.devices);
-            let plan = |device: &DeviceConfig| Plan::for_driver(device, features, None);
-            let plans: Vec<_> = changes.new.iter().map(plan).collect();
+            let frees = !changes.gone.is_empty() || !changes.changed.is_empty();
+            let plan = |device: &DeviceConfig| (device.clone(), plan(device, features, frees));
+            let plans: Vec<_> = changes.changed.iter().chain(&changes.new).map(plan).collect();
             Ok::<_, Vec<String>>((wanted, plans))
         })?;
         if wanted.lanes != self.lanes {
             log::warn!("`lanes` has changed, which takes effect at the next start");
         }
         let changes = Changes::between(&now, &wanted.devices);
-        let (mut outsets, mut faults) = (Vec::new(), Vec::new());
-        for (device, plan) in changes.new.iter().zip(plans) {
-            match Outset::with(device, plan, &self.control) {
-                Ok(outset) => outsets.push(outset),
-                Err(error) => faults.push(format!("device {}: {error}", id_of(device))),
+        let (mut opened, mut faults) = (Vec::new(), Vec::new());
+        for (device, plan) in plans {
+            match self.check(&device, plan, changes.new.contains(&device)) {
+                Ok(outset) => opened.extend(outset),
+                Err(error) => faults.push(format!("device {}: {error}", id_of(&device))),
             }
         }
-        if faults.is_empty() { Ok((changes, outsets)) } else { Err(faults) }
+        if faults.is_empty() { Ok(Found { changes, opened }) } else { Err(faults) }
     }
 
-    fn carry_out(&mut self, changes: Changes, outsets: Vec<Outset>, orders: &Orders<'_>) {
-        for id in &changes.gone {
-            if self.remove_unused(*id, orders) {
+    /// What a device is to be begun with, if all that it needs is free already.
+    fn check(
+        &self,
+        device: &DeviceConfig,
+        plan: Planned,
+        is_new: bool,
+    ) -> Result<Option<Outset>, DeviceError> {
+        if is_new {
+            if let Some(outset) = Outset::waiting(device, &self.control)? {
+                return Ok(Some(outset));
+            }
+        }
+        let (plan, is_claimed) = match plan {
+            Planned::Claimed(plan) => (plan, true),
+            Planned::LookedAt(plan) => (plan, false),
+            Planned::Refused(error) => return Err(error),
+        };
+        plan::try_on(&self.control, &plan)?;
+        if !is_claimed || !is_new {
+            return Ok(None);
+        }
+        Outset::with(device, Ok(*plan), &self.control).map(Some)
+    }
+
+    /// Takes away what is to go or to change, as far as nobody uses it, then makes what is to come. What
+    /// cannot be made after all is as it was.
+    fn carry_out(&mut self, found: Found, orders: &Orders<'_>) {
+        let Found { changes, opened } = found;
+        let mut stays = Vec::new();
+        let mut before = Vec::new();
+        let changed = changes.changed.iter().map(id_of);
+        for id in changes.gone.iter().copied().chain(changed.clone()) {
+            match self.remove_unused(id, orders) {
+                Removed::Gone(config) => before.extend(config),
+                Removed::Stays => stays.push(id),
+            }
+            if !stays.contains(&id) && changes.gone.contains(&id) {
                 log::info!("device {id} is deleted");
             }
         }
-        for device in changes.changed {
-            let id = id_of(&device);
-            if !self.remove_unused(id, orders) {
-                continue;
-            }
-            // Its backings are free only now.
-            let features = self.features;
-            let plan = among_present_mounts(|| Plan::for_driver(&device, features, None));
-            match Outset::with(&device, plan, &self.control) {
-                Ok(outset) => drop(self.add_all(vec![outset], orders)),
-                Err(error) => log::error!("device {id} is deleted, and cannot be added: {error}"),
+        let features = self.features;
+        let again = |device: &DeviceConfig| {
+            among_present_mounts(|| Plan::for_driver(device, features, None))
+        };
+        let comes = |device: &&DeviceConfig| !stays.contains(&id_of(device));
+        for device in changes.changed.iter().filter(comes) {
+            let id = id_of(device);
+            let Err(error) = self.add_now(device, again(device), orders) else { continue };
+            log::error!("device {id} cannot be changed: {error}");
+            if let Some(old) = before.iter().find(|old| id_of(old) == id) {
+                match self.add_now(old, again(old), orders) {
+                    Ok(()) => log::error!("device {id} is as it was"),
+                    Err(error) => log::error!("device {id} is gone: {error}"),
+                }
             }
         }
-        let _ = self.add_all(outsets, orders);
+        let is_opened = |device: &DeviceConfig| opened.iter().any(|it| it.config.id == device.id);
+        let late: Vec<_> = changes.new.iter().filter(|device| !is_opened(device)).collect();
+        let late: Vec<_> = late.into_iter().map(|device| (device, again(device))).collect();
+        let _ = self.add_all(opened, orders);
+        for (device, plan) in late {
+            if let Err(error) = self.add_now(device, plan, orders) {
+                log::error!("device {} cannot be added: {error}", id_of(device));
+            }
+        }
     }
 
-    /// Deletes a device that nobody uses; whether it is gone.
-    fn remove_unused(&mut self, id: u32, orders: &Orders<'_>) -> bool {
+    fn add_now(
+        &mut self,
+        device: &DeviceConfig,
+        plan: Result<Plan, DeviceError>,
+        orders: &Orders<'_>,
+    ) -> Result<(), DeviceError> {
+        let outset = Outset::with(device, plan, &self.control)?;
+        let (member, _) = Member::begin(outset, self, orders)?;
+        self.members.push(member);
+        Ok(())
+    }
+
+    /// Deletes a device that nobody uses.
+    fn remove_unused(&mut self, id: u32, orders: &Orders<'_>) -> Removed {
         let Some(at) = self.members.iter().position(|it| id_of(&it.config) == id) else {
-            return true;
+            return Removed::Gone(None);
         };
         if let Err(users) = self.members[at].stop_unused(orders, self.features) {
             log::error!("device {id} is in use and stays as it was: {users}");
-            return false;
+            return Removed::Stays;
         }
-        match self.members.remove(at).stop(orders) {
-            Ok(()) => true,
+        let member = self.members.remove(at);
+        let config = member.config.clone();
+        match member.stop(orders) {
+            Ok(()) => Removed::Gone(Some(config)),
             Err(error) => {
                 log::error!("device {id}: {error}");
-                false
+                Removed::Stays
             }
         }
+    }
+}
+
+/// What has come of looking at a configuration.
+struct Found {
+    changes: Changes,
+    /// New devices whose backings are claimed already.
+    opened: Vec<Outset>,
+}
+
+/// What has become of a device that was to go.
+enum Removed {
+    /// It was made so.
+    Gone(Option<DeviceConfig>),
+    Stays,
+}
+
+/// What has come of planning a device.
+enum Planned {
+    Claimed(Box<Plan>),
+    /// Somebody has its backings, who may be a device that is to go.
+    LookedAt(Box<Plan>),
+    Refused(DeviceError),
+}
+
+/// Plans a device. `frees` says that others go, which may have its backings.
+fn plan(device: &DeviceConfig, features: Features, frees: bool) -> Planned {
+    match Plan::for_driver(device, features, None) {
+        Ok(plan) => Planned::Claimed(Box::new(plan)),
+        Err(error) if frees && is_in_use(&error) => match Plan::look(device, features, None) {
+            Ok(plan) => Planned::LookedAt(Box::new(plan)),
+            Err(error) => Planned::Refused(error),
+        },
+        Err(error) => Planned::Refused(error),
     }
 }
 

@@ -10,6 +10,7 @@ use uring_ext::ring::Queues;
 use uring_ext::sqe::Sqe;
 
 use crate::lane::{LaneIo, RingRole};
+use crate::plan::BackingIndex;
 use crate::server::clock::precise_now;
 use crate::server::ring_io::Parts;
 use crate::units::Tag;
@@ -41,6 +42,10 @@ impl LaneIo for SharedIo<'_, '_> {
 
     fn range(&mut self, place: u16, namespace: Namespace, offset: u64, len: u64) -> RangeAddr {
         self.parts.range(place, namespace, offset, len)
+    }
+
+    fn has_shrunk(&mut self, backing: BackingIndex, end: u64) -> bool {
+        self.parts.has_shrunk(backing, end)
     }
 
     fn now(&mut self) -> u64 {

@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel, sync_channel};
 use std::thread::JoinHandle;
 
@@ -19,7 +20,7 @@ use uring_ext::iod::IoDescArray;
 use uring_ext::pool::BufferPool;
 use uring_ext::ring::MAX_BUFFER_SLOTS;
 
-use super::lane::{LaneConfig, LaneReport, failed, prepare_lane_thread};
+use super::lane::{LaneConfig, LaneReport, failed, prepare_lane_thread, spawn_lane};
 use super::message::{LaneHandle, event_descriptor};
 use super::pace::BusyWait;
 use super::ring_io::Parts;
@@ -84,6 +85,7 @@ pub(super) struct StationHandle {
     ready: Receiver<Result<(), LaneError>>,
     end: Receiver<Ended>,
     ended: Option<Ended>,
+    is_withdrawn: Arc<AtomicBool>,
 }
 
 impl SharedLanes {
@@ -136,6 +138,7 @@ impl SharedLanes {
             first_file: holding.files.start,
             first_slot: u16::try_from(holding.slots.start).unwrap_or(0),
         };
+        let is_withdrawn = Arc::new(AtomicBool::new(false));
         let arrival = Arrival {
             name: holding.name,
             lane: new_lane(config, holding.name, place, parts),
@@ -149,6 +152,7 @@ impl SharedLanes {
             end,
             wakeups: Arc::clone(&config.wakeups),
             looks: config.busy_wait != BusyWait::Off,
+            is_withdrawn: Arc::clone(&is_withdrawn),
         };
         if let Some(Some(lane)) = self.lanes.get(holding.lane) {
             // One that has ended leaves the channels, and is found so.
@@ -157,7 +161,9 @@ impl SharedLanes {
         }
         let buffer_bytes = config.buffer_bytes;
         let (ready, end) = (is_ready, has_ended);
-        Ok((handle, StationHandle { holding, buffer_bytes, ready, end, ended: None }))
+        let station =
+            StationHandle { holding, buffer_bytes, ready, end, ended: None, is_withdrawn };
+        Ok((handle, station))
     }
 
     fn parts(&mut self, config: &LaneConfig) -> Result<Parts, LaneError> {
@@ -166,7 +172,8 @@ impl SharedLanes {
             .map_err(failed("mapping the request descriptors"))?;
         let pool = self.pool(config.engine.slots.buffers(), config.buffer_bytes)?;
         let cdev = Arc::clone(&config.cdev);
-        Ok(Parts { qid: queue.qid.0, iods, pool, ranges: None, cdev, io_lane: None })
+        let backings = Arc::clone(&config.backings);
+        Ok(Parts { qid: queue.qid.0, iods, pool, ranges: None, cdev, io_lane: None, backings })
     }
 
     fn pool(&mut self, count: u16, bytes: u32) -> Result<Option<BufferPool>, LaneError> {
@@ -210,13 +217,11 @@ impl SharedLanes {
         let (arrivals, inbox) = channel();
         let (ready, is_ready) = sync_channel(1);
         let (own, files) = (Arc::clone(&wake), self.files);
-        let thread = std::thread::Builder::new()
-            .name(format!("ublk-lane{index}"))
-            .spawn(move || {
-                prepare_lane_thread();
-                thread::serve(inbox, own, files, &ready)
-            })
-            .map_err(|error| failed("starting a lane")(Errno::of(&error)))?;
+        let thread = spawn_lane(format!("ublk-lane{index}"), move || {
+            prepare_lane_thread();
+            thread::serve(inbox, own, files, &ready)
+        });
+        let thread = thread.map_err(|error| failed("starting a lane")(Errno::of(&error)))?;
         is_ready.recv().unwrap_or(Err(LaneError::Ring(Errno::EIO)))?;
         let lane = SharedLane {
             arrivals,
@@ -308,6 +313,11 @@ impl StationHandle {
             Err(TryRecvError::Empty) => return false,
         }
         true
+    }
+
+    /// Whether the driver has taken back some of its fetches, and the others stay with it.
+    pub fn is_withdrawn(&self) -> bool {
+        self.is_withdrawn.load(Ordering::Acquire)
     }
 
     /// Why the driver refused one of its tags, if it did and nobody has asked before.

@@ -13,7 +13,7 @@ use crate::engine::{QueueIdentity, SlotChoice};
 use crate::lend::LendMode;
 use crate::request::Geometry;
 use crate::server::pace::BusyWait;
-use crate::server::signals::Wakeups;
+use crate::server::signals::{Hangup, Wakeups};
 use crate::target::NullTarget;
 use crate::units::Qid;
 
@@ -30,7 +30,7 @@ impl Rig {
     fn new(limit: usize) -> Self {
         Self {
             lanes: SharedLanes::new(limit),
-            wakeups: Arc::new(Wakeups::new().unwrap()),
+            wakeups: Arc::new(Wakeups::new(Hangup::Ends).unwrap()),
             cdev: Arc::new(File::open("/dev/zero").unwrap()),
             backings: Arc::new([Backing::zero().unwrap()]),
         }
@@ -122,4 +122,25 @@ fn a_lane_without_room_is_left_alone() {
     assert!(refused.to_string().starts_with("finding a lane with room: ENOSPC"), "{refused}");
     rig.lanes.give_back(first);
     assert!(rig.lanes.hold(1, &slots(16), DEPTH).is_ok());
+}
+
+/// Places beyond the ring's table stand for whatever keeps a station from arriving.
+#[test]
+fn a_station_that_cannot_arrive_leaves_its_place() {
+    let mut rig = Rig::new(1);
+    let first = rig.start(0, LendMode::Fused);
+    rig.lanes.lanes[0].as_mut().unwrap().files = Runs::new(20_000..20_010);
+    for round in 0..20 {
+        let station = rig.start(1, LendMode::Copy);
+        let refused = station.await_ready().unwrap_err().to_string();
+        assert!(refused.starts_with("registering files: EINVAL"), "round {round}: {refused}");
+        assert_eq!(rig.lanes.join(station).unwrap_err().to_string(), refused);
+        assert_eq!(rig.lane(0).stations, 1);
+    }
+    assert_eq!(rig.lanes.count(), 1, "the lane goes on");
+    assert!(rig.lane(0).files.has(10));
+    // The memory of its buffers is there for the next one.
+    assert_eq!(rig.lanes.pools.len(), 1);
+    rig.lanes.lanes[0].as_mut().unwrap().files = Runs::new(1..100);
+    assert!(rig.join(first).is_err());
 }

@@ -7,6 +7,7 @@
 use std::cell::RefCell;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError};
 use std::time::Duration;
 
@@ -58,6 +59,8 @@ pub(super) struct Arrival {
     pub wakeups: Arc<Wakeups>,
     /// Its lane may look for completions for a while before it sleeps.
     pub looks: bool,
+    /// Set when the driver has taken some fetches back, and no request is in hand.
+    pub is_withdrawn: Arc<AtomicBool>,
 }
 
 /// A station that has left its lane.
@@ -78,6 +81,7 @@ struct Station<'lane, 'ring> {
     end: SyncSender<Ended>,
     wakeups: Arc<Wakeups>,
     looks: bool,
+    is_withdrawn: Arc<AtomicBool>,
     /// Reads and writes in flight when it was looked at last.
     in_flight: usize,
     /// Something has happened to it since it was looked at.
@@ -259,6 +263,15 @@ impl<'lane, 'ring> Thread<'lane, 'ring> {
         if engine.is_finished() {
             return Standing::Over(name);
         }
+        // The other fetches stay with the driver, which delivers no more: somebody has made the device
+        // wait for another server while a request was in hand.
+        if engine.has_ended_tags()
+            && !station.is_withdrawn.load(Ordering::Relaxed)
+            && engine.holdings().requests == 0
+        {
+            station.is_withdrawn.store(true, Ordering::Release);
+            station.wakeups.undelivered();
+        }
         station.is_due = engine.config().deadline.is_some() || station.lane.backlog() > 0;
         if station.is_due { Standing::Due } else { Standing::Idle }
     }
@@ -300,13 +313,18 @@ impl<'lane, 'ring> Thread<'lane, 'ring> {
 
     /// Hands the tags of a new station to the driver.
     fn take_in(&mut self, arrival: Arrival) -> Result<(), LaneError> {
-        let Arrival { name, lane, place, files, backings, inbox, ready, end, wakeups, looks } =
+        let Arrival { name, lane, place, files, backings, inbox, ready, end, wakeups, .. } =
             arrival;
+        let (looks, is_withdrawn) = (arrival.looks, arrival.is_withdrawn);
         let queues = self.queues;
         let mut lane = lane.with_io(|parts| SharedIo { queues, parts });
         if let Err(error) = fill_tables(&mut lane, place, &files) {
             empty_tables(&mut lane, place, backings.len());
             let _ = ready.send(Err(error));
+            // Its place is free again once it is sent back.
+            let lane = lane.with_io(|io| io.parts);
+            let _ = end.try_send(Ended { lane, backings, error: Some(error) });
+            wakeups.lane_ended();
             return Ok(());
         }
         lane.fetch_all();
@@ -328,6 +346,7 @@ impl<'lane, 'ring> Thread<'lane, 'ring> {
             end,
             wakeups,
             looks,
+            is_withdrawn,
             in_flight: 0,
             is_due,
             failure: None,

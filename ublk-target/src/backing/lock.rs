@@ -1,0 +1,116 @@
+//! Locks on files, for programs that heed them: `flock(2)`, and locks of open file descriptions
+//! (`F_OFD_SETLK`), as virtual machines take them on their images.
+//!
+//! Whoever may read a file can take a shared lock, and so keep others from an exclusive one. That must
+//! not keep root from serving it: only locks of root's processes do.
+
+use std::fs::{self, File, Metadata};
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+
+use nix::fcntl::{FcntlArg, fcntl};
+use rustix::fs::{FlockOperation, flock};
+use uring_ext::Errno;
+
+use super::usage::{self, process_name};
+use super::{BackingProblem, in_use};
+
+/// Locks a file exclusively, as long as it is open.
+///
+/// # Errors
+/// [`BackingProblem::InUse`] with those who use it: swap, loop devices of the kernel, and processes of
+/// root's that have it locked.
+pub(super) fn lock(file: &File, read_only: bool) -> Result<(), BackingProblem> {
+    let meta = file.metadata().map_err(super::failed("cannot be looked up"))?;
+    let users = usage::users_of_file(&meta);
+    if !users.is_empty() {
+        return Err(BackingProblem::InUse(users));
+    }
+    let outcome = |locked: Result<(), Errno>| match locked {
+        Ok(()) => Ok(()),
+        Err(errno) if errno == Errno::EAGAIN || errno == EACCES => refuse_holders(&meta),
+        // File systems without locks can be served.
+        Err(errno) => {
+            log::warn!("the file cannot be locked: {errno}");
+            Ok(())
+        }
+    };
+    outcome(lock_whole(file))?;
+    outcome(lock_description(file, read_only))
+}
+
+const EACCES: Errno = Errno::new(libc::EACCES);
+
+fn lock_whole(file: &File) -> Result<(), Errno> {
+    flock(file, FlockOperation::NonBlockingLockExclusive)
+        .map_err(|errno| Errno::new(errno.raw_os_error()))
+}
+
+fn lock_description(file: &File, read_only: bool) -> Result<(), Errno> {
+    let kind = if read_only { libc::F_RDLCK } else { libc::F_WRLCK };
+    let lock = libc::flock {
+        l_type: i16::try_from(kind).unwrap_or(0),
+        l_whence: i16::try_from(libc::SEEK_SET).unwrap_or(0),
+        l_start: 0,
+        // To its end, wherever that is.
+        l_len: 0,
+        l_pid: 0,
+    };
+    let set = fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&lock));
+    set.map(drop).map_err(|errno| Errno::new(errno as i32))
+}
+
+/// Refuses a file that root's processes have locked. Others are named in the log.
+fn refuse_holders(file: &Metadata) -> Result<(), BackingProblem> {
+    let holders = usage::processes().filter(|pid| *pid != std::process::id() && holds(*pid, file));
+    let (roots, others): (Vec<_>, Vec<_>) = holders.partition(|pid| usage::is_roots(*pid));
+    for pid in &others {
+        log::warn!(
+            "{} ({pid}), which is not root's, has locked the file; it is served all the same",
+            process_name(*pid)
+        );
+    }
+    if roots.is_empty() && !others.is_empty() {
+        return Ok(());
+    }
+    let named = |pid: u32| format!("locked by {} ({pid})", process_name(pid));
+    let roots = roots.into_iter().map(named).collect();
+    Err(in_use(roots, "a process that cannot be seen from here has locked it"))
+}
+
+/// Whether a process has locked a file (`/proc/PID/fdinfo`, which has the locks of descriptions, too).
+fn holds(pid: u32, file: &Metadata) -> bool {
+    let infos = fs::read_dir(format!("/proc/{pid}/fdinfo")).into_iter().flatten().flatten();
+    infos.filter_map(|info| fs::read_to_string(info.path()).ok()).any(|info| is_locked(&info, file))
+}
+
+/// Whether a descriptor has a lock on a file.
+fn is_locked(info: &str, file: &Metadata) -> bool {
+    let (major, minor) = usage::split_devt(file.dev());
+    let id = format!("{major:02x}:{minor:02x}:{}", file.ino());
+    let mut locks = info.lines().filter_map(|line| line.strip_prefix("lock:"));
+    locks.any(|lock| lock.split_whitespace().any(|field| field == id))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn locks_are_read() {
+        let file = tempfile::tempfile().unwrap();
+        let meta = file.metadata().unwrap();
+        let (major, minor) = usage::split_devt(meta.dev());
+        let id = format!("{major:02x}:{minor:02x}:{}", meta.ino());
+        let lock_of = |kind: &str, id: &str| {
+            format!("pos:\t0\nflags:\t02\nlock:\t1: {kind}  ADVISORY  READ -1 {id} 0 EOF\n")
+        };
+        assert!(is_locked(&lock_of("OFDLCK", &id), &meta));
+        assert!(!is_locked(&lock_of("FLOCK", "fe:00:1"), &meta));
+        assert!(!is_locked(&format!("pos:\t0\nino:\t{id}\n"), &meta));
+        let own = std::process::id();
+        assert!(!holds(own, &meta));
+        lock(&file, false).unwrap();
+        assert!(holds(own, &meta), "{id}");
+    }
+}

@@ -1,0 +1,138 @@
+//! The log: to the terminal, or to the file of a device, which is opened again and never grows beyond
+//! a limit.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use env_logger::{Builder, Env, Target, WriteStyle};
+use nix::unistd::{dup2_stderr, dup2_stdout};
+use ublk_target::own_files;
+use ublk_target::state::{LOG_DIR, RUN_DIR};
+use ublk_target::text::Printable;
+
+/// A file that is longer becomes `ID.log.1`, in place of an older one of that name.
+const MAX_BYTES: u64 = 4 << 20;
+
+/// The file that the log goes to; none while it goes to the terminal.
+static FILE: Mutex<Option<PathBuf>> = Mutex::new(None);
+
+/// Where the log goes first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum To {
+    /// A terminal, or whatever standard error is, for good.
+    Terminal,
+    /// Standard error, until there is a file.
+    File,
+}
+
+/// Starts to log. `default` is the level without `-v`.
+pub fn start(verbose: u8, default: &str, to: To) {
+    let level = match verbose {
+        0 => default,
+        1 => "info",
+        _ => "debug",
+    };
+    let mut builder = Builder::from_env(Env::default().default_filter_or(level));
+    builder.format(|to, record| {
+        let (level, time) = (record.level(), to.timestamp());
+        let style = to.default_level_style(level);
+        let (target, said) = (record.target(), Printable(record.args()));
+        writeln!(to, "[{time} {style}{level:<5}{style:#} {target}] {said}")
+    });
+    if to == To::File {
+        // Colours are for terminals.
+        builder.write_style(WriteStyle::Never).target(Target::Pipe(Box::new(Bounded)));
+    }
+    builder.init();
+}
+
+/// Standard error, whose file is replaced when it is long.
+struct Bounded;
+
+impl Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if let Ok(file) = FILE.lock() {
+            if let Some(path) = file.as_deref() {
+                // One that cannot be replaced goes on.
+                let _ = bound(path);
+            }
+        }
+        io::stderr().write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}
+
+/// Opens another file in the place of one that is too long. Several processes may log to it: each
+/// finds out for itself.
+fn bound(path: &Path) -> io::Result<()> {
+    let own = File::from(io::stderr().as_fd().try_clone_to_owned()?).metadata()?;
+    if own.len() < MAX_BYTES {
+        return Ok(());
+    }
+    let is_own = |there: &fs::Metadata| (there.dev(), there.ino()) == (own.dev(), own.ino());
+    if fs::symlink_metadata(path).is_ok_and(|there| is_own(&there)) {
+        fs::rename(path, path.with_extension("log.1"))?;
+    }
+    redirect(path)
+}
+
+/// Sends standard output and error to the log of a device, from now on. Returns what was standard
+/// output, and what is wrong if the log is not where it belongs: the device is served all the same.
+///
+/// # Errors
+/// `EMFILE` and the like.
+pub fn to_file_of(id: u32) -> io::Result<(File, Option<String>)> {
+    let user = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+    let mut problem = None;
+    let mut opened = Err(io::Error::from(io::ErrorKind::NotFound));
+    for directory in [LOG_DIR, RUN_DIR] {
+        let path = Path::new(directory).join(format!("{id}.log"));
+        opened =
+            own_files::directory(path.parent().unwrap_or(&path)).and_then(|()| redirect(&path));
+        match &opened {
+            Ok(()) => {
+                if let (Some(problem), Ok(mut file)) = (&mut problem, FILE.lock()) {
+                    *problem = format!("{problem}; the log is {}", path.display());
+                    *file = Some(path);
+                } else if let Ok(mut file) = FILE.lock() {
+                    *file = Some(path);
+                }
+                break;
+            }
+            Err(error) => {
+                let said = format!("cannot log to {}: {error}", path.display());
+                problem.get_or_insert(said);
+            }
+        }
+    }
+    if opened.is_err() {
+        let null = File::options().write(true).open("/dev/null")?;
+        dup2_stdout(&null)?;
+        dup2_stderr(&null)?;
+        problem = problem.map(|said| format!("{said}; there is no log"));
+    }
+    Ok((user, problem))
+}
+
+/// Opens the log of a device again: somebody has moved it away, or it can be where it belongs by now.
+pub fn reopen(id: u32) {
+    match to_file_of(id) {
+        Ok((_, None)) => log::info!("SIGHUP: the log is open again"),
+        Ok((_, Some(problem))) => log::warn!("SIGHUP: {problem}"),
+        Err(error) => log::error!("SIGHUP: the log cannot be opened again: {error}"),
+    }
+}
+
+fn redirect(path: &Path) -> io::Result<()> {
+    let log = own_files::append(path, 0o640)?;
+    dup2_stdout(&log)?;
+    dup2_stderr(&log)?;
+    Ok(())
+}

@@ -1,0 +1,108 @@
+//! Directories and files that are root's alone: others can neither write to them nor put links in
+//! their place.
+
+use std::fs::{DirBuilder, File, OpenOptions, Permissions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::Path;
+
+use nix::unistd::geteuid;
+
+/// Makes a directory that only the calling user can write to, whatever the umask, or finds it. One of
+/// the user's that others can write to is closed to them.
+///
+/// # Errors
+/// `EPERM` for a directory of another user, `ENOTDIR` for a link or a file, and those of the file
+/// system.
+pub fn directory(path: &Path) -> io::Result<()> {
+    if let Some(parent) = path.parent() {
+        DirBuilder::new().recursive(true).mode(0o755).create(parent)?;
+    }
+    match DirBuilder::new().mode(0o755).create(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        Ok(()) | Err(_) => {}
+    }
+    // The directory itself, and not what somebody puts in its place.
+    let flags = libc::O_DIRECTORY | libc::O_NOFOLLOW;
+    let directory = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    let meta = directory.metadata()?;
+    if meta.uid() != geteuid().as_raw() {
+        return Err(not_ours(path, "it belongs to another user"));
+    }
+    if meta.mode() & 0o022 != 0 {
+        directory.set_permissions(Permissions::from_mode(0o755))?;
+        log::warn!("{} could be written by others; now it cannot", path.display());
+    }
+    Ok(())
+}
+
+/// Opens a file for appending, which is made with `mode`. Links are not followed.
+///
+/// # Errors
+/// `EPERM` for a file of another user or one with several names, `ELOOP` for a link, `ENXIO` for a
+/// pipe, and those of the file system.
+pub fn append(path: &Path, mode: u32) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    // A pipe without a reader would be waited for.
+    options.create(true).append(true).mode(mode).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+    let file = options.open(path)?;
+    let meta = file.metadata()?;
+    if !meta.is_file() {
+        return Err(not_ours(path, "it is no regular file"));
+    }
+    if meta.uid() != geteuid().as_raw() {
+        return Err(not_ours(path, "it belongs to another user"));
+    }
+    if meta.nlink() > 1 {
+        return Err(not_ours(path, "it has another name, too"));
+    }
+    Ok(file)
+}
+
+fn not_ours(path: &Path, why: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::PermissionDenied, format!("{}: {why}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    fn mode(path: &Path) -> u32 {
+        fs::metadata(path).unwrap().mode() & 0o7777
+    }
+
+    #[test]
+    fn a_directory_is_closed_to_others() {
+        let top = tempfile::tempdir().unwrap();
+        let path = top.path().join("run");
+        directory(&path).unwrap();
+        assert_eq!(mode(&path) & 0o022, 0);
+        fs::set_permissions(&path, Permissions::from_mode(0o777)).unwrap();
+        directory(&path).unwrap();
+        assert_eq!(mode(&path), 0o755);
+        let link = top.path().join("link");
+        symlink(&path, &link).unwrap();
+        assert!(directory(&link).is_err(), "a link");
+        fs::write(top.path().join("file"), "").unwrap();
+        assert!(directory(&top.path().join("file")).is_err(), "a file");
+    }
+
+    #[test]
+    fn what_others_have_put_in_its_place_is_not_written() {
+        let top = tempfile::tempdir().unwrap();
+        let at = |name: &str| top.path().join(name);
+        fs::write(at("secret"), "secret").unwrap();
+        symlink(at("secret"), at("link")).unwrap();
+        fs::hard_link(at("secret"), at("name")).unwrap();
+        nix::unistd::mkfifo(&at("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        for name in ["link", "name", "pipe"] {
+            assert!(append(&at(name), 0o600).is_err(), "{name}");
+        }
+        assert_eq!(fs::read(at("secret")).unwrap(), b"secret");
+        append(&at("log"), 0o600).unwrap();
+        assert_eq!(mode(&at("log")), 0o600);
+    }
+}
