@@ -1,5 +1,6 @@
 //! Backings: the files and block devices where the bytes live.
 
+pub mod below;
 pub mod identity;
 pub mod limits;
 mod lock;

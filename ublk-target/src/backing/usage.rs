@@ -325,13 +325,13 @@ fn parse_mounts(mountinfo: &str) -> Vec<Mount> {
 }
 
 /// Undoes the octal escapes of blanks and backslashes.
-fn unescape(field: &str) -> String {
+pub(super) fn unescape(field: &str) -> String {
     [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
         .iter()
         .fold(field.to_owned(), |text, (escape, character)| text.replace(escape, character))
 }
 
-fn swap_paths(swaps: &str) -> impl Iterator<Item = &str> {
+pub(super) fn swap_paths(swaps: &str) -> impl Iterator<Item = &str> {
     swaps.lines().skip(1).filter_map(|line| line.split_whitespace().next())
 }
 
