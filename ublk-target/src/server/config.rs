@@ -194,6 +194,12 @@ pub enum DeviceError {
     /// The id is beyond the driver's limit.
     #[error("device id {0} is beyond the driver's limit of 1048575")]
     IdTooBig(u32),
+    /// Its I/O would come back to it.
+    #[error(
+        "device {0} would stand on itself: a backing of it lies on {path}, directly or through other \
+         devices; give it a backing elsewhere", path = crate::state::block_path(*.0).display()
+    )]
+    OnItself(u32),
     /// The driver has as many devices as it allows.
     #[error(
         "the driver has no room for another device; delete one, or raise its limit in \

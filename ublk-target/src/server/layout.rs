@@ -9,6 +9,7 @@ use uring_ext::ring::{MAX_BUFFER_SLOTS, Polling};
 
 use super::config::{DeviceConfig, DeviceError, ExtentConfig, ExtentProblem, TargetConfig};
 use super::polling;
+use crate::backing::below::Below;
 use crate::backing::identity::Known;
 use crate::backing::limits::Limits;
 use crate::backing::{Backing, Opening};
@@ -16,6 +17,7 @@ use crate::engine::{SlotChoice, SlotTable};
 use crate::lend::{Choice, LendMode};
 use crate::plan::{BackingIndex, Planner};
 use crate::request::Geometry;
+use crate::state::{RUN_DIR, StateFile};
 use crate::target::{AnyTarget, FaultTarget, LinearTarget, LoopTarget, NullTarget, StripeTarget};
 use crate::units::Bytes;
 
@@ -40,6 +42,8 @@ pub(super) struct Layout {
     pub size: Bytes,
     pub buffer_bytes: u32,
     pub polling: Polling,
+    /// What the backings stand on.
+    pub below: Below,
 }
 
 impl Layout {
@@ -69,8 +73,19 @@ impl Layout {
         };
         let limits = backing_limits.of_cut_requests(longest);
         let buffer_bytes = limits.buffer_bytes(cap, page);
+        let below = Below::backings(&backings, &recorded_backings);
         let backings = backings.into();
-        Ok(Self { name, target, backings, limits, backing_limits, size, buffer_bytes, polling })
+        Ok(Self {
+            name,
+            target,
+            backings,
+            limits,
+            backing_limits,
+            size,
+            buffer_bytes,
+            polling,
+            below,
+        })
     }
 
     /// What requests of the device have to keep to.
@@ -129,6 +144,13 @@ impl Layout {
         let backings = self.backings.iter().filter(|_| !self.target.is_null());
         backings.map(Backing::known).collect()
     }
+}
+
+/// The backings of a device of this program, whoever serves it.
+pub(super) fn recorded_backings(id: u32) -> Vec<PathBuf> {
+    let record = StateFile::read(Path::new(RUN_DIR), id);
+    let backings = record.map(|record| record.backings).unwrap_or_default();
+    backings.into_iter().map(|known| known.path).collect()
 }
 
 /// A device that has grown.

@@ -89,6 +89,9 @@ impl Plan {
             Err(_) => None,
         };
         let layout = Layout::open(config, choice.mode, known, claims)?;
+        if let Some(id) = config.id.filter(|id| layout.below.has(*id)) {
+            return Err(DeviceError::OnItself(id));
+        }
         let slots = slot_table(config, &choice, &layout.target)?;
         layout.check_memory(config.queues, config.depth, choice.mode, &slots)?;
         log::info!("lend mode {}: {}", choice.mode, choice.reason);

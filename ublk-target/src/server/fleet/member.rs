@@ -10,11 +10,13 @@ use uring_ext::sys;
 
 use super::{Fleet, Orders, cpus, id_of};
 use crate::backing::BackingProblem;
+use crate::backing::below::Below;
 use crate::delete::{self, Deletion};
 use crate::lend::LendRequest;
 use crate::mark::Nonce;
 use crate::server::config::{DeviceConfig, DeviceError};
 use crate::server::device::Server;
+use crate::server::layout::recorded_backings;
 use crate::server::petition::Petition;
 use crate::server::plan::{self, Plan};
 use crate::server::recovery::{self, CannotRecoverDevice};
@@ -23,6 +25,8 @@ use crate::state::{self, Description, StateFile};
 /// What a device is begun with.
 pub(super) struct Outset {
     pub config: DeviceConfig,
+    /// What it stands on.
+    pub below: Below,
     found: Found,
 }
 
@@ -71,11 +75,12 @@ impl Outset {
             return Ok(outset);
         }
         let plan = Box::new(plan?);
+        let below = plan.layout.below.clone();
         let found = match control.info(id_of(config)) {
             Err(_) => Found::Nothing(plan),
             Ok(_) => Found::Remains(plan),
         };
-        Ok(Self { config: config.clone(), found })
+        Ok(Self { config: config.clone(), below, found })
     }
 
     /// That of a device that there is and that waits for a server.
@@ -87,8 +92,10 @@ impl Outset {
         };
         match recovery::check(control, id) {
             Ok(record) => {
+                let paths: Vec<_> = record.backings.iter().map(|it| it.path.clone()).collect();
+                let below = Below::paths(&paths, &recorded_backings);
                 let found = Found::Waiting(Box::new(record));
-                Ok(Some(Self { config: config.clone(), found }))
+                Ok(Some(Self { config: config.clone(), below, found }))
             }
             Err(_) if !is_served(&info) && is_dead_ones(&info) => Ok(None),
             Err(DeviceError::Recover(CannotRecoverDevice::Served { id, server })) => {
@@ -157,7 +164,7 @@ impl Member {
         fleet: &Fleet,
         orders: &Orders<'_>,
     ) -> Result<(Self, Description), DeviceError> {
-        let Outset { mut config, found } = outset;
+        let Outset { mut config, found, .. } = outset;
         let (plan, mut server) = match found {
             Found::Nothing(plan) => add(*plan, fleet)?,
             Found::Remains(plan) => {

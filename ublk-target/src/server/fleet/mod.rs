@@ -18,6 +18,7 @@ use uring_ext::feature::Features;
 
 use super::config::{DeviceConfig, DeviceError};
 use super::device::Company;
+use super::levels::lower_first;
 use super::protection::protect;
 use super::shared::SharedLanes;
 use super::signals::{Hangup, Wake, Wakeups};
@@ -31,7 +32,7 @@ use member::{Member, Outset};
 /// The devices of a process.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct FleetConfig {
-    /// How many lanes they share at most, 1 to 1,024; one for each CPU if it is left out.
+    /// How many lanes those of a level share at most, 1 to 1,024; one for each CPU if it is left out.
     pub lanes: Option<u16>,
     /// The devices. Each has an id, and no two have the same.
     pub devices: Vec<DeviceConfig>,
@@ -161,10 +162,11 @@ struct Fleet {
 }
 
 impl Fleet {
-    /// Makes devices, or takes them over from a dead server. Those that cannot be made are logged.
+    /// Makes devices, or takes them over from a dead server, those first that others stand on. Those that
+    /// cannot be made are logged.
     fn add_all(&mut self, outsets: Vec<Outset>, orders: &Orders<'_>) -> Vec<Description> {
         let mut described = Vec::new();
-        for outset in outsets {
+        for outset in lower_first(outsets, |it| id_of(&it.config), |it| it.below.ids()) {
             let id = id_of(&outset.config);
             if self.wakeups.last_signal().is_some() {
                 break;
