@@ -3,6 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::ending::Outcome;
+use crate::stack;
 use crate::world::{Options, play};
 
 /// A seed that broke a promise.
@@ -12,6 +13,25 @@ pub struct Failure {
     pub seed: u64,
     /// What was found wrong.
     pub message: String,
+}
+
+/// Plays a seed's stack of devices, each level of which has lanes of its own.
+///
+/// # Errors
+/// [`Failure`] if it broke a promise, or nothing moved any more.
+pub fn play_stack(seed: u64, options: &Options) -> Result<stack::Outcome, Failure> {
+    caught(seed, || stack::play(seed, stack::Sharing::ByLevel, options))
+}
+
+/// What a seed comes to, or why it panics.
+fn caught<T>(seed: u64, play: impl FnOnce() -> T) -> Result<T, Failure> {
+    catch_unwind(AssertUnwindSafe(play)).map_err(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+        let text = text.unwrap_or("a panic without a message");
+        // On one line, however the assertion was worded.
+        Failure { seed, message: text.split_whitespace().collect::<Vec<_>>().join(" ") }
+    })
 }
 
 /// What a number of seeds came to.
@@ -29,14 +49,7 @@ impl Campaign {
     /// # Errors
     /// [`Failure`] if it broke a promise; nothing is added then.
     pub fn play(&mut self, seed: u64, options: &Options) -> Result<(), Failure> {
-        let outcome = catch_unwind(AssertUnwindSafe(|| play(seed, options)));
-        let outcome = outcome.map_err(|panic| {
-            let text = panic.downcast_ref::<String>().map(String::as_str);
-            let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
-            let text = text.unwrap_or("a panic without a message");
-            // On one line, however the assertion was worded.
-            Failure { seed, message: text.split_whitespace().collect::<Vec<_>>().join(" ") }
-        })?;
+        let outcome = caught(seed, || play(seed, options))?;
         self.add(&outcome);
         Ok(())
     }

@@ -76,7 +76,7 @@ fn sound(rng: &mut Rng, hostile: bool) -> (Mapping, u64, Vec<u64>) {
 }
 
 /// What the backings take as one: anything, or so little that many a request needs several windows.
-fn reach(rng: &mut Rng) -> Reach {
+pub fn reach(rng: &mut Rng) -> Reach {
     if rng.chance(512) {
         return Reach::UNLIMITED;
     }

@@ -19,6 +19,8 @@
 //! * what drivers make of a success of fewer bytes than were asked for: one kind has the block layer
 //!   ask again for the rest, the other takes it for the whole. The seed chooses the kind, and
 //!   such an answer is a failure with either;
+//! * workers of a thread for operations that may block, of which there is a bounded number, and devices on
+//!   devices ([`stack`]);
 //! * clients, whose requests never overlap while they are open.
 
 #![forbid(unsafe_code)]
@@ -39,6 +41,7 @@ mod place;
 mod pool;
 pub mod rng;
 pub mod setup;
+pub mod stack;
 pub mod trace;
 mod world;
 

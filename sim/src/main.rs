@@ -4,12 +4,13 @@
 
 mod report;
 
+use std::ops::Range;
 use std::process::ExitCode;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use ublk_sim::campaign::{Campaign, Failure};
+use ublk_sim::campaign::{Campaign, Failure, play_stack};
 use ublk_sim::setup::Hostility;
 use ublk_sim::{DEFAULT_STEPS, Options};
 
@@ -32,6 +33,9 @@ struct Arguments {
     /// How hostile the kernel is.
     #[arg(long, value_enum, default_value_t = Hostility::Mixed)]
     faults: Hostility,
+    /// Play stacks of devices on a sound kernel with few workers instead.
+    #[arg(long, conflicts_with_all = ["faults", "json"])]
+    stacks: bool,
     /// Print every step.
     #[arg(long)]
     trace: bool,
@@ -57,6 +61,9 @@ fn main() -> ExitCode {
         std::panic::set_hook(Box::new(|_| {}));
     }
     let count = if arguments.only { 1 } else { arguments.seeds };
+    if arguments.stacks {
+        return stacks(arguments.seed..arguments.seed.saturating_add(count), &options);
+    }
     let mut campaign = Campaign::default();
     let watchdog = watch(options, arguments.json);
     let (start, mut told) = (Instant::now(), Instant::now());
@@ -82,6 +89,27 @@ fn main() -> ExitCode {
         || campaign.seeds < ENOUGH
         || report::nothing_unseen(&campaign);
     if complete { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Plays stacks, which end in a bounded number of steps whatever happens.
+fn stacks(seeds: Range<u64>, options: &Options) -> ExitCode {
+    let (mut requests, mut waits) = (0, 0);
+    let count = seeds.end - seeds.start;
+    for seed in seeds {
+        match play_stack(seed, options) {
+            Ok(outcome) => {
+                requests += outcome.requests;
+                waits += outcome.missed + outcome.punted;
+            }
+            Err(Failure { seed, message }) => {
+                eprintln!("seed {seed} failed: {message}");
+                eprintln!("replay with `cargo sim --stacks --seed {seed} --only --trace`");
+                return ExitCode::FAILURE;
+            }
+        }
+    }
+    println!("{count} stacks: {requests} requests, {waits} waits for a worker or a tag");
+    ExitCode::SUCCESS
 }
 
 /// Ends the process if a seed that it was sent is not followed by another one in time: an engine

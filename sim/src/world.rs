@@ -119,7 +119,7 @@ fn lane(kernel: &Rc<RefCell<Kernel>>) -> Lane<Mapping, SimIo> {
 }
 
 impl World {
-    fn new(seed: u64, setup: Setup, options: &Options) -> Self {
+    pub(crate) fn new(seed: u64, setup: Setup, options: &Options) -> Self {
         let trace = Trace::new(options.trace);
         trace.note(|| format!("{setup:#?}"));
         let kernel = Rc::new(RefCell::new(Kernel::new(seed, setup, trace)));
@@ -146,7 +146,7 @@ impl World {
     }
 
     /// Checks the invariants. A lane that must not go on dies.
-    fn look(&mut self, looked: bool) {
+    pub(crate) fn look(&mut self, looked: bool) {
         self.steps += 1;
         if let Err(error) = self.lane.check() {
             let mut kernel = self.kernel.borrow_mut();
@@ -295,7 +295,7 @@ impl World {
     }
 
     /// Before the lane submits.
-    fn turn(&mut self) {
+    pub(crate) fn turn(&mut self) {
         let now = self.kernel.borrow().now;
         self.tell(now);
         self.kernel.borrow_mut().presume_cancelled(false);
@@ -303,7 +303,7 @@ impl World {
     }
 
     /// The lane reaps a completion, not always the oldest.
-    fn handle(&mut self) {
+    pub(crate) fn handle(&mut self) {
         let mut kernel = self.kernel.borrow_mut();
         let posted = kernel.posted.len();
         let at = if kernel.rng.chance(512) { kernel.rng.index(posted) } else { 0 };

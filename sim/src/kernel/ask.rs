@@ -104,7 +104,9 @@ impl Kernel {
     /// A range that no open request touches; mostly a short one.
     fn free_range(&mut self, long: bool) -> Option<(u64, u32)> {
         let block = u64::from(self.setup.geometry.block) / SECTOR;
-        let total = self.setup.geometry.size / SECTOR;
+        let all = 0..self.setup.geometry.size;
+        let clients = self.part.as_ref().map_or(all, |part| part.clients.clone());
+        let (first, total) = (clients.start / SECTOR, (clients.end - clients.start) / SECTOR);
         for _ in 0..3 {
             let most = u64::from(MAX_REQUEST) / SECTOR / block;
             let blocks = match self.rng.below(16) {
@@ -114,7 +116,7 @@ impl Kernel {
             };
             let count = (blocks * block).min(total / 4 / block * block).max(block);
             let places = u32::try_from((total - count) / block + 1).unwrap_or(1);
-            let start = u64::from(self.rng.below(places)) * block;
+            let start = first + u64::from(self.rng.below(places)) * block;
             let overlaps = |ask: &Ask| {
                 ask.request.is_some_and(|other| {
                     let (from, to) = (other.offset / SECTOR, (other.offset + other.len) / SECTOR);

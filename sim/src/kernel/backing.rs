@@ -41,6 +41,11 @@ impl Backing {
         Self { bytes: vec![0; bytes], endless, writes: 0, durable: 0 }
     }
 
+    /// Holds this now, as is found out.
+    pub fn put(&mut self, at: u64, bytes: &[u8]) {
+        self.bytes[range(at, bytes.len())].copy_from_slice(bytes);
+    }
+
     /// Holds this from the start.
     pub fn begin_with(&mut self, bytes: &[u8]) {
         self.bytes[..bytes.len()].copy_from_slice(bytes);

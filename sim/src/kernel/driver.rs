@@ -44,6 +44,8 @@ pub struct TagModel {
     pub refs: u32,
     /// What the client wants.
     pub ask: Option<Ask>,
+    /// The device above whose request it is, and the number of its operation.
+    pub of: Option<(usize, u64)>,
     /// What has gone wrong for the request in this incarnation.
     pub blame: Blame,
     /// [`Blame::stuck`] of the request before.
@@ -71,6 +73,7 @@ impl TagModel {
             data: vec![GARBAGE; MAX_REQUEST as usize].into(),
             refs: 0,
             ask: None,
+            of: None,
             blame: Blame::default(),
             stuck_before: 0,
             refused: false,

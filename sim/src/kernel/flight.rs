@@ -26,6 +26,10 @@ pub struct Flight {
     pub unregistered: bool,
     /// For a flush: how many writes it covers.
     pub covers: u64,
+    /// In a stack: a worker of the thread has it in hand.
+    pub has_worker: bool,
+    /// In a stack: what the device below knows it by; 0 for none.
+    pub ticket: u64,
 }
 
 impl Flight {
@@ -40,6 +44,8 @@ impl Flight {
             lost: false,
             unregistered: false,
             covers: 0,
+            has_worker: false,
+            ticket: 0,
         }
     }
 
@@ -69,6 +75,7 @@ impl Kernel {
     /// Ends the entry whose turn it is: its reference goes, its completion appears, and the next
     /// of its chain comes, whatever the result.
     pub(super) fn complete(&mut self, mut flight: Flight, res: i32) {
+        self.dismiss(&mut flight);
         let entry = flight.entry;
         let res = if entry.command { self.status(res) } else { res };
         self.trace.note(|| format!("complete {:#x} with {res}", entry.user_data));
@@ -89,7 +96,7 @@ impl Kernel {
             flight.unregistered = true;
         }
         flight.rest.rotate_left(1);
-        flight = Flight { entry: next, held_until: 0, lost: false, covers: 0, ..flight };
+        flight = Flight { entry: next, held_until: 0, lost: false, covers: 0, ticket: 0, ..flight };
         if self.rng.chance(512) {
             self.queued.push(flight);
         } else {
@@ -110,9 +117,10 @@ impl Kernel {
 
     /// Starts one of those that wait.
     pub fn start_one(&mut self) {
-        let at = self.rng.index(self.queued.len());
-        let flight = self.queued.swap_remove(at);
-        self.start(flight);
+        if let Some(at) = self.pick_startable() {
+            let flight = self.queued.swap_remove(at);
+            self.start(flight);
+        }
     }
 
     /// Starts an entry: commands are carried out at once, operations take their buffer and run.

@@ -12,6 +12,7 @@ mod driver;
 mod flight;
 mod operation;
 mod oracle;
+mod part;
 mod ring;
 mod snapshot;
 mod table;
@@ -46,6 +47,7 @@ use backing::Backing;
 pub use driver::{Phase, TagModel};
 pub use flight::Flight;
 use oracle::Oracle;
+pub use part::{Ended, Part, Wanted, Workers};
 pub use table::Buffer;
 pub use verdict::Blame;
 
@@ -122,6 +124,8 @@ pub struct Kernel {
     pool: Vec<Box<[u8]>>,
     addresses: Addresses,
     oracle: Oracle,
+    /// What it is in a stack of devices, if it is in one.
+    pub part: Option<Part>,
     /// Decides as the planner's faults do, which depend on the requests only.
     pub(crate) shadow: Option<FaultTarget<Mapping>>,
 }
@@ -173,6 +177,7 @@ impl Kernel {
             pool,
             addresses: Addresses::of_process(),
             oracle,
+            part: None,
             shadow: None,
         };
         kernel.fill_table();

@@ -11,8 +11,9 @@ use crate::fault::Fault;
 pub(super) const HARD: [Errno; 3] = [Errno::EIO, Errno::ENXIO, Errno::EROFS];
 
 impl Kernel {
-    /// Starts an operation: it takes its buffer.
-    pub(super) fn run(&mut self, mut flight: Flight) {
+    /// Starts an operation, as soon as there is a worker for one that needs it: it takes its buffer.
+    pub(super) fn run(&mut self, flight: Flight) {
+        let Some(mut flight) = self.staff(flight) else { return };
         if let Work::Transfer(transfer) = flight.entry.work {
             let Some(buffer) = self.table[usize::from(transfer.slot)] else {
                 assert!(flight.unregistered, "an operation on an empty slot");
@@ -33,6 +34,7 @@ impl Kernel {
         } else if self.strikes(Fault::Delayed) {
             flight.held_until = self.now + patience * u64::from(1 + self.rng.below(2));
         }
+        self.hand_down(&mut flight);
         self.running.push(flight);
     }
 

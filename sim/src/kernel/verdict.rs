@@ -201,6 +201,8 @@ impl Kernel {
         let model = &mut self.tags[usize::from(tag)];
         let Some(ask) = model.ask.take() else { return };
         let Some(request) = ask.request else { return };
+        self.tell_above(tag, &request);
+        let model = &self.tags[usize::from(tag)];
         let sectors = ask.sectors();
         if model.result < 0 {
             if request.kind != RequestKind::Read {

@@ -1,0 +1,413 @@
+//! Devices on devices, and the lanes of all of them in a few threads with few workers.
+//!
+//! Each device has a real lane and a kernel of its own; what its operations do on their backing is a request
+//! to the device below. The kernel is sound, so all that can go wrong is that things wait for each other:
+//! if nothing moves while requests are open, the run fails and says who holds what.
+
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::rc::Rc;
+
+use ublk_target::backing::{DiscardCall, Route};
+use ublk_target::request::Geometry;
+use ublk_target::server::levels::{Level, Levels};
+use ublk_target::target::{AnyTarget, LoopTarget};
+
+use crate::kernel::{Ended, Part, Phase, Wanted, Workers};
+use crate::layout;
+use crate::mapping::Mapping;
+use crate::rng::Rng;
+use crate::setup::{Hostility, Setup};
+use crate::world::{Options, World};
+
+/// Which devices share the lanes of a thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sharing {
+    /// Those of a level, as in a server.
+    ByLevel,
+    /// Any. A device can be served by the thread of one that stands on it.
+    Any,
+}
+
+/// What a run came to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Outcome {
+    /// Requests, those to the lower devices by the upper ones included.
+    pub requests: u64,
+    /// Of these, those that one device has made of another.
+    pub handed_down: u64,
+    /// The highest level.
+    pub top: u16,
+    /// How often a worker was wanted and none was free.
+    pub missed: u64,
+    /// How often an operation found no free tag below.
+    pub punted: u64,
+    /// Steps, each followed by all checks of its device.
+    pub steps: u64,
+}
+
+/// Pages of a device that are its clients' own.
+const OWN_PAGES: u32 = 16;
+const PAGE: u64 = 4096;
+/// Steps in which all that is open has to end.
+const PATIENCE: u64 = 400_000;
+
+struct Member {
+    world: World,
+    /// The device below, and where the backing begins on it.
+    on: Option<(usize, u64)>,
+    level: Option<Level>,
+    thread: usize,
+}
+
+struct Thread {
+    level: Option<Level>,
+    tags: u32,
+    workers: Rc<RefCell<Workers>>,
+}
+
+/// Devices and threads.
+struct Stack {
+    rng: Rng,
+    members: Vec<Member>,
+    threads: Vec<Thread>,
+    outcome: Outcome,
+}
+
+/// What may happen next to a device.
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    /// A client asks for something.
+    Ask,
+    Submit,
+    Start,
+    Finish,
+    Handle,
+    Turn,
+    /// An operation that is to be a request of the device below comes closer to that.
+    HandDown(Wanted),
+}
+
+/// Plays a seed.
+///
+/// # Panics
+/// If a promise is broken, or nothing moves any more.
+#[must_use]
+pub fn play(seed: u64, sharing: Sharing, options: &Options) -> Outcome {
+    let mut stack = Stack::new(seed, sharing, options);
+    for _ in 0..options.steps {
+        stack.step();
+    }
+    stack.end();
+    stack.outcome
+}
+
+/// Which device each stands on, if on any: a lower one comes first.
+fn draw_shape(rng: &mut Rng) -> Vec<Option<usize>> {
+    let count = 2 + rng.index(4);
+    let mut below: Vec<Option<usize>> = vec![None];
+    for device in 1..count {
+        // The second one is on the first, so that there is a stack.
+        let is_on_drive = device > 1 && rng.chance(200);
+        below.push((!is_on_drive).then(|| rng.index(device)));
+    }
+    below
+}
+
+impl Stack {
+    fn new(seed: u64, sharing: Sharing, options: &Options) -> Self {
+        let mut rng = Rng::new(seed ^ 0x57ac_57ac_57ac_57ac);
+        let shape = draw_shape(&mut rng);
+        let block = rng.pick(&[512, 512, 4096]);
+        let own: Vec<_> =
+            shape.iter().map(|_| u64::from(OWN_PAGES + rng.below(16)) * PAGE).collect();
+        // The bytes of the devices on a device are behind its own.
+        let mut sizes = own.clone();
+        let mut on = vec![None; shape.len()];
+        for device in (0..shape.len()).rev() {
+            if let Some(below) = shape[device] {
+                on[device] = Some((below, sizes[below]));
+                sizes[below] += sizes[device];
+            }
+        }
+        let mut stack = Self {
+            rng: Rng::new(seed),
+            members: Vec::new(),
+            threads: Vec::new(),
+            outcome: Outcome::default(),
+        };
+        let (mut levels, mut all_below) = (Levels::default(), Vec::<BTreeSet<u32>>::new());
+        let (limit, workers) = (1 + rng.index(2), 1 + rng.index(3));
+        for device in 0..shape.len() {
+            let id = u32::try_from(device).unwrap_or(u32::MAX);
+            let below = shape[device].map_or_else(BTreeSet::new, |below| {
+                let mut all = all_below[below].clone();
+                all.insert(u32::try_from(below).unwrap_or(u32::MAX));
+                all
+            });
+            let level = levels.enter(id, below.clone());
+            all_below.push(below);
+            let setup = draw_setup(&mut rng, sizes[device], block);
+            let tags = u32::from(setup.depth);
+            let shared = if sharing == Sharing::ByLevel { level } else { Some(Level(0)) };
+            let thread = stack.thread_for(shared, tags, limit, workers);
+            let world = World::new(rng.next(), setup, options);
+            let workers = Rc::clone(&stack.threads[thread].workers);
+            let part = Part::new(device, workers, 0..own[device], on[device].is_some());
+            world.kernel.borrow_mut().part = Some(part);
+            stack.members.push(Member { world, on: on[device], level, thread });
+        }
+        stack
+    }
+
+    /// The thread of this level that has least to do, or a new one. Without a level it has no other device.
+    fn thread_for(
+        &mut self,
+        level: Option<Level>,
+        tags: u32,
+        limit: usize,
+        workers: usize,
+    ) -> usize {
+        let is_fit = |thread: &Thread| level.is_some() && thread.level == level;
+        let fitting = (0..self.threads.len()).filter(|at| is_fit(&self.threads[*at]));
+        let least = fitting.clone().min_by_key(|at| self.threads[*at].tags);
+        if let Some(at) = least.filter(|_| fitting.count() >= limit) {
+            self.threads[at].tags += tags;
+            return at;
+        }
+        let workers = Workers { count: workers, held_by: Vec::new(), missed: 0 };
+        self.threads.push(Thread { level, tags, workers: Rc::new(RefCell::new(workers)) });
+        self.threads.len() - 1
+    }
+
+    /// One step of one device.
+    fn step(&mut self) {
+        let mut steps = self.steps();
+        if !steps.iter().any(|(_, step)| step.is_progress()) {
+            // A lane may have something to push.
+            (0..self.members.len()).for_each(|device| self.take(device, Step::Turn));
+            steps = self.steps();
+            let moves = steps.iter().any(|(_, step)| step.is_progress());
+            assert!(moves || self.is_quiet(), "{}", self.deadlock());
+        }
+        if let Some((device, step)) = (!steps.is_empty()).then(|| self.rng.pick(&steps)) {
+            self.take(device, step);
+        }
+    }
+
+    /// All that may happen next.
+    fn steps(&self) -> Vec<(usize, Step)> {
+        let mut steps = Vec::new();
+        for (device, member) in self.members.iter().enumerate() {
+            let kernel = member.world.kernel.borrow();
+            let mut may = |is_possible: bool, step| {
+                steps.extend(is_possible.then_some((device, step)));
+            };
+            may(!kernel.closing && kernel.free_tag().is_some(), Step::Ask);
+            may(kernel.pushed().next().is_some(), Step::Submit);
+            may(kernel.can_start(), Step::Start);
+            may(kernel.running.iter().any(|flight| flight.held_until <= kernel.now), Step::Finish);
+            may(!kernel.posted.is_empty(), Step::Handle);
+            may(true, Step::Turn);
+            let Some((part, (below, _))) = kernel.part.as_ref().zip(member.on) else { continue };
+            let has_tag = self.members[below].world.kernel.borrow().free_tag().is_some();
+            let has_free = part.workers.borrow().has_free();
+            for wanted in &part.wanted {
+                let has_worker = kernel.has_worker(wanted.ticket);
+                let moves = match (has_worker, wanted.is_punted) {
+                    (true, _) => has_tag,
+                    (false, true) => has_free,
+                    (false, false) => true,
+                };
+                may(moves, Step::HandDown(*wanted));
+            }
+        }
+        steps
+    }
+
+    fn take(&mut self, device: usize, step: Step) {
+        let world = &mut self.members[device].world;
+        let shared = Rc::clone(&world.kernel);
+        let mut kernel = shared.borrow_mut();
+        kernel.now += 500 + (kernel.rng.next() & 0xfff);
+        kernel.trace.note(|| format!("device {device}: {step:?}"));
+        match step {
+            Step::Ask => {
+                let waiting = |tag: &u16| kernel.tags[usize::from(*tag)].phase == Phase::Waiting;
+                if let Some(tag) = kernel.free_tag().filter(waiting) {
+                    kernel.deliver(tag);
+                }
+                drop(kernel);
+            }
+            Step::Submit => {
+                kernel.submit();
+                drop(kernel);
+            }
+            Step::Start => {
+                kernel.start_one();
+                drop(kernel);
+            }
+            Step::Finish => {
+                let now = kernel.now;
+                let ready = |flight: &crate::kernel::Flight| flight.held_until <= now;
+                let count = kernel.running.iter().filter(|flight| ready(flight)).count();
+                let number = kernel.rng.index(count);
+                let all = kernel.running.iter().enumerate().filter(|(_, flight)| ready(flight));
+                let at = all.map(|(at, _)| at).nth(number);
+                at.into_iter().for_each(|at| kernel.finish(at));
+                drop(kernel);
+            }
+            Step::Handle => {
+                drop(kernel);
+                world.handle();
+            }
+            Step::Turn => {
+                drop(kernel);
+                world.turn();
+            }
+            Step::HandDown(wanted) => {
+                drop(kernel);
+                self.hand_down(device, wanted);
+            }
+        }
+        self.tell_above(device);
+        self.members[device].world.look(matches!(step, Step::Turn));
+        self.outcome.steps += 1;
+    }
+
+    /// An operation gets a tag of the device below; or finds none, and has a worker wait for one.
+    fn hand_down(&mut self, device: usize, wanted: Wanted) {
+        let Some((below, offset)) = self.members[device].on else { return };
+        let mut upper = self.members[device].world.kernel.borrow_mut();
+        let mut lower = self.members[below].world.kernel.borrow_mut();
+        let free =
+            lower.free_tag().filter(|_| upper.has_worker(wanted.ticket) || !wanted.is_punted);
+        let Some(part) = upper.part.as_mut() else { return };
+        let Some(tag) = free else {
+            let waiting = part.wanted.iter_mut().find(|it| it.ticket == wanted.ticket);
+            waiting.into_iter().for_each(|it| it.is_punted = true);
+            self.outcome.punted += u64::from(!wanted.is_punted);
+            if wanted.is_punted {
+                let _ = upper.punt(wanted.ticket);
+            }
+            return;
+        };
+        part.wanted.retain(|it| it.ticket != wanted.ticket);
+        let (request, data) = upper.ask_below(wanted.ticket, offset);
+        lower.take_up(tag, request, data.as_deref(), (device, wanted.ticket));
+        self.outcome.handed_down += 1;
+    }
+
+    /// Tells the devices above which of their operations have ended on this one.
+    fn tell_above(&self, device: usize) {
+        let mut kernel = self.members[device].world.kernel.borrow_mut();
+        let ended: Vec<Ended> =
+            kernel.part.as_mut().map_or_else(Vec::new, |it| it.ended.split_off(0));
+        drop(kernel);
+        for ended in ended {
+            let above = &self.members[ended.of.0].world;
+            above.kernel.borrow_mut().answered_below(&ended);
+        }
+    }
+
+    fn is_quiet(&self) -> bool {
+        self.members.iter().all(|member| member.world.kernel.borrow().is_quiet(false))
+    }
+
+    /// Who holds what, and who waits for it.
+    fn deadlock(&self) -> String {
+        let mut said = vec![format!("deadlock after {} steps", self.outcome.steps)];
+        for (number, thread) in self.threads.iter().enumerate() {
+            let workers = thread.workers.borrow();
+            let mut serves = Vec::new();
+            for (device, member) in
+                self.members.iter().enumerate().filter(|(_, it)| it.thread == number)
+            {
+                let held = workers.held_by.iter().filter(|holder| **holder == device).count();
+                let kernel = member.world.kernel.borrow();
+                let waiting = kernel.queued.len();
+                let wanted = kernel.part.as_ref().map_or(0, |part| part.wanted.len());
+                let on =
+                    member.on.map_or("a drive".to_owned(), |(below, _)| format!("device {below}"));
+                serves.push(format!(
+                    "device {device} on {on} holds {held}, and has {waiting} operations that wait for one \
+                     and {wanted} that wait for a tag below"
+                ));
+            }
+            said.push(format!(
+                "of {} workers of thread {number}: {}",
+                workers.count,
+                serves.join("; ")
+            ));
+        }
+        said.join("\n")
+    }
+
+    /// No more requests; those that are open come to their end, and then the devices from the top.
+    fn end(&mut self) {
+        for member in &self.members {
+            member.world.kernel.borrow_mut().closing = true;
+        }
+        self.run_until_quiet("requests come to an end");
+        for device in (0..self.members.len()).rev() {
+            self.members[device].world.kernel.borrow_mut().stop();
+        }
+        self.run_until_quiet("fetches come to an end");
+        for thread in &self.threads {
+            let workers = thread.workers.borrow();
+            assert!(workers.held_by.is_empty(), "workers are left without an operation");
+            self.outcome.missed += workers.missed;
+        }
+        for member in &mut self.members {
+            let engine = member.world.lane.engine();
+            assert!(engine.is_finished(), "all fetches have ended");
+            let (stats, kernel) = (engine.stats(), member.world.kernel.borrow());
+            assert_eq!(
+                (kernel.asked, kernel.asked),
+                (kernel.answered, kernel.succeeded),
+                "answers"
+            );
+            assert_eq!((stats.failed, stats.unexpected, stats.stale), (0, 0, 0), "{stats}");
+            self.outcome.requests += kernel.asked;
+            drop(kernel);
+            member.world.settle_accounts();
+            self.outcome.top = self.outcome.top.max(member.level.map_or(0, |level| level.0));
+        }
+    }
+
+    fn run_until_quiet(&mut self, what: &str) {
+        let limit = self.outcome.steps + PATIENCE;
+        while !self.is_quiet() {
+            assert!(self.outcome.steps < limit, "{what} never");
+            self.step();
+        }
+    }
+}
+
+impl Step {
+    /// Whether what is open comes closer to its end by it.
+    const fn is_progress(self) -> bool {
+        !matches!(self, Self::Ask | Self::Turn)
+    }
+}
+
+/// A device of this size on one backing, with a sound kernel.
+fn draw_setup(rng: &mut Rng, size: u64, block: u32) -> Setup {
+    let drawn = Setup::of(rng.next(), Hostility::None);
+    let target = LoopTarget::new(size).within(layout::reach(rng));
+    let mut slots = drawn.slots;
+    slots.scratch = 0;
+    let discard = rng.pick(&[DiscardCall::BlockCommand, DiscardCall::PunchHole]);
+    Setup {
+        slots,
+        mapping: Mapping::Target(AnyTarget::Loop(target)),
+        backings: vec![size],
+        geometry: Geometry { size, block, ..drawn.geometry },
+        // Such devices have lanes of their own.
+        io_lane: false,
+        polled: false,
+        routes: vec![Route::File(discard)],
+        swaps: false,
+        ..drawn
+    }
+}
