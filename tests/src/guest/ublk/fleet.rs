@@ -76,7 +76,7 @@ impl Fleet {
     }
 
     /// Has it read its file again, and waits until it has done so.
-    fn reload(&self, done: &str) -> Result<()> {
+    pub fn reload(&self, done: &str) -> Result<()> {
         let before = self.said()?.matches(done).count();
         self.signal(Signal::SIGHUP)?;
         wait_for(done, PATIENCE, || Ok((self.said()?.matches(done).count() > before).then_some(())))
@@ -107,7 +107,7 @@ impl Fleet {
     }
 
     /// Its threads, without workers that the kernel has made for it.
-    fn threads(&self) -> Result<usize> {
+    pub fn threads(&self) -> Result<usize> {
         let tasks = fs::read_dir(format!("/proc/{}/task", self.pid()))?.flatten();
         let names = tasks.filter_map(|task| fs::read_to_string(task.path().join("comm")).ok());
         Ok(names.filter(|name| !name.starts_with("iou-")).count())
@@ -127,7 +127,7 @@ fn listed() -> Result<Vec<Description>> {
     Ok(serde_json::from_str(&printed)?)
 }
 
-fn ids() -> Result<Vec<u32>> {
+pub(super) fn ids() -> Result<Vec<u32>> {
     Ok(listed()?.iter().map(|device| device.id).collect())
 }
 
@@ -145,18 +145,18 @@ fn backing(on: &Mount, number: u32, mib: u64) -> Result<PathBuf> {
 }
 
 /// A section of the file.
-fn section(id: u32, file: &Path, more: &str) -> Result<String> {
+pub(super) fn section(id: u32, file: &Path, more: &str) -> Result<String> {
     Ok(format!("[[device]]\nid = {id}\ntarget = \"loop\"\nfile = \"{}\"\n{more}\n", text(file)?))
 }
 
-fn write(ctx: &Ctx, sections: &[String]) -> Result<PathBuf> {
+pub(super) fn write(ctx: &Ctx, sections: &[String]) -> Result<PathBuf> {
     let config = ctx.directory().join("fleet.toml");
     fs::write(&config, sections.concat())?;
     Ok(config)
 }
 
 /// A load that verifies what it has written.
-fn load(device: &str, size: &str) -> Vec<String> {
+pub(super) fn load(device: &str, size: &str) -> Vec<String> {
     let mut options = ["rw=randrw", "bs=4k", "iodepth=16", "ioengine=io_uring", "direct=1"]
         .map(str::to_owned)
         .to_vec();

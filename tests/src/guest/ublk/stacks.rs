@@ -2,6 +2,7 @@
 //! loop driver above and below ours. Each stack is loaded while memory is short, where a server
 //! that needs memory to free memory would hang.
 
+mod fleets;
 mod load;
 mod stages;
 
@@ -24,10 +25,17 @@ pub const TESTS: &[TestCase] = &[
     stack("stack_of_our_loop_on_dm_linear_on_our_linear_on_dm_linear", linear),
     stack("stack_of_our_loop_on_a_kernel_loop_on_our_stripe", direct_kernel_loop),
     stack("stack_of_our_loop_on_a_buffered_kernel_loop_on_our_stripe", buffered_kernel_loop),
+    fleet("stack_of_two_devices_of_a_fleet_on_one_lane", fleets::two),
+    fleet("stack_of_many_devices_of_a_fleet_on_one_lane", fleets::many),
 ];
 
 const fn stack(name: &'static str, run: fn(&Ctx) -> Result<Outcome>) -> TestCase {
     TestCase::guest(name, STACKS, run).seconds(900)
+}
+
+/// What hangs here hangs for ever.
+const fn fleet(name: &'static str, run: fn(&Ctx) -> Result<Outcome>) -> TestCase {
+    TestCase::guest(name, STACKS, run).seconds(300)
 }
 
 /// No request and no fsync takes longer than this, and no task sleeps for longer in the kernel.
