@@ -72,7 +72,7 @@ pub struct StateFile {
     /// The disk's sequence number, which no other disk has had since the machine was booted
     /// (Linux 5.15); absent until the device is live.
     pub diskseq: Option<u64>,
-    /// The mark of the device, which tells it from all others.
+    /// The mark of the device, which tells it from those of other processes.
     pub nonce: Option<Nonce>,
     /// Process id of the server.
     pub pid: u32,

@@ -12,7 +12,7 @@ pub mod usage;
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, FallocateFlags, StatxFlags, fallocate, statx};
@@ -309,6 +309,14 @@ impl Backing {
         }
         let mut discard_call = DiscardCall::PunchHole;
         if how.claims {
+            if limits.logical_block > 512 && has_partitions_of_512(&found) {
+                log::warn!(
+                    "{}: its partition table is one of blocks of 512 bytes, and its file system wants blocks \
+                     of {}: the partitions are not seen; --block-size 512 shows them",
+                    found.path.display(),
+                    limits.logical_block
+                );
+            }
             lock::lock(&file, read_only)?;
             if !read_only {
                 match probe(&file) {
@@ -515,6 +523,13 @@ fn limits_of_file(file: &File, below: Option<&SysfsDevice>) -> Result<Limits, Ba
 /// Refuses blocks that a device cannot have: the driver would say `EINVAL` and no more.
 const fn check_block(bytes: u32) -> Result<(), BackingProblem> {
     if bytes > MAX_BLOCK { Err(BackingProblem::BlockTooBig(bytes)) } else { Ok(()) }
+}
+
+/// Whether a file has a GPT in its second sector of 512 bytes.
+fn has_partitions_of_512(found: &Found) -> bool {
+    let mut signature = [0; 8];
+    let read = found.open(false, false, 0).map(|file| file.read_exact_at(&mut signature, 512));
+    matches!(read, Ok(Ok(()))) && signature == *b"EFI PART"
 }
 
 /// What the file system of a file does of discards and zeroes, found out behind its end; `None` if

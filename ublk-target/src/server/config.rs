@@ -139,6 +139,16 @@ impl TargetConfig {
         }
     }
 
+    /// With paths that begin at the root directory in place of the working directory, which the server
+    /// leaves. Links in them are looked at when they are opened.
+    pub(super) fn begin_at_root(&mut self) {
+        for file in self.files_mut() {
+            if let Ok(path) = std::path::absolute(&*file) {
+                *file = path;
+            }
+        }
+    }
+
     /// The paths of the backings, as often as they are given.
     #[must_use]
     pub fn files(&self) -> Vec<&Path> {

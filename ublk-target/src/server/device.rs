@@ -74,13 +74,15 @@ pub fn serve(
     helpers: &Helpers<'_>,
     on_live: impl FnOnce(&Description, &Choice) -> Result<(), DeviceError>,
 ) -> Result<(), DeviceError> {
+    let mut config = config.clone();
+    config.target.begin_at_root();
     // While there is one thread: the control ring has workers of the kernel's.
     protect(&config.target.files());
     let control = Control::open()?;
     // So that no signal ends the process half-way.
     let wakeups = Wakeups::ready(helpers.hangup())?;
     step("signals-blocked");
-    let plan = Plan::make(config, &control, None)?;
+    let plan = Plan::make(&config, &control, None)?;
     step("planned");
     wakeups.check()?;
     let added = add(&control, &plan, plan.config.id)?;

@@ -102,10 +102,11 @@ fn inherited(ctx: &Ctx) -> Result<Outcome> {
     for supervise in [&[][..], &["--supervise"]] {
         // The caller has a lock, a file on another file system, and a limit of 1 MiB for files.
         let script = format!(
-            "exec 7>{0}/file; ulimit -f 1024; flock {1} {PROGRAM} add loop -f {2} -n {ID} {3}",
+            "exec 7>{0}/file; ulimit -f 1024; cd {2}; flock {1} {PROGRAM} add loop -f {3} -n {ID} {4}",
             text(&open)?,
             text(&lock)?,
-            text(&backing)?,
+            text(mount.point())?,
+            drive_name(&backing)?,
             supervise.join(" ")
         );
         process::run(&["sh", "-c", &script])?;
@@ -571,10 +572,12 @@ fn reflink(ctx: &Ctx) -> Result<Outcome> {
     process::run(&[PROGRAM, "recover", "-n", ID])?;
     process::run(&[PROGRAM, "del", "-n", ID])?;
     device.was_deleted();
-    // For a device of one's own that shall have such blocks.
-    let other = Device::add_loop(&snapshot, &["-n", ID])?;
-    ensure!(block(&other)? == "4096", "{}", block(&other)?);
-    other.delete()?;
+    // For a device of one's own that shall have such blocks, as a partition table is made for them.
+    let table = format!("echo 'label: gpt' | sfdisk -q --wipe always {}", text(&snapshot)?);
+    process::run(&["sh", "-c", &table])?;
+    let said = process::run(&[PROGRAM, "add", "loop", "-f", text(&snapshot)?, "-n", ID])?.stderr;
+    ensure!(said.contains("--block-size 512 shows them"), "{said}");
+    process::run(&[PROGRAM, "del", "-n", ID])?;
     let other = Device::add_loop(&snapshot, &["-n", ID, "--block-size", "512"])?;
     ensure!(block(&other)? == "512" && other.described.page_cache);
     other.delete()?;

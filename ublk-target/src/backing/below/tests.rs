@@ -3,6 +3,7 @@
 use std::os::unix::fs::symlink;
 
 use super::*;
+use crate::backing::Opening;
 
 /// A system with these block devices, files and mounts.
 #[derive(Default)]
@@ -209,7 +210,7 @@ fn on_the_system_that_runs() {
     let directory = tempfile::tempdir_in(".").unwrap();
     let path = directory.path().join("disk");
     File::create(&path).unwrap().set_len(1 << 20).unwrap();
-    let backings = [Backing::open(&path, false).unwrap(), Backing::zero().unwrap()];
+    let backings = [Backing::open(&path, Opening::ALONE).unwrap(), Backing::zero().unwrap()];
     assert_eq!(Below::backings(&backings, &|_| Vec::new()), Below::default());
     let system = System { records: &|_| Vec::new() };
     let Some(Place::File { mount, .. }) = system.at(&path) else { panic!("no file") };
