@@ -136,12 +136,12 @@ fn await_next(
     loop {
         if let Ok(record) = StateFile::read(Path::new(RUN_DIR), id) {
             let described = Description::of(control, id)?;
-            let is_live = described.state == "LIVE" && described.pid == Some(record.pid);
+            // What the record has is its id in its own pid namespace.
+            let next = described.pid.filter(|_| described.state == "LIVE");
             // It may be dead again before the driver knows.
-            let next = fs::metadata(format!("/proc/{}/exe", record.pid));
-            match next {
-                Ok(next) if is_live && record.incarnation != before => return Ok((record, next)),
-                Ok(_) | Err(_) => {}
+            let next = next.and_then(|pid| fs::metadata(format!("/proc/{pid}/exe")).ok());
+            if let Some(next) = next.filter(|_| record.incarnation != before) {
+                return Ok((record, next));
             }
         }
         // Nobody tells when a server is live.
