@@ -160,7 +160,7 @@ fn header(rounds: u32) -> Results {
             memory_bytes: 4 << 30,
             virtualization: Some("qemu".into()),
             governor: None,
-            fio: "fio-3.39".into(),
+            fio: "3.39".into(),
         },
         backing: Backing {
             path: "/dev/nvme1n1".into(),

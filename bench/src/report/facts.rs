@@ -8,6 +8,16 @@ use crate::summary::Summary;
 use crate::summary::caveats::is_written;
 use crate::summary::figure::bytes;
 
+const WORDS: [(&str, &str); 7] = [
+    ("ours", "a device of ublk-target; behind the colon stands what it was added with"),
+    ("fused", "zero copy: the driver lends each request's buffer when it delivers the request"),
+    ("slot", "zero copy: the server has the buffer lent by a command of its own"),
+    ("copy, user copy", "the driver, or the server, copies all data once"),
+    ("QD", "queue depth: how many requests fio keeps in flight, QD32 is 32"),
+    ("raw backing", "the drive or file that all devices stand on, without any of them"),
+    ("rival", "what one would take otherwise: the kernel's loop driver, or rublk"),
+];
+
 /// What the drive calls itself, or what the backing is.
 #[must_use]
 pub fn drive(results: &Results) -> String {
@@ -36,6 +46,20 @@ fn lasted(seconds: f64) -> String {
         seconds if seconds < 120.0 => format!("{seconds:.0} s"),
         seconds if seconds < 7200.0 => format!("{:.0} min", seconds / 60.0),
         seconds => format!("{:.1} h", seconds / 3600.0),
+    }
+}
+
+/// The load generator with its version, which runs tell with its name or without.
+fn fio(results: &Results) -> String {
+    let version = &results.machine.fio;
+    format!("fio {}", version.strip_prefix("fio-").unwrap_or(version))
+}
+
+/// What the words of titles mean.
+#[must_use]
+pub fn words() -> Markup {
+    html! {
+        dl { @for (word, what) in WORDS { dt { (word) } dd { (what) } } }
     }
 }
 
@@ -77,7 +101,7 @@ fn facts(summary: &Summary) -> Vec<(&'static str, String)> {
         ),
         ("Block size", bytes(backing.logical_block_bytes.into())),
         ("Queues for polling", backing.poll_queues.to_string()),
-        ("Load generator", format!("{}: one job, io_uring, direct I/O", machine.fio)),
+        ("Load generator", format!("{}: one job, io_uring, direct I/O", fio(results))),
         (
             "Method",
             format!(
@@ -101,7 +125,7 @@ pub fn repeat(results: &Results) -> Markup {
     let writes = results.loads.iter().any(is_written);
     let command = words.map(quoted).collect::<Vec<_>>().join(" ");
     html! {
-        p { "As root, with this version of the program (" (results.version) ") and " (results.machine.fio) ":" }
+        p { "As root, with this version of the program (" (results.version) ") and " (fio(results)) ":" }
         pre { code { (command) } }
         p {
             @if writes { "It overwrites the backing. " }

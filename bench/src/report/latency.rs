@@ -2,18 +2,18 @@
 
 use maud::{Markup, html};
 
+use super::look::Look;
 use super::plot::{WIDTH, n, svg};
 use super::scale::Logarithmic;
 use crate::summary::Summary;
 use crate::summary::check::clean;
 use crate::summary::figure::time;
-use crate::summary::roles::Role;
 use crate::table::columns::cut;
 
 /// Percentiles that have marks.
 const MARKS: [(f64, &str); 5] =
     [(50.0, "50 %"), (90.0, "90 %"), (99.0, "99 %"), (99.9, "99.9 %"), (99.99, "99.99 %")];
-const LEFT: f64 = 62.0;
+const LEFT: f64 = 76.0;
 const RIGHT: f64 = WIDTH - 22.0;
 const TOP: f64 = 8.0;
 const BOTTOM: f64 = 208.0;
@@ -22,7 +22,7 @@ const LINE: f64 = 18.0;
 
 struct Curve {
     title: String,
-    role: Role,
+    look: Look,
     /// Percentile and nanoseconds.
     points: Vec<(f64, f64)>,
 }
@@ -52,16 +52,20 @@ pub fn plot(summary: &Summary, load: usize) -> Option<Markup> {
                 (text)
             }
         }
+        text class="mark" text-anchor="middle" transform={ "translate(11 " (n(f64::midpoint(TOP, BOTTOM))) ") rotate(-90)" } {
+            "time that a request takes"
+        }
         text class="mark" x=(n(f64::midpoint(LEFT, RIGHT))) y=(n(BOTTOM + 31.0)) text-anchor="middle" {
             "part of the requests that take no longer"
         }
         @for curve in &curves {
-            g class=(curve.role.class()) {
+            g class=(curve.look.class()) {
                 polyline class="curve" points=(points(curve, &up)) {}
                 @for (percentile, ns) in &curve.points {
-                    circle class="point" cx=(n(across(*percentile))) cy=(n(up.at(*ns))) r="2.5" {}
+                    (curve.look.mark("point", across(*percentile), up.at(*ns), 3.0))
                 }
                 line class="curve" x1=(n(LEFT)) x2=(n(LEFT + 28.0)) y1=(n(y)) y2=(n(y)) {}
+                (curve.look.mark("point", LEFT + 14.0, y, 3.5))
                 text class="name" x=(n(LEFT + 36.0)) y=(n(y + 4.0)) { (cut(&clean(&curve.title), 44)) }
             }
             ({ y += LINE; "" })
@@ -72,7 +76,7 @@ pub fn plot(summary: &Summary, load: usize) -> Option<Markup> {
 
 /// Raw, the mapping of the kernel, the best rival of the load, ours, and ours that copies.
 fn curves(summary: &Summary, load: usize) -> Vec<Curve> {
-    let floor = summary.measured().find(|(_, subject)| Role::of(subject) == Role::Floor);
+    let floor = summary.measured().find(|(_, subject)| Look::of(subject) == Look::Floor);
     let floor = floor.map(|(index, _)| index);
     let chosen =
         [summary.raw(), floor, summary.best_rival(load), summary.copying(), summary.ours()];
@@ -80,8 +84,8 @@ fn curves(summary: &Summary, load: usize) -> Vec<Curve> {
         let described = &summary.results().subjects[subject];
         let mut points = summary.cell(subject, load)?.curve();
         points.retain(|(percentile, ns)| (50.0..=99.99).contains(percentile) && *ns > 0.0);
-        let (title, role) = (described.title.clone(), Role::of(described));
-        (!points.is_empty()).then_some(Curve { title, role, points })
+        let (title, look) = (described.title.clone(), Look::of(described));
+        (!points.is_empty()).then_some(Curve { title, look, points })
     });
     curves.collect()
 }

@@ -5,6 +5,7 @@ pub mod cli;
 mod cpu;
 mod facts;
 mod latency;
+mod look;
 mod plot;
 mod ratios;
 mod scale;
@@ -12,13 +13,13 @@ mod tables;
 #[cfg(test)]
 mod tests;
 
+use look::Look;
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use crate::results::Results;
 use crate::summary::Summary;
 use crate::summary::caveats::caveats;
 use crate::summary::check::Invalid;
-use crate::summary::roles::Role;
 use crate::summary::words::{STATISTICS, headline};
 
 const STYLE: &str = include_str!("style.css");
@@ -81,7 +82,7 @@ fn body(summary: &Summary, title: &str) -> Markup {
                 }
                 @if let Some(table) = tables::ours(summary) { (table) }
             }
-            (section(0, facts::setting(summary)))
+            (section(0, html! { (facts::words()) (facts::setting(summary)) }))
             (section(1, ratios_section(summary)))
             (section(2, latency_section(summary)))
             (section(3, cpu_section(summary)))
@@ -103,20 +104,16 @@ fn section(index: usize, content: Markup) -> Markup {
 }
 
 fn ratios_section(summary: &Summary) -> Markup {
-    let roles = [
-        (Role::Floor, "mapping in the kernel (device mapper): no server can reach it"),
-        (Role::Rival, "the kernel's loop driver, rublk"),
-        (Role::Ours, "ublk-target, zero copy"),
-        (Role::OursCopying, "ublk-target, copying"),
-    ];
     html! {
         p {
             "How much of the raw backing's throughput is left through each device; the dashed line "
-            "is all of it. Large dots are medians, bars their intervals, small dots the rounds. "
+            "is all of it. Large marks are medians, bars their intervals, small dots the rounds. "
             (STATISTICS)
         }
         ul class="key" {
-            @for (role, what) in roles { li class=(role.class()) { span {} (what) } }
+            @for (look, what) in Look::KEY {
+                li class=(look.class()) { span class="sign" { (look.sign()) } (what) }
+            }
         }
         (plots(summary, ratios::plot))
     }

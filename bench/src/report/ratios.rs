@@ -2,16 +2,16 @@
 
 use maud::{Markup, html};
 
+use super::look::Look;
 use super::plot::{LEFT, RIGHT, ROW, axis, figure, marks, n, name, svg};
 use super::scale::Linear;
 use crate::summary::Summary;
 use crate::summary::estimate::{Estimate, number};
 use crate::summary::figure::{ratio, with_interval};
-use crate::summary::roles::Role;
 
 struct Row {
     title: String,
-    role: Role,
+    look: Look,
     estimate: Estimate,
     rounds: Vec<f64>,
 }
@@ -46,8 +46,8 @@ fn rows(summary: &Summary, load: usize) -> Option<Vec<Row>> {
     let rows = rows.filter_map(|(subject, described)| {
         let rounds = summary.ratios(subject, raw, load)?;
         let rounds: Vec<f64> = rounds.into_iter().map(|(_, ratio)| ratio).collect();
-        let (title, role) = (described.title.clone(), Role::of(described));
-        Some(Row { title, role, estimate: Estimate::of(&rounds)?, rounds })
+        let (title, look) = (described.title.clone(), Look::of(described));
+        Some(Row { title, look, estimate: Estimate::of(&rounds)?, rounds })
     });
     Some(rows.collect())
 }
@@ -55,13 +55,13 @@ fn rows(summary: &Summary, load: usize) -> Option<Vec<Row>> {
 fn row_of(row: &Row, scale: &Linear, y: f64) -> Markup {
     let Estimate { median, low, high, .. } = row.estimate;
     html! {
-        g class=(row.role.class()) {
+        g class=(row.look.class()) {
             (name(&row.title, y))
             @for round in &row.rounds {
                 circle class="round" cx=(n(scale.at(*round))) cy=(n(y)) r="2.2" {}
             }
             line class="interval" x1=(n(scale.at(low))) x2=(n(scale.at(high))) y1=(n(y)) y2=(n(y)) {}
-            circle class="median" cx=(n(scale.at(median))) cy=(n(y)) r="4.5" {}
+            (row.look.mark("median", scale.at(median), y, 4.5))
             (figure(&ratio(median), y))
         }
     }

@@ -2,8 +2,8 @@
 
 use maud::{Markup, html};
 
+use super::look::Look;
 use crate::summary::figure::{NONE, bandwidth, rate, time, with_interval};
-use crate::summary::roles::Role;
 use crate::summary::words::zero_copy_factors;
 use crate::summary::{Cell, Summary};
 
@@ -51,7 +51,7 @@ pub fn load(summary: &Summary, load: usize) -> Markup {
     let rows = html! {
         @for (subject, described) in summary.measured() {
             @if let Some(cell) = summary.cell(subject, load) {
-                tr class=(Role::of(described).class()) {
+                tr class=(Look::of(described).class()) {
                     th scope="row" { (described.title) }
                     (cells(summary, subject, load, cell))
                 }
@@ -128,7 +128,7 @@ pub fn ours(summary: &Summary) -> Option<Markup> {
 pub fn subjects(summary: &Summary) -> Markup {
     let rows = html! {
         @for subject in &summary.results().subjects {
-            tr class=(Role::of(subject).class()) {
+            tr class=(Look::of(subject).class()) {
                 th scope="row" { (subject.title) }
                 td class="text" {
                     @if subject.command.is_empty() { "as it is" } @else { code { (subject.command) } }

@@ -56,6 +56,39 @@ fn all_references_lead_somewhere() {
 }
 
 #[test]
+fn words_and_axes_are_explained() {
+    let page = html(&sample::results(1, 9)).unwrap();
+    assert_eq!(count(&page, "fio 3.39"), 2);
+    for word in ["ours", "fused", "QD"] {
+        assert_eq!(count(&page, &format!("<dt>{word}</dt>")), 1, "{word}");
+    }
+    assert_eq!(count(&page, "time that a request takes"), 6);
+    let mut old = sample::results(1, 2);
+    old.machine.fio = "fio-3.39".into();
+    assert_eq!(count(&html(&old).unwrap(), "fio 3.39"), 2);
+}
+
+/// Without their colours: by the shapes of marks and the dashes of lines.
+#[test]
+fn devices_are_told_apart_without_colours() {
+    let looks = Look::KEY.map(|(look, _)| look);
+    let signs: std::collections::BTreeSet<_> = looks.iter().map(|look| look.sign()).collect();
+    let marks = looks.map(|look| look.mark("point", 0.0, 0.0, 5.0).into_string());
+    let marks: std::collections::BTreeSet<_> = marks.into_iter().collect();
+    assert_eq!((signs.len(), marks.len()), (looks.len(), looks.len()));
+    let dashes = looks.map(|look| {
+        let rule = format!(".{} .curve {{ ", look.class());
+        STYLE.split_once(&rule).map(|(_, rest)| rest.split('}').next().unwrap())
+    });
+    assert!(dashes.iter().all(Option::is_some), "{dashes:?}");
+    assert_eq!(dashes.iter().collect::<std::collections::BTreeSet<_>>().len(), looks.len());
+    let results = sample::results(1, 2);
+    let all = results.subjects.iter().map(Look::of);
+    let all: std::collections::HashSet<_> = all.collect();
+    assert_eq!(all.len(), looks.len() + 1, "{all:?}");
+}
+
+#[test]
 fn ratios_are_drawn_where_they_are() {
     let mut results = sample::results(1, 3);
     results.subjects.retain(|subject| ["raw", "fused"].contains(&subject.name.as_str()));

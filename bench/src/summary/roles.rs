@@ -32,18 +32,6 @@ impl Role {
             Family::Ours => Self::Ours,
         }
     }
-
-    /// As a class of the report's style sheet.
-    #[must_use]
-    pub fn class(self) -> &'static str {
-        match self {
-            Self::Raw => "raw",
-            Self::Floor => "floor",
-            Self::Rival => "rival",
-            Self::Ours => "ours",
-            Self::OursCopying => "copying",
-        }
-    }
 }
 
 fn is_device_mapper(subject: &Subject) -> bool {
