@@ -78,7 +78,9 @@ impl fmt::Display for Bytes {
 
 /// Why a size could not be read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is not a size: give bytes, or a number with K, M, G or T (powers of 1024)")]
+#[error(
+    "`{0}` is not a size: give bytes, or a number, as 1.5, with K, M, G, T or P (powers of 1024)"
+)]
 pub struct NotASize(String);
 
 impl std::str::FromStr for Bytes {
@@ -86,19 +88,37 @@ impl std::str::FromStr for Bytes {
 
     fn from_str(text: &str) -> Result<Self, NotASize> {
         let error = || NotASize(text.to_owned());
-        let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-        let number: u64 = digits.parse().map_err(|_| error())?;
-        let unit = text[digits.len()..].to_ascii_uppercase();
+        let number = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+        let unit = text[number.len()..].to_ascii_uppercase();
         let shift = match unit.strip_suffix("IB").unwrap_or(&unit) {
             "" | "B" => 0,
             "K" => 10,
             "M" => 20,
             "G" => 30,
             "T" => 40,
+            "P" => 50,
             _ => return Err(error()),
         };
-        number.checked_mul(1 << shift).map(Self).ok_or_else(error)
+        bytes_of(number, 1 << shift).map(Self).ok_or_else(error)
     }
+}
+
+/// A number, with a decimal point or without, of units of so many bytes, rounded down to bytes.
+fn bytes_of(number: &str, unit: u64) -> Option<u64> {
+    let (whole, fraction) = number.split_once('.').unwrap_or((number, "0"));
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|it| it.is_ascii_digit());
+    let fraction = fraction.trim_end_matches('0');
+    if !is_number(whole) || !(fraction.is_empty() || is_number(fraction)) || fraction.len() > 19 {
+        return None;
+    }
+    if fraction.is_empty() && number.ends_with('.') {
+        return None;
+    }
+    let bytes = whole.parse::<u64>().ok()?.checked_mul(unit)?;
+    let tenths = 10_u128.pow(u32::try_from(fraction.len()).ok()?);
+    let part = fraction.bytes().fold(0, |sum, digit| sum * 10 + u128::from(digit - b'0'));
+    let part = u64::try_from(part * u128::from(unit) / tenths).ok()?;
+    bytes.checked_add(part)
 }
 
 #[cfg(test)]
@@ -120,12 +140,33 @@ mod tests {
             ("1536k", 1_572_864, "1.50 MiB"),
             ("250G", 250 << 30, "250 GiB"),
             ("1TiB", 1 << 40, "1 TiB"),
+            ("1.5G", 3 << 29, "1.50 GiB"),
+            ("0.50k", 512, "512 B"),
+            ("0.001K", 1, "1 B"),
+            ("2.25T", 9 << 38, "2.25 TiB"),
+            ("1P", 1 << 50, "1 PiB"),
+            ("1.5PiB", 3 << 49, "1.50 PiB"),
         ];
         for (text, bytes, printed) in table {
             assert_eq!(text.parse(), Ok(Bytes(bytes)), "{text}");
             assert_eq!(Bytes(bytes).to_string(), printed);
         }
-        for bad in ["", "G", "-1", "1.5G", "1X", "99999999999T", "4 K"] {
+        for bad in [
+            "",
+            "G",
+            "-1",
+            "1.G",
+            ".5G",
+            "1.5.5G",
+            "1.-5G",
+            "1,5G",
+            "1X",
+            "99999999999T",
+            "16384P",
+            "4 K",
+            "+4K",
+            "0.00000000000000000001P",
+        ] {
             assert!(bad.parse::<Bytes>().is_err(), "{bad}");
         }
     }

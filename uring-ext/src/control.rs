@@ -18,6 +18,8 @@ use crate::params::Params;
 
 /// The node of the driver.
 pub const CONTROL_PATH: &str = "/dev/ublk-control";
+/// Its numbers, while the driver is loaded.
+const CONTROL_NUMBERS: &str = "/sys/class/misc/ublk-control/dev";
 
 /// What went wrong with a control command.
 #[non_exhaustive]
@@ -26,9 +28,21 @@ pub enum ControlError {
     /// The node is missing: the driver is not loaded.
     #[error("{CONTROL_PATH} is missing: the ublk driver is not loaded; run `modprobe ublk_drv`")]
     NoDriver,
+    /// The same, for a process that could not open the node either.
+    #[error(
+        "run as root: {CONTROL_PATH} is root's; it is missing, too, for the ublk driver is not \
+         loaded: `modprobe ublk_drv` as root"
+    )]
+    NoDriverNorRoot,
     /// The node may not be opened.
     #[error("{CONTROL_PATH} may not be opened: run as root")]
     NoPermission,
+    /// There is no node, or not this driver's, though the driver is loaded.
+    #[error(
+        "{CONTROL_PATH} is missing here, though the ublk driver is loaded: this /dev is not the \
+         machine's own, as in a container; it needs the character device {0}"
+    )]
+    NoNode(String),
     /// The driver does not know the commands that this crate is built on.
     #[error("the ublk driver of this kernel is too old: Linux 6.5 or newer is needed")]
     TooOld,
@@ -68,6 +82,8 @@ impl ControlError {
         match self {
             Self::Setup { errno, .. } | Self::Refused { errno, .. } => Some(*errno),
             Self::NoDriver
+            | Self::NoDriverNorRoot
+            | Self::NoNode(_)
             | Self::NoPermission
             | Self::TooOld
             | Self::NoIoUring(_)
@@ -128,11 +144,15 @@ impl Control {
     /// Opens the node and makes the thread's control ring.
     ///
     /// # Errors
-    /// [`ControlError::NoDriver`], [`ControlError::NoPermission`], [`ControlError::NoIoUring`],
-    /// [`ControlError::Setup`].
+    /// [`ControlError::NoDriver`], [`ControlError::NoDriverNorRoot`], [`ControlError::NoNode`],
+    /// [`ControlError::NoPermission`], [`ControlError::NoIoUring`], [`ControlError::Setup`].
     pub fn open() -> Result<Self, ControlError> {
         let opened = OpenOptions::new().read(true).write(true).open(CONTROL_PATH);
-        let file = opened.map_err(|error| open_error(Errno::of(&error)))?;
+        let file = opened.map_err(|error| {
+            let numbers = std::fs::read_to_string(CONTROL_NUMBERS).ok();
+            let is_root = nix::unistd::geteuid().is_root();
+            open_error(Errno::of(&error), numbers.as_deref(), is_root)
+        })?;
         ublk_init_ctrl_task_ring(|ring| {
             if ring.is_none() {
                 *ring = Some(IoUring::<squeue::Entry128>::builder().build(32)?);
@@ -408,11 +428,15 @@ impl Control {
     }
 }
 
-/// What an error of opening the node means.
-fn open_error(errno: Errno) -> ControlError {
+/// What an error of opening the node means. The driver has told the node's numbers, if it is loaded.
+fn open_error(errno: Errno, numbers: Option<&str>, is_root: bool) -> ControlError {
     match errno {
         // ENXIO and ENODEV: a static node whose driver is not there.
-        Errno::ENOENT | Errno::ENODEV | Errno::ENXIO => ControlError::NoDriver,
+        Errno::ENOENT | Errno::ENODEV | Errno::ENXIO => match (numbers, is_root) {
+            (Some(numbers), _) => ControlError::NoNode(numbers.trim().to_owned()),
+            (None, true) => ControlError::NoDriver,
+            (None, false) => ControlError::NoDriverNorRoot,
+        },
         Errno::EACCES | Errno::EPERM => ControlError::NoPermission,
         errno => ControlError::Setup { what: "cannot open /dev/ublk-control", errno },
     }
@@ -481,15 +505,23 @@ mod tests {
 
     #[test]
     fn errors_of_opening_say_what_to_do() {
+        let (gone, loaded) = (None, Some("10:125\n"));
         let table = [
-            (2, "modprobe ublk_drv"),
-            (6, "modprobe ublk_drv"),
-            (13, "run as root"),
-            (24, "EMFILE"),
+            (2, gone, true, "not loaded; run `modprobe ublk_drv`"),
+            (6, gone, true, "not loaded; run `modprobe ublk_drv`"),
+            (2, gone, false, "run as root"),
+            (2, gone, false, "`modprobe ublk_drv` as root"),
+            (2, loaded, true, "needs the character device 10:125"),
+            (13, loaded, false, "run as root"),
+            (13, gone, false, "run as root"),
+            (1, loaded, true, "run as root"),
+            (24, loaded, true, "EMFILE"),
         ];
-        for (errno, expected) in table {
-            let message = open_error(Errno::new(errno)).to_string();
+        for (errno, numbers, is_root, expected) in table {
+            let message = open_error(Errno::new(errno), numbers, is_root).to_string();
             assert!(message.contains(expected), "{errno}: {message}");
+            let is_loaded = numbers.is_some();
+            assert!(!(is_loaded && message.contains("modprobe")), "{errno}: {message}");
         }
     }
 }

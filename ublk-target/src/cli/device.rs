@@ -11,11 +11,13 @@ use ublk_target::server::pace::BusyWait;
 use ublk_target::server::polling;
 use uring_ext::ring::Polling;
 
+use super::which;
+
 // A doc comment here would take the place of the target's own help.
 #[derive(Debug, Args)]
 pub struct Device {
     /// Device id: the device is /dev/ublkbID [default: the first free one]
-    #[arg(short = 'n', long, value_name = "ID")]
+    #[arg(short = 'n', long, value_name = "ID", value_parser = which::id)]
     pub id: Option<u32>,
     /// Number of queues; the driver takes no more than there are CPUs
     #[arg(short, long, default_value = "1", value_parser = clap::value_parser!(u16).range(1..=4096))]

@@ -27,7 +27,7 @@ pub fn delete(del: &Del) -> anyhow::Result<ExitCode> {
         helper: &delete_by,
         progress: &mut |what| say!("{what}"),
     };
-    if let Some(id) = del.which.id {
+    if let Some(id) = del.which.id() {
         deletion.delete(id)?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -82,7 +82,7 @@ fn foreign_server(id: u32) -> Option<String> {
 /// Shows one device or all.
 pub fn list(list: &List) -> anyhow::Result<ExitCode> {
     let control = Control::open()?;
-    let devices: Vec<_> = match list.id {
+    let devices: Vec<_> = match list.which.id() {
         Some(id) => {
             let described = Description::of(&control, id);
             if described.as_ref().is_err_and(state::is_missing) {
@@ -93,12 +93,12 @@ pub fn list(list: &List) -> anyhow::Result<ExitCode> {
         // One that goes away meanwhile is not shown.
         None => all_ids().iter().filter_map(|id| Description::of(&control, *id).ok()).collect(),
     };
-    if list.id.is_none() {
+    if list.which.id().is_none() {
         name_leftovers(&control);
     }
     let mut out = std::io::stdout().lock();
     if list.json {
-        match (list.id, devices.first()) {
+        match (list.which.id(), devices.first()) {
             (Some(_), Some(device)) => writeln!(out, "{}", serde_json::to_string_pretty(device)?)?,
             _ => writeln!(out, "{}", serde_json::to_string_pretty(&devices)?)?,
         }

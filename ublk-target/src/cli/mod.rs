@@ -13,12 +13,14 @@ mod stats;
 mod table;
 mod terminal;
 mod upgrade;
+mod which;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use ublk_target::delete;
 use ublk_target::server::config::{DeviceError, ExtentConfig};
 use ublk_target::server::recovery;
@@ -29,6 +31,7 @@ use uring_ext::control::Control;
 use device::{Device, Life, seconds};
 use logging::To;
 use terminal::say;
+use which::{One, Perhaps, Which};
 
 /// Serves Linux block devices (/dev/ublkbN) from user space, without copying their data.
 #[derive(Debug, Parser)]
@@ -109,7 +112,7 @@ enum Command {
 enum Target {
     /// A device that forgets what is written to it and reads as zeros
     Null {
-        /// Size of the device: bytes, or a number with K, M, G or T
+        /// Size of the device: bytes, or a number with K, M, G, T or P
         #[arg(long, default_value = "250G")]
         size: Bytes,
         #[command(flatten)]
@@ -157,6 +160,9 @@ enum Target {
     },
 }
 
+/// Their names.
+const TARGETS: [&str; 5] = ["null", "loop", "linear", "stripe", "fault"];
+
 const FAULT_HELP: &str = "\
 Which requests a rule concerns:
   op=KIND+KIND…     read, write, flush, discard, write-zeroes [default: all that the effect fits]
@@ -192,17 +198,6 @@ impl std::str::FromStr for Extent {
             Some(_) => Err("more than a path, an offset and a length".to_owned()),
         }
     }
-}
-
-#[derive(Debug, Args)]
-#[group(required = true, multiple = false)]
-struct Which {
-    /// The device /dev/ublkbID
-    #[arg(short = 'n', long, value_name = "ID")]
-    id: Option<u32>,
-    /// Every device, except those that another program serves
-    #[arg(long)]
-    all: bool,
 }
 
 #[derive(Debug, Args)]
@@ -272,10 +267,9 @@ struct Upgrade {
 
 #[derive(Debug, Args)]
 struct Resize {
-    /// The device /dev/ublkbID
-    #[arg(short = 'n', long, value_name = "ID")]
-    id: u32,
-    /// Size of the device: bytes, or a number with K, M, G or T [default: all of the backings, which
+    #[command(flatten)]
+    which: One,
+    /// Size of the device: bytes, or a number with K, M, G, T or P [default: all of the backings, which
     /// may have grown]
     #[arg(long)]
     size: Option<Bytes>,
@@ -286,9 +280,8 @@ struct Resize {
 
 #[derive(Debug, Args)]
 struct List {
-    /// Only the device /dev/ublkbID
-    #[arg(short = 'n', long, value_name = "ID")]
-    id: Option<u32>,
+    #[command(flatten)]
+    which: Perhaps,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -296,9 +289,8 @@ struct List {
 
 #[derive(Debug, Args)]
 struct Stats {
-    /// The device /dev/ublkbID
-    #[arg(short = 'n', long, value_name = "ID")]
-    id: u32,
+    #[command(flatten)]
+    which: One,
     /// Print JSON: one object, with --watch one a line
     #[arg(long)]
     json: bool,
@@ -339,8 +331,16 @@ pub fn run() -> ExitCode {
             let _ = error.print();
             return ExitCode::SUCCESS;
         }
+        // Without arguments: not one line, but the help.
+        Err(error) if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            let _ = error.print();
+            return ExitCode::from(2);
+        }
         Err(error) => {
-            say!("{}", one_line(&error.render().to_string()));
+            let arguments = std::env::args_os().skip(1);
+            let words = arguments.map(|argument| argument.to_string_lossy().into_owned());
+            let message = one_line(&error.render().to_string());
+            say!("{message}; see `{} --help`", command_of(&words.collect::<Vec<_>>()));
             return ExitCode::from(2);
         }
     };
@@ -404,7 +404,27 @@ fn one_line(message: &str) -> String {
     let lines = message.lines().map(str::trim).filter(|line| !line.is_empty());
     let said: Vec<_> = lines.take_while(|line| !line.starts_with("Usage:")).collect();
     let said = said.into_iter().filter(|line| !line.starts_with("For more information"));
-    format!("{}; see `ublk-target --help`", said.collect::<Vec<_>>().join(" "))
+    said.collect::<Vec<_>>().join(" ")
+}
+
+/// The command whose help says more about these arguments.
+fn command_of(arguments: &[String]) -> String {
+    let mut named = vec!["ublk-target"];
+    let root = Cli::command();
+    let is_command =
+        |word: &&str| root.get_subcommands().any(|it| it.get_name() == *word && !it.is_hide_set());
+    let mut words = arguments.iter().map(String::as_str);
+    named.extend(words.find(|word| !word.starts_with('-')).filter(is_command));
+    if named.last() == Some(&"add") {
+        for target in words.filter(|word| TARGETS.contains(word)) {
+            named.push(target);
+            // Only this one is followed by another.
+            if target != "fault" {
+                break;
+            }
+        }
+    }
+    named.join(" ")
 }
 
 #[cfg(test)]
@@ -457,8 +477,68 @@ mod tests {
     }
 
     #[test]
+    fn devices_are_named_in_each_way() {
+        for device in ["3", "ublkb3", "/dev/ublkb3", "-n 3", "-n3", "--id=3"] {
+            let parsed = |command: &str| {
+                let line = format!("ublk-target {command} {device}");
+                Cli::try_parse_from(line.split_whitespace()).expect(&line).command
+            };
+            let mut found = Vec::new();
+            if let Command::Del(del) = parsed("del") {
+                found.push(del.which.id());
+            }
+            if let Command::List(list) = parsed("list --json") {
+                found.push(list.which.id());
+            }
+            if let Command::Stats(stats) = parsed("stats --watch") {
+                found.push(Some(stats.which.id()));
+            }
+            if let Command::Recover(recover) = parsed("recover --supervise") {
+                found.push(recover.which.id());
+            }
+            if let Command::Resize(resize) = parsed("resize --size 1.5G") {
+                found.push(Some(resize.which.id()));
+            }
+            if let Command::Upgrade(upgrade) = parsed("upgrade") {
+                found.push(upgrade.which.id());
+            }
+            assert_eq!(found, [Some(3); 6], "{device}");
+        }
+        let all = Cli::try_parse_from(["ublk-target", "del", "--all"]).unwrap().command;
+        let Command::Del(Del { which, .. }) = all else { panic!("{all:?}") };
+        assert_eq!(which.id(), None);
+    }
+
+    #[test]
+    fn the_help_that_says_more_is_named() {
+        let table = [
+            ("", "ublk-target"),
+            ("--frobnicate", "ublk-target"),
+            ("frobnicate", "ublk-target"),
+            ("-v del 0 1", "ublk-target del"),
+            ("stats -n add", "ublk-target stats"),
+            ("stop-device", "ublk-target"),
+            ("add", "ublk-target add"),
+            ("add teapot", "ublk-target add"),
+            ("add loop -q 0", "ublk-target add loop"),
+            ("add loop -f stripe", "ublk-target add loop"),
+            ("add fault", "ublk-target add fault"),
+            ("add fault --rule short linear", "ublk-target add fault linear"),
+        ];
+        for (line, expected) in table {
+            let words: Vec<_> = line.split_whitespace().map(str::to_owned).collect();
+            assert_eq!(command_of(&words), expected, "{line}");
+            let help = format!("{expected} --help");
+            let error = Cli::try_parse_from(help.split_whitespace()).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::DisplayHelp, "{help}");
+        }
+        let targets = Target::augment_subcommands(clap::Command::new("add"));
+        assert!(targets.get_subcommands().map(clap::Command::get_name).eq(TARGETS));
+    }
+
+    #[test]
     fn wrong_arguments_are_one_line() {
-        let table: [(&[&str], &str); 16] = [
+        let table: [(&[&str], &str); 22] = [
             (&["add", "loop"], "--file"),
             (&["add", "null", "-q", "0"], "0 is not in 1..=4096"),
             (&["add", "null", "-d", "4097"], "4097 is not in 1..=4096"),
@@ -474,6 +554,12 @@ mod tests {
             (&["add", "fault", "--rule", "error=EAGAIN", "null"], "use EIO or ETIMEDOUT"),
             (&["add", "fault", "--rule", "short", "teapot"], "teapot"),
             (&["stats"], "--id"),
+            (&["stats", "-n", "abc"], "the number N of a device /dev/ublkbN"),
+            (&["stats", "abc"], "the number N of a device /dev/ublkbN"),
+            (&["add", "null", "-n", "/dev/ublkb3"], "the number alone: 3"),
+            (&["del", "0", "--all"], "cannot be used with"),
+            (&["del", "0", "-n", "1"], "cannot be used with"),
+            (&["list", "/dev/sda"], "ublkbID"),
             (&["stats", "-n", "0", "--interval", "0.01"], "seconds from 0.1 to 86400"),
         ];
         for (arguments, expected) in table {

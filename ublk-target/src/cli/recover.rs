@@ -1,5 +1,6 @@
 //! `recover`.
 
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -15,7 +16,14 @@ use super::terminal::say;
 
 /// Gives devices whose server is dead a new one.
 pub fn recover(args: &Recover, verbose: u8) -> anyhow::Result<ExitCode> {
-    let Some(id) = args.which.id else { return recover_all(args) };
+    let Some(id) = args.which.id() else { return recover_all(args) };
+    if args.which.positional().is_some() {
+        // What a process sees to is known by its `-n ID`.
+        let mut same = own();
+        same.args(["recover", "-n", &id.to_string()]);
+        same.args((0..verbose).map(|_| "-v")).args(options(&args.life));
+        return Err(same.exec().into());
+    }
     processes::live(&args.life, verbose, |life| serve(id, life))
 }
 
@@ -53,11 +61,17 @@ fn recover_all(args: &Recover) -> anyhow::Result<ExitCode> {
         }
         let mut one = own();
         one.args(["recover", "-n", &id.to_string()]);
-        one.args(args.life.supervise.then_some("--supervise"));
-        one.args(args.life.json.then_some("--json"));
+        one.args(options(&args.life));
         if !one.status()?.success() {
             code = ExitCode::FAILURE;
         }
     }
     Ok(code)
+}
+
+/// The options that users give, again.
+fn options(life: &Life) -> impl Iterator<Item = &'static str> {
+    let Life { supervise, foreground, json, .. } = *life;
+    let all = [(supervise, "--supervise"), (foreground, "--foreground"), (json, "--json")];
+    all.into_iter().filter_map(|(is_given, option)| is_given.then_some(option))
 }

@@ -16,7 +16,7 @@ use super::terminal::print_line;
 /// Changes the size of a live device. The server is asked to serve more; the kernel is told here, so
 /// that the server never waits for its own device.
 pub fn resize(args: &Resize) -> anyhow::Result<ExitCode> {
-    let (id, control) = (args.id, Control::open()?);
+    let (id, control) = (args.which.id(), Control::open()?);
     let described = Description::of(&control, id);
     if described.as_ref().is_err_and(state::is_missing) {
         anyhow::bail!("there is no ublk device {id}");

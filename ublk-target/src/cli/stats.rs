@@ -34,7 +34,7 @@ enum End {
 pub fn stats(args: &Stats) -> anyhow::Result<ExitCode> {
     // Without --watch a signal just ends the program.
     let interrupts = if args.watch { Some(interrupts()?) } else { None };
-    let mut client = Client::connect(args.id)?;
+    let mut client = Client::connect(args.which.id())?;
     match show_intervals(args, &mut client, interrupts.as_ref())? {
         None | Some(End::Interrupted | End::Unread) => {}
         Some(End::Gone(gone)) if args.watch => say!("{gone}"),

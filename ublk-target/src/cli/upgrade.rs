@@ -30,7 +30,7 @@ pub fn upgrade(args: &Upgrade) -> anyhow::Result<ExitCode> {
         None => Program::open(&std::env::current_exe().context("cannot find this program")?)?,
     };
     let control = Control::open()?;
-    if let Some(id) = args.which.id {
+    if let Some(id) = args.which.id() {
         one(&control, id, &program)?;
         return Ok(ExitCode::SUCCESS);
     }

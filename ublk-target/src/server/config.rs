@@ -161,6 +161,15 @@ impl TargetConfig {
         }
     }
 
+    /// The first backing that does not exist.
+    pub(super) fn missing_file(&self) -> Option<BackingError> {
+        let is_missing = |path: &&Path| {
+            path.metadata().is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+        };
+        let path = self.files().into_iter().find(is_missing)?.to_owned();
+        Some(BackingError { path, problem: BackingProblem::Missing })
+    }
+
     /// The same, to be changed.
     pub fn files_mut(&mut self) -> Vec<&mut PathBuf> {
         match self {

@@ -78,7 +78,11 @@ pub fn serve(
     config.target.begin_at_root();
     // While there is one thread: the control ring has workers of the kernel's.
     protect(&config.target.files());
-    let control = Control::open()?;
+    // A path that is wrong would only be told of when the driver is there.
+    let control = Control::open().map_err(|error| match config.target.missing_file() {
+        Some(missing) => DeviceError::from(missing),
+        None => error.into(),
+    })?;
     // So that no signal ends the process half-way.
     let wakeups = Wakeups::ready(helpers.hangup())?;
     step("signals-blocked");

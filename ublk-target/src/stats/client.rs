@@ -32,6 +32,12 @@ pub enum ClientError {
     /// The server is dead.
     #[error("the server of device {0} is dead; `ublk-target del -n {0}` cleans up")]
     Dead(u32),
+    /// The server is dead, and the device can have another one.
+    #[error(
+        "the server of device {0} is dead, and the device waits for another one: \
+         `ublk-target recover -n {0}` gives it one"
+    )]
+    Waits(u32),
     /// The server is of a version without statistics, or not that far yet.
     #[error(
         "the server of device {id} ({pid}) gives no statistics: it has just been started, or is \
@@ -280,6 +286,11 @@ pub(super) fn is_deserted(path: &Path) -> bool {
     open(path, Duration::from_secs(1)).is_err_and(refused)
 }
 
+/// Whether a device without a server keeps its clients, and perhaps their I/O, for the next one.
+fn waits(device: &Description) -> bool {
+    matches!(device.state.as_str(), "QUIESCED" | "FAIL_IO")
+}
+
 /// Why the socket of a device could not be connected to.
 fn why_not(id: u32, error: &io::Error) -> ClientError {
     if error.kind() == ErrorKind::PermissionDenied {
@@ -292,6 +303,9 @@ fn why_not(id: u32, error: &io::Error) -> ClientError {
     let server = match described {
         Err(error) if state::is_missing(&error) => return ClientError::NoDevice(id),
         Err(error) => return error.into(),
+        Ok(description) if description.pid.is_none() && waits(&description) => {
+            return ClientError::Waits(id);
+        }
         Ok(description) => description.pid,
     };
     let has_none = matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused);

@@ -2,10 +2,12 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 
+use super::death::kill_server;
 use super::device::{Device, Mount, PROGRAM, fresh_drive, load_driver, text};
 use crate::config::DEFAULT;
 use crate::guest::{Ctx, Outcome, TestCase, process};
@@ -14,6 +16,8 @@ pub const TESTS: &[TestCase] = &[
     TestCase::guest("bad_backings_are_refused", DEFAULT, backings),
     TestCase::guest("backings_in_use_are_refused", DEFAULT, in_use),
     TestCase::guest("bad_numbers_are_refused", DEFAULT, numbers),
+    TestCase::guest("devices_are_named_by_id_name_or_path", DEFAULT, named),
+    TestCase::guest("no_arguments_print_the_help", DEFAULT, help),
     TestCase::guest("taken_ids_are_refused", DEFAULT, taken_id),
     TestCase::guest("a_missing_driver_is_named", DEFAULT, no_driver),
     TestCase::guest("a_forbidden_io_uring_is_named", DEFAULT, no_io_uring),
@@ -34,7 +38,7 @@ fn refused(arguments: &[&str], expected: &[&str]) -> Result<()> {
     Ok(())
 }
 
-fn judge(arguments: &[&str], output: &std::process::Output, expected: &[&str]) -> Result<()> {
+fn judge(arguments: &[&str], output: &Output, expected: &[&str]) -> Result<()> {
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(!output.status.success(), "{arguments:?} succeeded");
     ensure!(output.status.code().is_some(), "{arguments:?} ended by a signal: {}", output.status);
@@ -155,7 +159,13 @@ fn numbers(_ctx: &Ctx) -> Result<Outcome> {
         (&["add", "null", "-d", "-1"], "-1"),
         (&["add", "null", "-n", "1048576"], "beyond the driver's limit of 1048575"),
         (&["add", "null", "-n", "4294967296"], "--id"),
-        (&["add", "null", "-n", "x"], "--id"),
+        (&["add", "null", "-n", "x"], "an id is the number N of a device /dev/ublkbN"),
+        (&["add", "null", "-n", "/dev/ublkb7"], "an id is the number alone: 7"),
+        (&["stats", "/dev/ublkb7p1"], "this is a partition"),
+        (&["del", "77"], "no ublk device 77"),
+        (&["list", "/dev/ublkb77"], "no ublk device 77"),
+        (&["add", "loop", "-q", "0"], "see `ublk-target add loop --help`"),
+        (&["del", "1", "2"], "see `ublk-target del --help`"),
         (&["add", "null", "--size", "0"], "0 bytes"),
         (&["add", "null", "--size", "lots"], "is not a size"),
         (&["add", "null", "--lend", "magic"], "auto, fused, slot, user-copy, copy"),
@@ -192,7 +202,18 @@ fn no_driver(_ctx: &Ctx) -> Result<Outcome> {
     ] {
         refused(arguments, &expected)?;
     }
+    // What is wrong besides is not hidden by it.
+    refused(&["add", "loop", "-f", "/nowhere/disk"], &["/nowhere/disk: does not exist"])?;
+    let said = as_nobody(&["list"])?;
+    judge(&["list"], &said, &["run as root", "modprobe ublk_drv"])?;
     load_driver()?;
+    let (node, aside) = ("/dev/ublk-control", "/dev/ublk-control.aside");
+    fs::rename(node, aside)?;
+    let numbers = fs::read_to_string("/sys/class/misc/ublk-control/dev")?;
+    let needs = format!("needs the character device {}", numbers.trim());
+    let without_node = refused(&["list"], &["though the ublk driver is loaded", &needs]);
+    fs::rename(aside, node)?;
+    without_node?;
     Ok(Outcome::Pass)
 }
 
@@ -209,13 +230,54 @@ fn no_io_uring(_ctx: &Ctx) -> Result<Outcome> {
 fn not_root(_ctx: &Ctx) -> Result<Outcome> {
     load_driver()?;
     for arguments in [["add", "null"].as_slice(), &["del", "--all"], &["list"], &["features"]] {
-        // `setpriv` changes the user without a session, a shell or an entry in passwd.
-        let output = Command::new("setpriv")
-            .args(["--reuid", "65534", "--clear-groups", PROGRAM])
-            .args(arguments)
-            .output()
-            .context("setpriv")?;
-        judge(arguments, &output, &["run as root"])?;
+        judge(arguments, &as_nobody(arguments)?, &["run as root"])?;
+    }
+    Ok(Outcome::Pass)
+}
+
+/// Runs the program as another user.
+fn as_nobody(arguments: &[&str]) -> Result<Output> {
+    // `setpriv` changes the user without a session, a shell or an entry in passwd.
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid", "65534", "--clear-groups", PROGRAM]).args(arguments);
+    command.output().context("setpriv")
+}
+
+/// The device itself does as well as `-n ID`.
+fn named(_ctx: &Ctx) -> Result<Outcome> {
+    let device = Device::add(&["null", "--size", "1.5G", "--on-death", "wait", "-n", "5"])?;
+    ensure!(device.described.size_bytes == 3 << 29, "{:?}", device.described);
+    for name in ["5", "ublkb5", "/dev/ublkb5"] {
+        let listed: Value = printed(&["list", name, "--json"])?;
+        ensure!(listed["id"] == 5, "{listed}");
+        let report: Value = printed(&["stats", name, "--json", "--interval", "0.1"])?;
+        ensure!(report["id"] == 5, "{report}");
+    }
+    process::run(&[PROGRAM, "resize", "ublkb5", "--size", "2G"])?;
+    process::run(&[PROGRAM, "upgrade", "/dev/ublkb5"])?;
+    kill_server(&device)?;
+    let recovered: Value = printed(&["recover", "/dev/ublkb5", "--json"])?;
+    ensure!(recovered["size_bytes"] == 2_u64 << 30, "{recovered}");
+    // The server is known by its arguments from the first on, not only when it has the device.
+    let line = fs::read_to_string(format!("/proc/{}/cmdline", recovered["pid"]))?;
+    ensure!(line.contains("recover\0-n\x005\0"), "{line:?}");
+    process::run(&[PROGRAM, "del", "ublkb5"])?;
+    ensure!(!Path::new("/dev/ublkb5").exists(), "the device is left");
+    device.was_deleted();
+    Ok(Outcome::Pass)
+}
+
+fn printed(arguments: &[&str]) -> Result<Value> {
+    let printed = process::run(&[&[PROGRAM], arguments].concat())?.stdout;
+    serde_json::from_str(&printed).with_context(|| format!("not JSON: {printed}"))
+}
+
+fn help(_ctx: &Ctx) -> Result<Outcome> {
+    for (arguments, expected) in [([].as_slice(), "Usage: ublk-target"), (&["add"], "stripe")] {
+        let output = Command::new(PROGRAM).args(arguments).output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.code() == Some(2), "{arguments:?}: {}", output.status);
+        ensure!(said.contains(expected) && said.lines().count() > 5, "{arguments:?}: {said}");
     }
     Ok(Outcome::Pass)
 }

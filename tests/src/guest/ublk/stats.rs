@@ -314,6 +314,19 @@ fn refusals(_ctx: &Ctx) -> Result<Outcome> {
     stats(&id, &["is dead", &format!("`ublk-target del -n {id}`")])?;
     device.delete()?;
     stats(&id, &["there is no ublk device"])?;
+
+    // What waits for a server must not be thrown away.
+    for (on_death, state) in [("wait", "QUIESCED"), ("error", "FAIL_IO")] {
+        let device = Device::add(&["null", "--on-death", on_death])?;
+        let id = device.id();
+        signal(device.pid()?, Signal::SIGKILL)?;
+        wait_for("the driver to notice", Duration::from_secs(30), || {
+            let listed = process::run(&[PROGRAM, "list", "-n", &id])?.stdout;
+            Ok(listed.contains(state).then_some(()))
+        })?;
+        stats(&id, &["waits for another one", &format!("`ublk-target recover -n {id}`")])?;
+        device.delete()?;
+    }
     Ok(Outcome::Pass)
 }
 

@@ -217,7 +217,6 @@ impl Reading<'_> {
                 Err(error) => error,
             };
             let message = one_line(&error.render().to_string());
-            let message = message.strip_suffix("; see `ublk-target --help`").unwrap_or(&message);
             let wrong = culprit(&error);
             let at = settings.iter().position(|it| wrong.as_ref() == Some(&it.key));
             match at {
@@ -225,7 +224,7 @@ impl Reading<'_> {
                     let setting = settings.remove(at);
                     let known = error.kind() != clap::error::ErrorKind::UnknownArgument;
                     let what = if known {
-                        message.to_owned()
+                        message
                     } else {
                         format!("there is no option `{}` of the target {target}", setting.key)
                     };
