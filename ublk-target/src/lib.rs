@@ -19,6 +19,7 @@ pub mod leftovers;
 pub mod lend;
 pub mod mark;
 pub mod own_files;
+pub mod partitions;
 pub mod plan;
 pub mod processes;
 pub mod program;

@@ -10,6 +10,7 @@ use uring_ext::control::Control;
 
 use super::Target;
 use super::device::{Device, Life};
+use super::partitions;
 use super::processes::{self, announce};
 
 /// Adds a device and serves it, here or in a process of its own.
@@ -27,6 +28,9 @@ pub fn add(target: &Target, verbose: u8) -> anyhow::Result<ExitCode> {
             return super::recover::serve(id, life);
         }
         serve(&config, life.supervisor, &processes::helpers(life), |description, choice| {
+            if !config.no_part_scan {
+                partitions::await_all(std::iter::once(description.id));
+            }
             announce(life, description, Some(choice))
         })
     })
@@ -49,6 +53,7 @@ pub fn config(target: &Target) -> (DeviceConfig, &Device) {
         unpolled: device.unpolled(),
         on_death: device.on_death(),
         block_size: device.block_size,
+        no_part_scan: device.no_part_scan,
         target,
     };
     (config, device)

@@ -64,6 +64,10 @@ pub struct Device {
     /// recover by itself with --supervise [default: fail; with --supervise: reissue]
     #[arg(long, value_name = "WHAT")]
     pub on_death: Option<OnDeath>,
+    /// Leave it to others to look for partitions, as with `partprobe` (Linux 7.0). The kernel does so
+    /// otherwise, and `add` returns when they are there
+    #[arg(long)]
+    pub no_part_scan: bool,
     /// With -n: recover the device where it is there and its server is dead, in place of adding it;
     /// it stays as it was added. For services that are started again
     #[arg(long, requires = "id")]

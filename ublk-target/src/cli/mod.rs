@@ -5,6 +5,7 @@ mod device;
 mod features;
 mod logging;
 mod manage;
+mod partitions;
 mod processes;
 mod recover;
 mod resize;
@@ -90,6 +91,13 @@ enum Command {
     /// Say whether this program could serve a device in the place of its present server
     #[command(hide = true)]
     CheckState {
+        /// The device /dev/ublkbID
+        #[arg(short = 'n', long, value_name = "ID")]
+        id: u32,
+    },
+    /// Wait until the kernel has looked for partitions on a device, for its server, which must not
+    #[command(hide = true)]
+    AwaitPartitions {
         /// The device /dev/ublkbID
         #[arg(short = 'n', long, value_name = "ID")]
         id: u32,
@@ -380,6 +388,10 @@ pub fn run() -> ExitCode {
             let checked = control.and_then(|control| recovery::check_upgrade(&control, *id));
             checked.map(|()| ExitCode::SUCCESS).map_err(Into::into)
         }
+        Command::AwaitPartitions { id } => {
+            logging::start(cli.verbose, "warn", To::Terminal);
+            partitions::await_scan(*id)
+        }
         Command::StopDevice { id, command } => {
             logging::start(cli.verbose, "warn", To::Terminal);
             manage::command(*id, *command)
@@ -438,7 +450,8 @@ mod tests {
         let commands = [
             "", "add", "serve", "del", "list", "stats", "features", "recover", "upgrade", "resize",
         ];
-        let hidden = ["supervise", "stop-device", "quiesce-device", "check-state"];
+        let hidden =
+            ["supervise", "stop-device", "quiesce-device", "check-state", "await-partitions"];
         let commands = commands.into_iter().chain(hidden).chain(targets.iter().map(String::as_str));
         for command in commands {
             // Clap looks for contradictions in the commands that it comes by.

@@ -11,6 +11,7 @@ use ublk_target::server::fleet::{self, FleetError, News, Orders};
 
 use super::Serve;
 use super::logging::{self, To};
+use super::partitions;
 use super::processes::{delete_by, quiesce_by};
 use super::terminal::{print_line, say};
 
@@ -52,6 +53,7 @@ fn refuse(faults: &[String]) -> ExitCode {
 fn tell(news: &News) {
     let states = match news {
         News::Ready(devices, wanted) => {
+            partitions::await_all(devices.iter().map(|device| device.id));
             let mut out = io::stdout().lock();
             for device in devices {
                 let _ = writeln!(out, "{}", device.device.display());

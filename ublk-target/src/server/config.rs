@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use uring_ext::Errno;
 use uring_ext::control::ControlError;
+use uring_ext::feature::Feature;
 use uring_ext::ring::Polling;
 
 use super::on_death::{CannotRecover, OnDeath};
@@ -55,6 +56,10 @@ pub struct DeviceConfig {
     /// Bytes of a block, a power of two from 512 to 4,096; those of the backings if it is left out.
     #[serde(default)]
     pub block_size: Option<u32>,
+    /// Whether the kernel leaves it to others to look for partitions.
+    // Not written where it is not so: programs that do not know it serve the device as well.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub no_part_scan: bool,
     /// The target.
     pub target: TargetConfig,
 }
@@ -77,6 +82,7 @@ impl DeviceConfig {
             unpolled: Unpolled::Refuse,
             on_death: OnDeath::Fail,
             block_size: None,
+            no_part_scan: false,
             target,
         }
     }
@@ -264,6 +270,19 @@ pub enum DeviceError {
         lend: LendMode,
         /// What to do.
         instead: &'static str,
+    },
+    /// The driver lacks what an option needs.
+    #[error(
+        "{option} needs the ublk feature {} (Linux {} or newer), which this kernel ({release}) lacks; \
+         leave it out", feature.name, feature.since
+    )]
+    Lacks {
+        /// The option.
+        option: &'static str,
+        /// What the driver lacks.
+        feature: Feature,
+        /// The running kernel.
+        release: String,
     },
     /// The device cannot poll.
     #[error(transparent)]

@@ -72,6 +72,9 @@ impl Plan {
         }
         let mut choice = config.lend.choose(features)?;
         choice.flags |= config.on_death.flags(features)?;
+        if config.no_part_scan {
+            choice.flags |= needed("--no-part-scan", feature::NO_AUTO_PART_SCAN, features)?;
+        }
         if config.io_lane {
             lend::check_io_lane(features)?;
             if choice.mode != LendMode::Slot {
@@ -111,7 +114,17 @@ const SERVED: &[Feature] = &[
     feature::USER_RECOVERY_FAIL_IO,
     feature::AUTO_BUF_REG,
     feature::QUIESCE,
+    feature::NO_AUTO_PART_SCAN,
 ];
+
+/// The flag of a feature that an option needs.
+fn needed(option: &'static str, feature: Feature, features: Features) -> Result<u64, DeviceError> {
+    if features.has(feature) {
+        return Ok(feature.bit);
+    }
+    let release = kernel::release().unwrap_or_default();
+    Err(DeviceError::Lacks { option, feature, release })
+}
 
 /// The flags that `ADD_DEV` is given: whatever else a driver offers may change what its requests
 /// look like.
@@ -201,6 +214,27 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn partitions_are_left_to_others_only_by_drivers_that_can() {
+        let null = DeviceConfig::of_target(TargetConfig::Null { size: Bytes(4096) });
+        let config = DeviceConfig { no_part_scan: true, ..null.clone() };
+        let flag = |config: &DeviceConfig, features: u64| {
+            let plan = Plan::for_driver(config, Features(features), None)?;
+            Ok::<_, DeviceError>(Features(asked_for(&plan.choice)).has(feature::NO_AUTO_PART_SCAN))
+        };
+        assert!(flag(&config, u64::MAX).unwrap() && !flag(&null, u64::MAX).unwrap());
+        let old = !feature::NO_AUTO_PART_SCAN.bit;
+        let refused = flag(&config, old).unwrap_err().to_string();
+        assert!(refused.contains("NO_AUTO_PART_SCAN (Linux 7.0 or newer)"), "{refused}");
+        assert!(!flag(&null, old).unwrap());
+        // The next server knows it, and one that does not know it reads what it does know.
+        let read = |config: &DeviceConfig| {
+            let text = serde_json::to_string(config).unwrap();
+            (text.contains("no_part_scan"), serde_json::from_str::<DeviceConfig>(&text).unwrap())
+        };
+        assert_eq!((read(&config), read(&null)), ((true, config), (false, null)));
     }
 
     /// All places in a value where something else may stand.

@@ -251,7 +251,7 @@ fn named(_ctx: &Ctx) -> Result<Outcome> {
         let listed: Value = printed(&["list", name, "--json"])?;
         ensure!(listed["id"] == 5, "{listed}");
         let report: Value = printed(&["stats", name, "--json", "--interval", "0.1"])?;
-        ensure!(report["id"] == 5, "{report}");
+        ensure!(report["device"] == 5, "{report}");
     }
     process::run(&[PROGRAM, "resize", "ublkb5", "--size", "2G"])?;
     process::run(&[PROGRAM, "upgrade", "/dev/ublkb5"])?;

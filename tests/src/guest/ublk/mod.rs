@@ -17,6 +17,7 @@ pub(crate) mod fleet;
 mod lend_modes;
 mod lifecycle;
 mod old_kernel;
+mod partitions;
 mod passthrough;
 mod polled;
 mod power_cut;
@@ -58,6 +59,7 @@ pub const TABLES: &[&[TestCase]] = &[
     lend_modes::TESTS,
     lifecycle::TESTS,
     old_kernel::TESTS,
+    partitions::TESTS,
     passthrough::TESTS,
     polled::TESTS,
     busy_wait::TESTS,

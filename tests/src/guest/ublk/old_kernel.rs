@@ -39,6 +39,7 @@ fn zero_copy(_ctx: &Ctx) -> Result<Outcome> {
         (["--lend", "fused"].as_slice(), "lend mode fused needs"),
         (&["--lend", "slot"], "lend mode slot needs"),
         (&["--lend", "copy", "--io-lane"], "`--io-lane` needs"),
+        (&["--no-part-scan"], "--no-part-scan needs the ublk feature NO_AUTO_PART_SCAN"),
     ] {
         let argv = [&[PROGRAM, "add", "null"], options].concat();
         let said = process::run_for_code(&argv, 1)?.stderr;

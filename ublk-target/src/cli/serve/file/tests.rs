@@ -27,6 +27,7 @@ fn devices_have_the_options_of_add() {
         io-lane = true
         passthru = false
         on-death = "reissue"
+        no-part-scan = true
         [[device]]
         id = 8
         target = "linear"
@@ -55,6 +56,7 @@ fn devices_have_the_options_of_add() {
         io_timeout: Some(Duration::from_millis(1500)),
         io_lane: true,
         on_death: OnDeath::Reissue,
+        no_part_scan: true,
         ..DeviceConfig::of_target(loop_target)
     };
     assert_eq!(devices[0], first);

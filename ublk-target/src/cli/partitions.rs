@@ -1,0 +1,35 @@
+//! Partitions that are there when a command says that their device is.
+
+use std::process::{Child, ExitCode, Stdio};
+
+use ublk_target::partitions;
+
+use super::processes::own;
+
+/// Waits until the kernel has looked for partitions, in place of the server.
+pub fn await_scan(id: u32) -> anyhow::Result<ExitCode> {
+    partitions::await_scan(id)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Has another process wait for each of the devices, for a bounded time.
+pub fn await_all(ids: impl Iterator<Item = u32>) {
+    let deadline = partitions::deadline();
+    let started: Vec<_> = ids.map(|id| (id, start(id))).collect();
+    for (id, process) in started {
+        match process.and_then(|mut process| partitions::await_process(&mut process, deadline)) {
+            Ok(true) => {}
+            Ok(false) => {
+                log::warn!("the kernel has not yet looked for partitions on device {id}");
+            }
+            Err(error) => log::warn!("cannot wait for the partitions of device {id}: {error}"),
+        }
+    }
+}
+
+fn start(id: u32) -> std::io::Result<Child> {
+    let mut command = own();
+    command.args(["await-partitions", "-n", &id.to_string()]);
+    // Whoever reads what this command says must not wait for it.
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()
+}
