@@ -106,8 +106,12 @@ impl DeviceLanes {
         let level = shared.borrow_mut().levels.enter(id, making.plan.layout.below.ids());
         match level {
             Some(Level(0)) => {}
-            Some(Level(level)) => log::info!("device {id} stands on others, on level {level}"),
-            None => log::info!("device {id} has lanes of its own: others stand on it already"),
+            Some(Level(level)) => log::warn!(
+                "device {id} stands on others of this process, on level {level}: if the process is killed while \
+                 requests are under way, they may hang until the machine is booted; `ublk-target add` serves \
+                 a device by a process of its own"
+            ),
+            None => log::warn!("device {id} has lanes of its own: others stand on it already"),
         }
         self.company = Some((Rc::clone(shared), id));
         level

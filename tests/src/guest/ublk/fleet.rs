@@ -92,7 +92,7 @@ impl Fleet {
         Ok(())
     }
 
-    fn kill(mut self) -> Result<()> {
+    pub fn kill(mut self) -> Result<()> {
         self.signal(Signal::SIGKILL)?;
         self.child.wait()?;
         Ok(())
@@ -122,7 +122,7 @@ impl Drop for Fleet {
     }
 }
 
-fn listed() -> Result<Vec<Description>> {
+pub(super) fn listed() -> Result<Vec<Description>> {
     let printed = process::run(&[PROGRAM, "list", "--json"])?.stdout;
     Ok(serde_json::from_str(&printed)?)
 }

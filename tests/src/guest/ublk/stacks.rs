@@ -11,13 +11,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use super::device::{Device, Mount, fresh_drives, text};
+use super::device::{Device, Mount, PROGRAM, fresh_drives, text};
 use super::filesystem::{EXT4, Kind, XFS};
 use crate::config::STACKS;
 use crate::guest::dm::Mapper;
 use crate::guest::drives::Drive;
 use crate::guest::losetup::{Caching, KernelLoop};
-use crate::guest::{Ctx, FIGURE, Outcome, TestCase, process};
+use crate::guest::udev::QuietUdev;
+use crate::guest::{Ctx, FIGURE, Outcome, TestCase, process, wait_for};
 
 pub const TESTS: &[TestCase] = &[
     stack("stack_of_our_stripe_on_our_loops", ours_on_ours),
@@ -27,6 +28,8 @@ pub const TESTS: &[TestCase] = &[
     stack("stack_of_our_loop_on_a_buffered_kernel_loop_on_our_stripe", buffered_kernel_loop),
     fleet("stack_of_two_devices_of_a_fleet_on_one_lane", fleets::two),
     fleet("stack_of_many_devices_of_a_fleet_on_one_lane", fleets::many),
+    fleet("stack_of_a_server_on_a_fleet_survives_the_death_of_both", fleets::killed),
+    TestCase::guest("a_device_that_would_stand_on_itself_is_refused", STACKS, circle),
 ];
 
 const fn stack(name: &'static str, run: fn(&Ctx) -> Result<Outcome>) -> TestCase {
@@ -205,6 +208,41 @@ fn ours_on_ours(ctx: &Ctx) -> Result<Outcome> {
     let loops: Vec<_> = loops.iter().map(PathBuf::as_path).collect();
     let top = stack.ours(&["stripe", "--chunk", "16K", "-q", "2", "-d", DEPTH], &loops)?;
     load(ctx, stack, &top, XFS, STALL)
+}
+
+/// A table of device mapper leads a device back to itself while it has no server.
+fn circle(_: &Ctx) -> Result<Outcome> {
+    const NAME: &str = "stack-circle";
+    let [drive] = drives()?;
+    let sectors = sectors(&drive)?;
+    let table = |to: &str| format!("0 {sectors} linear {to} 0");
+    let mapper = Mapper::create(NAME, &[table(text(&drive)?)])?;
+    let device = Device::add_loop(&mapper.path(), &["-n", "7", "--on-death", "wait"])?;
+    // What it read on such a device would never come.
+    let quiet = QuietUdev::new()?;
+    process::run(&["kill", "-KILL", &device.pid()?.to_string()])?;
+    wait_for("the device to wait for a server", STALL, || {
+        let listed = process::run(&[PROGRAM, "list", "-n", "7", "--json"])?.stdout;
+        Ok(listed.contains("QUIESCED").then_some(()))
+    })?;
+    let lead_to = |to: &str| -> Result<()> {
+        let dmsetup = |arguments: &[&str]| {
+            process::run(&[&["dmsetup", "--noudevsync"], arguments].concat()).map(drop)
+        };
+        dmsetup(&["load", NAME, "--table", &table(to)])?;
+        dmsetup(&["suspend", NAME])?;
+        dmsetup(&["resume", NAME])
+    };
+    lead_to(device.path()?)?;
+    let refused = process::run_for_code(&[PROGRAM, "recover", "-n", "7"], 1)?;
+    ensure!(refused.stderr.contains("device 7 would stand on itself"), "{refused:?}");
+    ensure!(refused.stderr.trim_end().lines().count() == 1, "{refused:?}");
+    lead_to(text(&drive)?)?;
+    process::run(&[PROGRAM, "recover", "-n", "7"])?;
+    drop(quiet);
+    device.delete()?;
+    mapper.remove()?;
+    Ok(Outcome::Pass)
 }
 
 fn crypt(ctx: &Ctx) -> Result<Outcome> {

@@ -1,15 +1,15 @@
 //! Devices of one fleet on each other, with one lane: what the lower ones do must not wait for what the
 //! upper ones hold.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
-use super::super::device::{Mount, PROGRAM, fresh_drive, text};
-use super::super::fleet::{Fleet, ids, load, section, write};
+use super::super::device::{Device, Mount, PROGRAM, fresh_drive, text};
+use super::super::fleet::{Fleet, ids, listed, load, section, write};
 use crate::guest::dm::Mapper;
 use crate::guest::losetup::{Caching, KernelLoop};
 use crate::guest::{Ctx, Outcome, fio, process, udev, wait_for};
@@ -152,4 +152,42 @@ pub(super) fn many(ctx: &Ctx) -> Result<Outcome> {
     ensure!(ids()?.is_empty(), "{:?}", ids()?);
     fleet.end()?;
     Ok(Outcome::Pass)
+}
+
+/// Both servers are killed while operations of the upper device are under way, which the kernel's workers
+/// hold. The upper process ends when the lower device serves its operations again.
+pub(super) fn killed(ctx: &Ctx) -> Result<Outcome> {
+    let drive = fresh_drive("drive0")?.path();
+    let bottom = section(BOTTOM, &drive, "on-death = \"reissue\"")?;
+    let config = write(ctx, &[bottom])?;
+    let mut fleet = Fleet::start(ctx.directory(), &config)?;
+    let device = Device::add_loop(&node(BOTTOM), &["-n", "1", "--on-death", "reissue"])?;
+    let mut server = device.pid()?;
+    for _ in 0..2 {
+        let zeroing = zero_out(&node(1))?;
+        let what = "operations of the upper device";
+        wait_for(what, PATIENCE, || Ok(has_workers(server)?.then_some(())))?;
+        process::run(&["kill", "-KILL", &server.to_string()])?;
+        fleet.kill()?;
+        fleet = Fleet::start(ctx.directory(), &config)?;
+        process::run(&[PROGRAM, "recover", "-n", "1"])?;
+        zeroing.finish()?;
+        verified(ctx, &node(1))?;
+        server = served_by(1)?;
+    }
+    device.delete()?;
+    fleet.end()?;
+    Ok(Outcome::Pass)
+}
+
+fn served_by(id: u32) -> Result<u32> {
+    let device = listed()?.into_iter().find(|device| device.id == id);
+    device.and_then(|device| device.pid).context("a live device has a server")
+}
+
+/// Whether the kernel has workers for a process.
+fn has_workers(pid: u32) -> Result<bool> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task"))?.flatten();
+    let mut names = tasks.filter_map(|task| fs::read_to_string(task.path().join("comm")).ok());
+    Ok(names.any(|name| name.starts_with("iou-wrk")))
 }
