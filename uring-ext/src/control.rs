@@ -144,15 +144,31 @@ impl Control {
     /// Opens the node and makes the thread's control ring.
     ///
     /// # Errors
-    /// [`ControlError::NoDriver`], [`ControlError::NoDriverNorRoot`], [`ControlError::NoNode`],
-    /// [`ControlError::NoPermission`], [`ControlError::NoIoUring`], [`ControlError::Setup`].
+    /// Those of [`Control::open_node`] and [`Control::with`].
     pub fn open() -> Result<Self, ControlError> {
+        Self::with(Self::open_node()?)
+    }
+
+    /// Opens the node, which only shows that it can be opened.
+    ///
+    /// # Errors
+    /// [`ControlError::NoDriver`], [`ControlError::NoDriverNorRoot`], [`ControlError::NoNode`],
+    /// [`ControlError::NoPermission`], [`ControlError::Setup`].
+    pub fn open_node() -> Result<File, ControlError> {
         let opened = OpenOptions::new().read(true).write(true).open(CONTROL_PATH);
-        let file = opened.map_err(|error| {
+        opened.map_err(|error| {
             let numbers = std::fs::read_to_string(CONTROL_NUMBERS).ok();
             let is_root = nix::unistd::geteuid().is_root();
             open_error(Errno::of(&error), numbers.as_deref(), is_root)
-        })?;
+        })
+    }
+
+    /// Makes the thread's control ring. From its first command on the kernel has workers for it, which
+    /// share the process's files and mounts.
+    ///
+    /// # Errors
+    /// [`ControlError::NoIoUring`], [`ControlError::Setup`].
+    pub fn with(file: File) -> Result<Self, ControlError> {
         ublk_init_ctrl_task_ring(|ring| {
             if ring.is_none() {
                 *ring = Some(IoUring::<squeue::Entry128>::builder().build(32)?);

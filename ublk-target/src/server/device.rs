@@ -76,13 +76,14 @@ pub fn serve(
 ) -> Result<(), DeviceError> {
     let mut config = config.clone();
     config.target.begin_at_root();
-    // While there is one thread: the control ring has workers of the kernel's.
-    protect(&config.target.files());
     // A path that is wrong would only be told of when the driver is there.
-    let control = Control::open().map_err(|error| match config.target.missing_file() {
+    let node = Control::open_node().map_err(|error| match config.target.missing_file() {
         Some(missing) => DeviceError::from(missing),
         None => error.into(),
     })?;
+    // While there is one thread: the control ring has workers of the kernel's.
+    protect(&config.target.files());
+    let control = Control::with(node)?;
     // So that no signal ends the process half-way.
     let wakeups = Wakeups::ready(helpers.hangup())?;
     step("signals-blocked");

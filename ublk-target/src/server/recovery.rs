@@ -117,11 +117,12 @@ pub fn recover(
     progress: &mut dyn FnMut(&str),
     on_live: impl FnOnce(&Description, &Choice) -> Result<(), DeviceError>,
 ) -> Result<(), DeviceError> {
+    let node = Control::open_node()?;
     // While there is one thread: the control ring has workers of the kernel's. A record that cannot be
     // read is an error below.
     let record = StateFile::read(Path::new(RUN_DIR), id);
     protect(&record.as_ref().map_or_else(|_| Vec::new(), |it| it.config.target.files()));
-    let control = Control::open()?;
+    let control = Control::with(node)?;
     let wakeups = Wakeups::ready(helpers.hangup())?;
     step("signals-blocked");
     // Its process is alive: it is this one.

@@ -84,9 +84,10 @@ pub enum News {
 /// # Errors
 /// [`FleetError`].
 pub fn serve(config: FleetConfig, orders: &Orders<'_>) -> Result<(), FleetError> {
+    let node = Control::open_node().map_err(DeviceError::from)?;
     // While there is one thread: the control ring has workers of the kernel's.
     protect(&config.devices.iter().flat_map(|device| device.target.files()).collect::<Vec<_>>());
-    let control = Control::open().map_err(DeviceError::from)?;
+    let control = Control::with(node).map_err(DeviceError::from)?;
     let wakeups = Wakeups::ready(Hangup::IsApart)?;
     step("signals-blocked");
     open_many_files();
