@@ -62,6 +62,17 @@ fn ensure_refused(device: &Device, expected: &str) -> Result<()> {
     Ok(())
 }
 
+/// A state file that somebody has changed who knows of its checksum: the CRC-32C of the rest as JSON
+/// without blanks, the fields in the order of their names.
+fn sealed(record: &str) -> Result<String> {
+    let mut value: serde_json::Value = serde_json::from_str(record)?;
+    let fields = value.as_object_mut().context("a record")?;
+    fields.remove("crc32c").context("a checksum")?;
+    let rest = serde_json::Value::Object(fields.clone()).to_string();
+    fields.insert("crc32c".into(), format!("{:08x}", crc32c::crc32c(rest.as_bytes())).into());
+    Ok(serde_json::to_string_pretty(&value)?)
+}
+
 fn state_files(_ctx: &Ctx) -> Result<Outcome> {
     let drive = fresh_drive("drive0")?;
     let path = drive.path();
@@ -72,7 +83,7 @@ fn state_files(_ctx: &Ctx) -> Result<Outcome> {
     let number: u64 = device.attribute("diskseq")?.parse()?;
     let changed = |from: &str, to: &str| -> Result<String> {
         ensure!(good.contains(from), "no `{from}` in {good}");
-        Ok(good.replace(from, to))
+        sealed(&good.replace(from, to))
     };
     let diskseq = format!("\"diskseq\": {number}");
     let id = format!("\"id\": {}", device.id());
@@ -82,7 +93,8 @@ fn state_files(_ctx: &Ctx) -> Result<Outcome> {
         ("\0".repeat(4096), "is corrupt: "),
         (changed("\"depth\": 128", "\"depth\": -1")?, "is corrupt: "),
         (changed(&id, "\"id\": 99")?, "it is of device 99"),
-        (changed("\"version\": 2", "\"version\": 99")?, "has format 99, and this program knows 2"),
+        (changed("\"version\": 3", "\"version\": 99")?, "has format 99, and this program knows 3"),
+        (good.replace("\"depth\": 128", "\"depth\": 64"), "its checksum is not"),
         (
             changed(&diskseq, &format!("\"diskseq\": {}", number + 1))?,
             "is not this device's: it says disk",
@@ -153,7 +165,7 @@ fn backings(ctx: &Ctx) -> Result<Outcome> {
     kill_server(&device)?;
     let record = record_of(&device);
     let good = fs::read_to_string(&record)?;
-    fs::write(&record, good.replace(text(&one)?, text(&other)?))?;
+    fs::write(&record, sealed(&good.replace(text(&one)?, text(&other)?))?)?;
     ensure_refused(&device, "it is wwid")?;
     device.delete()?;
     mount.unmount()?;
