@@ -333,6 +333,9 @@ pub enum DeviceError {
          elsewhere; a stripe grows if all its backings do, a linear device if its last extent does"
     )]
     WouldMove,
+    /// Blocks that there are not.
+    #[error("blocks of {0} bytes; they have 512, 1024, 2048 or 4096")]
+    BlockSize(u32),
     /// A target without backings, which only a state file can have.
     #[error("the target has no backings")]
     NoBackings,

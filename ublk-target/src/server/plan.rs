@@ -10,6 +10,7 @@ use super::config::{DeviceConfig, DeviceError};
 use super::layout::{Layout, slot_table};
 use super::polling;
 use crate::backing::identity::Known;
+use crate::backing::limits::MAX_BLOCK;
 use crate::engine::SlotTable;
 use crate::kernel;
 use crate::lane::fault::{self, Faults};
@@ -69,6 +70,10 @@ impl Plan {
         // The greatest number of all stands for any id.
         if let Some(id) = config.id.filter(|id| *id > MAX_ID) {
             return Err(DeviceError::IdTooBig(id));
+        }
+        let is_block = |bytes: &u32| (512..=MAX_BLOCK).contains(bytes) && bytes.is_power_of_two();
+        if let Some(bytes) = config.block_size.filter(|bytes| !is_block(bytes)) {
+            return Err(DeviceError::BlockSize(bytes));
         }
         let mut choice = config.lend.choose(features)?;
         choice.flags |= config.on_death.flags(features)?;
