@@ -7,7 +7,7 @@ use ublk_target::lend::LendMode;
 use ublk_target::plan::Planner;
 use ublk_target::request::Geometry;
 
-use uring_ext::nvme::Namespace;
+use uring_ext::nvme::{Namespace, RetryDelays};
 
 use crate::MAX_REQUEST;
 use crate::command::{BLOCK_SHIFT, NSID};
@@ -213,7 +213,11 @@ fn routes(rng: &mut Rng, backings: usize) -> Vec<Route> {
     let files = [DiscardCall::BlockCommand, DiscardCall::PunchHole];
     let route = |_| {
         if rng.chance(namespaces) {
-            let namespace = Namespace { nsid: NSID, block_shift: BLOCK_SHIFT };
+            let namespace = Namespace {
+                nsid: NSID,
+                block_shift: BLOCK_SHIFT,
+                retry_delays: RetryDelays::default(),
+            };
             return Route::Namespace { namespace, deallocates_zeroes: rng.chance(512) };
         }
         Route::File(rng.pick(&files))

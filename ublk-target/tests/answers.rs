@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use ublk_target::lend::LendMode;
 use uring_ext::sys;
 
-use drive::{Fate, LEN, Pieces, Play, modes};
+use drive::{Fate, LEN, NO_DATA, Pieces, Play, modes};
 
 const KINDS: [u32; 2] = [sys::UBLK_IO_OP_READ, sys::UBLK_IO_OP_WRITE];
 const ALL: i32 = 16 << 10;
@@ -24,6 +24,7 @@ fn fates() -> impl Strategy<Value = Vec<Fate>> {
         1 => Just(Fate::Nothing),
         2 => Just(Fate::Again),
         1 => Just(Fate::Error),
+        1 => (0..2_u64).prop_map(Fate::Retry),
     ];
     prop::collection::vec(fate, 0..40)
 }
@@ -44,7 +45,7 @@ proptest! {
                 let answer = play.serve(KINDS[*kind], fates);
                 let is_bad = |fate: &Fate| match fate {
                     Fate::Whole | Fate::Part(_) => false,
-                    Fate::Nothing | Fate::Again | Fate::Error => true,
+                    Fate::Nothing | Fate::Again | Fate::Error | Fate::Retry(_) => true,
                 };
                 let may_fail = fates.iter().any(is_bad);
                 prop_assert!(answer == ALL || may_fail && answer < 0, "{:?}: {}", mode, answer);
@@ -108,6 +109,37 @@ fn commands_come_short_as_well() {
             assert_eq!(play.drive.asked, [1024, 1024, 7168, 7168], "{mode:?}");
         }
         assert_eq!((play.engine.stats().planned_short, play.engine.stats().partial), (2, 4));
+    }
+}
+
+/// A drive may say that a command would succeed later, and when.
+#[test]
+fn what_the_drive_asks_for_again_is_issued_again() {
+    let cases = modes().into_iter().flat_map(|mode| KINDS.map(|kind| (mode, kind)));
+    for (mode, op_flags) in cases {
+        for pause_ns in [0, 200_000_000] {
+            for asks in 0..8_usize {
+                let mut play = Play::new(pieces(1, None), mode);
+                play.commands = true;
+                let mut fates = vec![Fate::Whole; before_operations(mode.0, op_flags)];
+                for ask in 0..asks {
+                    fates.push(Fate::Retry(pause_ns));
+                    // Between two chains there are an unregistration and a registration. Of an
+                    // operation that pauses only the first is a chain.
+                    if mode.0 == LendMode::Slot && (ask == 0 || pause_ns == 0) {
+                        fates.extend([Fate::Whole; 2]);
+                    }
+                }
+                let answer = play.serve(op_flags, &fates);
+                let expected = if asks <= 5 { ALL } else { NO_DATA };
+                let what = format!("{mode:?}, {op_flags}, {pause_ns}, {asks}");
+                assert_eq!(answer, expected, "{what}");
+                assert_eq!(play.drive.asked.len(), asks.min(5) + 1, "{what}");
+                let pauses = if pause_ns > 0 { asks.min(5) } else { 0 };
+                assert_eq!(play.drive.paused, vec![pause_ns; pauses], "{what}");
+                assert_eq!(play.engine.stats().retries, asks.min(5) as u64, "{what}");
+            }
+        }
     }
 }
 

@@ -19,7 +19,7 @@ use ublk_target::request::Geometry;
 use ublk_target::target::{LoopTarget, NullTarget};
 use ublk_target::units::Qid;
 use uring_ext::iod::IoDesc;
-use uring_ext::nvme::{Namespace, Ranges};
+use uring_ext::nvme::{Namespace, Ranges, RetryDelays};
 use uring_ext::pool::BufferPool;
 use uring_ext::ring::Cqe;
 use uring_ext::{Errno, sys};
@@ -86,7 +86,7 @@ impl<P: Planner> Play<P> {
             copies: 0,
             now: 1,
         };
-        let namespace = Namespace { nsid: 1, block_shift: 9 };
+        let namespace = Namespace { nsid: 1, block_shift: 9, retry_delays: RetryDelays::default() };
         let command = Route::Namespace { namespace, deallocates_zeroes: true };
         let routes = [Route::File(DiscardCall::BlockCommand), command].into();
         let port = PortConfig { routes, ..PortConfig::default() };

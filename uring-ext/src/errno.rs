@@ -45,6 +45,8 @@ impl Errno {
     pub const EALREADY: Self = Self(libc::EALREADY);
     /// An operation was cancelled.
     pub const ECANCELED: Self = Self(libc::ECANCELED);
+    /// There is no way to the device.
+    pub const ENOLINK: Self = Self(libc::ENOLINK);
     /// A wait of `io_uring_enter(2)` has timed out.
     pub const ETIME: Self = Self(libc::ETIME);
     /// A deadline has passed.

@@ -56,6 +56,10 @@ mod opcode {
     pub const IDENTIFY: u8 = 0x06;
 }
 
+/// Command dword 10 of `Identify`: the namespace, the controller (`CNS`).
+const IDENTIFY_NAMESPACE: u32 = 0;
+const IDENTIFY_CONTROLLER: u32 = 1;
+
 /// Command dword 12: force unit access.
 const FUA: u32 = 1 << 30;
 /// Command dword 12 of write-zeroes: the blocks may be deallocated.
@@ -70,6 +74,8 @@ pub struct Namespace {
     pub nsid: u32,
     /// Base-two logarithm of its block size.
     pub block_shift: u8,
+    /// What its drive may ask for before a command is issued again.
+    pub retry_delays: RetryDelays,
 }
 
 impl Namespace {
@@ -168,22 +174,80 @@ fn entry(file: FixedFile, buffer: Option<u16>, command: Command) -> [Sqe; 2] {
     Sqe::double_command(file, URING_CMD_IO, buffer, &payload)
 }
 
-/// The errno that a command's result stands for: a negated one of the kernel, or the status of the
-/// drive as the block layer translates it (`nvme_error_status`); `None` for success.
-#[must_use]
-pub fn error_of(res: i32) -> Option<Errno> {
-    if let Err(errno) = Errno::from_result(res) {
-        return Some(errno);
+/// How often the block layer issues a command again that may succeed then (`nvme_max_retries`).
+pub const MAX_RETRIES: u8 = 5;
+
+/// Status: issuing the command again would change nothing (`NVME_STATUS_DNR`).
+const DO_NOT_RETRY: i32 = 1 << 14;
+/// Status: the second of the drive's retry delays at 2, and so on; at 0 none (`NVME_STATUS_CRD`).
+const RETRY_DELAY_SHIFT: u32 = 11;
+/// How long to wait for another way to the drive, in nanoseconds.
+const PATH_PAUSE_NS: u64 = 100_000_000;
+
+/// What a command's result stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It was carried out.
+    Done,
+    /// It was not, and will not be.
+    Failed(Errno),
+    /// It was not, and may be when it is issued again after so many nanoseconds, at most
+    /// [`MAX_RETRIES`] times. After that it has failed.
+    Again {
+        /// How it has failed if this was the last time.
+        errno: Errno,
+        /// How long to wait before.
+        pause_ns: u64,
+    },
+}
+
+/// The delays before a retry that a drive may ask for (`CRDT1` to `CRDT3`), in 100 ms.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RetryDelays([u16; 3]);
+
+impl RetryDelays {
+    /// Those of the fields of `Identify Controller` data.
+    fn parse(data: &[u8; 4096]) -> Self {
+        Self([128, 130, 132].map(|at| u16::from_le_bytes([data[at], data[at + 1]])))
     }
+
+    /// The delay that a status asks for, in nanoseconds.
+    fn of(self, status: i32) -> u64 {
+        let which = usize::try_from(status >> RETRY_DELAY_SHIFT & 0x3).unwrap_or(0);
+        let tenths = which.checked_sub(1).and_then(|which| self.0.get(which));
+        u64::from(tenths.copied().unwrap_or(0)) * 100_000_000
+    }
+}
+
+impl Namespace {
+    /// What a command's result stands for: a negated error number of the kernel, or the status of the
+    /// drive as the block layer takes it (`nvme_decide_disposition`, `nvme_error_status`).
+    #[must_use]
+    pub fn outcome(&self, res: i32) -> Outcome {
+        if let Err(errno) = Errno::from_result(res) {
+            return Outcome::Failed(errno);
+        }
+        let Some(errno) = error_of(res) else { return Outcome::Done };
+        let (kind, code) = (res >> 8 & 0x7, res & 0x7ff);
+        // What wants authentication gets it from nobody here.
+        if res & DO_NOT_RETRY != 0 || code == 0x191 {
+            return Outcome::Failed(errno);
+        }
+        let is_of_path = kind == 3;
+        let least = if is_of_path { PATH_PAUSE_NS } else { 0 };
+        Outcome::Again { errno, pause_ns: self.retry_delays.of(res).max(least) }
+    }
+}
+
+/// The errno that a status stands for (`nvme_error_status`); `None` for success.
+fn error_of(status: i32) -> Option<Errno> {
     // Type and code of the status; above them is advice.
-    match res & 0x7ff {
+    match status & 0x7ff {
         0 => None,
         // Invalid opcode, field or namespace; bad attributes.
         0x001 | 0x002 | 0x00b | 0x180 => Some(Errno::EOPNOTSUPP),
-        // Interrupted, not ready. The block layer tries again, and so may who asked.
-        0x021 | 0x082 => Some(Errno::EAGAIN),
-        // Beyond the end.
-        0x080 => Some(Errno::EREMOTEIO),
+        // Interrupted, beyond the end, not ready.
+        0x021 | 0x080 | 0x082 => Some(Errno::EREMOTEIO),
         // Capacity exceeded.
         0x081 => Some(Errno::ENOSPC),
         // Reservation conflict.
@@ -192,6 +256,8 @@ pub fn error_of(res: i32) -> Option<Errno> {
         0x181 | 0x282..=0x284 => Some(Errno::EILSEQ),
         // Read-only, write fault, unrecovered read, comparing failed, access denied, deallocated.
         0x182 | 0x280 | 0x281 | 0x285..=0x287 => Some(Errno::ENODATA),
+        // No way to the drive.
+        0x370 => Some(Errno::ENOLINK),
         _ => Some(Errno::EIO),
     }
 }
@@ -261,10 +327,22 @@ pub fn identify(device: BorrowedFd<'_>) -> Result<Identity, Errno> {
     // SAFETY: the request takes no argument.
     let nsid = unsafe { libc::ioctl(device.as_raw_fd(), IOCTL_ID.into()) };
     let nsid = u32::try_from(nsid).map_err(|_| last_errno())?;
+    let data = identify_by(device, nsid, IDENTIFY_NAMESPACE)?;
+    let mut identity = parse(nsid, &data).ok_or(Errno::EIO)?;
+    // A drive that does not say asks for no delay.
+    let controller = identify_by(device, 0, IDENTIFY_CONTROLLER);
+    let delays = controller.map(|data| RetryDelays::parse(&data));
+    identity.namespace.retry_delays = delays.unwrap_or_default();
+    Ok(identity)
+}
+
+/// `Identify`, of what is named by command dword 10.
+fn identify_by(device: BorrowedFd<'_>, nsid: u32, cdw10: u32) -> Result<[u8; 4096], Errno> {
     let mut data = [0_u8; 4096];
     let mut command = Command {
         opcode: opcode::IDENTIFY,
         nsid,
+        cdw10,
         addr: data.as_mut_ptr().expose_provenance() as u64,
         data_len: 4096,
         ..Command::default()
@@ -275,7 +353,7 @@ pub fn identify(device: BorrowedFd<'_>) -> Result<Identity, Errno> {
         libc::ioctl(device.as_raw_fd(), IOCTL_ADMIN_CMD.into(), std::ptr::from_mut(&mut command))
     };
     match done {
-        0 => parse(nsid, &data).ok_or(Errno::EIO),
+        0 => Ok(data),
         status => Err(if status < 0 { last_errno() } else { Errno::EIO }),
     }
 }
@@ -298,7 +376,7 @@ fn parse(nsid: u32, data: &[u8; 4096]) -> Option<Identity> {
     let block_shift = data[format + 2];
     let behaviour = data[33];
     (9..=16).contains(&block_shift).then_some(Identity {
-        namespace: Namespace { nsid, block_shift },
+        namespace: Namespace { nsid, block_shift, retry_delays: RetryDelays::default() },
         blocks,
         metadata_bytes,
         deallocates_zeroes: behaviour & 0x7 == 1 && behaviour & (1 << 3) != 0,
@@ -326,7 +404,8 @@ pub(crate) fn facts(mut add: impl FnMut(&str, u64)) {
 mod tests {
     use super::*;
 
-    const NAMESPACE: Namespace = Namespace { nsid: 3, block_shift: 12 };
+    const NAMESPACE: Namespace =
+        Namespace { nsid: 3, block_shift: 12, retry_delays: RetryDelays([0; 3]) };
 
     /// The 72 bytes of a command, from both halves of its entry.
     fn command(entry: &[Sqe; 2]) -> Vec<u8> {
@@ -377,20 +456,52 @@ mod tests {
     }
 
     #[test]
-    fn a_status_is_an_error_as_the_block_layer_has_it() {
+    fn a_status_is_what_the_block_layer_makes_of_it() {
+        use Outcome::{Done, Failed};
+        let again = |errno, pause_ns| Outcome::Again { errno, pause_ns };
+        let ms = 1_000_000;
+        let namespace = Namespace { retry_delays: RetryDelays([2, 0, 70]), ..NAMESPACE };
         let table = [
-            (0, None),
-            (-5, Some(Errno::EIO)),
-            (-libc::EAGAIN, Some(Errno::EAGAIN)),
-            (0x4002, Some(Errno::EOPNOTSUPP)),
-            (0x2080, Some(Errno::EREMOTEIO)),
-            (0x4081, Some(Errno::ENOSPC)),
-            (0x0281, Some(Errno::ENODATA)),
-            (0x0006, Some(Errno::EIO)),
+            (0, Done),
+            // The kernel's own word.
+            (-5, Failed(Errno::EIO)),
+            (-libc::EAGAIN, Failed(Errno::EAGAIN)),
+            (-libc::EINTR, Failed(Errno::EINTR)),
+            // Do not retry.
+            (0x4002, Failed(Errno::EOPNOTSUPP)),
+            (0x4081, Failed(Errno::ENOSPC)),
+            (0x4281, Failed(Errno::ENODATA)),
+            (0x4082, Failed(Errno::EREMOTEIO)),
+            (0x4370, Failed(Errno::ENOLINK)),
+            (0x5821, Failed(Errno::EREMOTEIO)),
+            // Whatever it is, without that word.
+            (0x2080, again(Errno::EREMOTEIO, 0)),
+            (0x0281, again(Errno::ENODATA, 0)),
+            (0x0006, again(Errno::EIO, 0)),
+            (0x0021, again(Errno::EREMOTEIO, 0)),
+            (0x0082, again(Errno::EREMOTEIO, 0)),
+            (0x0182, again(Errno::ENODATA, 0)),
+            // After a delay of the drive's.
+            (0x0821, again(Errno::EREMOTEIO, 200 * ms)),
+            (0x1021, again(Errno::EREMOTEIO, 0)),
+            (0x1882, again(Errno::EREMOTEIO, 7000 * ms)),
+            // The way to it.
+            (0x0301, again(Errno::EIO, 100 * ms)),
+            (0x0370, again(Errno::ENOLINK, 100 * ms)),
+            (0x0b70, again(Errno::ENOLINK, 200 * ms)),
+            (0x0371, again(Errno::EIO, 100 * ms)),
+            (0x0191, Failed(Errno::EIO)),
         ];
         for (res, expected) in table {
-            assert_eq!(error_of(res), expected, "{res:#x}");
+            assert_eq!(namespace.outcome(res), expected, "{res:#x}");
         }
+    }
+
+    #[test]
+    fn retry_delays_are_read() {
+        let mut data = [0; 4096];
+        data[128..134].copy_from_slice(&[1, 0, 0, 1, 0xff, 0xff]);
+        assert_eq!(RetryDelays::parse(&data), RetryDelays([1, 256, 65535]));
     }
 
     #[test]
@@ -401,7 +512,7 @@ mod tests {
         data[128..132].copy_from_slice(&[0, 0, 9, 0]);
         data[132..136].copy_from_slice(&[8, 0, 12, 0]);
         let identity = Identity {
-            namespace: Namespace { nsid: 1, block_shift: 12 },
+            namespace: Namespace { nsid: 1, block_shift: 12, retry_delays: RetryDelays::default() },
             blocks: 1000,
             metadata_bytes: 8,
             deallocates_zeroes: true,

@@ -1,9 +1,11 @@
 //! Entries that were submitted and have not completed.
 
+use super::verdict::Blame;
 use super::{Buffer, Kernel, Posted};
 use crate::command::{INTERNAL_ERROR, NOT_READY};
 use crate::entry::{Entry, Work};
 use uring_ext::Errno;
+use uring_ext::nvme::MAX_RETRIES;
 use uring_ext::ring::Cqe;
 
 /// How many entries may be linked behind one.
@@ -77,7 +79,7 @@ impl Kernel {
     pub(super) fn complete(&mut self, mut flight: Flight, res: i32) {
         self.dismiss(&mut flight);
         let entry = flight.entry;
-        let res = if entry.command { self.status(res) } else { res };
+        let res = if entry.command { self.status(entry.tag, res) } else { res };
         self.trace.note(|| format!("complete {:#x} with {res}", entry.user_data));
         self.trace.mix(entry.user_data ^ u64::from(res.unsigned_abs()));
         if let Some(Buffer::Lent { tag }) = flight.buffer.take() {
@@ -105,12 +107,20 @@ impl Kernel {
     }
 
     /// The result of a command: nothing, a status of the drive, or an error of the kernel.
-    fn status(&mut self, res: i32) -> i32 {
+    fn status(&mut self, tag: Option<u16>, res: i32) -> i32 {
         let by_drive = self.rng.chance(512);
         match Errno::from_result(res) {
             Ok(_) => 0,
             Err(Errno::EIO) if by_drive => INTERNAL_ERROR,
-            Err(Errno::EAGAIN) if by_drive => NOT_READY,
+            Err(Errno::EAGAIN) if by_drive => {
+                let tag = tag.and_then(|tag| self.tags.get_mut(usize::from(tag)));
+                let blame = tag.map(|tag| &mut tag.blame);
+                let used_up = |blame: &&mut Blame| blame.transients_in_a_row > MAX_RETRIES.into();
+                if let Some(blame) = blame.filter(used_up) {
+                    blame.allow(Errno::EREMOTEIO);
+                }
+                NOT_READY
+            }
             Err(_) => res,
         }
     }

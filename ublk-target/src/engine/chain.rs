@@ -37,7 +37,17 @@ impl<P: Planner> Engine<P> {
         let deadline = deadline_of(self.config.deadline, self.now);
         let (borrow, cancel) = (Some(borrow), Cancel::No);
         let (retries, substitutes, moved) = (run.retries, run.substitutes, run.moved);
-        let inflight = InFlight { tag, op, moved, borrow, retries, substitutes, cancel, deadline };
+        let inflight = InFlight {
+            tag,
+            op,
+            moved,
+            borrow,
+            retries,
+            pause_ns: 0,
+            substitutes,
+            cancel,
+            deadline,
+        };
         self.inflight.insert(key, inflight);
         self.stats.ops += 1;
         self.stamp_issue(tag, port);
@@ -92,6 +102,8 @@ impl<P: Planner> Engine<P> {
                     ended.rewind(self.config.geometry.block);
                 }
                 run.replan(plan, ended);
+                // Held back as a planner may have a window held back, so not in a chain.
+                plan.delay(ended.pause_ns);
                 match unregistered {
                     Ok(_) => self.lend_registered(tag, port),
                     // A tag has one slot in quarantine at most, so that slots do not run out.
@@ -121,6 +133,7 @@ impl<P: Planner> Engine<P> {
             Verdict::Instead { backing, offset } => {
                 ended.op = Op { backing, offset, ..ended.op };
                 (ended.retries, ended.substitutes) = (0, ended.substitutes + 1);
+                ended.pause_ns = 0;
                 (Progress::Again, ended)
             }
         }

@@ -26,7 +26,7 @@ impl<P: Planner> Engine<P> {
                     self.stats.cancelled += 1;
                     inflight.cancel = Cancel::Asked;
                     inflight.deadline = deadline_of(self.config.deadline, self.now);
-                    port.cancel(key, &inflight.op);
+                    port.cancel(key, &inflight.issued());
                 }
                 Cancel::Asked => {
                     inflight.cancel = Cancel::Lost;
@@ -58,7 +58,7 @@ impl<P: Planner> Engine<P> {
             self.stats.cancelled += 1;
             inflight.cancel = Cancel::Asked;
             inflight.deadline = deadline_of(self.config.deadline, self.now);
-            port.cancel(key, &inflight.op);
+            port.cancel(key, &inflight.issued());
         }
     }
 }

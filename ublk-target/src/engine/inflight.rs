@@ -39,6 +39,8 @@ pub(super) struct InFlight {
     pub moved: u32,
     pub borrow: Option<Borrow>,
     pub retries: u8,
+    /// It waits for so many nanoseconds before it is issued again; a delay is in flight in its place.
+    pub pause_ns: u64,
     /// How many operations have failed in whose place it was issued.
     pub substitutes: u8,
     pub cancel: Cancel,
@@ -52,8 +54,8 @@ impl InFlight {
         let op =
             Op { kind: OpKind::Flush, backing: BackingIndex(0), offset: 0, len: 0, buf_offset: 0 };
         let (cancel, deadline) = (Cancel::No, u64::MAX);
-        let (borrow, retries, substitutes) = (None, 0, 0);
-        Self { tag, op, moved: 0, borrow, retries, substitutes, cancel, deadline }
+        let (borrow, retries, substitutes, pause_ns) = (None, 0, 0, 0);
+        Self { tag, op, moved: 0, borrow, retries, pause_ns, substitutes, cancel, deadline }
     }
 
     /// Goes back to the start of the block that it has come to, for somebody else to go on with: a
@@ -64,6 +66,15 @@ impl InFlight {
         self.op.buf_offset -= into;
         self.op.len += u64::from(into);
         self.moved = 0;
+    }
+
+    /// What is in flight: the operation, or the delay before it is issued again.
+    pub const fn issued(&self) -> Op {
+        if self.pause_ns == 0 {
+            return self.op;
+        }
+        let backing = self.op.backing;
+        Op { kind: OpKind::Delay, backing, offset: 0, len: self.pause_ns, buf_offset: 0 }
     }
 
     /// How many bytes it asks for now. A transfer that is longer than `at_first` asks for no more
@@ -256,8 +267,8 @@ mod tests {
         let op = Op { kind, backing: BackingIndex(0), offset: 1000, len: 4096, buf_offset: 512 };
         let (tag, cancel) = (Tag(0), Cancel::No);
         let (borrow, retries, substitutes) = (None, 3, 0);
-        let deadline = u64::MAX;
-        InFlight { tag, op, moved: 0, borrow, retries, substitutes, cancel, deadline }
+        let (deadline, pause_ns) = (u64::MAX, 0);
+        InFlight { tag, op, moved: 0, borrow, retries, pause_ns, substitutes, cancel, deadline }
     }
 
     fn insert(table: &mut InFlightTable) -> Option<OpKey> {

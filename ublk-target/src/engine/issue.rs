@@ -7,7 +7,7 @@ use super::inflight::{Cancel, InFlight};
 use super::key::OpKey;
 use super::tag::{Held, TagState};
 use super::{Engine, Port, deadline_of};
-use crate::plan::{Buffer, Op, Planner};
+use crate::plan::{Buffer, Op, OpKind, Planner};
 use crate::units::Tag;
 
 impl<P: Planner> Engine<P> {
@@ -71,8 +71,12 @@ impl<P: Planner> Engine<P> {
             }
         };
         let deadline = deadline_of(self.config.deadline, self.now);
-        let (moved, retries, cancel) = (0, 0, Cancel::No);
-        let inflight = InFlight { tag, op, moved, borrow, retries, substitutes, cancel, deadline };
+        // Those of a chain that was given up for single entries.
+        let is_delay = op.kind == OpKind::Delay;
+        let retries = if is_delay { 0 } else { std::mem::take(&mut run.retries) };
+        let (moved, pause_ns, cancel) = (0, 0, Cancel::No);
+        let inflight =
+            InFlight { tag, op, moved, borrow, retries, pause_ns, substitutes, cancel, deadline };
         self.inflight.insert(key, inflight);
         run.pending += 1;
         if op.len > run.at_first {
@@ -92,6 +96,19 @@ impl<P: Planner> Engine<P> {
             }
         }
         self.submit_short(key, port);
+    }
+
+    /// Issues an operation again after its pause.
+    #[cold]
+    pub(super) fn pause(&mut self, key: OpKey, port: &mut impl Port) {
+        let (key, inflight) = self.inflight.renew(key);
+        if let Some(borrow) = inflight.borrow {
+            if self.registry.relabel(borrow, key.borrower()).is_err() {
+                self.stats.unexpected += 1;
+            }
+        }
+        self.stats.delays += 1;
+        port.submit(key, &inflight.issued(), None);
     }
 
     /// Issues an operation, or as much of it as it is to ask for at first.

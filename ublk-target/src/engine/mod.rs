@@ -47,10 +47,11 @@ use std::collections::VecDeque;
 
 use bufreg::{Borrower, Counts, Leak, Registry, SlotIndex};
 use uring_ext::iod::IoDesc;
+use uring_ext::nvme;
 use uring_ext::pool::Direction;
 use uring_ext::{Errno, sys};
 
-use crate::plan::{Op, OpKind, Planner};
+use crate::plan::{BackingIndex, Op, OpKind, Planner};
 use crate::request::{Refusal, Request};
 use crate::units::Tag;
 use inflight::{Cancel, InFlight, InFlightTable, Progress};
@@ -215,23 +216,45 @@ impl<P: Planner> Engine<P> {
     #[inline(always)]
     pub fn completed(&mut self, key: OpKey, res: i32, port: &mut impl Port) {
         if !self.complete_straight(key, res, port) {
-            self.complete(key, res, port);
+            self.complete(key, res, None, port);
             self.serve_waiting(port);
         }
         self.serve_deferred(port);
     }
 
+    /// An operation failed with `errno`, and may succeed if it is issued again after `pause_ns`
+    /// nanoseconds. That is done [`nvme::MAX_RETRIES`] times.
+    pub fn asked_again(&mut self, key: OpKey, errno: Errno, pause_ns: u64, port: &mut impl Port) {
+        if !self.complete_straight(key, errno.negated(), port) {
+            self.complete(key, errno.negated(), Some(pause_ns), port);
+            self.serve_waiting(port);
+        }
+        self.serve_deferred(port);
+    }
+
+    /// With `pause_ns` what has failed may be tried again.
     #[inline(never)]
-    fn complete(&mut self, key: OpKey, res: i32, port: &mut impl Port) {
+    fn complete(&mut self, key: OpKey, res: i32, pause_ns: Option<u64>, port: &mut impl Port) {
         let Some(op) = self.inflight.get_mut(key) else {
             self.stats.stale += 1;
             return;
         };
         let cancelled = op.cancel != Cancel::No;
+        let has_paused = std::mem::take(&mut op.pause_ns) > 0;
         let outcome = match Errno::from_result(res) {
             Ok(moved) => op.advance(moved),
+            Err(Errno::ETIME) if has_paused => Progress::Again,
             Err(Errno::ETIME) if op.op.kind == OpKind::Delay => Progress::Done,
             Err(_) if cancelled => Progress::Failed(Errno::ETIMEDOUT),
+            Err(errno) if pause_ns.is_some() && op.retries >= nvme::MAX_RETRIES => {
+                Progress::Failed(errno)
+            }
+            Err(_) if pause_ns.is_some() => {
+                op.retries += 1;
+                op.pause_ns = pause_ns.unwrap_or(0);
+                self.stats.retries += 1;
+                Progress::Again
+            }
             Err(errno) if is_transient(errno) && op.retries < MAX_RETRIES => {
                 op.retries += 1;
                 self.stats.retries += 1;
@@ -244,7 +267,7 @@ impl<P: Planner> Engine<P> {
             Progress::Again if cancelled => Progress::Failed(Errno::ETIMEDOUT),
             Progress::Again | Progress::Done | Progress::Failed(_) => outcome,
         };
-        let tag = op.tag;
+        let (tag, pauses) = (op.tag, op.pause_ns > 0);
         if outcome == Progress::Again && res > 0 {
             self.stats.partial += 1;
         }
@@ -255,7 +278,7 @@ impl<P: Planner> Engine<P> {
         }
         let run = &mut state.run;
         if outcome == Progress::Again && run.chain.is_none() && !run.failed() {
-            return self.submit_again(key, port);
+            return if pauses { self.pause(key, port) } else { self.submit_again(key, port) };
         }
         let Some(ended) = self.inflight.remove(key) else { return };
         run.pending -= 1;
@@ -284,6 +307,12 @@ impl<P: Planner> Engine<P> {
         let len = straight.or_else(|| self.inflight.get(key).map(asked));
         let len = len.unwrap_or(0);
         i32::try_from(len).unwrap_or(i32::MAX)
+    }
+
+    /// The backing of an operation in flight.
+    pub fn backing_of(&self, key: OpKey) -> Option<BackingIndex> {
+        let straight = self.straight_tag(key).map(|state| state.straight.place.backing);
+        straight.or_else(|| self.inflight.get(key).map(|it| it.op.backing))
     }
 
     /// How many reads and writes are in flight.

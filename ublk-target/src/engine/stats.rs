@@ -22,7 +22,7 @@ pub struct EngineStats {
     /// Operations issued on backings, without continuations and retries.
     pub ops: u64,
     /// Operations, registrations or unregistrations issued again after `EAGAIN`, `EINTR` or
-    /// `ENOMEM`.
+    /// `ENOMEM`, or since a drive asks for it.
     pub retries: u64,
     /// Partial transfers that were continued.
     pub partial: u64,
@@ -31,7 +31,7 @@ pub struct EngineStats {
     /// Requests some of whose reads or writes asked for less than all at first, since the planner
     /// wanted them to come short.
     pub planned_short: u64,
-    /// Windows that the planner has held back.
+    /// Windows that the planner has held back, and pauses before operations are issued again.
     pub delays: u64,
     /// Times that the planner has made a request wait for another one.
     pub deferred: u64,

@@ -105,9 +105,17 @@ impl<P: Planner> Engine<P> {
         (state.run.next_op, state.run.pending) = (1, 1);
         state.plan.set_single(op);
         state.phase = Phase::Running;
-        let (moved, retries, substitutes, cancel) = (0, 0, 0, Cancel::No);
-        let deadline = u64::MAX;
-        let inflight = InFlight { tag, op, moved, borrow, retries, substitutes, cancel, deadline };
+        let inflight = InFlight {
+            tag,
+            op,
+            moved: 0,
+            borrow,
+            retries: 0,
+            pause_ns: 0,
+            substitutes: 0,
+            cancel: Cancel::No,
+            deadline: u64::MAX,
+        };
         self.inflight.end_straight();
         self.inflight.insert_straight(*serial, inflight);
     }

@@ -13,7 +13,7 @@ pub use port::PortConfig;
 
 use uring_ext::Errno;
 use uring_ext::iod::IoDesc;
-use uring_ext::nvme::{self, Namespace, RangeAddr};
+use uring_ext::nvme::{Namespace, Outcome, RangeAddr};
 use uring_ext::pool::{Direction, PoolAddr};
 use uring_ext::ring::Cqe;
 use uring_ext::sqe::{FixedFile, Sqe};
@@ -192,14 +192,17 @@ impl<P: Planner, Io: LaneIo> Lane<P, Io> {
                 port.failure.get_or_insert(errno);
             }
             Event::Op(key) => self.completed(key, res),
-            Event::Command(key) => {
-                let res = match nvme::error_of(res) {
-                    Some(errno) => errno.negated(),
-                    // Commands are carried out as a whole or not at all.
-                    None => engine.whole(key),
-                };
-                self.completed(key, res);
-            }
+            Event::Command(key) => match port.outcome(engine.backing_of(key), res) {
+                // Commands are carried out as a whole or not at all.
+                Outcome::Done => {
+                    let res = engine.whole(key);
+                    self.completed(key, res);
+                }
+                Outcome::Failed(errno) => self.completed(key, errno.negated()),
+                Outcome::Again { errno, pause_ns } => {
+                    engine.asked_again(key, errno, pause_ns, port);
+                }
+            },
             Event::Injected(key) => self.completed(key, Errno::EAGAIN.negated()),
         }
         Handled::Done

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use bufreg::{Incarnation, SlotIndex};
-use uring_ext::nvme::Namespace;
+use uring_ext::nvme::{Namespace, Outcome};
 use uring_ext::pool::Direction;
 use uring_ext::sqe::{Delivery, FixedBuffer, Sqe};
 use uring_ext::{Errno, sys};
@@ -15,7 +15,7 @@ use super::{LaneIo, RingRole};
 use crate::backing::{DiscardCall, Route};
 use crate::engine::{Answer, EngineConfig, OpKey, Port, SlotTable, TagKey};
 use crate::lend::LendMode;
-use crate::plan::{Op, OpKind, WINDOW_OPS};
+use crate::plan::{BackingIndex, Op, OpKind, WINDOW_OPS};
 use crate::units::Tag;
 
 /// Gives space back; reads as zeros afterwards. On block devices: write zeroes with unmapping.
@@ -278,6 +278,16 @@ impl<Io: LaneIo> RingPort<Io> {
     fn submit_other(&mut self, key: OpKey, op: &Op, slot: Option<SlotIndex>) {
         let entry = self.op_entry(key, op, slot);
         self.push(self.role(op), entry.sqes());
+    }
+
+    /// What the result of a command to a backing stands for. Of one that nobody waits for any more
+    /// that does not matter.
+    pub fn outcome(&self, backing: Option<BackingIndex>, res: i32) -> Outcome {
+        let route = backing.and_then(|backing| self.routes.get(usize::from(backing.0)));
+        match route {
+            Some(Route::Namespace { namespace, .. }) => namespace.outcome(res),
+            Some(Route::File(_)) | None => Outcome::Failed(Errno::EIO),
+        }
     }
 
     /// The ring that an operation goes to.

@@ -18,6 +18,8 @@ use uring_ext::{Errno, sys};
 /// Bytes of each request.
 pub const LEN: u32 = 16 << 10;
 const BLOCK: u32 = 512;
+/// What an operation has failed with that the drive asks for again in vain: `ENODATA`, negated.
+pub const NO_DATA: i32 = -61;
 
 /// Divides a request into so many equal pieces, whose transfers come short at first.
 #[derive(Clone, Copy, Debug)]
@@ -61,6 +63,8 @@ pub enum Fate {
     Again,
     /// It fails.
     Error,
+    /// The drive asks for it to be issued again, after so many nanoseconds.
+    Retry(u64),
 }
 
 impl Fate {
@@ -73,6 +77,7 @@ impl Fate {
             Self::Nothing => 0,
             Self::Again => -11,
             Self::Error => -5,
+            Self::Retry(_) => NO_DATA,
         }
     }
 
@@ -81,7 +86,7 @@ impl Fate {
         match self {
             Self::Whole | Self::Part(_) | Self::Nothing => 0,
             Self::Again => -12,
-            Self::Error => -22,
+            Self::Error | Self::Retry(_) => -22,
         }
     }
 }
@@ -113,6 +118,8 @@ pub struct Drive {
     backing: Vec<bool>,
     /// Lengths of the operations, in order.
     pub asked: Vec<u64>,
+    /// Delays, in nanoseconds.
+    pub paused: Vec<u64>,
 }
 
 impl Drive {
@@ -227,6 +234,7 @@ impl Play {
         self.drive.fates = fates.iter().copied().collect();
         self.drive.fill(op_flags);
         self.drive.asked.clear();
+        self.drive.paused.clear();
         let is_write = op_flags == sys::UBLK_IO_OP_WRITE;
         let driver_copies = self.engine.config().lend == LendMode::Copy;
         if driver_copies && is_write {
@@ -254,7 +262,10 @@ impl Play {
         let (engine, drive) = (&mut self.engine, &mut self.drive);
         match wanted {
             Wanted::Op(key, op, slot) if op.has_data() => self.transfer(key, &op, slot),
-            Wanted::Op(key, _, _) => engine.completed(key, Errno::ETIME.negated(), drive),
+            Wanted::Op(key, op, _) => {
+                drive.paused.push(op.len);
+                engine.completed(key, Errno::ETIME.negated(), drive);
+            }
             Wanted::Register(key) => engine.registered(key, drive.fate().of_command(), drive),
             Wanted::Unregister(key) => engine.unregistered(key, drive.fate().of_command(), drive),
             Wanted::Chain(tag, slot, key, op) => match drive.fate().of_command() {
@@ -280,6 +291,10 @@ impl Play {
                 let whole = self.engine.whole(key);
                 assert_eq!(u64::try_from(whole), Ok(op.len), "what was issued");
                 whole
+            }
+            Fate::Retry(pause_ns) => {
+                let errno = Errno::new(-NO_DATA);
+                return self.engine.asked_again(key, errno, pause_ns, &mut self.drive);
             }
             fate @ (Fate::Whole | Fate::Part(_) | Fate::Nothing | Fate::Again | Fate::Error) => {
                 fate.of(op.len)

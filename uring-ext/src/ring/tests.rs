@@ -3,7 +3,7 @@ use std::io::Write;
 use std::os::unix::fs::FileExt;
 
 use super::*;
-use crate::nvme::Namespace;
+use crate::nvme::{Namespace, RetryDelays};
 use crate::sqe::{FixedBuffer, FixedFile};
 
 /// Pushes one entry and returns the result of its completion.
@@ -139,7 +139,9 @@ fn a_full_queue_is_submitted_and_nothing_is_lost() {
 
 #[test]
 fn double_entries_do_not_lie_across_the_end() {
-    let [first, second] = Namespace { nsid: 1, block_shift: 9 }.flush(FixedFile(1));
+    let [first, second] =
+        Namespace { nsid: 1, block_shift: 9, retry_delays: RetryDelays::default() }
+            .flush(FixedFile(1));
     let double = vec![first.clone(), second.clone()];
     let chain = vec![Sqe::nop().hard_link(), first.hard_link(), second, Sqe::nop()];
     let singles = vec![Sqe::nop(), Sqe::nop(), Sqe::nop()];
