@@ -49,9 +49,19 @@ fn refuse(faults: &[String]) -> ExitCode {
     ExitCode::FAILURE
 }
 
+/// The longest that a device may take to begin, in microseconds: each of the waits for what a dead
+/// server has left is bounded by 30 s. A service manager that waits less would take down the devices
+/// that are live already.
+const LONGEST_BEGIN_US: u32 = 180_000_000;
+
 /// Tells the service manager, and whoever reads standard output. Without them it does nothing.
 fn tell(news: &News) {
     let states = match news {
+        News::Begins(done, wanted) => {
+            let status = format!("beginning device {} of {wanted}", done + 1);
+            let extended = NotifyState::ExtendTimeoutUsec(LONGEST_BEGIN_US);
+            return notify(&[extended, NotifyState::Status(&status)]);
+        }
         News::Ready(devices, wanted) => {
             partitions::await_all(devices.iter().map(|device| device.id));
             let mut out = io::stdout().lock();

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use super::death::kill_server;
 use super::device::{Description, Device, PROGRAM, fresh_drive, load_driver, text};
 use crate::config::DEFAULT;
 use crate::guest::direct::{self, Aligned};
@@ -16,6 +17,8 @@ use crate::guest::{Ctx, Outcome, TestCase, process, udev, wait_for};
 
 pub const TESTS: &[TestCase] = &[
     TestCase::guest("a_service_is_ready_when_live_and_recovers_its_device", DEFAULT, service)
+        .seconds(180),
+    TestCase::guest("a_fleet_that_takes_long_to_begin_has_systemd_wait", DEFAULT, slow)
         .seconds(180),
     TestCase::guest("udev_makes_the_devices_that_it_is_told_lean", DEFAULT, lean).seconds(180),
 ];
@@ -47,11 +50,15 @@ impl Manager {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .spawn()?;
-        let mut message = [0; 256];
-        let len = self.socket.recv(&mut message).context("the service is not ready")?;
-        let message = String::from_utf8_lossy(&message[..len]);
+        let message = self.hear()?;
         ensure!(message.contains("READY=1"), "{message}");
         Ok(child)
+    }
+
+    fn hear(&self) -> Result<String> {
+        let mut message = [0; 256];
+        let len = self.socket.recv(&mut message).context("the service says nothing")?;
+        Ok(String::from_utf8_lossy(&message[..len]).into_owned())
     }
 }
 
@@ -96,6 +103,56 @@ fn service(ctx: &Ctx) -> Result<Outcome> {
     let status = supervisor.wait()?;
     ensure!(status.success(), "{status}");
     ensure!(!Path::new("/dev/ublkb5").exists(), "the device is left");
+    Ok(Outcome::Pass)
+}
+
+/// A fleet with a device that cannot be taken over, since somebody has it: systemd is told to wait.
+fn slow(ctx: &Ctx) -> Result<Outcome> {
+    let stuck = Device::add(&["null", "-n", "1", "--on-death", "wait"])?;
+    kill_server(&stuck)?;
+    // Its next server waits for 30 s until this is closed.
+    let holder = wait_for("the device to be let go of", Duration::from_secs(30), || {
+        Ok(std::fs::File::options().read(true).write(true).open("/dev/ublkc1").ok())
+    })?;
+    let manager = Manager::new(ctx)?;
+    manager.socket.set_read_timeout(Some(Duration::from_secs(90)))?;
+    let config = ctx.directory().join("serve.toml");
+    let device = |id: u32| format!("[[device]]\nid = {id}\ntarget = \"null\"\n");
+    std::fs::write(&config, device(0) + &device(1) + "on-death = \"wait\"\n" + &device(2))?;
+    let mut fleet = Command::new(PROGRAM)
+        .args(["serve", "--config", text(&config)?])
+        .env("NOTIFY_SOCKET", &manager.path)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()?;
+    let (mut last_extended, mut longest, mut begun) = (None, Duration::ZERO, 0);
+    let ready = loop {
+        let message = manager.hear()?;
+        // What systemd allows from the last message on.
+        if let Some((at, allowed)) = last_extended {
+            let taken = std::time::Instant::now() - at;
+            ensure!(taken < allowed, "{taken:?} of {allowed:?} until {message}");
+            longest = longest.max(taken);
+        }
+        let extended = message.lines().find_map(|line| line.strip_prefix("EXTEND_TIMEOUT_USEC="));
+        match extended {
+            Some(us) => {
+                last_extended =
+                    Some((std::time::Instant::now(), Duration::from_micros(us.parse()?)));
+                begun += usize::from(message.contains("of 3"));
+            }
+            None => break message,
+        }
+    };
+    ensure!(ready.contains("READY=1") && ready.contains("2 of 3 devices"), "{ready}");
+    // Once each was looked at, and once each was begun.
+    ensure!(begun == 6, "told {begun} times");
+    ensure!(longest > Duration::from_secs(20), "nothing was waited for: {longest:?}");
+    signal(fleet.id(), Signal::SIGTERM)?;
+    let status = fleet.wait()?;
+    ensure!(status.success(), "{status}");
+    drop(holder);
+    stuck.delete()?;
     Ok(Outcome::Pass)
 }
 

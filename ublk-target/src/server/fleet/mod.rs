@@ -71,6 +71,9 @@ pub struct Orders<'a> {
 /// What happens to a fleet.
 #[derive(Debug)]
 pub enum News {
+    /// It begins the next device, after so many of so many. Until the next news it may take as long as
+    /// the deletion of what a dead server has left may, or the recovery.
+    Begins(usize, usize),
     /// It serves these devices, of so many that it should.
     Ready(Vec<Description>, usize),
     /// It reads its configuration again.
@@ -93,7 +96,9 @@ pub fn serve(config: FleetConfig, orders: &Orders<'_>) -> Result<(), FleetError>
     open_many_files();
     let features = kernel::features(&control).map_err(DeviceError::from)?;
     // All of them before any is made.
-    let outsets = outsets(&config.devices, &control, features).map_err(FleetError::Faults)?;
+    let begins = |done| (orders.tell)(&News::Begins(done, config.devices.len()));
+    let outsets = outsets(&config.devices, &control, features, begins);
+    let outsets = outsets.map_err(FleetError::Faults)?;
     let stats = StatsThread::start("ublk-stats")
         .map_err(|error| DeviceError::setup("cannot start a thread", Errno::of(&error)))?;
     let limit = config.lanes.map_or_else(cpus, usize::from);
@@ -131,9 +136,12 @@ fn outsets(
     devices: &[DeviceConfig],
     control: &Control,
     features: Features,
+    begins: impl Fn(usize),
 ) -> Result<Vec<Outset>, Vec<String>> {
     let (mut outsets, mut faults) = (Vec::new(), Vec::new());
     for device in devices {
+        // Each may have to wait for a backing to be let go of.
+        begins(0);
         match Outset::of(device, control, features) {
             Ok(outset) => outsets.push(outset),
             Err(error) => faults.push(format!("device {}: {error}", id_of(device))),
@@ -167,8 +175,11 @@ impl Fleet {
     /// cannot be made are logged.
     fn add_all(&mut self, outsets: Vec<Outset>, orders: &Orders<'_>) -> Vec<Description> {
         let mut described = Vec::new();
-        for outset in lower_first(outsets, |it| id_of(&it.config), |it| it.below.ids()) {
+        let wanted = outsets.len();
+        let outsets = lower_first(outsets, |it| id_of(&it.config), |it| it.below.ids());
+        for (done, outset) in outsets.into_iter().enumerate() {
             let id = id_of(&outset.config);
+            (orders.tell)(&News::Begins(done, wanted));
             if self.wakeups.last_signal().is_some() {
                 break;
             }
