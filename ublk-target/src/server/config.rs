@@ -14,6 +14,7 @@ use super::on_death::{CannotRecover, OnDeath};
 use super::pace::BusyWait;
 use super::polling::{CannotPoll, Unpolled, WrittenPolling};
 use super::recovery::CannotRecoverDevice;
+use super::room::{self, Shortage};
 use crate::backing::{BackingError, BackingProblem};
 use crate::delete::DeleteError;
 use crate::lane::LaneError;
@@ -248,6 +249,28 @@ pub enum DeviceError {
         /// Bytes of available memory.
         available: Bytes,
     },
+    /// A limit leaves the server too little memory.
+    #[error(
+        "the server needs {needed} of memory, {buffers} of it locked for buffers, but {shortage}"
+    )]
+    NoMemory {
+        /// Bytes of all it needs.
+        needed: Bytes,
+        /// Bytes of its buffers.
+        buffers: Bytes,
+        /// The limit.
+        shortage: Shortage,
+    },
+    /// The kernel refused memory, perhaps for a limit.
+    #[error("queue {}: {error}: memory is short; {shortage}", qid.0)]
+    LaneMemory {
+        /// The queue.
+        qid: Qid,
+        /// What was refused.
+        error: LaneError,
+        /// The limit.
+        shortage: Shortage,
+    },
     /// The slots asked for are not to be had.
     #[error(
         "tags 0 to {depth} from slot {first} on do not fit a buffer table, which has {max} slots; \
@@ -447,6 +470,18 @@ impl DeviceError {
         match error.raw_os_error() {
             Some(_) => Self::setup(doing, Errno::of(error)),
             None => Self::setup(format!("{doing}: {error}"), Errno::EPERM),
+        }
+    }
+
+    /// A lane could not be set up. Where that is for lack of memory, the limits are told.
+    pub(super) fn of_lane(qid: Qid, error: LaneError) -> Self {
+        let errno = match error {
+            LaneError::Setup { errno, .. } => Some(errno),
+            LaneError::Refused { .. } | LaneError::Ring(_) => None,
+        };
+        match errno.and_then(room::suspect) {
+            Some(shortage) => Self::LaneMemory { qid, error, shortage },
+            None => Self::Lane { qid, error },
         }
     }
 

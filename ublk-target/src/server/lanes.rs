@@ -77,7 +77,7 @@ impl DeviceLanes {
                 Some((shared, level)) => {
                     let started = start_station(making, qid, level, &mut shared.borrow_mut());
                     let (handle, station) =
-                        started.map_err(|error| DeviceError::Lane { qid, error })?;
+                        started.map_err(|error| DeviceError::of_lane(qid, error))?;
                     let served_by = ServedBy::Station(Box::new(station));
                     self.queues.push(Queue { handle, served_by });
                 }
@@ -86,13 +86,13 @@ impl DeviceLanes {
         for (qid, is_ready) in waiting {
             // A closed channel is a lane that panicked.
             let died = Err(LaneError::Ring(Errno::EIO));
-            is_ready.recv().unwrap_or(died).map_err(|error| DeviceError::Lane { qid, error })?;
+            is_ready.recv().unwrap_or(died).map_err(|error| DeviceError::of_lane(qid, error))?;
             step("lane-up");
         }
         for queue in &self.queues {
             let qid = queue.handle.qid;
             if let ServedBy::Station(station) = &queue.served_by {
-                station.await_ready().map_err(|error| DeviceError::Lane { qid, error })?;
+                station.await_ready().map_err(|error| DeviceError::of_lane(qid, error))?;
                 step("lane-up");
             }
         }
@@ -136,8 +136,10 @@ impl DeviceLanes {
             wakeups.lane_ended();
             served
         });
-        let thread =
-            thread.map_err(|error| DeviceError::setup("cannot start a lane", Errno::of(&error)))?;
+        let thread = thread.map_err(|error| {
+            let (doing, errno) = ("starting its thread", Errno::of(&error));
+            DeviceError::of_lane(qid, LaneError::Setup { doing, errno })
+        })?;
         self.queues.push(Queue { handle, served_by: ServedBy::Thread(thread) });
         Ok(is_ready)
     }

@@ -9,6 +9,7 @@ use uring_ext::ring::{MAX_BUFFER_SLOTS, Polling};
 
 use super::config::{DeviceConfig, DeviceError, ExtentConfig, ExtentProblem, TargetConfig};
 use super::polling;
+use super::room;
 use crate::backing::below::Below;
 use crate::backing::identity::Known;
 use crate::backing::limits::Limits;
@@ -104,15 +105,23 @@ impl Layout {
         self.buffer_bytes.max(self.target.scratch_bytes())
     }
 
-    /// Buffers that do not fit would bring the machine down instead of failing.
+    /// Buffers that do not fit would bring the machine down instead of failing. `program` is what the
+    /// server needs besides.
     pub fn check_memory(
         &self,
         queues: u16,
         depth: u16,
         lend: LendMode,
         slots: &SlotTable,
+        program: u64,
     ) -> Result<(), DeviceError> {
-        let needed = u64::from(queues) * u64::from(slots.buffers()) * u64::from(self.pool_bytes());
+        let buffers = u64::from(queues) * u64::from(slots.buffers()) * u64::from(self.pool_bytes());
+        let needed = buffers.saturating_add(program);
+        if let Some(shortage) = room::shortage(needed, buffers) {
+            let (needed, buffers) = (Bytes(needed), Bytes(buffers));
+            return Err(DeviceError::NoMemory { needed, buffers, shortage });
+        }
+        let needed = buffers;
         let Some(available) = available_memory() else { return Ok(()) };
         if needed > available / 2 {
             let (needed, available) = (Bytes(needed), Bytes(available));

@@ -19,6 +19,7 @@ mod precedence;
 pub mod protection;
 pub mod recovery;
 mod ring_io;
+pub mod room;
 mod shared;
 mod side_ring;
 pub mod signals;

@@ -9,6 +9,7 @@ use uring_ext::{Errno, sys};
 use super::config::{DeviceConfig, DeviceError};
 use super::layout::{Layout, slot_table};
 use super::polling;
+use super::room;
 use crate::backing::identity::Known;
 use crate::backing::limits::MAX_BLOCK;
 use crate::engine::SlotTable;
@@ -101,7 +102,9 @@ impl Plan {
             return Err(DeviceError::OnItself(id));
         }
         let slots = slot_table(config, &choice, &layout.target)?;
-        layout.check_memory(config.queues, config.depth, choice.mode, &slots)?;
+        // A device that there is must not be given up for an estimate.
+        let program = if known.is_some() { 0 } else { room::PROGRAM };
+        layout.check_memory(config.queues, config.depth, choice.mode, &slots, program)?;
         log::info!("lend mode {}: {}", choice.mode, choice.reason);
         let mut config = DeviceConfig { lend: choice.mode.into(), ..config.clone() };
         config.target.absolute();

@@ -16,6 +16,7 @@ mod filesystem;
 pub(crate) mod fleet;
 mod lend_modes;
 mod lifecycle;
+mod limits;
 mod old_kernel;
 mod partitions;
 mod passthrough;
@@ -58,6 +59,7 @@ pub const TABLES: &[&[TestCase]] = &[
     fleet::TESTS,
     lend_modes::TESTS,
     lifecycle::TESTS,
+    limits::TESTS,
     old_kernel::TESTS,
     partitions::TESTS,
     passthrough::TESTS,
