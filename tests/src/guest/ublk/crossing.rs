@@ -2,6 +2,7 @@
 //! follows from their number and their bytes.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 
 use anyhow::{Result, ensure};
 use nix::fcntl::{Flock, FlockArg};
@@ -9,6 +10,7 @@ use nix::fcntl::{Flock, FlockArg};
 use super::device::{Device, fresh_drives, text};
 use super::stats::reports::{number, report};
 use crate::config::STACKS;
+use crate::guest::direct::{self, Aligned};
 use crate::guest::drives::Drive;
 use crate::guest::{Ctx, Outcome, TestCase, fio};
 
@@ -17,6 +19,7 @@ pub const TESTS: &[TestCase] = &[
     crossing("verify_requests_across_chunks_of_4_drives_slot", |ctx| across(ctx, "slot")),
     crossing("verify_requests_across_chunks_of_4_drives_user_copy", |ctx| across(ctx, "user-copy")),
     crossing("verify_requests_across_chunks_of_4_drives_copy", |ctx| across(ctx, "copy")),
+    crossing("stripes_of_great_chunks_are_served", great_chunks),
 ];
 
 const fn crossing(name: &'static str, run: fn(&Ctx) -> Result<Outcome>) -> TestCase {
@@ -66,6 +69,37 @@ fn across(ctx: &Ctx, lend: &str) -> Result<Outcome> {
         drop(lock);
         let counters = device.stop_and_count()?;
         counters.ensure_none(&["failed", "retries", "stale", "unexpected", "copied"])?;
+    }
+    Ok(Outcome::Pass)
+}
+
+/// A row of chunks may be as long as 2 GiB or more, which no limit of a queue can hold.
+fn great_chunks(_ctx: &Ctx) -> Result<Outcome> {
+    let drives = fresh_drives(4)?;
+    let paths: Vec<_> = drives.iter().map(Drive::path).collect();
+    for (count, chunk, mib) in [(2, "512M", 512_u64), (4, "128M", 128), (4, "1G", 1024)] {
+        let mut arguments = vec!["stripe", "--chunk", chunk];
+        for path in &paths[..count] {
+            arguments.extend(["-f", text(path)?]);
+        }
+        let device = Device::add(&arguments)?;
+        let size = device.described.size_bytes;
+        ensure!(size == (count as u64) << 30, "{count} x {chunk}: {size} bytes");
+        // Half of it at the end of the first chunk, half at the start of the second.
+        let boundary = mib << 20;
+        let mut block = Aligned::new(8192, 0);
+        block.bytes()[..4096].fill(0x11);
+        block.bytes()[4096..].fill(0x22);
+        direct::open(device.path()?)?.write_all_at(block.bytes(), boundary - 4096)?;
+        crate::guest::udev::settle()?;
+        device.delete()?;
+        for (path, at, expected) in [(&paths[0], boundary - 4096, 0x11), (&paths[1], 0, 0x22)] {
+            let mut found = Aligned::new(4096, 0);
+            direct::open(text(path)?)?.read_exact_at(found.bytes(), at)?;
+            let is_there = found.bytes().iter().all(|byte| *byte == expected);
+            ensure!(is_there, "{count} x {chunk}: {} at {at}", path.display());
+        }
+        drives.iter().try_for_each(Drive::wipe)?;
     }
     Ok(Outcome::Pass)
 }
