@@ -759,6 +759,10 @@ fn holes(ctx: &Ctx) -> Result<Outcome> {
     let image = point.join("img");
     File::create(&image)?.set_len(16 << 20)?;
     let blocks = || -> Result<u64> { Ok(fs::metadata(&image)?.blocks()) };
+    let errors = || -> Result<usize> {
+        Ok(process::run(&["dmesg"])?.stdout.matches(&format!("ublkb{ID}")).count())
+    };
+    let before = errors()?;
     let device = Device::add_loop(&image, &["-n", ID])?;
     ensure!(
         fs::metadata(&image)?.len() == 16 << 20 && blocks()? == 0,
@@ -775,8 +779,7 @@ fn holes(ctx: &Ctx) -> Result<Outcome> {
         File::open(device.path()?)?.read_exact_at(&mut bytes, 3 << 20)?;
         ensure!(bytes.iter().all(|byte| *byte == 0), "{command:?}");
     }
-    let errors = process::run(&["dmesg"])?.stdout;
-    ensure!(!errors.contains(&format!("ublkb{ID}")), "{errors}");
+    ensure!(errors()? == before, "{}", process::run(&["dmesg"])?.stdout);
     device.delete()?;
     process::run(&["umount", text(&point)?])?;
     Ok(Outcome::Pass)
