@@ -6,7 +6,7 @@
 use std::fs::{File, Metadata};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -121,7 +121,14 @@ impl Program {
     /// Runs it: the file that was found, whatever is at its path by now.
     #[must_use]
     pub fn command(&self) -> Command {
-        let mut command = Command::new(format!("/proc/self/fd/{}", self.file.as_raw_fd()));
+        // The interpreter of a script opens it by its name, when the descriptor is closed.
+        let mut start = [0; 2];
+        let is_script = self.file.read_exact_at(&mut start, 0).is_ok() && start == *b"#!";
+        let mut command = if is_script {
+            Command::new(&self.path)
+        } else {
+            Command::new(format!("/proc/self/fd/{}", self.file.as_raw_fd()))
+        };
         command.arg0(env!("CARGO_PKG_NAME"));
         command
     }
@@ -157,6 +164,11 @@ mod tests {
         let output = program.command().arg("it").output().unwrap();
         assert_eq!(output.stdout, b"it\n");
         assert_ne!(Program::open(&path).unwrap().identity(), program.identity());
+        let script = directory.path().join("script");
+        fs::write(&script, "#!/bin/sh\necho that\n").unwrap();
+        fs::set_permissions(&script, Permissions::from_mode(0o755)).unwrap();
+        let output = Program::open(&script).unwrap().command().output().unwrap();
+        assert_eq!(output.stdout, b"that\n");
     }
 
     #[test]

@@ -545,8 +545,8 @@ fn probe(file: &File) -> Option<DiscardCall> {
         return None;
     }
     let has_zeroes = !is_absent(try_on(FallocateFlags::ZERO_RANGE));
-    // What that has allocated is given back.
-    let _ = try_on(FallocateFlags::PUNCH_HOLE);
+    // Gives back what that has allocated; a hole behind the end would not.
+    let _ = file.set_len(file.metadata().ok()?.len());
     Some(if has_zeroes { DiscardCall::PunchHole } else { DiscardCall::OnlyHoles })
 }
 
