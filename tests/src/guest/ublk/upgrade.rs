@@ -152,8 +152,9 @@ fn failing(ctx: &Ctx) -> Result<Outcome> {
         ("empty", "", "nothing has changed"),
         ("lost", "#!/nowhere\n", "nothing has changed"),
     ];
-    // What is found out too late: it dies as the server.
-    let late = script("late", "#!/bin/sh\n[ \"$1\" = check-state ]\n")?;
+    // What is found out too late: it dies as the server. It is where servers find it, too.
+    let late = PathBuf::from("/usr/local/bin/late-of-a-test");
+    std::fs::copy(script("late", "#!/bin/sh\n[ \"$1\" = check-state ]\n")?, &late)?;
     for options in [&[][..], &["--supervise"]] {
         let options = [&["--on-death", "reissue"], options].concat();
         let device = Device::add_loop(&drive.path(), &options)?;
@@ -178,6 +179,7 @@ fn failing(ctx: &Ctx) -> Result<Outcome> {
         running.finish()?;
         device.delete()?;
     }
+    std::fs::remove_file(&late)?;
     Ok(Outcome::Pass)
 }
 
