@@ -442,7 +442,7 @@ impl DeviceError {
             libc::EBUSY,
             libc::ENOBUFS,
         ];
-        let is_passing = |errno: Errno| PASSING.contains(&errno.negated().saturating_neg());
+        let is_passing = |errno: Errno| PASSING.contains(&errno.number());
         if let Self::Setup { errno, .. }
         | Self::Lane {
             error: LaneError::Setup { errno, .. } | LaneError::Ring(errno), ..
@@ -460,7 +460,10 @@ impl DeviceError {
         }
         matches!(
             self,
-            Self::BuffersTooBig { .. } | Self::Recover(CannotRecoverDevice::Stuck { .. })
+            Self::BuffersTooBig { .. }
+                | Self::NoMemory { .. }
+                | Self::LaneMemory { .. }
+                | Self::Recover(CannotRecoverDevice::Stuck { .. })
         )
     }
 
@@ -487,5 +490,45 @@ impl DeviceError {
 
     pub(super) fn setup(doing: impl Into<String>, errno: Errno) -> Self {
         Self::Setup { doing: doing.into(), errno }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A supervisor waits for the first ones, and gives up on the others.
+    #[test]
+    fn what_may_be_there_later_is_told_apart() {
+        let shortage = || Shortage::Locked { limit: Bytes(8 << 20) };
+        let error = |errno| LaneError::Setup { doing: "making the ring", errno };
+        let backing = |problem| DeviceError::Backing(BackingError { path: "/x".into(), problem });
+        let bytes = Bytes(16 << 20);
+        let lane = |error| DeviceError::Lane { qid: Qid(0), error };
+        let passing = [
+            DeviceError::setup("writing", Errno::ENOSPC),
+            lane(error(Errno::ENOMEM)),
+            DeviceError::LaneMemory {
+                qid: Qid(0),
+                error: error(Errno::EFAULT),
+                shortage: shortage(),
+            },
+            DeviceError::NoMemory { needed: bytes, buffers: bytes, shortage: shortage() },
+            backing(BackingProblem::InUse(Vec::new())),
+            backing(BackingProblem::Failed { doing: "opening", errno: Errno::EAGAIN }),
+        ];
+        for error in passing {
+            assert!(error.is_passing(), "{error}");
+        }
+        let lasting = [
+            DeviceError::setup("writing", Errno::EIO),
+            lane(LaneError::Ring(Errno::EINVAL)),
+            backing(BackingProblem::Missing),
+            backing(BackingProblem::Changed("it is another".to_owned())),
+            DeviceError::NoBackings,
+        ];
+        for error in lasting {
+            assert!(!error.is_passing(), "{error}");
+        }
     }
 }
