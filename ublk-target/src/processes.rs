@@ -175,18 +175,8 @@ fn value_of<'a>(arguments: &'a [String], names: &[&str]) -> Option<&'a str> {
 pub fn is_ours(pid: u32) -> bool {
     is_alive(pid)
         && process_name(pid) == env!("CARGO_PKG_NAME")
-        && is_of_own_user(pid)
+        && usage::is_of_user(pid, nix::unistd::geteuid().as_raw())
         && is_in_same("user", pid)
-}
-
-/// Whether all user ids of a process are the calling one's. Those of another user namespace are shown
-/// as this one has them.
-fn is_of_own_user(pid: u32) -> bool {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let ids = status.lines().find_map(|line| line.strip_prefix("Uid:")).unwrap_or_default();
-    let own = nix::unistd::geteuid().as_raw().to_string();
-    let mut ids = ids.split_whitespace().peekable();
-    ids.peek().is_some() && ids.all(|id| id == own)
 }
 
 /// Whether a process is in the calling one's namespace of a kind.

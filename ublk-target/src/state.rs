@@ -29,6 +29,8 @@ use crate::units::{Bytes, Sectors};
 pub const RUN_DIR: &str = "/run/ublk-target";
 /// Where the logs of servers are.
 pub const LOG_DIR: &str = "/var/log/ublk-target";
+/// The greatest id: the driver's device numbers have 20 bits (`UBLK_MINORS`).
+pub const MAX_ID: u32 = (1 << 20) - 1;
 /// The format that this version writes and reads.
 const VERSION: u32 = 3;
 /// The field of the checksum.

@@ -258,18 +258,26 @@ pub fn process_name(pid: u32) -> String {
 
 /// Whether root runs a process.
 pub(super) fn is_roots(pid: u32) -> bool {
-    field_of(pid, "Uid:").is_some_and(|uid| uid == 0)
+    is_of_user(pid, 0)
+}
+
+/// Whether all user ids of a process are this one. Those of another user namespace are shown as the
+/// calling process's has them.
+#[must_use]
+pub fn is_of_user(pid: u32, uid: u32) -> bool {
+    let ids = numbers_of(pid, "Uid:");
+    !ids.is_empty() && ids.iter().all(|id| *id == uid)
 }
 
 fn parent_of(pid: u32) -> Option<u32> {
-    field_of(pid, "PPid:")
+    numbers_of(pid, "PPid:").first().copied()
 }
 
-/// The first number of a line of `/proc/PID/status`.
-fn field_of(pid: u32, field: &str) -> Option<u32> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix(field))?;
-    line.split_whitespace().next()?.parse().ok()
+/// The numbers of a line of `/proc/PID/status`.
+fn numbers_of(pid: u32, field: &str) -> Vec<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix(field)).unwrap_or_default();
+    line.split_whitespace().filter_map(|number| number.parse().ok()).collect()
 }
 
 /// Major and minor of a device number.

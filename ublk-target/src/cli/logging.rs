@@ -93,15 +93,15 @@ pub fn to_file_of(id: u32) -> io::Result<(File, Option<String>)> {
     let mut problem = None;
     let mut opened = Err(io::Error::from(io::ErrorKind::NotFound));
     for directory in [LOG_DIR, RUN_DIR] {
-        let path = Path::new(directory).join(format!("{id}.log"));
-        opened =
-            own_files::directory(path.parent().unwrap_or(&path)).and_then(|()| redirect(&path));
+        let directory = Path::new(directory);
+        let path = directory.join(format!("{id}.log"));
+        opened = own_files::directory(directory).and_then(|()| redirect(&path));
         match &opened {
             Ok(()) => {
-                if let (Some(problem), Ok(mut file)) = (&mut problem, FILE.lock()) {
+                if let Some(problem) = &mut problem {
                     *problem = format!("{problem}; the log is {}", path.display());
-                    *file = Some(path);
-                } else if let Ok(mut file) = FILE.lock() {
+                }
+                if let Ok(mut file) = FILE.lock() {
                     *file = Some(path);
                 }
                 break;

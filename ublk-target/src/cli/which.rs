@@ -1,9 +1,7 @@
 //! Which device a command is about: `-n ID`, or the device itself.
 
 use clap::Args;
-
-/// The greatest id: the driver's device numbers have 20 bits (`UBLK_MINORS`).
-const MAX_ID: u32 = (1 << 20) - 1;
+use ublk_target::state::MAX_ID;
 
 /// One device, or all.
 #[derive(Debug, Args)]

@@ -17,10 +17,7 @@ use crate::kernel;
 use crate::lane::fault::{self, Faults};
 use crate::lend::{self, Choice, LendMode};
 use crate::mark::Nonce;
-use crate::state;
-
-/// The driver's device numbers have 20 bits (`UBLK_MINORS`).
-const MAX_ID: u32 = (1 << 20) - 1;
+use crate::state::{self, MAX_ID};
 
 /// What is decided before the driver is asked for anything.
 pub(super) struct Plan {
