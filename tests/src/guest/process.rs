@@ -3,6 +3,8 @@
 use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context, Result, bail};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 /// What a program printed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,6 +44,15 @@ pub fn run_for_code(argv: &[&str], code: i32) -> Result<Printed> {
         printed.stdout,
         printed.stderr
     )
+}
+
+/// Sends a signal to a process.
+///
+/// # Errors
+/// When there is no such process.
+pub fn signal(pid: u32, signal: Signal) -> Result<()> {
+    let sent = kill(Pid::from_raw(i32::try_from(pid)?), signal);
+    sent.with_context(|| format!("{signal} to {pid}"))
 }
 
 fn output(argv: &[&str]) -> Result<Output> {

@@ -14,8 +14,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::fcntl::OFlag;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 
 use super::device::{Description, Device, PROGRAM};
 use crate::guest::{process, wait_for};
@@ -25,11 +24,6 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// A server that is killed later than this was sound; the supervisor's limit is 1 s.
 const SOUND: Duration = Duration::from_millis(1300);
 const RUN_DIR: &str = "/run/ublk-target";
-
-fn signal(pid: u32, signal: Signal) -> Result<()> {
-    let sent = kill(Pid::from_raw(i32::try_from(pid)?), signal);
-    sent.with_context(|| format!("{signal} to {pid}"))
-}
 
 /// The device as `list` shows it now.
 fn look(device: &Device) -> Result<Description> {
@@ -57,7 +51,7 @@ fn await_device(
 /// Kills the server and waits until the driver has noticed.
 pub(super) fn kill_server(device: &Device) -> Result<()> {
     let pid = device.pid()?;
-    signal(pid, Signal::SIGKILL)?;
+    process::signal(pid, Signal::SIGKILL)?;
     await_device(device, "the server's death to be noticed", |now| now.state != "LIVE").map(drop)
 }
 

@@ -8,8 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 
 use super::device::{Device, Mount, PROGRAM, load_driver, text};
 use super::remains;
@@ -25,16 +24,6 @@ pub const TESTS: &[TestCase] = &[
     TestCase::guest("leftovers_are_named_and_cleaned", DEFAULT, leftovers).seconds(300),
     TestCase::guest("no_process_inherits_what_keeps_a_device", DEFAULT, inheritance),
 ];
-
-fn signal(pid: u32, signal: Signal) -> Result<()> {
-    Ok(kill(Pid::from_raw(i32::try_from(pid)?), signal)?)
-}
-
-fn wait_for_state(state: &str) -> Result<()> {
-    wait_for(&format!("a device in state {state}"), Duration::from_secs(20), || {
-        Ok(remains::devices()?.iter().any(|device| device.state == state).then_some(()))
-    })
-}
 
 /// Deletes the device, after which nothing is left, and says how long that has taken.
 fn del(what: &str, more: &[&str]) -> Result<Duration> {
@@ -69,8 +58,8 @@ fn every_state(ctx: &Ctx) -> Result<Outcome> {
         [("fail", "DEAD"), ("wait", "QUIESCED"), ("reissue", "QUIESCED"), ("error", "FAIL_IO")]
     {
         add(&["--on-death", on_death])?;
-        signal(pid()?, Signal::SIGKILL)?;
-        wait_for_state(state)?;
+        process::signal(pid()?, Signal::SIGKILL)?;
+        remains::wait_for_state(state)?;
         del(&format!("its server dead, --on-death {on_death}"), &[])?;
     }
     // Nobody has it and nobody has started it.
@@ -94,7 +83,7 @@ fn every_state(ctx: &Ctx) -> Result<Outcome> {
         add(&[])?;
         let pid = pid()?;
         crate::guest::udev::settle()?;
-        signal(pid, Signal::SIGSTOP)?;
+        process::signal(pid, Signal::SIGSTOP)?;
         process::run(&[PROGRAM, "stop-device", "-n", ID, "--command", command])?;
         let mut going_on =
             Command::new("sh").args(["-c", &format!("sleep 0.5; kill -CONT {pid}")]).spawn()?;
@@ -107,8 +96,8 @@ fn every_state(ctx: &Ctx) -> Result<Outcome> {
 /// Neither a `recover` that waits nor a supervisor that tries again and again keeps a device.
 fn recovery(ctx: &Ctx) -> Result<Outcome> {
     let kill_server = |device: &Device| -> Result<()> {
-        signal(device.pid()?, Signal::SIGKILL)?;
-        wait_for_state("QUIESCED")
+        process::signal(device.pid()?, Signal::SIGKILL)?;
+        remains::wait_for_state("QUIESCED")
     };
     // Somebody has the character device, so that nobody can recover it.
     let device = Device::add(&["null", "-n", ID, "--on-death", "wait"])?;
@@ -204,7 +193,7 @@ fn suspended(ctx: &Ctx) -> Result<Outcome> {
         let device = Device::add(&[&["null", "-n", ID], more].concat())?;
         crate::guest::udev::settle()?;
         let pid = device.pid()?;
-        signal(pid, Signal::SIGSTOP)?;
+        process::signal(pid, Signal::SIGSTOP)?;
         // A reader that waits, as for a drive that does not answer.
         let mut reader = Command::new("dd")
             .args([&format!("if={}", device.path()?), "of=/dev/null", "iflag=direct", "count=1"])
@@ -223,7 +212,7 @@ fn suspended(ctx: &Ctx) -> Result<Outcome> {
     let device = Device::add(&["null", "-n", ID])?;
     crate::guest::udev::settle()?;
     let pid = device.pid()?;
-    signal(pid, Signal::SIGSTOP)?;
+    process::signal(pid, Signal::SIGSTOP)?;
     process::run(&[PROGRAM, "stop-device", "-n", ID, "--command", "remove"])?;
     let listed = process::run(&[PROGRAM, "list"])?.stdout;
     ensure!(listed.contains("DEAD"), "{listed}");
@@ -277,7 +266,7 @@ fn leftovers(ctx: &Ctx) -> Result<Outcome> {
         let printed = process::run(&[PROGRAM, "list"])?;
         ensure!(printed.stderr.is_empty(), "{printed:?}");
         ensure!(remains::files().len() == files, "{step}: {:?}", remains::files());
-        signal(server.pid, Signal::SIGCONT)?;
+        process::signal(server.pid, Signal::SIGCONT)?;
         ensure!(adding.wait()?.success());
         process::run(&[PROGRAM, "del", "-n", ID])?;
     }
@@ -286,7 +275,7 @@ fn leftovers(ctx: &Ctx) -> Result<Outcome> {
     let device = Device::add(&["null", "-n", ID, "--supervise"])?;
     let supervisor = device.described.supervisor.context("supervised")?;
     crate::guest::udev::settle()?;
-    signal(supervisor, Signal::SIGSTOP)?;
+    process::signal(supervisor, Signal::SIGSTOP)?;
     process::run(&[PROGRAM, "stop-device", "-n", ID])?;
     wait_for("the device to be gone", Duration::from_secs(10), || {
         Ok(remains::devices()?.is_empty().then_some(()))
@@ -322,10 +311,10 @@ fn inheritance(ctx: &Ctx) -> Result<Outcome> {
         ensure!(!other.starts_with("/dev/ublkc"), "the supervisor has {other}");
     }
     blow.arm()?;
-    signal(server, Signal::SIGTERM)?;
+    process::signal(server, Signal::SIGTERM)?;
     let helper = remains::wait_suspended("stop-device")?;
     let of_helper = open_files(helper.pid)?;
-    signal(helper.pid, Signal::SIGCONT)?;
+    process::signal(helper.pid, Signal::SIGCONT)?;
     let rings = of_helper.iter().filter(|file| file.contains("io_uring")).count();
     ensure!(rings == 1, "the helper has other rings than its own: {of_helper:?}");
     ensure!(!of_helper.iter().any(|file| file.starts_with("/dev/ublkc")), "{of_helper:?}");

@@ -6,8 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 
 use super::device::{
     Description, Device, Mount, PROGRAM, fresh_drive, load_driver, start_load, text,
@@ -30,14 +29,10 @@ pub const TESTS: &[TestCase] = &[
     TestCase::guest("devices_are_added_and_deleted_again_and_again", DEFAULT, churn).seconds(600),
 ];
 
-fn signal(pid: u32, signal: Signal) -> Result<()> {
-    Ok(kill(Pid::from_raw(i32::try_from(pid)?), signal)?)
-}
-
 fn signals(_ctx: &Ctx) -> Result<Outcome> {
     for sent in [Signal::SIGTERM, Signal::SIGINT] {
         let device = Device::add(&["null", "-n", "2"])?;
-        signal(device.pid()?, sent)?;
+        process::signal(device.pid()?, sent)?;
         device.wait_until_gone()?;
         let log = std::fs::read_to_string("/var/log/ublk-target/2.log")?;
         ensure!(log.contains(&format!("{sent}: stopping")), "{log}");
@@ -72,7 +67,7 @@ fn foreground(_ctx: &Ctx) -> Result<Outcome> {
             "count=1",
             "status=none",
         ])?;
-        signal(child.id(), sent)?;
+        process::signal(child.id(), sent)?;
         let status = child.wait()?;
         let mut said = String::new();
         child.stderr.take().context("piped")?.read_to_string(&mut said)?;
@@ -87,7 +82,7 @@ fn killed(_ctx: &Ctx) -> Result<Outcome> {
     let drive = fresh_drive("drive0")?;
     for lend in ["fused", "copy"] {
         let device = Device::add_loop(&drive.path(), &["--lend", lend])?;
-        signal(device.pid()?, Signal::SIGKILL)?;
+        process::signal(device.pid()?, Signal::SIGKILL)?;
         let listed = wait_for("the device to be dead", Duration::from_secs(30), || {
             let printed = process::run(&[PROGRAM, "list", "-n", &device.id(), "--json"])?;
             let listed: Description = serde_json::from_str(&printed.stdout)?;
@@ -140,9 +135,9 @@ fn stopped(_ctx: &Ctx) -> Result<Outcome> {
     // Or udev would have it open for as long as its server does not run.
     crate::guest::udev::settle()?;
     let pid = device.pid()?;
-    signal(pid, Signal::SIGSTOP)?;
+    process::signal(pid, Signal::SIGSTOP)?;
     let refused = process::run_for_code(&[PROGRAM, "del", "-n", &device.id()], 1);
-    signal(pid, Signal::SIGCONT)?;
+    process::signal(pid, Signal::SIGCONT)?;
     let said = refused?.stderr;
     ensure!(said.contains("waiting for") && said.contains("gave up waiting"), "{said}");
     device.wait_until_gone()?;
@@ -155,7 +150,7 @@ fn all(_ctx: &Ctx) -> Result<Outcome> {
         Device::add(&["null"])?,
         Device::add(&["null", "-n", "40"])?,
     ];
-    signal(devices[1].pid()?, Signal::SIGKILL)?;
+    process::signal(devices[1].pid()?, Signal::SIGKILL)?;
     process::run(&[PROGRAM, "del", "--all"])?;
     let left = process::run(&[PROGRAM, "list", "--json"])?.stdout;
     ensure!(left.trim() == "[]", "{left}");
@@ -185,7 +180,7 @@ fn kill_under_load(ctx: &Ctx) -> Result<Outcome> {
         let device = Device::add_loop(&drive.path(), &["--lend", lend, "-q", "2"])?;
         let mut load = start_load(device.path()?)?;
         wait_for_requests(&device, 2000)?;
-        signal(device.pid()?, Signal::SIGKILL)?;
+        process::signal(device.pid()?, Signal::SIGKILL)?;
         ensure!(!load.wait()?.success(), "fio must see its device go");
         device.delete()?;
     }
@@ -230,7 +225,7 @@ fn churn(ctx: &Ctx) -> Result<Outcome> {
         let lend = if round % 2 == 0 { "fused" } else { "copy" };
         let device = Device::add_loop(&drive.path(), &["--lend", lend, "-q", "2"])?;
         if round % 3 == 0 {
-            signal(device.pid()?, Signal::SIGTERM)?;
+            process::signal(device.pid()?, Signal::SIGTERM)?;
             device.wait_until_gone()?;
         } else {
             device.delete()?;

@@ -69,6 +69,13 @@ pub fn wait_suspended(what: &str) -> Result<Process> {
     })
 }
 
+/// Waits for a device in a state, as the driver names it.
+pub fn wait_for_state(state: &str) -> Result<()> {
+    wait_for(&format!("a device in state {state}"), Duration::from_secs(20), || {
+        Ok(devices()?.iter().any(|device| device.state == state).then_some(()))
+    })
+}
+
 /// Files of the server's state.
 pub fn files() -> Vec<PathBuf> {
     let entries = fs::read_dir(RUN_DIRECTORY).into_iter().flatten().flatten();

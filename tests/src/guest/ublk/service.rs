@@ -6,8 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 
 use super::death::kill_server;
 use super::device::{Description, Device, PROGRAM, fresh_drive, load_driver, text};
@@ -67,10 +66,6 @@ fn described() -> Result<Description> {
     Ok(serde_json::from_str(&listed)?)
 }
 
-fn signal(pid: u32, signal: Signal) -> Result<()> {
-    Ok(kill(Pid::from_raw(i32::try_from(pid)?), signal)?)
-}
-
 fn service(ctx: &Ctx) -> Result<Outcome> {
     load_driver()?;
     let drive = fresh_drive("drive0")?;
@@ -83,8 +78,8 @@ fn service(ctx: &Ctx) -> Result<Outcome> {
     let mut block = Aligned::new(4096, 0xa5);
     std::os::unix::fs::FileExt::write_all_at(&file, block.bytes(), 0)?;
     // The service manager kills all of it.
-    signal(supervisor.id(), Signal::SIGKILL)?;
-    signal(first.pid.context("a server")?, Signal::SIGKILL)?;
+    process::signal(supervisor.id(), Signal::SIGKILL)?;
+    process::signal(first.pid.context("a server")?, Signal::SIGKILL)?;
     supervisor.wait()?;
     wait_for("the device to be without a server", Duration::from_secs(30), || {
         Ok((described()?.state == "QUIESCED").then_some(()))
@@ -99,7 +94,7 @@ fn service(ctx: &Ctx) -> Result<Outcome> {
     drop(file);
     udev::settle()?;
     // Stopped in order, nothing is left.
-    signal(supervisor.id(), Signal::SIGTERM)?;
+    process::signal(supervisor.id(), Signal::SIGTERM)?;
     let status = supervisor.wait()?;
     ensure!(status.success(), "{status}");
     ensure!(!Path::new("/dev/ublkb5").exists(), "the device is left");
@@ -148,7 +143,7 @@ fn slow(ctx: &Ctx) -> Result<Outcome> {
     // Once each was looked at, and once each was begun.
     ensure!(begun == 6, "told {begun} times");
     ensure!(longest > Duration::from_secs(20), "nothing was waited for: {longest:?}");
-    signal(fleet.id(), Signal::SIGTERM)?;
+    process::signal(fleet.id(), Signal::SIGTERM)?;
     let status = fleet.wait()?;
     ensure!(status.success(), "{status}");
     drop(holder);

@@ -10,8 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use super::device::{Device, PROGRAM, fresh_drive, start_load, text, wait_for_requests};
@@ -32,10 +31,6 @@ pub const TESTS: &[TestCase] = &[
 
 fn socket(device: &Device) -> PathBuf {
     PathBuf::from(format!("/run/ublk-target/{}.sock", device.described.id))
-}
-
-fn signal(pid: u32, signal: Signal) -> Result<()> {
-    Ok(kill(Pid::from_raw(i32::try_from(pid)?), signal)?)
 }
 
 /// Requests and bytes of a kind, all lanes together.
@@ -183,7 +178,7 @@ fn latencies(_ctx: &Ctx) -> Result<Outcome> {
         Ok((lent > 0).then_some(()))
     })?;
     // Not killed, for it would leave its job behind.
-    signal(load.id(), Signal::SIGINT)?;
+    process::signal(load.id(), Signal::SIGINT)?;
     load.wait()?;
     crate::guest::udev::settle()?;
     ensure_idle(&report(&device)?)?;
@@ -298,16 +293,16 @@ fn refusals(_ctx: &Ctx) -> Result<Outcome> {
     drop(taken);
     wait_for("room for a connection", Duration::from_secs(30), || Ok(report(&device).ok()))?;
 
-    signal(device.pid()?, Signal::SIGSTOP)?;
+    process::signal(device.pid()?, Signal::SIGSTOP)?;
     let silent = stats(&id, &["does not answer", "5 s"]);
-    signal(device.pid()?, Signal::SIGCONT)?;
+    process::signal(device.pid()?, Signal::SIGCONT)?;
     silent?;
 
     std::fs::rename(socket(&device), "/run/ublk-target/aside")?;
     stats(&id, &["gives no statistics", "delete the device and add it again"])?;
     std::fs::rename("/run/ublk-target/aside", socket(&device))?;
 
-    signal(device.pid()?, Signal::SIGKILL)?;
+    process::signal(device.pid()?, Signal::SIGKILL)?;
     wait_for("the server to end", Duration::from_secs(30), || {
         Ok((!Path::new(&format!("/proc/{}", device.pid()?)).exists()).then_some(()))
     })?;
@@ -319,7 +314,7 @@ fn refusals(_ctx: &Ctx) -> Result<Outcome> {
     for (on_death, state) in [("wait", "QUIESCED"), ("error", "FAIL_IO")] {
         let device = Device::add(&["null", "--on-death", on_death])?;
         let id = device.id();
-        signal(device.pid()?, Signal::SIGKILL)?;
+        process::signal(device.pid()?, Signal::SIGKILL)?;
         wait_for("the driver to notice", Duration::from_secs(30), || {
             let listed = process::run(&[PROGRAM, "list", "-n", &id])?.stdout;
             Ok(listed.contains(state).then_some(()))
@@ -343,7 +338,7 @@ fn watched_to_the_end(_ctx: &Ctx) -> Result<Outcome> {
         if deleted {
             device.delete()?;
         } else {
-            signal(device.pid()?, Signal::SIGTERM)?;
+            process::signal(device.pid()?, Signal::SIGTERM)?;
             device.wait_until_gone()?;
         }
         let said = watch.end()?;
@@ -364,11 +359,11 @@ fn sockets(_ctx: &Ctx) -> Result<Outcome> {
         match sent {
             None => device.delete()?,
             Some(Signal::SIGKILL) => {
-                signal(device.pid()?, Signal::SIGKILL)?;
+                process::signal(device.pid()?, Signal::SIGKILL)?;
                 device.delete()?;
             }
             Some(sent) => {
-                signal(device.pid()?, sent)?;
+                process::signal(device.pid()?, sent)?;
                 device.wait_until_gone()?;
             }
         }

@@ -7,9 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use nix::sys::signal::Signal;
 
-use super::{
-    SOUND, await_new_server, await_nothing, end, exclusively, kill_server, recover, signal,
-};
+use super::{SOUND, await_new_server, await_nothing, end, exclusively, kill_server, recover};
 use crate::config::DEFAULT;
 use crate::guest::ublk::device::{Device, Mount, fresh_drive, text, wait_for_requests};
 use crate::guest::ublk::filesystem::EXT4;
@@ -44,7 +42,7 @@ fn outlives(ctx: &Ctx) -> Result<Outcome> {
         // The supervisor gives up when too many in a row have not lived so long.
         thread::sleep(SOUND.saturating_sub(live_since.elapsed()));
         let old = device.pid()?;
-        signal(old, Signal::SIGKILL)?;
+        process::signal(old, Signal::SIGKILL)?;
         await_new_server(&mut device, old)?;
         live_since = Instant::now();
         let status = copy.wait()?;
@@ -59,7 +57,7 @@ fn outlives(ctx: &Ctx) -> Result<Outcome> {
     // Right after a recovery.
     thread::sleep(SOUND.saturating_sub(live_since.elapsed()));
     let old = device.pid()?;
-    signal(old, Signal::SIGKILL)?;
+    process::signal(old, Signal::SIGKILL)?;
     await_new_server(&mut device, old)?;
     let began = Instant::now();
     mount.unmount()?;

@@ -10,12 +10,12 @@ use anyhow::{Context, Result, anyhow, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use super::{PATIENCE, RUN_DIR, SOUND, end, look, processes, signal};
+use super::{PATIENCE, RUN_DIR, SOUND, end, look, processes};
 use crate::config::DEFAULT;
 use crate::guest::prober::{Prober, Read, Sleeper};
 use crate::guest::ublk::device::{Device, fresh_drives, text};
 use crate::guest::ublk::stats::reports::{number, report};
-use crate::guest::{Ctx, FIGURE, Outcome, TestCase, fio, wait_for};
+use crate::guest::{Ctx, FIGURE, Outcome, TestCase, fio, process, wait_for};
 
 pub const TESTS: &[TestCase] = &[
     storm("death_kill_storm_on_a_loop_fused", |ctx| run(ctx, 11, &["loop", "--lend", "fused"], 1)),
@@ -158,7 +158,7 @@ fn strike(device: &Device, prober: &Prober, blow: Blow, young: u32) -> Result<Re
     let old = recorded_server(device.described.id)?;
     thread::sleep(blow.pause);
     let mut killed = Instant::now();
-    signal(old, Signal::SIGKILL)?;
+    process::signal(old, Signal::SIGKILL)?;
     let (mut dead, mut kills) = (old, 1);
     if let Some(second) = blow.second {
         let pause = match second {
@@ -175,7 +175,7 @@ fn strike(device: &Device, prober: &Prober, blow: Blow, young: u32) -> Result<Re
         };
         thread::sleep(pause);
         killed = Instant::now();
-        signal(dead, Signal::SIGKILL)?;
+        process::signal(dead, Signal::SIGKILL)?;
         kills = 2;
     }
     // The second one may not have come so far as to write its state file.

@@ -10,7 +10,7 @@ use nix::sys::signal::Signal;
 
 use super::{
     RUN_DIR, await_device, await_new_server, await_nothing, end, exclusively, kill_server, look,
-    processes, recover, refused, signal,
+    processes, recover, refused,
 };
 use crate::config::DEFAULT;
 use crate::guest::ublk::device::{
@@ -63,7 +63,7 @@ fn crash_loop(ctx: &Ctx) -> Result<Outcome> {
     fs::write(&record, "{\"version\": ")?;
     let began = Instant::now();
     for device in [&one, &other] {
-        signal(device.pid()?, Signal::SIGKILL)?;
+        process::signal(device.pid()?, Signal::SIGKILL)?;
     }
     for device in [&one, &other] {
         let pid = supervisor(device)?;
@@ -95,7 +95,7 @@ fn crash_loop(ctx: &Ctx) -> Result<Outcome> {
     ensure!(now.given_up.is_none() && now.supervisor.is_some(), "{now:?}");
     read_a_block(&one)?;
     let old = one.pid()?;
-    signal(old, Signal::SIGKILL)?;
+    process::signal(old, Signal::SIGKILL)?;
     await_new_server(&mut one, old)?;
     read_a_block(&one)?;
 
@@ -126,7 +126,7 @@ fn terminated(_ctx: &Ctx) -> Result<Outcome> {
             wait_for_requests(&device, 500)?;
         }
         let told = if to_supervisor { supervisor(&device)? } else { device.pid()? };
-        signal(told, Signal::SIGTERM)?;
+        process::signal(told, Signal::SIGTERM)?;
         let log = format!("/var/log/ublk-target/{}.log", device.id());
         device.wait_until_gone()?;
         await_nothing()?;
@@ -148,14 +148,14 @@ fn told_amid_recovery(_ctx: &Ctx) -> Result<Outcome> {
     let device = supervised(&["loop", "-f", text(&path)?])?;
     let supervisor = supervisor(&device)?;
     let server = device.pid()?;
-    signal(supervisor, Signal::SIGSTOP)?;
-    signal(server, Signal::SIGKILL)?;
+    process::signal(supervisor, Signal::SIGSTOP)?;
+    process::signal(server, Signal::SIGKILL)?;
     let held = wait_for("the backing", Duration::from_secs(10), || Ok(exclusively(&path).ok()))?;
-    signal(supervisor, Signal::SIGCONT)?;
+    process::signal(supervisor, Signal::SIGCONT)?;
     wait_for("a new server", Duration::from_secs(20), || {
         Ok(processes()?.iter().any(|(pid, _)| ![supervisor, server].contains(pid)).then_some(()))
     })?;
-    signal(supervisor, Signal::SIGTERM)?;
+    process::signal(supervisor, Signal::SIGTERM)?;
     let began = Instant::now();
     wait_for("their end", Duration::from_secs(10), || Ok(processes()?.is_empty().then_some(())))
         .with_context(|| format!("{:?}", processes()))?;
@@ -189,12 +189,12 @@ fn stopped(ctx: &Ctx) -> Result<Outcome> {
     let load = fio::start(ctx, "load", &options)?;
     wait_for_requests(&device, 500)?;
     let pid = device.pid()?;
-    signal(pid, Signal::SIGSTOP)?;
+    process::signal(pid, Signal::SIGSTOP)?;
     let pause = Duration::from_secs(if ctx.long { 30 } else { 3 });
     thread::sleep(pause);
     let now = look(&device)?;
     ensure!(now == device.described, "{now:?}, and was {:?}", device.described);
-    signal(pid, Signal::SIGCONT)?;
+    process::signal(pid, Signal::SIGCONT)?;
     let report = load.finish()?;
     println!(
         "{FIGURE}stopped for {} s, the longest request took {} ms",
@@ -236,12 +236,12 @@ fn supervisor_killed(_ctx: &Ctx) -> Result<Outcome> {
     let mut device = supervised(&["loop", "-f", text(&path)?])?;
     for _ in 0..3 {
         let (server, old) = (device.pid()?, supervisor(&device)?);
-        signal(old, Signal::SIGKILL)?;
+        process::signal(old, Signal::SIGKILL)?;
         let is_new = |now: &Description| now.supervisor.is_some_and(|pid| pid != old);
         device.described = await_device(&device, "a new supervisor", is_new)?;
         ensure!(device.pid()? == server, "the server is another one: {device:?}");
         // It is one that works.
-        signal(server, Signal::SIGKILL)?;
+        process::signal(server, Signal::SIGKILL)?;
         await_new_server(&mut device, server)?;
         read_a_block(&device)?;
         ensure!(supervisor(&device)? != old, "{device:?}");
@@ -258,7 +258,7 @@ fn all_killed(_ctx: &Ctx) -> Result<Outcome> {
     let alive = Device::add(&["null", "--on-death", "wait"])?;
     let dead = |device: &Device| -> Result<()> {
         // The supervisor first, or it would be the faster one.
-        signal(supervisor(device)?, Signal::SIGKILL)?;
+        process::signal(supervisor(device)?, Signal::SIGKILL)?;
         kill_server(device)?;
         let seen = look(device)?;
         ensure!(seen.pid.is_none() && seen.supervisor.is_none(), "{seen:?}");
@@ -278,7 +278,7 @@ fn all_killed(_ctx: &Ctx) -> Result<Outcome> {
         ensure!(device.described.state == "LIVE", "{device:?}");
         read_a_block(device)?;
         let old = device.pid()?;
-        signal(old, Signal::SIGKILL)?;
+        process::signal(old, Signal::SIGKILL)?;
         await_new_server(device, old)?;
         read_a_block(device)?;
     }
