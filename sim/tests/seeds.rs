@@ -8,10 +8,12 @@ use ublk_sim::{DEFAULT_STEPS, Options, play};
 const OPTIONS: Options =
     Options { steps: DEFAULT_STEPS, hostility: Hostility::Mixed, trace: false };
 
+const USUAL_SEEDS: u64 = 160;
+
 /// `UBLK_SIM_SEEDS`, or the budget of a long run, or what takes seconds without optimization.
 fn seeds() -> u64 {
     let asked = std::env::var("UBLK_SIM_SEEDS").ok().and_then(|count| count.parse().ok());
-    let usual = if std::env::var_os("UBLK_VM_LONG").is_some() { 10_000 } else { 160 };
+    let usual = if std::env::var_os("UBLK_VM_LONG").is_some() { 10_000 } else { USUAL_SEEDS };
     asked.unwrap_or(usual)
 }
 
@@ -27,7 +29,7 @@ fn every_request_is_answered_once_and_rightly_by_a_hostile_kernel() {
         }
     }
     println!("{} requests, {} with success", campaign.total.requests, campaign.total.succeeded);
-    if campaign.seeds >= 160 {
+    if campaign.seeds >= USUAL_SEEDS {
         let unseen: Vec<_> = campaign.total.tally.unseen().map(Fault::name).collect();
         assert!(unseen.is_empty(), "never seen: {unseen:?}");
         let drivers = campaign.total.drivers;
@@ -44,7 +46,7 @@ fn every_request_is_answered_once_and_rightly_by_a_hostile_kernel() {
 fn a_sound_kernel_sees_no_error() {
     let mut campaign = Campaign::default();
     let options = Options { steps: 2000, hostility: Hostility::None, trace: false };
-    for seed in 0..40 {
+    for seed in 0..seeds().min(40) {
         campaign.play(seed, &options).unwrap_or_else(|failure| panic!("{failure:?}"));
     }
     assert_eq!(campaign.total.succeeded, campaign.total.requests);
@@ -56,7 +58,7 @@ fn a_sound_kernel_sees_no_error() {
 
 #[test]
 fn a_seed_determines_everything() {
-    for seed in 0..20 {
+    for seed in 0..seeds().min(20) {
         let options = Options { steps: 1500, ..OPTIONS };
         let (one, other) = (play(seed, &options), play(seed, &options));
         assert_eq!(one, other, "seed {seed}");

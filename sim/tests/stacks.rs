@@ -10,10 +10,12 @@ use ublk_sim::stack::{Outcome, Sharing, play};
 
 const OPTIONS: Options = Options { steps: 3000, hostility: Hostility::None, trace: false };
 
+const USUAL_SEEDS: u64 = 80;
+
 /// `UBLK_SIM_SEEDS`, or the budget of a long run, or what takes seconds without optimization.
 fn seeds() -> u64 {
     let asked = std::env::var("UBLK_SIM_SEEDS").ok().and_then(|count| count.parse().ok());
-    let usual = if std::env::var_os("UBLK_VM_LONG").is_some() { 5_000 } else { 80 };
+    let usual = if std::env::var_os("UBLK_VM_LONG").is_some() { 5_000 } else { USUAL_SEEDS };
     asked.unwrap_or(usual)
 }
 
@@ -40,15 +42,18 @@ fn a_stack_whose_levels_have_lanes_of_their_own_always_moves() {
     assert!(each(total.handed_down) > 50, "{total:?}");
     // What could stop it has happened all the time.
     assert!(each(total.missed) > 4 && each(total.punted) > 20, "{total:?}");
-    assert!(total.top >= 3, "{total:?}");
+    if seeds() >= USUAL_SEEDS {
+        assert!(total.top >= 3, "{total:?}");
+    }
 }
 
 #[test]
 fn a_stack_on_one_lane_is_found_to_hang() {
     let mut found = 0;
+    let all = seeds().min(40);
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(|_| {}));
-    for seed in 0..40 {
+    for seed in 0..all {
         let played = catch_unwind(AssertUnwindSafe(|| play(seed, Sharing::Any, &OPTIONS)));
         let Err(panic) = played else { continue };
         let said = panic.downcast_ref::<String>().cloned().unwrap_or_default();
@@ -59,8 +64,8 @@ fn a_stack_on_one_lane_is_found_to_hang() {
         found += 1;
     }
     std::panic::set_hook(hook);
-    println!("{found} of 40 seeds");
-    assert!(found > 20, "{found} of 40 seeds");
+    println!("{found} of {all} seeds");
+    assert!(found > all / 2, "{found} of {all} seeds");
 }
 
 #[test]
