@@ -15,12 +15,12 @@ pub struct Failure {
     pub message: String,
 }
 
-/// Plays a seed's stack of devices, each level of which has lanes of its own.
+/// Plays a seed's stack of devices, none of which waits for another one of its process.
 ///
 /// # Errors
 /// [`Failure`] if it broke a promise, or nothing moved any more.
 pub fn play_stack(seed: u64, options: &Options) -> Result<stack::Outcome, Failure> {
-    caught(seed, || stack::play(seed, stack::Sharing::ByLevel, options))
+    caught(seed, || stack::play(seed, stack::Sharing::Apart, options))
 }
 
 /// What a seed comes to, or why it panics.

@@ -1,4 +1,4 @@
-//! Devices on devices, and the lanes of all of them in a few threads with few workers.
+//! Devices on devices, and the lanes of all of them in the threads of a few processes, with few workers.
 //!
 //! Each device has a real lane and a kernel of its own; what its operations do on their backing is a request
 //! to the device below. The kernel is sound, so all that can go wrong is that things wait for each other:
@@ -10,7 +10,6 @@ use std::rc::Rc;
 
 use ublk_target::backing::{DiscardCall, Route};
 use ublk_target::request::Geometry;
-use ublk_target::server::levels::{Level, Levels};
 use ublk_target::target::{AnyTarget, LoopTarget};
 
 use crate::kernel::{Ended, Part, Phase, Wanted, Workers};
@@ -20,12 +19,15 @@ use crate::rng::Rng;
 use crate::setup::{Hostility, Setup};
 use crate::world::{Options, World};
 
-/// Which devices share the lanes of a thread.
+/// Which devices a process serves beside each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sharing {
-    /// Those of a level, as in a server.
-    ByLevel,
-    /// Any. A device can be served by the thread of one that stands on it.
+    /// None that has to wait for another one of the process, as of a server. A device waits for those below
+    /// it, for those beside these, and for what these wait for.
+    Apart,
+    /// None that is below another one of the process.
+    NoneBelow,
+    /// Any.
     Any,
 }
 
@@ -36,8 +38,10 @@ pub struct Outcome {
     pub requests: u64,
     /// Of these, those that one device has made of another.
     pub handed_down: u64,
-    /// The highest level.
-    pub top: u16,
+    /// How many devices are below the highest one.
+    pub top: usize,
+    /// Devices that share a process with another.
+    pub beside: usize,
     /// How often a worker was wanted and none was free.
     pub missed: u64,
     /// How often an operation found no free tag below.
@@ -56,12 +60,11 @@ struct Member {
     world: World,
     /// The device below, and where the backing begins on it.
     on: Option<(usize, u64)>,
-    level: Option<Level>,
     thread: usize,
 }
 
 struct Thread {
-    level: Option<Level>,
+    process: usize,
     tags: u32,
     workers: Rc<RefCell<Workers>>,
 }
@@ -104,14 +107,57 @@ pub fn play(seed: u64, sharing: Sharing, options: &Options) -> Outcome {
 
 /// Which device each stands on, if on any: a lower one comes first.
 fn draw_shape(rng: &mut Rng) -> Vec<Option<usize>> {
-    let count = 2 + rng.index(4);
+    let count = 2 + rng.index(5);
     let mut below: Vec<Option<usize>> = vec![None];
     for device in 1..count {
         // The second one is on the first, so that there is a stack.
-        let is_on_drive = device > 1 && rng.chance(200);
+        let is_on_drive = device > 1 && rng.chance(350);
         below.push((!is_on_drive).then(|| rng.index(device)));
     }
     below
+}
+
+/// How many devices are below the highest one.
+fn depth(shape: &[Option<usize>]) -> usize {
+    let below = |device: usize| std::iter::successors(shape[device], |it| shape[*it]).count();
+    (0..shape.len()).map(below).max().unwrap_or(0)
+}
+
+/// Which process serves each.
+fn draw_processes(rng: &mut Rng, shape: &[Option<usize>], sharing: Sharing) -> Vec<usize> {
+    let mut processes: Vec<usize> = Vec::new();
+    for device in 0..shape.len() {
+        let waits_for = waited_for(device, shape, &processes, sharing);
+        let is_fit = |process: &usize| {
+            let mut served = (0..device).filter(|other| processes[*other] == *process);
+            served.all(|other| !waits_for.contains(&other))
+        };
+        let count = processes.iter().max().map_or(0, |highest| highest + 1);
+        let fitting: Vec<_> = (0..count).filter(is_fit).collect();
+        let alone = fitting.is_empty() || sharing != Sharing::Any && rng.chance(250);
+        processes.push(if alone { count } else { rng.pick(&fitting) });
+    }
+    processes
+}
+
+/// The devices that this one has to wait for, as far as such matter.
+fn waited_for(
+    device: usize,
+    shape: &[Option<usize>],
+    processes: &[usize],
+    sharing: Sharing,
+) -> BTreeSet<usize> {
+    let mut found = BTreeSet::new();
+    let mut to_do: Vec<usize> = shape[device].into_iter().collect();
+    while let Some(below) = to_do.pop().filter(|_| sharing != Sharing::Any) {
+        if found.insert(below) {
+            to_do.extend(shape[below]);
+            let beside = |other: &usize| processes[*other] == processes[below];
+            let all = (0..processes.len()).filter(beside);
+            to_do.extend(all.filter(|_| sharing == Sharing::Apart));
+        }
+    }
+    found
 }
 
 impl Stack {
@@ -136,47 +182,35 @@ impl Stack {
             threads: Vec::new(),
             outcome: Outcome::default(),
         };
-        let (mut levels, mut all_below) = (Levels::default(), Vec::<BTreeSet<u32>>::new());
+        let processes = draw_processes(&mut rng, &shape, sharing);
         let (limit, workers) = (1 + rng.index(2), 1 + rng.index(3));
         for device in 0..shape.len() {
-            let id = u32::try_from(device).unwrap_or(u32::MAX);
-            let below = shape[device].map_or_else(BTreeSet::new, |below| {
-                let mut all = all_below[below].clone();
-                all.insert(u32::try_from(below).unwrap_or(u32::MAX));
-                all
-            });
-            let level = levels.enter(id, below.clone());
-            all_below.push(below);
             let setup = draw_setup(&mut rng, sizes[device], block);
             let tags = u32::from(setup.depth);
-            let shared = if sharing == Sharing::ByLevel { level } else { Some(Level(0)) };
-            let thread = stack.thread_for(shared, tags, limit, workers);
+            let thread = stack.thread_for(processes[device], tags, limit, workers);
             let world = World::new(rng.next(), setup, options);
             let workers = Rc::clone(&stack.threads[thread].workers);
             let part = Part::new(device, workers, 0..own[device], on[device].is_some());
             world.kernel.borrow_mut().part = Some(part);
-            stack.members.push(Member { world, on: on[device], level, thread });
+            stack.members.push(Member { world, on: on[device], thread });
         }
+        stack.outcome.top = depth(&shape);
+        let is_beside = |it: &&usize| processes.iter().filter(|other| other == it).count() > 1;
+        stack.outcome.beside = processes.iter().filter(is_beside).count();
         stack
     }
 
-    /// The thread of this level that has least to do, or a new one. Without a level it has no other device.
-    fn thread_for(
-        &mut self,
-        level: Option<Level>,
-        tags: u32,
-        limit: usize,
-        workers: usize,
-    ) -> usize {
-        let is_fit = |thread: &Thread| level.is_some() && thread.level == level;
-        let fitting = (0..self.threads.len()).filter(|at| is_fit(&self.threads[*at]));
+    /// The thread of this process that has least to do, or a new one.
+    fn thread_for(&mut self, process: usize, tags: u32, limit: usize, workers: usize) -> usize {
+        let is_fit = |at: &usize| self.threads[*at].process == process;
+        let fitting = (0..self.threads.len()).filter(is_fit);
         let least = fitting.clone().min_by_key(|at| self.threads[*at].tags);
         if let Some(at) = least.filter(|_| fitting.count() >= limit) {
             self.threads[at].tags += tags;
             return at;
         }
         let workers = Workers { count: workers, held_by: Vec::new(), missed: 0 };
-        self.threads.push(Thread { level, tags, workers: Rc::new(RefCell::new(workers)) });
+        self.threads.push(Thread { process, tags, workers: Rc::new(RefCell::new(workers)) });
         self.threads.len() - 1
     }
 
@@ -335,8 +369,9 @@ impl Stack {
                 ));
             }
             said.push(format!(
-                "of {} workers of thread {number}: {}",
+                "of {} workers of thread {number} of process {}: {}",
                 workers.count,
+                thread.process,
                 serves.join("; ")
             ));
         }
@@ -371,7 +406,6 @@ impl Stack {
             self.outcome.requests += kernel.asked;
             drop(kernel);
             member.world.settle_accounts();
-            self.outcome.top = self.outcome.top.max(member.level.map_or(0, |level| level.0));
         }
     }
 

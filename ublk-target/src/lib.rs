@@ -25,6 +25,7 @@ pub mod processes;
 pub mod program;
 pub mod request;
 pub mod server;
+pub mod standing;
 pub mod state;
 pub mod stats;
 pub mod steps;

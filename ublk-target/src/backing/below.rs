@@ -1,6 +1,9 @@
 //! What is below a backing: the ublk devices that its bytes come from in the end, through partitions,
 //! device mapper, md, bcache, loop devices of the kernel, file systems, and other ublk devices.
 //!
+//! A device also waits for what else the server of a device below it serves: they share lanes, whose
+//! workers the others may hold.
+//!
 //! What the kernel shows nowhere is not seen: drives of another machine that come back to this one over
 //! a network, FUSE file systems, ublk devices of other programs.
 
@@ -20,17 +23,26 @@ use super::usage::{split_devt, swap_paths, unescape};
 /// Major and minor number.
 type Number = (u32, u32);
 
-/// The ublk devices below a device.
+/// The ublk devices that a device may have to wait for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Below {
-    /// By id; whether it is certain. A file on a file system of several devices may be on any.
+    /// By id; whether it is below without a doubt. A file on a file system of several devices may be on
+    /// any, and what shares a server with one below is not itself below.
     devices: BTreeMap<u32, bool>,
 }
 
+/// What is known of the ublk devices of this program.
+pub trait Records {
+    /// The backings of one.
+    fn backings(&self, id: u32) -> Vec<PathBuf>;
+    /// The other devices that its server serves.
+    fn beside(&self, id: u32) -> Vec<u32>;
+}
+
 impl Below {
-    /// What is below open backings. `records` are the backings that a ublk device of this program has.
+    /// What is below open backings.
     #[must_use]
-    pub fn backings(backings: &[Backing], records: &dyn Fn(u32) -> Vec<PathBuf>) -> Self {
+    pub fn backings(backings: &[Backing], records: &dyn Records) -> Self {
         // A path could lead elsewhere by now.
         let opened =
             |backing: &Backing| PathBuf::from(format!("/proc/self/fd/{}", backing.as_raw_fd()));
@@ -39,14 +51,19 @@ impl Below {
 
     /// What is below files and block devices that are not open.
     #[must_use]
-    pub fn paths(paths: &[PathBuf], records: &dyn Fn(u32) -> Vec<PathBuf>) -> Self {
+    pub fn paths(paths: &[PathBuf], records: &dyn Records) -> Self {
         Search::new(&System { records }).from(paths)
     }
 
-    /// Ids of all devices that are below, or may be.
+    #[cfg(test)]
+    pub(crate) fn of(ids: &[u32]) -> Self {
+        Self { devices: ids.iter().map(|id| (*id, true)).collect() }
+    }
+
+    /// One of these devices that must be waited for, or may have to be.
     #[must_use]
-    pub fn ids(&self) -> BTreeSet<u32> {
-        self.devices.keys().copied().collect()
+    pub fn any_of(&self, ids: &BTreeSet<u32>) -> Option<u32> {
+        self.devices.keys().copied().find(|id| ids.contains(id))
     }
 
     /// Whether this device is below, without a doubt.
@@ -77,13 +94,12 @@ trait Look {
     fn mountinfo(&self) -> String;
     /// What memory is swapped to, as `/proc/swaps` shows it.
     fn swaps(&self) -> String;
-    /// The backings of a ublk device.
-    fn records(&self, id: u32) -> Vec<PathBuf>;
+    fn records(&self) -> &dyn Records;
 }
 
 /// The system that this process runs on.
 struct System<'a> {
-    records: &'a dyn Fn(u32) -> Vec<PathBuf>,
+    records: &'a dyn Records,
 }
 
 impl Look for System<'_> {
@@ -121,8 +137,8 @@ impl Look for System<'_> {
         fs::read_to_string("/proc/swaps").unwrap_or_default()
     }
 
-    fn records(&self, id: u32) -> Vec<PathBuf> {
-        (self.records)(id)
+    fn records(&self) -> &dyn Records {
+        self.records
     }
 }
 
@@ -193,10 +209,7 @@ impl<'a> Search<'a> {
         let name = directory.file_name().map(|name| name.to_string_lossy().into_owned());
         let name = name.unwrap_or_default();
         if let Some(id) = name.strip_prefix("ublkb").and_then(|id| id.parse().ok()) {
-            *self.found.entry(id).or_default() |= is_certain;
-            for path in self.look.records(id) {
-                self.add_path(&path, is_certain);
-            }
+            self.look_below_ublk(id, is_certain);
         }
         if directory.join("loop").exists() {
             self.look_below_loop(&name, &directory, is_certain);
@@ -205,6 +218,23 @@ impl<'a> Search<'a> {
         let second = fs::read_to_string(directory.join("backing_dev")).unwrap_or_default();
         if second.starts_with('/') {
             self.add_path(Path::new(second.trim_end()), is_certain);
+        }
+    }
+
+    fn look_below_ublk(&mut self, id: u32, is_certain: bool) {
+        let look = self.look;
+        *self.found.entry(id).or_default() |= is_certain;
+        for path in look.records().backings(id) {
+            self.add_path(&path, is_certain);
+        }
+        for other in look.records().beside(id) {
+            if self.found.contains_key(&other) {
+                continue;
+            }
+            self.found.insert(other, false);
+            for path in look.records().backings(other) {
+                self.add_path(&path, false);
+            }
         }
     }
 

@@ -213,14 +213,14 @@ struct Serve {
     /// The file of the devices
     #[arg(short, long, value_name = "PATH", default_value = "/etc/ublk-target/serve.toml")]
     config: PathBuf,
-    /// Say what is wrong with the file, and do no more
+    /// Say what is wrong with the file, its devices and their backings, and do no more
     #[arg(long)]
     check: bool,
 }
 
 const SERVE_HELP: &str = "\
 The file is TOML. A device is a table with its target and the long options of `add TARGET`:
-  lanes = 2                  # threads that serve I/O, for each level [default: one for each CPU]
+  lanes = 2                  # threads that serve I/O [default: one for each CPU]
   [[device]]
   id = 0
   target = \"loop\"
@@ -237,7 +237,7 @@ it read the file again: devices that are new are added, those that are gone or h
 if nobody uses them; with a fault in the file all stays as it was. SIGTERM takes all devices down. After
 SIGKILL the next `serve` takes over those of `on-death` wait, reissue and error, and adds the others
 again. Devices that poll, give NVMe commands, have an I/O lane or a `busy-wait` in microseconds get lanes
-of their own. A device that stands on others of the file is of a higher level: lanes serve one level only.";
+of their own. A device that stands on another one of the process, in whatever way, is refused.";
 
 #[derive(Debug, Args)]
 struct Del {

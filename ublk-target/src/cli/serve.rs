@@ -24,7 +24,13 @@ pub fn serve(args: &Serve, verbose: u8) -> anyhow::Result<ExitCode> {
         Err(faults) => return Ok(refuse(&faults)),
     };
     if args.check {
-        print_line(format_args!("{}: {} devices", path.display(), config.devices.len()))?;
+        match fleet::check(&config) {
+            Ok(unknown) => unknown.iter().for_each(|why| say!("the driver was not asked: {why}")),
+            Err(faults) => return Ok(refuse(&faults)),
+        }
+        let count = config.devices.len();
+        let devices = if count == 1 { "device" } else { "devices" };
+        print_line(format_args!("{}: {count} {devices} without faults", path.display()))?;
         return Ok(ExitCode::SUCCESS);
     }
     inherited::shed();
@@ -76,8 +82,10 @@ fn tell(news: &News) {
             Ok(now) => vec![NotifyState::Reloading, now],
             Err(_) => vec![NotifyState::Reloading],
         },
-        News::Reloaded(count) => {
+        News::Reloaded(made, count) => {
+            partitions::await_all(made.iter().copied());
             let status = format!("{count} devices");
+            log::info!("the file was read again: {status}");
             return notify(&[NotifyState::Ready, NotifyState::Status(&status)]);
         }
     };

@@ -226,6 +226,18 @@ pub enum DeviceError {
          devices; give it a backing elsewhere", path = crate::state::block_path(*.0).display()
     )]
     OnItself(u32),
+    /// One device of a process would have to wait for another.
+    #[error(
+        "device {upper} has to wait for device {lower} of the same process: it stands on it, directly or \
+         through other devices and their servers; if the process were killed, neither might ever end; \
+         serve one of them by a process of its own (`ublk-target add`, or `recover` if it waits)"
+    )]
+    Beside {
+        /// The one that stands on the other.
+        upper: u32,
+        /// The other.
+        lower: u32,
+    },
     /// The driver has as many devices as it allows.
     #[error(
         "the driver has no room for another device; delete one, or raise its limit in \

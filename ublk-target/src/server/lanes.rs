@@ -16,7 +16,6 @@ use uring_ext::{Errno, sys};
 
 use super::config::DeviceError;
 use super::lane::{self, LaneConfig, LaneReport, spawn_lane};
-use super::levels::Level;
 use super::message::{LaneHandle, LaneMessage};
 use super::pace::BusyWait;
 use super::plan::Plan;
@@ -36,7 +35,7 @@ pub(super) struct Making<'a> {
     pub plan: &'a Plan,
     pub cdev: &'a Arc<File>,
     pub wakeups: &'a Arc<Wakeups>,
-    /// Lanes that the device may share with others of its level.
+    /// Lanes that the device may share with others.
     pub shared: Option<&'a Rc<RefCell<SharedLanes>>>,
 }
 
@@ -44,8 +43,8 @@ pub(super) struct Making<'a> {
 #[derive(Default)]
 pub(super) struct DeviceLanes {
     queues: Vec<Queue>,
-    /// Those that the process's devices share, and the device's id there.
-    company: Option<(Rc<RefCell<SharedLanes>>, u32)>,
+    /// Those that the process's devices share.
+    company: Option<Rc<RefCell<SharedLanes>>>,
 }
 
 struct Queue {
@@ -68,14 +67,14 @@ impl DeviceLanes {
             || making.plan.layout.polling != Polling::Off
             || matches!(making.plan.config.busy_wait, BusyWait::Limit(_))
             || making.plan.layout.backings.iter().any(|backing| backing.route().is_namespace());
-        let level = self.find_level(making);
-        let shared = making.shared.zip(level).filter(|_| !is_alone);
+        let company = making.shared.filter(|_| !is_alone).cloned();
+        self.company.clone_from(&company);
         let mut waiting = Vec::new();
         for qid in (0..making.info.nr_hw_queues).map(Qid) {
-            match shared {
+            match &company {
                 None => waiting.push((qid, self.start_thread(making, qid)?)),
-                Some((shared, level)) => {
-                    let started = start_station(making, qid, level, &mut shared.borrow_mut());
+                Some(shared) => {
+                    let started = start_station(making, qid, &mut shared.borrow_mut());
                     let (handle, station) =
                         started.map_err(|error| DeviceError::of_lane(qid, error))?;
                     let served_by = ServedBy::Station(Box::new(station));
@@ -97,24 +96,6 @@ impl DeviceLanes {
             }
         }
         Ok(())
-    }
-
-    /// The level of a device that has company. Those that have lanes of their own have one, too: others may
-    /// stand on them.
-    fn find_level(&mut self, making: &Making<'_>) -> Option<Level> {
-        let (shared, id) = (making.shared?, making.info.dev_id);
-        let level = shared.borrow_mut().levels.enter(id, making.plan.layout.below.ids());
-        match level {
-            Some(Level(0)) => {}
-            Some(Level(level)) => log::warn!(
-                "device {id} stands on others of this process, on level {level}: if the process is killed while \
-                 requests are under way, they may hang until the machine is booted; `ublk-target add` serves \
-                 a device by a process of its own"
-            ),
-            None => log::warn!("device {id} has lanes of its own: others stand on it already"),
-        }
-        self.company = Some((Rc::clone(shared), id));
-        level
     }
 
     fn start_thread(
@@ -212,9 +193,6 @@ impl DeviceLanes {
                 Err(error) => result = result.and(Err(DeviceError::Lane { qid, error })),
             }
         }
-        if let Some((shared, id)) = &self.company {
-            shared.borrow_mut().levels.leave(*id);
-        }
         result
     }
 
@@ -223,7 +201,7 @@ impl DeviceLanes {
             (ServedBy::Thread(thread), _) => {
                 thread.join().unwrap_or(Err(LaneError::Ring(Errno::EIO)))
             }
-            (ServedBy::Station(station), Some((shared, _))) => shared.borrow_mut().join(*station),
+            (ServedBy::Station(station), Some(shared)) => shared.borrow_mut().join(*station),
             (ServedBy::Station(_), None) => Err(LaneError::Ring(Errno::EIO)),
         }
     }
@@ -232,12 +210,11 @@ impl DeviceLanes {
 fn start_station(
     making: &Making<'_>,
     qid: Qid,
-    level: Level,
     shared: &mut SharedLanes,
 ) -> Result<(LaneHandle, StationHandle), LaneError> {
     let (plan, depth) = (making.plan, making.info.queue_depth);
     let slots = frugal(&plan.slots, plan.choice.mode);
-    let (holding, wake) = shared.hold(level, plan.layout.backings.len(), &slots, depth)?;
+    let (holding, wake) = shared.hold(plan.layout.backings.len(), &slots, depth)?;
     let mut config = making.lane(qid, wake, Vec::new());
     config.engine.slots = slots;
     shared.start(holding, &config)

@@ -18,7 +18,7 @@ use crate::engine::{SlotChoice, SlotTable};
 use crate::lend::{Choice, LendMode};
 use crate::plan::{BackingIndex, Planner};
 use crate::request::Geometry;
-use crate::state::{RUN_DIR, StateFile};
+use crate::standing::Recorded;
 use crate::target::{AnyTarget, FaultTarget, LinearTarget, LoopTarget, NullTarget, StripeTarget};
 use crate::units::Bytes;
 
@@ -74,7 +74,7 @@ impl Layout {
         };
         let limits = backing_limits.of_cut_requests(longest);
         let buffer_bytes = limits.buffer_bytes(cap, page);
-        let below = Below::backings(&backings, &recorded_backings);
+        let below = Below::backings(&backings, &Recorded::default());
         let backings = backings.into();
         Ok(Self {
             name,
@@ -153,13 +153,6 @@ impl Layout {
         let backings = self.backings.iter().filter(|_| !self.target.is_null());
         backings.map(Backing::known).collect()
     }
-}
-
-/// The backings of a device of this program, whoever serves it.
-pub(super) fn recorded_backings(id: u32) -> Vec<PathBuf> {
-    let record = StateFile::read(Path::new(RUN_DIR), id);
-    let backings = record.map(|record| record.backings).unwrap_or_default();
-    backings.into_iter().map(|known| known.path).collect()
 }
 
 /// A device that has grown.

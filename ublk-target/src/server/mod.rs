@@ -8,7 +8,6 @@ mod io_lane;
 pub mod lane;
 mod lanes;
 mod layout;
-pub mod levels;
 pub mod message;
 pub mod on_death;
 pub mod pace;

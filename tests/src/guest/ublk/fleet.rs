@@ -39,6 +39,12 @@ pub struct Fleet {
 impl Fleet {
     /// Starts it, and waits until its devices are live.
     pub fn start(directory: &Path, config: &Path) -> Result<Self> {
+        let wanted = fs::read_to_string(config)?.matches("[[device]]").count();
+        Self::start_with(directory, config, wanted)
+    }
+
+    /// Starts it, and waits until so many devices are live.
+    pub fn start_with(directory: &Path, config: &Path, wanted: usize) -> Result<Self> {
         load_driver()?;
         let log = directory.join("fleet.log");
         let error = File::options().create(true).append(true).open(&log)?;
@@ -54,7 +60,6 @@ impl Fleet {
         let out = child.stdout.take().context("its output")?;
         let mut fleet = Self { child, devices: Vec::new(), log };
         // It prints all at once when it is ready.
-        let wanted = fs::read_to_string(config)?.matches("[[device]]").count();
         for line in BufReader::new(out).lines().take(wanted) {
             fleet.devices.push(line?.into());
         }
@@ -67,7 +72,7 @@ impl Fleet {
         self.child.id()
     }
 
-    fn said(&self) -> Result<String> {
+    pub fn said(&self) -> Result<String> {
         Ok(fs::read_to_string(&self.log)?)
     }
 
@@ -82,11 +87,17 @@ impl Fleet {
         wait_for(done, PATIENCE, || Ok((self.said()?.matches(done).count() > before).then_some(())))
     }
 
-    /// Ends it in order; nothing is left.
-    pub fn end(mut self) -> Result<()> {
+    /// Ends it in order.
+    pub fn stop(mut self) -> Result<()> {
         self.signal(Signal::SIGTERM)?;
         let status = self.child.wait()?;
         ensure!(status.success(), "{status}\n{}", self.said()?);
+        Ok(())
+    }
+
+    /// Ends it in order; nothing is left.
+    pub fn end(self) -> Result<()> {
+        self.stop()?;
         let left = listed()?;
         ensure!(left.is_empty(), "left: {left:?}");
         Ok(())
@@ -388,7 +399,7 @@ fn faults(ctx: &Ctx) -> Result<Outcome> {
     load_driver()?;
     let mount = backings(ctx)?;
     let good = section(3, &backing(&mount, 0, 8)?, "")?;
-    let table: [(String, &[&str]); 4] = [
+    let table: [(String, &[&str]); 5] = [
         (format!("{good}queues = 0\nlend = \"best\"\n"), &["--queues", "best"]),
         (format!("{good}{good}"), &["device 3 is there already"]),
         (
@@ -398,19 +409,31 @@ fn faults(ctx: &Ctx) -> Result<Outcome> {
             &["device 4: ", "device 5: "],
         ),
         ("lanes = none".to_owned(), &["fleet.toml:1: "]),
+        (
+            format!("{good}{}", section(4, &backing(&mount, 0, 8)?, "")?),
+            &["0.img is a backing of device 3 already"],
+        ),
     ];
     for (text, expected) in table {
         let config = write(ctx, &[text])?;
-        let argv = [PROGRAM, "serve", "--config", self::text(&config)?];
-        let said = process::run_for_code(&argv, 1)?.stderr;
-        let prefix = format!("{PROGRAM}: ");
-        let lines: Vec<_> = said.lines().filter(|line| line.starts_with(&prefix)).collect();
-        ensure!(lines.len() == expected.len(), "{said}");
-        for (line, what) in lines.iter().zip(expected) {
-            ensure!(line.contains(what), "{what}: {said}");
+        for more in [&[][..], &["--check"]] {
+            let argv = [&[PROGRAM, "serve", "--config", self::text(&config)?], more].concat();
+            let said = process::run_for_code(&argv, 1)?.stderr;
+            let prefix = format!("{PROGRAM}: ");
+            let lines: Vec<_> = said.lines().filter(|line| line.starts_with(&prefix)).collect();
+            ensure!(lines.len() == expected.len(), "{more:?}: {said}");
+            for (line, what) in lines.iter().zip(expected) {
+                ensure!(line.contains(what), "{more:?}: {what}: {said}");
+            }
+            ensure!(ids()?.is_empty(), "{:?}", ids()?);
         }
-        ensure!(ids()?.is_empty(), "{:?}", ids()?);
     }
+    // What is served can be looked at meanwhile.
+    let config = write(ctx, &[good])?;
+    let fleet = Fleet::start(ctx.directory(), &config)?;
+    let checked = process::run(&[PROGRAM, "serve", "--check", "--config", self::text(&config)?])?;
+    ensure!(checked.stdout.ends_with("fleet.toml: 1 device without faults\n"), "{checked:?}");
+    fleet.end()?;
     mount.unmount()?;
     Ok(Outcome::Pass)
 }

@@ -64,21 +64,29 @@ fn there(_ctx: &Ctx) -> Result<Outcome> {
 fn of_fleet(ctx: &Ctx) -> Result<Outcome> {
     let drives = [partitioned("drive1", "gpt")?, partitioned("drive2", "dos")?];
     let config = ctx.directory().join("serve.toml");
-    let mut text = String::new();
+    let mut devices = String::new();
     for (id, drive) in drives.iter().enumerate() {
         let file = drive.path().display().to_string();
-        text += &format!("[[device]]\nid = {id}\ntarget = \"loop\"\nfile = \"{file}\"\n");
-        text += "rule = \"op=read,count=2,delay=100ms\"\n";
+        devices += &format!("[[device]]\nid = {id}\ntarget = \"loop\"\nfile = \"{file}\"\n");
+        devices += "rule = \"op=read,count=2,delay=100ms\"\n";
     }
-    text += "[[device]]\nid = 7\ntarget = \"null\"\nno-part-scan = true\n";
-    fs::write(&config, text)?;
-    for _ in 0..5 {
-        let fleet = Fleet::start(ctx.directory(), &config)?;
-        for device in &fleet.devices[..2] {
-            let found = partitions(device)?;
-            ensure!(found == PARTITIONS, "{}: {found} partitions", device.display());
+    let null = "[[device]]\nid = 7\ntarget = \"null\"\nno-part-scan = true\n";
+    let have_partitions = || -> Result<()> {
+        for id in 0..drives.len() {
+            let found = partitions(Path::new(&format!("/dev/ublkb{id}")))?;
+            ensure!(found == PARTITIONS, "device {id}: {found} partitions");
         }
-        udev::settle()?;
+        udev::settle()
+    };
+    for _ in 0..3 {
+        fs::write(&config, format!("{devices}{null}"))?;
+        let fleet = Fleet::start(ctx.directory(), &config)?;
+        have_partitions()?;
+        fs::write(&config, null)?;
+        fleet.reload("the file was read again: 1 devices")?;
+        fs::write(&config, format!("{null}{devices}"))?;
+        fleet.reload("the file was read again: 3 devices")?;
+        have_partitions()?;
         fleet.end()?;
     }
     drives.iter().try_for_each(Drive::wipe)?;

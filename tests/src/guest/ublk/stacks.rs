@@ -26,8 +26,8 @@ pub const TESTS: &[TestCase] = &[
     stack("stack_of_our_loop_on_dm_linear_on_our_linear_on_dm_linear", linear),
     stack("stack_of_our_loop_on_a_kernel_loop_on_our_stripe", direct_kernel_loop),
     stack("stack_of_our_loop_on_a_buffered_kernel_loop_on_our_stripe", buffered_kernel_loop),
-    fleet("stack_of_two_devices_of_a_fleet_on_one_lane", fleets::two),
-    fleet("stack_of_many_devices_of_a_fleet_on_one_lane", fleets::many),
+    fleet("a_stack_within_a_fleet_is_refused", fleets::refused),
+    fleet("a_stack_is_not_taken_over_by_one_fleet", fleets::refused_again),
     fleet("stack_of_a_server_on_a_fleet_survives_the_death_of_both", fleets::killed),
     TestCase::guest("a_device_that_would_stand_on_itself_is_refused", STACKS, circle),
 ];

@@ -14,6 +14,20 @@ struct Made {
     mountinfo: String,
     swaps: String,
     records: BTreeMap<u32, Vec<PathBuf>>,
+    /// The server of each, if it has others.
+    servers: BTreeMap<u32, u32>,
+}
+
+impl Records for Made {
+    fn backings(&self, id: u32) -> Vec<PathBuf> {
+        self.records.get(&id).cloned().unwrap_or_default()
+    }
+
+    fn beside(&self, id: u32) -> Vec<u32> {
+        let Some(server) = self.servers.get(&id) else { return Vec::new() };
+        let others = self.servers.iter().filter(|(other, it)| **other != id && *it == server);
+        others.map(|(other, _)| *other).collect()
+    }
 }
 
 impl Look for Made {
@@ -37,8 +51,8 @@ impl Look for Made {
         self.swaps.clone()
     }
 
-    fn records(&self, id: u32) -> Vec<PathBuf> {
-        self.records.get(&id).cloned().unwrap_or_default()
+    fn records(&self) -> &dyn Records {
+        self
     }
 }
 
@@ -202,7 +216,7 @@ fn through_btrfs() {
     // What is certain stays so, whatever else may be.
     let both = Search::new(&made).from(&["/lost".into(), "/one/image".into()]);
     assert!(both.has(0) && both.has(1) && !both.has(2) && !both.has(3));
-    assert_eq!(both.ids(), BTreeSet::from([0, 1, 2]));
+    assert_eq!(both.devices.into_keys().collect::<Vec<_>>(), [0, 1, 2]);
 }
 
 #[test]
@@ -211,10 +225,33 @@ fn on_the_system_that_runs() {
     let path = directory.path().join("disk");
     File::create(&path).unwrap().set_len(1 << 20).unwrap();
     let backings = [Backing::open(&path, Opening::ALONE).unwrap(), Backing::zero().unwrap()];
-    assert_eq!(Below::backings(&backings, &|_| Vec::new()), Below::default());
-    let system = System { records: &|_| Vec::new() };
+    assert_eq!(Below::backings(&backings, &Made::default()), Below::default());
+    let made = Made::default();
+    let system = System { records: &made };
     let Some(Place::File { mount, .. }) = system.at(&path) else { panic!("no file") };
     let mounts = system.mountinfo();
     let own = mounts.lines().filter_map(parse_mount).any(|it| Some(it.id) == mount);
     assert!(own, "{mount:?} is none of {mounts}");
+}
+
+/// A device whose server is the same as that of one below may hold what that one needs; so may what it
+/// stands on.
+#[test]
+fn through_servers_of_several_devices() {
+    let mut made = Made::new();
+    made.device("nvme0n1", (259, 0));
+    for (id, backing) in
+        [(0, "/dev/nvme0n1"), (1, "/dev/ublkb0"), (2, "/dev/nvme0n1"), (3, "/dev/ublkb2")]
+    {
+        made.ublk(id, &[backing]);
+    }
+    assert_eq!(made.below("/dev/ublkb2"), [(2, true)]);
+    made.servers = BTreeMap::from([(0, 70), (1, 71), (2, 71)]);
+    assert_eq!(made.below("/dev/ublkb2"), [(0, false), (1, false), (2, true)]);
+    assert_eq!(made.below("/dev/ublkb1"), [(0, true), (1, true), (2, false)]);
+    assert_eq!(made.below("/dev/ublkb0"), [(0, true)]);
+    let below = Search::new(&made).from(&["/dev/ublkb3".into()]);
+    assert_eq!(below.any_of(&BTreeSet::from([0, 5])), Some(0));
+    assert_eq!(below.any_of(&BTreeSet::from([5])), None);
+    assert!(below.has(2) && !below.has(0), "it stands on that one, and not on the other");
 }

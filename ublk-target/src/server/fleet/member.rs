@@ -1,5 +1,6 @@
 //! One device of a fleet.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,17 +17,17 @@ use crate::lend::LendRequest;
 use crate::mark::Nonce;
 use crate::server::config::{DeviceConfig, DeviceError};
 use crate::server::device::Server;
-use crate::server::layout::recorded_backings;
 use crate::server::petition::Petition;
 use crate::server::plan::{self, Plan};
 use crate::server::recovery::{self, CannotRecoverDevice};
+use crate::standing::Recorded;
 use crate::state::{self, Description, StateFile};
 
 /// What a device is begun with.
 pub(super) struct Outset {
     pub config: DeviceConfig,
-    /// What it stands on.
-    pub below: Below,
+    /// What it may have to wait for.
+    below: Below,
     found: Found,
 }
 
@@ -83,6 +84,16 @@ impl Outset {
         Ok(Self { config: config.clone(), below, found })
     }
 
+    /// Whether it is of a device that waits for a server.
+    pub const fn is_of_waiting(&self) -> bool {
+        matches!(self.found, Found::Waiting(_))
+    }
+
+    /// Sees to it that it waits for no device of a process that serves these, or is to.
+    pub fn check_apart(&self, ids: &BTreeSet<u32>) -> Result<(), DeviceError> {
+        check_apart(id_of(&self.config), &self.below, ids)
+    }
+
     /// That of a device that there is and that waits for a server.
     pub fn waiting(config: &DeviceConfig, control: &Control) -> Result<Option<Self>, DeviceError> {
         let id = id_of(config);
@@ -93,7 +104,7 @@ impl Outset {
         match recovery::check(control, id) {
             Ok(record) => {
                 let paths: Vec<_> = record.backings.iter().map(|it| it.path.clone()).collect();
-                let below = Below::paths(&paths, &recorded_backings);
+                let below = Below::paths(&paths, &Recorded::default());
                 let found = Found::Waiting(Box::new(record));
                 Ok(Some(Self { config: config.clone(), below, found }))
             }
@@ -104,6 +115,13 @@ impl Outset {
             Err(_) => Err(DeviceError::IdTaken(id)),
         }
     }
+}
+
+/// Sees to it that a device does not wait for another one of these.
+pub(super) fn check_apart(id: u32, below: &Below, ids: &BTreeSet<u32>) -> Result<(), DeviceError> {
+    let mut others = ids.clone();
+    others.remove(&id);
+    below.any_of(&others).map_or(Ok(()), |lower| Err(DeviceError::Beside { upper: id, lower }))
 }
 
 /// Whether somebody else has a backing.
@@ -187,6 +205,11 @@ impl Member {
             Ok(description) => Ok((Self { config, plan, server }, description)),
             Err(error) => Err(server.take_down().err().unwrap_or(error)),
         }
+    }
+
+    /// What it may have to wait for by now: others may have come to what it stands on.
+    pub fn below(&self) -> Below {
+        Below::backings(&self.plan.layout.backings, &Recorded::default())
     }
 
     /// Does what others ask for.

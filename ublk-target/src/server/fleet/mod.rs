@@ -1,10 +1,12 @@
 //! Many devices in one process: they share lanes, a thread that answers, and the main thread, which
 //! makes them and takes them down.
 
+mod check;
 mod member;
 mod reload;
 
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::io;
 use std::process::Child;
 use std::rc::Rc;
@@ -18,7 +20,6 @@ use uring_ext::feature::Features;
 
 use super::config::{DeviceConfig, DeviceError};
 use super::device::Company;
-use super::levels::lower_first;
 use super::protection::protect;
 use super::shared::SharedLanes;
 use super::signals::{Hangup, Wake, Wakeups};
@@ -27,12 +28,13 @@ use crate::kernel;
 use crate::state::Description;
 use crate::stats::StatsThread;
 use crate::steps::step;
-use member::{Member, Outset};
+pub use check::check;
+use member::{Member, Outset, check_apart};
 
 /// The devices of a process.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct FleetConfig {
-    /// How many lanes those of a level share at most, 1 to 1,024; one for each CPU if it is left out.
+    /// How many lanes they share at most, 1 to 1,024; one for each CPU if it is left out.
     pub lanes: Option<u16>,
     /// The devices. Each has an id, and no two have the same.
     pub devices: Vec<DeviceConfig>,
@@ -78,8 +80,8 @@ pub enum News {
     Ready(Vec<Description>, usize),
     /// It reads its configuration again.
     Reloading,
-    /// It has done so, and serves so many devices.
-    Reloaded(usize),
+    /// It has done so, has made the devices with these ids, and serves so many.
+    Reloaded(Vec<u32>, usize),
 }
 
 /// Serves devices until a signal ends the process.
@@ -139,10 +141,16 @@ fn outsets(
     begins: impl Fn(usize),
 ) -> Result<Vec<Outset>, Vec<String>> {
     let (mut outsets, mut faults) = (Vec::new(), Vec::new());
+    let ids = devices.iter().map(id_of).collect();
     for device in devices {
         // Each may have to wait for a backing to be let go of.
         begins(0);
-        match Outset::of(device, control, features) {
+        let outset = Outset::of(device, control, features).and_then(|outset| {
+            // One that waits keeps nobody from the others.
+            let checked = if outset.is_of_waiting() { Ok(()) } else { outset.check_apart(&ids) };
+            checked.map(|()| outset)
+        });
+        match outset {
             Ok(outset) => outsets.push(outset),
             Err(error) => faults.push(format!("device {}: {error}", id_of(device))),
         }
@@ -171,29 +179,58 @@ struct Fleet {
 }
 
 impl Fleet {
-    /// Makes devices, or takes them over from a dead server, those first that others stand on. Those that
-    /// cannot be made are logged.
+    /// Makes devices, or takes them over from a dead server. Those that cannot be made are logged.
     fn add_all(&mut self, outsets: Vec<Outset>, orders: &Orders<'_>) -> Vec<Description> {
         let mut described = Vec::new();
         let wanted = outsets.len();
-        let outsets = lower_first(outsets, |it| id_of(&it.config), |it| it.below.ids());
+        let ids =
+            self.ids().into_iter().chain(outsets.iter().map(|it| id_of(&it.config))).collect();
         for (done, outset) in outsets.into_iter().enumerate() {
             let id = id_of(&outset.config);
             (orders.tell)(&News::Begins(done, wanted));
             if self.wakeups.last_signal().is_some() {
                 break;
             }
-            match Member::begin(outset, self, orders) {
-                Ok((member, description)) => {
-                    described.push(description);
-                    self.members.push(member);
-                }
+            match self.begin(outset, &ids, orders) {
+                Ok(description) => described.push(description),
                 Err(error) => log::error!("device {id}: {error}"),
             }
         }
         let lanes = self.company.lanes.borrow().count();
         log::info!("{} devices, {lanes} lanes", self.members.len());
         described
+    }
+
+    /// Makes a device, or takes it over, beside these and those that there are.
+    fn begin(
+        &mut self,
+        outset: Outset,
+        ids: &BTreeSet<u32>,
+        orders: &Orders<'_>,
+    ) -> Result<Description, DeviceError> {
+        self.check_apart(&outset, ids)?;
+        let (member, description) = Member::begin(outset, self, orders)?;
+        self.members.push(member);
+        Ok(description)
+    }
+
+    /// Sees to it that no device of this process waits for another one of it. A lane's workers are held by
+    /// what waits; and a thread that is killed waits for its workers before its process lets go of the
+    /// other device.
+    fn check_apart(&self, outset: &Outset, ids: &BTreeSet<u32>) -> Result<(), DeviceError> {
+        outset.check_apart(ids)?;
+        if outset.is_of_waiting() {
+            // Others may stand on it already.
+            let id = BTreeSet::from([id_of(&outset.config)]);
+            for member in &self.members {
+                check_apart(id_of(&member.config), &member.below(), &id)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn ids(&self) -> BTreeSet<u32> {
+        self.members.iter().map(|member| id_of(&member.config)).collect()
     }
 
     /// Serves until a signal asks for the end.

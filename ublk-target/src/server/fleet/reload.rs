@@ -1,8 +1,10 @@
 //! Another configuration for a fleet that serves.
 
+use std::collections::BTreeSet;
+
 use uring_ext::feature::Features;
 
-use super::member::{Member, Outset, is_in_use};
+use super::member::{Outset, check_apart, is_in_use};
 use super::{Fleet, FleetConfig, News, Orders, id_of};
 use crate::server::config::{DeviceConfig, DeviceError};
 use crate::server::plan::{self, Plan};
@@ -36,14 +38,15 @@ impl Fleet {
     /// Reads the configuration again and does what it says. One with a fault changes nothing.
     pub(super) fn reload(&mut self, orders: &Orders<'_>) {
         (orders.tell)(&News::Reloading);
-        match self.find_changes(orders) {
+        let made = match self.find_changes(orders) {
             Err(faults) => {
                 faults.iter().for_each(|fault| log::error!("{fault}"));
                 log::error!("the configuration has faults; all stays as it was");
+                Vec::new()
             }
             Ok(found) => self.carry_out(found, orders),
-        }
-        (orders.tell)(&News::Reloaded(self.members.len()));
+        };
+        (orders.tell)(&News::Reloaded(made, self.members.len()));
     }
 
     /// What is to be done, after all of it was looked at: by this program, and by the driver.
@@ -65,8 +68,9 @@ impl Fleet {
         }
         let changes = Changes::between(&now, &wanted.devices);
         let (mut opened, mut faults) = (Vec::new(), Vec::new());
+        let ids = wanted.devices.iter().map(id_of).chain(self.ids()).collect();
         for (device, plan) in plans {
-            match self.check(&device, plan, changes.new.contains(&device)) {
+            match self.check(&device, plan, changes.new.contains(&device), &ids) {
                 Ok(outset) => opened.extend(outset),
                 Err(error) => faults.push(format!("device {}: {error}", id_of(&device))),
             }
@@ -80,9 +84,11 @@ impl Fleet {
         device: &DeviceConfig,
         plan: Planned,
         is_new: bool,
+        ids: &BTreeSet<u32>,
     ) -> Result<Option<Outset>, DeviceError> {
         if is_new {
             if let Some(outset) = Outset::waiting(device, &self.control)? {
+                self.check_apart(&outset, ids)?;
                 return Ok(Some(outset));
             }
         }
@@ -91,6 +97,7 @@ impl Fleet {
             Planned::LookedAt(plan) => (plan, false),
             Planned::Refused(error) => return Err(error),
         };
+        check_apart(id_of(device), &plan.layout.below, ids)?;
         plan::try_on(&self.control, &plan)?;
         if !is_claimed || !is_new {
             return Ok(None);
@@ -99,11 +106,11 @@ impl Fleet {
     }
 
     /// Takes away what is to go or to change, as far as nobody uses it, then makes what is to come. What
-    /// cannot be made after all is as it was.
-    fn carry_out(&mut self, found: Found, orders: &Orders<'_>) {
+    /// cannot be made after all is as it was. Returns the ids of those that were made.
+    fn carry_out(&mut self, found: Found, orders: &Orders<'_>) -> Vec<u32> {
         let Found { changes, opened } = found;
         let mut stays = Vec::new();
-        let mut before = Vec::new();
+        let (mut before, mut made) = (Vec::new(), Vec::new());
         let changed = changes.changed.iter().map(id_of);
         for id in changes.gone.iter().copied().chain(changed.clone()) {
             match self.remove_unused(id, orders) {
@@ -121,11 +128,17 @@ impl Fleet {
         let comes = |device: &&DeviceConfig| !stays.contains(&id_of(device));
         for device in changes.changed.iter().filter(comes) {
             let id = id_of(device);
-            let Err(error) = self.add_now(device, again(device), orders) else { continue };
+            let Err(error) = self.add_now(device, again(device), orders) else {
+                made.push(id);
+                continue;
+            };
             log::error!("device {id} cannot be changed: {error}");
             if let Some(old) = before.iter().find(|old| id_of(old) == id) {
                 match self.add_now(old, again(old), orders) {
-                    Ok(()) => log::error!("device {id} is as it was"),
+                    Ok(()) => {
+                        made.push(id);
+                        log::error!("device {id} is as it was");
+                    }
                     Err(error) => log::error!("device {id} is gone: {error}"),
                 }
             }
@@ -133,12 +146,15 @@ impl Fleet {
         let is_opened = |device: &DeviceConfig| opened.iter().any(|it| it.config.id == device.id);
         let late: Vec<_> = changes.new.iter().filter(|device| !is_opened(device)).collect();
         let late: Vec<_> = late.into_iter().map(|device| (device, again(device))).collect();
-        let _ = self.add_all(opened, orders);
+        made.extend(self.add_all(opened, orders).iter().map(|description| description.id));
         for (device, plan) in late {
-            if let Err(error) = self.add_now(device, plan, orders) {
-                log::error!("device {} cannot be added: {error}", id_of(device));
+            let id = id_of(device);
+            match self.add_now(device, plan, orders) {
+                Ok(()) => made.push(id),
+                Err(error) => log::error!("device {id} cannot be added: {error}"),
             }
         }
+        made
     }
 
     fn add_now(
@@ -148,9 +164,8 @@ impl Fleet {
         orders: &Orders<'_>,
     ) -> Result<(), DeviceError> {
         let outset = Outset::with(device, plan, &self.control)?;
-        let (member, _) = Member::begin(outset, self, orders)?;
-        self.members.push(member);
-        Ok(())
+        let ids = self.ids();
+        self.begin(outset, &ids, orders).map(drop)
     }
 
     /// Deletes a device that nobody uses.

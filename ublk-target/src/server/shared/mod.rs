@@ -21,7 +21,6 @@ use uring_ext::pool::BufferPool;
 use uring_ext::ring::MAX_BUFFER_SLOTS;
 
 use super::lane::{LaneConfig, LaneReport, failed, prepare_lane_thread, spawn_lane};
-use super::levels::{Level, Levels};
 use super::message::{LaneHandle, event_descriptor};
 use super::pace::BusyWait;
 use super::ring_io::Parts;
@@ -45,10 +44,8 @@ const MAX_STATIONS: usize = 1024;
 /// The lanes of a process, which its devices share.
 #[derive(Debug)]
 pub(super) struct SharedLanes {
-    /// How many there are at most of each level.
+    /// How many there are at most.
     limit: usize,
-    /// What stands on what.
-    pub levels: Levels,
     /// Fixed files of each.
     files: u16,
     /// One that has failed leaves its place empty.
@@ -60,8 +57,6 @@ pub(super) struct SharedLanes {
 /// A lane, and what of it is taken.
 #[derive(Debug)]
 struct SharedLane {
-    /// That of all its devices. It stays the same, so that nothing is left in it of another one.
-    level: Level,
     arrivals: Sender<Arrival>,
     wake: Arc<EventFd>,
     thread: JoinHandle<Result<(), LaneError>>,
@@ -95,27 +90,26 @@ pub(super) struct StationHandle {
 }
 
 impl SharedLanes {
-    /// Up to `limit` lanes for each level, none of which is started before it is needed.
+    /// Up to `limit` lanes, none of which is started before it is needed.
     pub fn new(limit: usize) -> Self {
         let open = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft);
         let files = u16::try_from(open).unwrap_or(MAX_FILES).min(MAX_FILES);
         let (lanes, pools) = (Vec::new(), Vec::new());
-        Self { limit: limit.max(1), levels: Levels::default(), files, lanes, pools }
+        Self { limit: limit.max(1), files, lanes, pools }
     }
 
-    /// Finds a place for a queue of a device of this level, and what wakes its lane.
+    /// Finds a place for a queue, and what wakes its lane.
     ///
     /// # Errors
     /// Those of starting a lane; `ENOSPC` if no lane has room.
     pub fn hold(
         &mut self,
-        level: Level,
         backings: usize,
         slots: &SlotTable,
         depth: u16,
     ) -> Result<(Holding, Arc<EventFd>), LaneError> {
         let files = u32::try_from(backings + 1).unwrap_or(u32::MAX);
-        let holding = self.hold_place(level, files, slots.capacity().into(), depth.into())?;
+        let holding = self.hold_place(files, slots.capacity().into(), depth.into())?;
         match &self.lanes[holding.lane] {
             Some(lane) => Ok((holding, Arc::clone(&lane.wake))),
             None => Err(no_room()),
@@ -195,22 +189,15 @@ impl SharedLanes {
         }
     }
 
-    /// A place in the lane of this level that has least to do.
-    fn hold_place(
-        &mut self,
-        level: Level,
-        files: u32,
-        slots: u32,
-        tags: u32,
-    ) -> Result<Holding, LaneError> {
-        let running = self.lanes.iter().flatten().filter(|lane| lane.level == level);
-        let is_any_empty = running.clone().any(|lane| lane.stations == 0);
-        if !is_any_empty && running.count() < self.limit {
-            self.start_lane(level)?;
+    /// A place in the lane that has least to do.
+    fn hold_place(&mut self, files: u32, slots: u32, tags: u32) -> Result<Holding, LaneError> {
+        let is_any_empty = self.lanes.iter().flatten().any(|lane| lane.stations == 0);
+        if !is_any_empty && self.count() < self.limit {
+            self.start_lane()?;
         }
         let lanes = self.lanes.iter_mut().enumerate();
         let fitting = lanes.filter_map(|(index, lane)| Some((index, lane.as_mut()?)));
-        let fitting = fitting.filter(|(_, lane)| lane.level == level && lane.fits(files, slots));
+        let fitting = fitting.filter(|(_, lane)| lane.fits(files, slots));
         let Some((index, lane)) = fitting.min_by_key(|(_, lane)| lane.tags) else {
             return Err(no_room());
         };
@@ -224,7 +211,7 @@ impl SharedLanes {
         Ok(Holding { lane: index, files, slots, name, tags })
     }
 
-    fn start_lane(&mut self, level: Level) -> Result<(), LaneError> {
+    fn start_lane(&mut self) -> Result<(), LaneError> {
         let free = self.lanes.iter().position(Option::is_none);
         let index = free.unwrap_or(self.lanes.len());
         let wake = Arc::new(event_descriptor().map_err(failed("making an event descriptor"))?);
@@ -238,7 +225,6 @@ impl SharedLanes {
         let thread = thread.map_err(|error| failed("starting a lane")(Errno::of(&error)))?;
         is_ready.recv().unwrap_or(Err(LaneError::Ring(Errno::EIO)))?;
         let lane = SharedLane {
-            level,
             arrivals,
             wake,
             thread,

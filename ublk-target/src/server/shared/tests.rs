@@ -44,8 +44,7 @@ impl Rig {
 
     fn start(&mut self, device: u32, lend: LendMode) -> StationHandle {
         let slots = Self::slots(lend);
-        let level = Level(0);
-        let (holding, wake) = self.lanes.hold(level, self.backings.len(), &slots, DEPTH).unwrap();
+        let (holding, wake) = self.lanes.hold(self.backings.len(), &slots, DEPTH).unwrap();
         let config = LaneConfig {
             engine: EngineConfig {
                 queue: QueueIdentity { device, qid: Qid(0), depth: DEPTH },
@@ -118,30 +117,27 @@ fn stations_come_and_go_and_leave_their_places() {
 fn a_lane_without_room_is_left_alone() {
     let mut rig = Rig::new(1);
     let slots = |lent| SlotTable { lent, ..Rig::slots(LendMode::Fused) };
-    let (first, _) = rig.lanes.hold(Level(0), 1, &slots(SLOTS - 10), DEPTH).unwrap();
-    let refused = rig.lanes.hold(Level(0), 1, &slots(16), DEPTH).unwrap_err();
+    let (first, _) = rig.lanes.hold(1, &slots(SLOTS - 10), DEPTH).unwrap();
+    let refused = rig.lanes.hold(1, &slots(16), DEPTH).unwrap_err();
     assert!(refused.to_string().starts_with("finding a lane with room: ENOSPC"), "{refused}");
     rig.lanes.give_back(first);
-    assert!(rig.lanes.hold(Level(0), 1, &slots(16), DEPTH).is_ok());
+    assert!(rig.lanes.hold(1, &slots(16), DEPTH).is_ok());
 }
 
 #[test]
-fn no_lane_has_devices_of_two_levels() {
+fn an_empty_lane_is_taken_before_another_is_started() {
     let mut rig = Rig::new(2);
     let slots = Rig::slots(LendMode::Fused);
-    let mut hold = |level| {
-        let (holding, _) = rig.lanes.hold(Level(level), 1, &slots, DEPTH).unwrap();
-        let lane = holding.lane;
-        rig.lanes.give_back(holding);
-        let (again, _) = rig.lanes.hold(Level(level), 1, &slots, DEPTH).unwrap();
-        assert_eq!(again.lane, lane, "one that is empty is taken before another is started");
-        lane
-    };
-    let lanes: Vec<_> = [0, 1, 0, 1, 0, 1, 2].map(|level| (level, hold(level))).into();
-    assert_eq!(rig.lanes.count(), 5, "two of level 0, two of level 1, one of level 2");
-    for (level, lane) in lanes {
-        assert_eq!(rig.lane(lane).level, Level(level));
-    }
+    let mut hold = || rig.lanes.hold(1, &slots, DEPTH).unwrap().0;
+    let first = hold();
+    let lane = first.lane;
+    rig.lanes.give_back(first);
+    let mut hold = || rig.lanes.hold(1, &slots, DEPTH).unwrap().0;
+    let (again, other, third) = (hold(), hold(), hold());
+    assert_eq!(again.lane, lane);
+    assert_ne!(other.lane, lane);
+    assert!([lane, other.lane].contains(&third.lane));
+    assert_eq!(rig.lanes.count(), 2);
 }
 
 /// Places beyond the ring's table stand for whatever keeps a station from arriving.
