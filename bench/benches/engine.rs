@@ -7,14 +7,14 @@ use std::hint::black_box;
 
 use bufreg::{Borrower, Incarnation, Owner, Registry, SlotIndex};
 use criterion::{Criterion, criterion_group, criterion_main};
-use ublk_target::engine::{
+use ublk_engine::engine::{
     Answer, Engine, EngineConfig, OpKey, Port, QueueIdentity, SlotChoice, SlotTable, TagKey,
 };
-use ublk_target::lend::LendMode;
-use ublk_target::plan::{Op, Plan, Planner};
-use ublk_target::request::{Geometry, Request, RequestKind};
-use ublk_target::target::{LoopTarget, StripeTarget};
-use ublk_target::units::{Qid, Tag};
+use ublk_engine::lend::LendMode;
+use ublk_engine::plan::{Op, Plan, Planner};
+use ublk_engine::request::{Geometry, Request, RequestKind};
+use ublk_engine::target::{LoopTarget, StripeTarget};
+use ublk_engine::units::{Qid, Tag};
 use uring_ext::iod::IoDesc;
 use uring_ext::pool::Direction;
 use uring_ext::sqe::{Delivery, FixedBuffer, FixedFile, Sqe};

@@ -1,6 +1,8 @@
 //! `ublk-bench`: the zero-copy benchmark, and micro-benchmarks of the parts of the data path that
 //! run in user space (`benches/`; `cargo bench -p ublk-bench` runs them on any machine).
 
+#![forbid(unsafe_code)]
+
 pub mod cli;
 pub mod compare;
 pub mod explain;

@@ -1,9 +1,9 @@
 //! What must be true after every step, whatever the kernel does.
 
 use bufreg::{Borrower, SlotState};
-use ublk_target::engine::Engine;
-use ublk_target::plan::WINDOW_OPS;
-use ublk_target::units::Tag;
+use ublk_engine::engine::Engine;
+use ublk_engine::plan::WINDOW_OPS;
+use ublk_engine::units::Tag;
 
 use crate::entry::{Entry, Work};
 use crate::kernel::{Buffer, Kernel, Phase, Posted};

@@ -4,8 +4,8 @@
 use std::cell::Cell;
 use std::rc::Rc;
 
-use ublk_target::plan::{BackingIndex, Op, OpKind, Plan, Planner};
-use ublk_target::request::{Request, RequestKind};
+use ublk_engine::plan::{BackingIndex, Op, OpKind, Plan, Planner};
+use ublk_engine::request::{Request, RequestKind};
 use uring_ext::Errno;
 
 /// Bytes of scratch.

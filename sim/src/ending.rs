@@ -1,7 +1,7 @@
 //! The end of a life, and of a run: are all accounts settled?
 
-use ublk_target::engine::STAGES;
-use ublk_target::request::RequestKind;
+use ublk_engine::engine::STAGES;
+use ublk_engine::request::RequestKind;
 
 use crate::cow::Cow;
 use crate::fault::{Fault, Tally};

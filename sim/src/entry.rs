@@ -3,8 +3,8 @@
 //! The decoder is written from the kernel's headers and shares nothing with the encoder in
 //! `uring-ext` but the bytes.
 
-use ublk_target::plan::{Op, OpKind};
-use ublk_target::request::RequestKind;
+use ublk_engine::plan::{Op, OpKind};
+use ublk_engine::request::RequestKind;
 
 use crate::command::{self, Range};
 use crate::kernel::backing::Zeroing;

@@ -1,7 +1,7 @@
 //! Which planner a seed has, and the drives under it.
 
-use ublk_target::plan::BackingIndex;
-use ublk_target::target::{
+use ublk_engine::plan::BackingIndex;
+use ublk_engine::target::{
     AnyTarget, FaultTarget, LinearTarget, LoopTarget, MIN_CHUNK, NullTarget, Reach, StripeTarget,
 };
 

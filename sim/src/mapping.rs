@@ -1,9 +1,9 @@
 //! Planners of the simulation: the real targets, and some that need many operations, several stages
 //! and several windows.
 
-use ublk_target::plan::{BackingIndex, Op, OpKind, Place, Plan, Planner, Verdict, WINDOW_OPS};
-use ublk_target::request::{Request, RequestKind};
-use ublk_target::target::{AnyTarget, FaultTarget, Reach};
+use ublk_engine::plan::{BackingIndex, Op, OpKind, Place, Plan, Planner, Verdict, WINDOW_OPS};
+use ublk_engine::request::{Request, RequestKind};
+use ublk_engine::target::{AnyTarget, FaultTarget, Reach};
 use uring_ext::Errno;
 
 use crate::SECTOR;

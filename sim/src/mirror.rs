@@ -4,8 +4,8 @@
 use std::cell::Cell;
 use std::rc::Rc;
 
-use ublk_target::plan::{BackingIndex, Op, OpKind, Plan, Planner, Verdict, WINDOW_OPS};
-use ublk_target::request::Request;
+use ublk_engine::plan::{BackingIndex, Op, OpKind, Plan, Planner, Verdict, WINDOW_OPS};
+use ublk_engine::request::Request;
 use uring_ext::Errno;
 
 use crate::SECTOR;

@@ -1,10 +1,10 @@
 //! Completions that mean nothing: again, of an earlier life, without sense, or unasked for. They
 //! must be counted and change nothing.
 
-use ublk_target::engine::{EngineStats, OpKey, TagKey};
-use ublk_target::lane::Handled;
-use ublk_target::lane::event::Event;
-use ublk_target::units::Tag;
+use ublk_engine::engine::{EngineStats, OpKey, TagKey};
+use ublk_engine::lane::Handled;
+use ublk_engine::lane::event::Event;
+use ublk_engine::units::Tag;
 use uring_ext::ring::Cqe;
 
 use crate::fault::Fault;

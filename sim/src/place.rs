@@ -1,6 +1,6 @@
 //! A ring whose tables other queues share: entries as if this one had them to itself.
 
-use ublk_target::lane::Place;
+use ublk_engine::lane::Place;
 
 use crate::command::URING_CMD128;
 use crate::entry::{u16_at, u32_at};

@@ -1,12 +1,11 @@
 //! What a seed chooses: the device, its lend mode and planner, and how hostile the kernel is.
 
-use ublk_target::backing::{DiscardCall, Route};
-use ublk_target::engine::{SlotChoice, SlotTable};
-use ublk_target::lane::Place;
-use ublk_target::lend::LendMode;
-use ublk_target::plan::Planner;
-use ublk_target::request::Geometry;
-
+use ublk_engine::engine::{SlotChoice, SlotTable};
+use ublk_engine::lane::Place;
+use ublk_engine::lend::LendMode;
+use ublk_engine::plan::Planner;
+use ublk_engine::request::Geometry;
+use ublk_engine::route::{DiscardCall, Route};
 use uring_ext::nvme::{Namespace, RetryDelays};
 
 use crate::MAX_REQUEST;

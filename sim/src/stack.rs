@@ -8,9 +8,9 @@ use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::rc::Rc;
 
-use ublk_target::backing::{DiscardCall, Route};
-use ublk_target::request::Geometry;
-use ublk_target::target::{AnyTarget, LoopTarget};
+use ublk_engine::request::Geometry;
+use ublk_engine::route::{DiscardCall, Route};
+use ublk_engine::target::{AnyTarget, LoopTarget};
 
 use crate::kernel::{Ended, Part, Phase, Wanted, Workers};
 use crate::layout;

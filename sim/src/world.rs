@@ -3,11 +3,11 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use ublk_target::engine::{EngineConfig, QueueIdentity, Recorder};
-use ublk_target::lane::event::Event;
-use ublk_target::lane::fault::Faults;
-use ublk_target::lane::{Handled, Lane, PortConfig};
-use ublk_target::units::Qid;
+use ublk_engine::engine::{EngineConfig, QueueIdentity, Recorder};
+use ublk_engine::lane::event::Event;
+use ublk_engine::lane::fault::Faults;
+use ublk_engine::lane::{Handled, Lane, PortConfig};
+use ublk_engine::units::Qid;
 use uring_ext::Errno;
 use uring_ext::ring::Cqe;
 

@@ -1,11 +1,8 @@
-//! Lend modes: how a request's data gets to the secondary operations.
-
-use std::fmt;
+//! The choice of a lend mode.
 
 use serde::{Deserialize, Serialize};
-use uring_ext::feature::{
-    AUTO_BUF_REG, BUF_REG_OFF_DAEMON, Feature, Features, SUPPORT_ZERO_COPY, USER_COPY,
-};
+use ublk_engine::lend::LendMode;
+use uring_ext::feature::{BUF_REG_OFF_DAEMON, Feature, Features};
 
 use crate::kernel;
 
@@ -22,22 +19,6 @@ pub enum LendRequest {
     /// Copies by `pread` and `pwrite` on the character device (Linux 6.5).
     UserCopy,
     /// The driver copies to and from buffers of the server; works on every kernel.
-    Copy,
-}
-
-/// How a device lends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum LendMode {
-    /// The driver registers a request's buffer in the lane's ring at delivery and takes it back
-    /// at commit (`UBLK_F_AUTO_BUF_REG`).
-    Fused,
-    /// The server registers and unregisters it by commands of its own
-    /// (`UBLK_U_IO_REGISTER_IO_BUF`).
-    Slot,
-    /// The server copies between the request and a buffer of its own (`UBLK_F_USER_COPY`).
-    UserCopy,
-    /// The driver copies between the request and a buffer of the server.
     Copy,
 }
 
@@ -100,7 +81,7 @@ fn best(features: Features) -> Choice {
     for mode in BEST_FIRST {
         match features.first_missing(mode.needs()) {
             None => {
-                reasons.push(mode.advantage().to_owned());
+                reasons.push(advantage(mode).to_owned());
                 reasons.rotate_right(1);
                 let is_fallback = reasons.len() > 1;
                 let (flags, reason) = (mode.flags(features), reasons.join("; "));
@@ -141,68 +122,19 @@ impl From<LendMode> for LendRequest {
     }
 }
 
-impl LendMode {
-    /// The driver features that it cannot do without. Fused mode without `SUPPORT_ZERO_COPY` would
-    /// be refused the explicit registration that a failed automatic one falls back to.
-    #[must_use]
-    pub const fn needs(self) -> &'static [Feature] {
-        match self {
-            Self::Fused => &[SUPPORT_ZERO_COPY, AUTO_BUF_REG],
-            Self::Slot => &[SUPPORT_ZERO_COPY],
-            Self::UserCopy => &[USER_COPY],
-            Self::Copy => &[],
-        }
-    }
-
-    /// Whether requests lend their own pages.
-    #[must_use]
-    pub const fn is_zero_copy(self) -> bool {
-        match self {
-            Self::Fused | Self::Slot => true,
-            Self::UserCopy | Self::Copy => false,
-        }
-    }
-
-    const fn advantage(self) -> &'static str {
-        match self {
-            Self::Fused => "the kernel registers request buffers by itself (AUTO_BUF_REG)",
-            Self::Slot => "request buffers can be registered by command (SUPPORT_ZERO_COPY)",
-            Self::UserCopy => "the server may copy (USER_COPY)",
-            Self::Copy => "every driver can copy",
-        }
-    }
-
-    /// The driver features that a device of this mode is added with. Those that lend add user
-    /// copy, the last resort for a buffer that cannot be registered.
-    fn flags(self, features: Features) -> u64 {
-        let needed = self.needs().iter().fold(0, |bits, feature| bits | feature.bit);
-        let resort = if self.is_zero_copy() { features.0 & USER_COPY.bit } else { 0 };
-        needed | resort
-    }
-
-    /// The mode of a device that has these features.
-    #[must_use]
-    pub fn of_flags(flags: u64) -> Self {
-        let features = Features(flags);
-        let modes = [Self::Fused, Self::Slot, Self::UserCopy];
-        let has = |mode: &Self| features.first_missing(mode.needs()).is_none();
-        modes.into_iter().find(has).unwrap_or(Self::Copy)
-    }
-}
-
-impl fmt::Display for LendMode {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Fused => "fused",
-            Self::Slot => "slot",
-            Self::UserCopy => "user-copy",
-            Self::Copy => "copy",
-        })
+const fn advantage(mode: LendMode) -> &'static str {
+    match mode {
+        LendMode::Fused => "the kernel registers request buffers by itself (AUTO_BUF_REG)",
+        LendMode::Slot => "request buffers can be registered by command (SUPPORT_ZERO_COPY)",
+        LendMode::UserCopy => "the server may copy (USER_COPY)",
+        LendMode::Copy => "every driver can copy",
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use uring_ext::feature::USER_COPY;
+
     use super::*;
 
     /// Linux 7.3, 6.15, 6.12.

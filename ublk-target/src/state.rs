@@ -12,18 +12,18 @@ use std::sync::OnceLock;
 
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
+use ublk_engine::lend::LendMode;
+use ublk_engine::units::{Bytes, Sectors};
 use uring_ext::control::{Control, ControlError};
 use uring_ext::{Errno, sys};
 
 use crate::backing::identity::Known;
-use crate::lend::LendMode;
 use crate::mark::Nonce;
 use crate::own_files;
 use crate::processes;
 use crate::server::config::DeviceConfig;
 use crate::server::on_death::OnDeath;
 use crate::steps::step;
-use crate::units::{Bytes, Sectors};
 
 /// Where the state files are.
 pub const RUN_DIR: &str = "/run/ublk-target";

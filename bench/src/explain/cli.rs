@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Args;
-use ublk_target::units::Bytes;
+use ublk_engine::units::Bytes;
 
 use super::{Options, Outcome, explain, show};
 use crate::output::print;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::builder::PossibleValuesParser;
 use clap::{Args, ValueEnum};
-use ublk_target::units::Bytes;
+use ublk_engine::units::Bytes;
 
 use super::load::LOADS;
 use super::subject::{NONE, SUBJECTS, Selection, SubjectKind, lend_modes};
@@ -149,8 +149,9 @@ pub fn warm_up(sample: Duration) -> Duration {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use clap::Parser;
+
+    use super::*;
 
     #[derive(Parser)]
     struct Cli {

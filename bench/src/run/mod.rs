@@ -28,8 +28,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Result, bail, ensure};
 use jiff::Timestamp;
-use ublk_target::units::Bytes;
+use ublk_engine::units::Bytes;
 
+use crate::output::print;
+use crate::results::{FORMAT, Family, Method, Results, Subject};
+use crate::table;
 pub use args::RunArgs;
 use commands::{Commands, Interrupted};
 use output::Output;
@@ -39,10 +42,6 @@ use record::Record;
 use rounds::Rounds;
 use subject::{Maker, SubjectKind};
 use workshop::Workshop;
-
-use crate::output::print;
-use crate::results::{FORMAT, Family, Method, Results, Subject};
-use crate::table;
 
 /// Measures, and writes the results.
 pub fn run(args: &RunArgs) -> Result<ExitCode> {

@@ -5,9 +5,9 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
+use ublk_engine::units::Bytes;
 use ublk_target::backing::sysfs::SysfsDevice;
 use ublk_target::backing::{Backing, BackingProblem, Opening, usage};
-use ublk_target::units::Bytes;
 
 use crate::results;
 

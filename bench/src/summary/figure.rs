@@ -1,8 +1,8 @@
 //! Figures as people read them: three digits and a unit.
 
-use super::estimate::Estimate;
-use ublk_target::units::Bytes;
+use ublk_engine::units::Bytes;
 
+use super::estimate::Estimate;
 use crate::results::Load;
 
 /// What stands where nothing was measured.

@@ -1,7 +1,7 @@
 //! What the clients ask for: requests that never overlap while they are open, and descriptors that
 //! must be refused.
 
-use ublk_target::request::{Request, RequestKind};
+use ublk_engine::request::{Request, RequestKind};
 use uring_ext::iod::IoDesc;
 use uring_ext::{Errno, sys};
 

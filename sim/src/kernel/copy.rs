@@ -1,6 +1,6 @@
 //! User copy: `pread` and `pwrite` on the character device.
 
-use ublk_target::engine::MAX_RETRIES;
+use ublk_engine::engine::MAX_RETRIES;
 use uring_ext::Errno;
 use uring_ext::pool::Direction;
 use uring_ext::sys;

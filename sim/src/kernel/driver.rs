@@ -1,7 +1,7 @@
 //! The ublk driver: what each tag is doing.
 
-use ublk_target::lend::LendMode;
-use ublk_target::request::{Request, RequestKind};
+use ublk_engine::lend::LendMode;
+use ublk_engine::request::{Request, RequestKind};
 use uring_ext::iod::IoDesc;
 use uring_ext::ring::Cqe;
 use uring_ext::{Errno, sys};

@@ -23,9 +23,9 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 
 use bufreg::Incarnation;
-use ublk_target::lane::{LaneIo, RingRole};
-use ublk_target::target::FaultTarget;
-use ublk_target::units::Tag;
+use ublk_engine::lane::{LaneIo, RingRole};
+use ublk_engine::target::FaultTarget;
+use ublk_engine::units::Tag;
 use uring_ext::Errno;
 use uring_ext::iod::IoDesc;
 use uring_ext::nvme::{Namespace, RangeAddr};

@@ -1,6 +1,6 @@
 //! Operations on backings: when they start, how they end, and what they have done by then.
 
-use ublk_target::engine::MAX_RETRIES;
+use ublk_engine::engine::MAX_RETRIES;
 use uring_ext::Errno;
 
 use super::{Buffer, Flight, Kernel};

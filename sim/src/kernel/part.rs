@@ -9,7 +9,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 use std::rc::Rc;
 
-use ublk_target::request::{Request, RequestKind};
+use ublk_engine::request::{Request, RequestKind};
 
 use super::backing::Zeroing;
 use super::{Ask, Buffer, Flight, Kernel, Phase};

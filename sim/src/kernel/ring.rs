@@ -1,9 +1,9 @@
 //! The ring: pushing, submitting, cancelling.
 
-use ublk_target::backing::Route;
-use ublk_target::lane::RingRole;
-use ublk_target::lane::event::Event;
-use ublk_target::plan::WINDOW_OPS;
+use ublk_engine::lane::RingRole;
+use ublk_engine::lane::event::Event;
+use ublk_engine::plan::WINDOW_OPS;
+use ublk_engine::route::Route;
 use uring_ext::Errno;
 use uring_ext::sqe::Sqe;
 

@@ -1,9 +1,9 @@
 //! Whether the answers are right: what has gone wrong for each request, and what it may therefore
 //! be answered with.
 
-use ublk_target::engine::MAX_RETRIES;
-use ublk_target::request::{Request, RequestKind};
-use ublk_target::target::Decision;
+use ublk_engine::engine::MAX_RETRIES;
+use ublk_engine::request::{Request, RequestKind};
+use ublk_engine::target::Decision;
 use uring_ext::Errno;
 
 use super::backing::MAX_BACKINGS;

@@ -3,18 +3,18 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
+use ublk_engine::engine::{OpKey, SlotChoice, SlotTable, TagKey};
+use ublk_engine::lane::event::Event;
+use ublk_engine::lane::{LaneIo, Place, RingRole, backing_file};
+use ublk_engine::lend::LendMode;
+use ublk_engine::request::{Request, RequestKind};
+use ublk_engine::target::{AnyTarget, Decision, LoopTarget};
+use ublk_engine::units::Tag;
 use ublk_sim::fault::Fault;
 use ublk_sim::kernel::{Ask, Kernel, Phase, QID, SimIo};
 use ublk_sim::mapping::Mapping;
 use ublk_sim::setup::{Hostility, Recovery, Setup, ShortResults};
 use ublk_sim::trace::Trace;
-use ublk_target::engine::{OpKey, SlotChoice, SlotTable, TagKey};
-use ublk_target::lane::event::Event;
-use ublk_target::lane::{LaneIo, Place, RingRole, backing_file};
-use ublk_target::lend::LendMode;
-use ublk_target::request::{Request, RequestKind};
-use ublk_target::target::{AnyTarget, Decision, LoopTarget};
-use ublk_target::units::Tag;
 use uring_ext::sqe::{Delivery, FixedBuffer, FixedFile, Sqe};
 
 /// A server that does by hand what it is told.

@@ -66,7 +66,7 @@ const PROGRAMS: &[Program] = &[
 ];
 
 /// Folders of the packages whose tests are run.
-const PACKAGES: &[&str] = &["bufreg", "uring-ext", "ublk-target", "sim"];
+const PACKAGES: &[&str] = &["bufreg", "uring-ext", "ublk-engine", "ublk-target", "sim"];
 
 /// Everything is some thirty times slower than without the checker, hence fewer cases and seeds.
 const COUNTS: &[(&str, &str)] = &[("PROPTEST_CASES", "16"), ("UBLK_SIM_SEEDS", "6")];

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, StatxFlags, statx};
 use serde::{Deserialize, Serialize};
+use ublk_engine::units::Bytes;
 
 use super::sysfs::SysfsDevice;
 use super::{Backing, BackingError, BackingProblem};
-use crate::units::Bytes;
 
 /// A backing as it was when its device was added.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -4,12 +4,11 @@
 //! or be pushed to worker threads; so every limit is the backing's own. But a device that lends may
 //! take longer requests, which its target cuts ([`Reach`]): one delivery, several operations.
 
+use ublk_engine::plan::WINDOW_OPS;
+use ublk_engine::target::Reach;
+use ublk_engine::units::Bytes;
 use uring_ext::params::Params;
 use uring_ext::sys;
-
-use crate::plan::WINDOW_OPS;
-use crate::target::Reach;
-use crate::units::Bytes;
 
 /// Limits for discards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -16,11 +16,11 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, FallocateFlags, StatxFlags, fallocate, statx};
+use ublk_engine::route::{DiscardCall, Route};
+use ublk_engine::units::Bytes;
 use uring_ext::Errno;
-use uring_ext::nvme::Namespace;
 
 use crate::kernel::KernelVersion;
-use crate::units::Bytes;
 use limits::{DiscardLimits, Limits, MAX_BLOCK};
 use lookup::Found;
 pub(crate) use lookup::find;
@@ -127,39 +127,6 @@ pub struct BackingError {
     pub path: PathBuf,
     /// Why.
     pub problem: BackingProblem,
-}
-
-/// How a backing discards.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DiscardCall {
-    /// `BLOCK_URING_CMD_DISCARD` (Linux 6.12).
-    BlockCommand,
-    /// `fallocate(FALLOC_FL_PUNCH_HOLE)`.
-    PunchHole,
-    /// The same, and zeroes are holes, too: the file system has no `FALLOC_FL_ZERO_RANGE`.
-    OnlyHoles,
-}
-
-/// How operations reach a backing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Route {
-    /// As reads, writes and so on of a file or block device.
-    File(DiscardCall),
-    /// As commands to a namespace's generic device.
-    Namespace {
-        /// Which, and how it counts.
-        namespace: Namespace,
-        /// Blocks deallocated by write-zeroes read as zeros.
-        deallocates_zeroes: bool,
-    },
-}
-
-impl Route {
-    /// Whether operations are commands to a namespace.
-    #[must_use]
-    pub const fn is_namespace(&self) -> bool {
-        matches!(self, Self::Namespace { .. })
-    }
 }
 
 /// What keeps a backing open, and exclusive.

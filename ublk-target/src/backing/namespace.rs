@@ -5,13 +5,14 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Advice, fadvise, fsync};
+use ublk_engine::route::Route;
+use ublk_engine::units::Bytes;
 use uring_ext::nvme::{self, Identity, MAX_BLOCKS};
 use uring_ext::{Errno, nvme::Namespace};
 
 use super::limits::Limits;
-use super::{Backing, BackingProblem, Handle, Route, failed};
+use super::{Backing, BackingProblem, Handle, failed};
 use crate::kernel::KernelVersion;
-use crate::units::Bytes;
 
 /// `IORING_SETUP_SQE_MIXED`, which lets such commands stand beside the others.
 const FIRST_KERNEL: KernelVersion = KernelVersion(6, 19);

@@ -5,11 +5,11 @@ use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 
+use ublk_engine::units::Bytes;
 use ublk_target::backing::usage;
 use ublk_target::delete::{self, DeleteError, Deletion};
 use ublk_target::standing::upper_first;
 use ublk_target::state::{self, Description, RUN_DIR, device_ids, recorded_ids};
-use ublk_target::units::Bytes;
 use ublk_target::{leftovers, processes};
 use uring_ext::Errno;
 use uring_ext::control::Control;

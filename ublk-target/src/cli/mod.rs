@@ -22,11 +22,11 @@ use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand};
+use ublk_engine::target::Rule;
+use ublk_engine::units::Bytes;
 use ublk_target::delete;
 use ublk_target::server::config::{DeviceError, ExtentConfig};
 use ublk_target::server::recovery;
-use ublk_target::target::Rule;
-use ublk_target::units::Bytes;
 use uring_ext::control::Control;
 
 use device::{Device, Life, seconds};

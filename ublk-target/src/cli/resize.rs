@@ -2,11 +2,11 @@
 
 use std::process::ExitCode;
 
+use ublk_engine::units::Bytes;
 use ublk_target::delete::users;
 use ublk_target::kernel;
 use ublk_target::state::{self, Description};
 use ublk_target::stats::client::Client;
-use ublk_target::units::Bytes;
 use uring_ext::control::Control;
 use uring_ext::feature::UPDATE_SIZE;
 

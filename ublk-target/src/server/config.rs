@@ -5,6 +5,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use ublk_engine::lane::LaneError;
+use ublk_engine::lane::fault::UnknownFault;
+use ublk_engine::lend::LendMode;
+use ublk_engine::target::{BadExtents, BadStripe, Rule};
+use ublk_engine::units::{Bytes, Qid};
 use uring_ext::Errno;
 use uring_ext::control::ControlError;
 use uring_ext::feature::Feature;
@@ -17,11 +22,7 @@ use super::recovery::CannotRecoverDevice;
 use super::room::{self, Shortage};
 use crate::backing::{BackingError, BackingProblem};
 use crate::delete::DeleteError;
-use crate::lane::LaneError;
-use crate::lane::fault::UnknownFault;
-use crate::lend::{CannotLend, LendMode, LendRequest};
-use crate::target::{BadExtents, BadStripe, Rule};
-use crate::units::{Bytes, Qid};
+use crate::lend::{CannotLend, LendRequest};
 
 /// What a device is made of.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

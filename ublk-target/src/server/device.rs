@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::PollTimeout;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use ublk_engine::units::Bytes;
 use uring_ext::control::{Control, Pending};
 use uring_ext::feature::{self, Features};
 use uring_ext::{Errno, sys};
@@ -33,7 +34,6 @@ use crate::program::Program;
 use crate::state::{self, Description, RUN_DIR, StateFile};
 use crate::stats::{self, Limits, StatsServer, StatsThread};
 use crate::steps::step;
-use crate::units::Bytes;
 
 /// Processes that do what the server must not do itself, or cannot.
 pub struct Helpers<'a> {

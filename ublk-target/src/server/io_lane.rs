@@ -11,6 +11,8 @@ use bufreg::Incarnation;
 use nix::sys::eventfd::EventFd;
 use rtrb::{Consumer, Producer, RingBuffer};
 use smallvec::SmallVec;
+use ublk_engine::lane::event::Event;
+use ublk_engine::lane::{LaneError, backing_file};
 use uring_ext::Errno;
 use uring_ext::pool::BufferPool;
 use uring_ext::ring::{Cqe, Queues, Ring, RingSetup};
@@ -20,8 +22,6 @@ use super::lane::{
     LaneConfig, REAP_BATCH, failed, make_ring, prepare_thread, register_buffers, spawn_lane,
 };
 use super::message::event_descriptor;
-use crate::lane::event::Event;
-use crate::lane::{LaneError, backing_file};
 
 /// The lane's side of its I/O lane.
 pub(super) struct IoLane {

@@ -13,6 +13,11 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use nix::sys::eventfd::EventFd;
+use ublk_engine::engine::{EngineConfig, EngineStats};
+use ublk_engine::lane::fault::{Faults, Injected};
+use ublk_engine::lane::{Handled, Lane, LaneError, LaneIo, Place, PortConfig, backing_file};
+use ublk_engine::plan::WINDOW_OPS;
+use ublk_engine::target::AnyTarget;
 use uring_ext::Errno;
 use uring_ext::iod::IoDescArray;
 use uring_ext::nvme::Ranges;
@@ -28,11 +33,6 @@ use super::side_ring::SideRing;
 use super::signals::Wakeups;
 use super::waits::{Waits, may_look};
 use crate::backing::Backing;
-use crate::engine::{EngineConfig, EngineStats};
-use crate::lane::fault::{Faults, Injected};
-use crate::lane::{Handled, Lane, LaneError, LaneIo, Place, PortConfig, backing_file};
-use crate::plan::WINDOW_OPS;
-use crate::target::AnyTarget;
 
 /// Completions taken at a time, so that submissions are never held up for long.
 pub(super) const REAP_BATCH: usize = 64;

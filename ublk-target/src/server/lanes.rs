@@ -10,6 +10,11 @@ use std::time::Duration;
 
 use bufreg::Incarnation;
 use nix::sys::eventfd::EventFd;
+use ublk_engine::engine::{EngineConfig, QueueIdentity, SlotTable};
+use ublk_engine::lane::LaneError;
+use ublk_engine::lane::fault::Injected;
+use ublk_engine::lend::LendMode;
+use ublk_engine::units::Qid;
 use uring_ext::control::Control;
 use uring_ext::ring::Polling;
 use uring_ext::{Errno, sys};
@@ -21,12 +26,7 @@ use super::pace::BusyWait;
 use super::plan::Plan;
 use super::shared::{SharedLanes, StationHandle};
 use super::signals::Wakeups;
-use crate::engine::{EngineConfig, QueueIdentity, SlotTable};
-use crate::lane::LaneError;
-use crate::lane::fault::Injected;
-use crate::lend::LendMode;
 use crate::steps::step;
-use crate::units::Qid;
 
 /// What a device's lanes are made from.
 pub(super) struct Making<'a> {

@@ -3,6 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use ublk_engine::engine::{SlotChoice, SlotTable};
+use ublk_engine::lend::LendMode;
+use ublk_engine::plan::{BackingIndex, Planner};
+use ublk_engine::request::Geometry;
+use ublk_engine::target::{
+    AnyTarget, FaultTarget, LinearTarget, LoopTarget, NullTarget, StripeTarget,
+};
+use ublk_engine::units::Bytes;
 use uring_ext::feature::{Features, USER_COPY};
 use uring_ext::iod::page_size;
 use uring_ext::ring::{MAX_BUFFER_SLOTS, Polling};
@@ -14,13 +22,8 @@ use crate::backing::below::Below;
 use crate::backing::identity::Known;
 use crate::backing::limits::Limits;
 use crate::backing::{Backing, Opening};
-use crate::engine::{SlotChoice, SlotTable};
-use crate::lend::{Choice, LendMode};
-use crate::plan::{BackingIndex, Planner};
-use crate::request::Geometry;
+use crate::lend::Choice;
 use crate::standing::Recorded;
-use crate::target::{AnyTarget, FaultTarget, LinearTarget, LoopTarget, NullTarget, StripeTarget};
-use crate::units::Bytes;
 
 /// The greatest request in the copy modes, whose buffers take memory.
 const COPY_MAX_IO: u32 = 512 << 10;

@@ -5,13 +5,12 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
 
 use bufreg::{Borrower, Leak, Lent, MAX_BORROWS, SlotIndex};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use ublk_engine::engine::{Engine, EngineStats, Holdings, Recorder};
+use ublk_engine::lane::fault::Injected;
+use ublk_engine::plan::{Op, Planner, WINDOW_OPS};
+use ublk_engine::target::AnyTarget;
+use ublk_engine::units::{Qid, Tag};
 use uring_ext::Errno;
-
-use crate::engine::{Engine, EngineStats, Holdings, Recorder};
-use crate::lane::fault::Injected;
-use crate::plan::{Op, Planner, WINDOW_OPS};
-use crate::target::AnyTarget;
-use crate::units::{Qid, Tag};
 
 /// What a lane is asked for. Memory for the answer comes with the question, so that the lane
 /// allocates none.

@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::time::Duration;
 
+use ublk_engine::units::Bytes;
+
 use super::signals::Wakeups;
 use crate::program::Program;
-use crate::units::Bytes;
 
 /// What is asked.
 #[derive(Debug)]

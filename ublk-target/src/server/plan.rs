@@ -2,6 +2,9 @@
 
 use std::time::{Duration, Instant};
 
+use ublk_engine::engine::SlotTable;
+use ublk_engine::lane::fault::{self, Faults};
+use ublk_engine::lend::LendMode;
 use uring_ext::control::Control;
 use uring_ext::feature::{self, Feature, Features};
 use uring_ext::{Errno, sys};
@@ -12,10 +15,8 @@ use super::polling;
 use super::room;
 use crate::backing::identity::Known;
 use crate::backing::limits::MAX_BLOCK;
-use crate::engine::SlotTable;
 use crate::kernel;
-use crate::lane::fault::{self, Faults};
-use crate::lend::{self, Choice, LendMode};
+use crate::lend::{self, Choice};
 use crate::mark::Nonce;
 use crate::state::{self, MAX_ID};
 
@@ -193,13 +194,13 @@ pub(super) fn add(
 #[cfg(test)]
 mod tests {
     use serde_json::{Value, json};
+    use ublk_engine::units::Bytes;
 
     use super::*;
     use crate::lend::LendRequest;
     use crate::server::config::TargetConfig;
     use crate::server::on_death::OnDeath;
     use crate::state::StateFile;
-    use crate::units::Bytes;
 
     /// A driver of the future offers all that there can be.
     #[test]

@@ -6,6 +6,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ublk_engine::lend::LendMode;
+use ublk_engine::units::{Bytes, Sectors};
 use uring_ext::control::{Control, ControlError};
 use uring_ext::feature::{Features, IO_DESC_SIZE};
 use uring_ext::params::Params;
@@ -20,12 +22,11 @@ use super::signals::Wakeups;
 use crate::backing::usage;
 use crate::backing::{BackingError, BackingProblem};
 use crate::kernel;
-use crate::lend::{Choice, LendMode};
+use crate::lend::Choice;
 use crate::mark::Nonce;
 use crate::processes::{Process, Role};
 use crate::state::{self, Description, RUN_DIR, StateFile, StateProblem};
 use crate::steps::step;
-use crate::units::{Bytes, Sectors};
 
 /// Why a device cannot be recovered, and what to do.
 #[non_exhaustive]

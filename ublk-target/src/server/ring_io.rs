@@ -5,6 +5,9 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ublk_engine::lane::{LaneError, LaneIo, RingRole};
+use ublk_engine::plan::BackingIndex;
+use ublk_engine::units::Tag;
 use uring_ext::Errno;
 use uring_ext::iod::{IoDesc, IoDescArray};
 use uring_ext::nvme::{Namespace, RangeAddr, Ranges};
@@ -15,9 +18,6 @@ use uring_ext::sqe::Sqe;
 use super::io_lane::IoLane;
 use super::side_ring::SideQueues;
 use crate::backing::Backing;
-use crate::lane::{LaneError, LaneIo, RingRole};
-use crate::plan::BackingIndex;
-use crate::units::Tag;
 
 /// What a queue's lane works with, beside its rings.
 pub(super) struct Parts {

@@ -6,9 +6,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
+use ublk_engine::units::Bytes;
 use uring_ext::Errno;
-
-use crate::units::Bytes;
 
 /// What the making of a device needs besides its buffers, from the moment on when they are chosen: the
 /// program, which is locked in memory, stacks, rings and tables, and the command that waits for the

@@ -5,13 +5,13 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
 
 use nix::sys::eventfd::EventFd;
+use ublk_engine::lane::{LaneError, backing_file};
 use uring_ext::Errno;
 use uring_ext::ring::{Cqe, Queues, Ring, RingSetup};
 use uring_ext::sqe::{FixedFile, Sqe};
 
 use super::lane::{LaneConfig, failed, make_ring};
 use super::message::event_descriptor;
-use crate::lane::{LaneError, backing_file};
 
 /// What the completion of waiting for the bell carries. No event of a lane looks like that.
 const BELL: u64 = u64::MAX;

@@ -6,9 +6,9 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use nix::poll::PollFlags;
+use ublk_engine::engine::Recorder;
 
 use super::protocol::{Answer, BadRequest, Command, MAX_REQUEST_BYTES};
-use crate::engine::Recorder;
 
 /// Bytes written at a time, so that a big answer does not keep others waiting.
 const WRITE_BYTES: usize = 256 << 10;

@@ -3,9 +3,10 @@
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
-use crate::engine::Recorder;
+use ublk_engine::engine::Recorder;
+use ublk_engine::units::Qid;
+
 use crate::server::message::{LaneHandle, LaneMessage, LaneSnapshot};
-use crate::units::Qid;
 
 /// A lane did not answer in time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

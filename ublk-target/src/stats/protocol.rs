@@ -4,8 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-
-use crate::lane::fault::Injected;
+use ublk_engine::lane::fault::Injected;
 
 /// The version that both sides speak.
 pub const VERSION: u32 = 1;
@@ -263,7 +262,7 @@ pub struct Operation {
 pub struct Latency {
     /// The kind of request.
     pub kind: String,
-    /// The stage ([`STAGES`](crate::engine::STAGES)).
+    /// The stage ([`STAGES`](ublk_engine::engine::STAGES)).
     pub stage: String,
     /// Number of requests; never 0.
     pub count: u64,

@@ -16,16 +16,16 @@ use nix::sys::socket::sockopt::PeerCredentials;
 use nix::sys::socket::{UnixCredentials, getsockopt};
 use nix::unistd::geteuid;
 use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use ublk_engine::engine::Recorder;
+use ublk_engine::units::Bytes;
 
 use super::connection::Connection;
 use super::lanes::{Lanes, Silent};
 use super::protocol::{Answer, Command, Snapshot};
 use super::summary::{lane_stats, latencies};
-use crate::engine::Recorder;
 use crate::program::Program;
 use crate::server::message::LaneHandle;
 use crate::server::petition::{Petition, Petitioner};
-use crate::units::Bytes;
 
 /// Bounds of what clients may take.
 #[derive(Clone, Copy, Debug)]

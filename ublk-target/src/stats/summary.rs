@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 
 use bufreg::{Lent, SlotIndex};
 use hdrhistogram::Histogram;
+use ublk_engine::engine::{EngineStats, Holdings, Recorder, STAGES};
+use ublk_engine::lane::fault::Injected;
+use ublk_engine::plan::{Op, OpKind};
+use ublk_engine::request::RequestKind;
 
 use super::protocol::{
     Activity, Borrower, LaneStats, Latency, LentSlot, Operation, Requests, Slots,
 };
-use crate::engine::{EngineStats, Holdings, Recorder, STAGES};
-use crate::lane::fault::Injected;
-use crate::plan::{Op, OpKind};
-use crate::request::RequestKind;
 use crate::server::message::LaneSnapshot;
 
 /// A lane's snapshot as clients see it, without latencies.
@@ -142,12 +142,12 @@ fn count(number: usize) -> u64 {
 #[cfg(test)]
 mod tests {
     use bufreg::{Incarnation, Owner, Registry};
+    use ublk_engine::engine::Stamps;
+    use ublk_engine::plan::BackingIndex;
+    use ublk_engine::units::{Qid, Tag};
 
     use super::*;
-    use crate::engine::Stamps;
-    use crate::plan::BackingIndex;
     use crate::server::message::BorrowingOp;
-    use crate::units::{Qid, Tag};
 
     #[test]
     fn latencies_are_summed_up_by_kind_and_stage() {

@@ -8,16 +8,16 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bufreg::{Generation, Lent, Owner, SlotIndex, SlotState};
+use ublk_engine::engine::{Recorder, Stamps};
+use ublk_engine::request::RequestKind;
+use ublk_engine::units::Qid;
 
 use super::client::{Client, ClientError};
 use super::protocol::{Answer, Command, MAX_REQUEST_BYTES};
 use super::{Limits, StatsServer, is_deserted, socket_path};
-use crate::engine::{Recorder, Stamps};
-use crate::request::RequestKind;
 use crate::server::message::{LaneHandle, LaneMessage, LaneSnapshot};
 use crate::server::petition::Petitioner;
 use crate::server::signals::{Hangup, Wakeups};
-use crate::units::Qid;
 
 /// What lanes are made to do here.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -1,8 +1,8 @@
 //! Statistics as text.
 
+use ublk_engine::units::Bytes;
 use ublk_target::stats::protocol::{Activity, Borrower, LaneStats, Latency, LentSlot};
 use ublk_target::stats::report::{Rates, Report};
-use ublk_target::units::Bytes;
 
 use crate::cli::table::{Align, table};
 

@@ -391,10 +391,11 @@ fn clear(id: u32, fleet: &Fleet, orders: &Orders<'_>) -> Result<(), DeviceError>
 
 #[cfg(test)]
 mod tests {
+    use ublk_engine::lend::LendMode;
+    use ublk_engine::units::Bytes;
+
     use super::*;
-    use crate::lend::LendMode;
     use crate::server::config::TargetConfig;
-    use crate::units::Bytes;
 
     #[test]
     fn a_device_that_is_taken_over_is_compared_with_the_file() {

@@ -225,9 +225,10 @@ fn plan(device: &DeviceConfig, features: Features, frees: bool) -> Planned {
 
 #[cfg(test)]
 mod tests {
+    use ublk_engine::units::Bytes;
+
     use super::*;
     use crate::server::config::TargetConfig;
-    use crate::units::Bytes;
 
     fn device(id: u32, size: u64) -> DeviceConfig {
         let target = TargetConfig::Null { size: Bytes(size) };

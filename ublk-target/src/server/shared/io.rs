@@ -2,6 +2,9 @@
 
 use std::cell::RefCell;
 
+use ublk_engine::lane::{LaneIo, RingRole};
+use ublk_engine::plan::BackingIndex;
+use ublk_engine::units::Tag;
 use uring_ext::Errno;
 use uring_ext::iod::IoDesc;
 use uring_ext::nvme::{Namespace, RangeAddr};
@@ -9,11 +12,8 @@ use uring_ext::pool::{Direction, PoolAddr};
 use uring_ext::ring::Queues;
 use uring_ext::sqe::Sqe;
 
-use crate::lane::{LaneIo, RingRole};
-use crate::plan::BackingIndex;
 use crate::server::clock::precise_now;
 use crate::server::ring_io::Parts;
-use crate::units::Tag;
 
 /// The lane's ring, and what is the station's own. Nobody holds the ring while a station decides.
 pub(super) struct SharedIo<'lane, 'ring> {

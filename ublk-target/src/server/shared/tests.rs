@@ -6,16 +6,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::poll::PollTimeout;
+use ublk_engine::engine::{QueueIdentity, SlotChoice};
+use ublk_engine::lend::LendMode;
+use ublk_engine::request::Geometry;
+use ublk_engine::target::NullTarget;
+use ublk_engine::units::Qid;
 use uring_ext::ring::Polling;
 
 use super::*;
-use crate::engine::{QueueIdentity, SlotChoice};
-use crate::lend::LendMode;
-use crate::request::Geometry;
 use crate::server::pace::BusyWait;
 use crate::server::signals::{Hangup, Wakeups};
-use crate::target::NullTarget;
-use crate::units::Qid;
 
 const DEPTH: u16 = 16;
 

@@ -13,14 +13,15 @@ use std::time::Duration;
 
 use bufreg::Incarnation;
 use nix::sys::eventfd::EventFd;
+use ublk_engine::lane::event::Event;
+use ublk_engine::lane::{Lane, LaneError, Place};
+use ublk_engine::target::AnyTarget;
 use uring_ext::ring::{Cqe, Queues, Ring, RingSetup};
 use uring_ext::sqe::{FixedFile, Sqe};
 
 use super::io::SharedIo;
 use super::{MAX_STATIONS, NAMES, SLOTS};
 use crate::backing::Backing;
-use crate::lane::event::Event;
-use crate::lane::{Lane, LaneError, Place};
 use crate::server::clock::{coarse_now, precise_now};
 use crate::server::lane::{REAP_BATCH, attend, failed};
 use crate::server::message::LaneMessage;
@@ -28,7 +29,6 @@ use crate::server::pace::BusyWait;
 use crate::server::ring_io::Parts;
 use crate::server::signals::Wakeups;
 use crate::server::waits::{Waits, may_look};
-use crate::target::AnyTarget;
 
 /// Entries that are submitted at a time; what does not fit is submitted earlier.
 const SQ_ENTRIES: u32 = 1024;

@@ -1,9 +1,10 @@
 use std::time::Duration;
 
-use ublk_target::lend::{LendMode, LendRequest};
+use ublk_engine::lend::LendMode;
+use ublk_engine::units::Bytes;
+use ublk_target::lend::LendRequest;
 use ublk_target::server::config::{ExtentConfig, TargetConfig};
 use ublk_target::server::on_death::OnDeath;
-use ublk_target::units::Bytes;
 
 use super::*;
 

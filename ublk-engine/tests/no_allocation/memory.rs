@@ -3,11 +3,11 @@
 use std::cell::Cell;
 use std::collections::VecDeque;
 
-use ublk_target::lane::{LaneIo, RingRole};
-use ublk_target::plan::{BackingIndex, Op, OpKind, Plan, Planner, Verdict};
-use ublk_target::request::{Request, RequestKind};
-use ublk_target::target::{FaultTarget, LinearTarget};
-use ublk_target::units::Tag;
+use ublk_engine::lane::{LaneIo, RingRole};
+use ublk_engine::plan::{BackingIndex, Op, OpKind, Plan, Planner, Verdict};
+use ublk_engine::request::{Request, RequestKind};
+use ublk_engine::target::{FaultTarget, LinearTarget};
+use ublk_engine::units::Tag;
 use uring_ext::iod::IoDesc;
 use uring_ext::nvme::{Namespace, RangeAddr, Ranges};
 use uring_ext::pool::{BufferPool, Direction, PoolAddr};

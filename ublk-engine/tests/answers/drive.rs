@@ -4,13 +4,13 @@ use std::collections::VecDeque;
 use std::ops::Range;
 
 use bufreg::{Incarnation, SlotIndex};
-use ublk_target::engine::{
+use ublk_engine::engine::{
     Answer, Engine, EngineConfig, OpKey, Port, QueueIdentity, SlotChoice, SlotTable, TagKey,
 };
-use ublk_target::lend::LendMode;
-use ublk_target::plan::{BackingIndex, Op, OpKind, Plan, Planner};
-use ublk_target::request::{Geometry, Request};
-use ublk_target::units::{Qid, Tag};
+use ublk_engine::lend::LendMode;
+use ublk_engine::plan::{BackingIndex, Op, OpKind, Plan, Planner};
+use ublk_engine::request::{Geometry, Request};
+use ublk_engine::units::{Qid, Tag};
 use uring_ext::iod::IoDesc;
 use uring_ext::pool::Direction;
 use uring_ext::{Errno, sys};

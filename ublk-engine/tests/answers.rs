@@ -5,7 +5,7 @@
 mod drive;
 
 use proptest::prelude::*;
-use ublk_target::lend::LendMode;
+use ublk_engine::lend::LendMode;
 use uring_ext::sys;
 
 use drive::{Fate, LEN, NO_DATA, Pieces, Play, modes};

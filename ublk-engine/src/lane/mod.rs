@@ -66,7 +66,6 @@ pub trait LaneIo {
 }
 
 /// Why a lane could not serve, or stopped serving.
-#[non_exhaustive]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LaneError {
     /// Part of the set-up failed.

@@ -12,10 +12,10 @@ use super::event::Event;
 use super::fault::{Fault, Faults};
 use super::place::{NO_SLOT, Place};
 use super::{LaneIo, RingRole};
-use crate::backing::{DiscardCall, Route};
 use crate::engine::{Answer, EngineConfig, OpKey, Port, SlotTable, TagKey};
 use crate::lend::LendMode;
 use crate::plan::{BackingIndex, Op, OpKind, WINDOW_OPS};
+use crate::route::{DiscardCall, Route};
 use crate::units::Tag;
 
 /// Gives space back; reads as zeros afterwards. On block devices: write zeroes with unmapping.
