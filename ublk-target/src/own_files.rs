@@ -1,8 +1,8 @@
 //! Directories and files that are root's alone: others can neither write to them nor put links in
-//! their place.
+//! their place. And files that are read as a whole: nothing in their place can hold the reader up.
 
 use std::fs::{DirBuilder, File, OpenOptions, Permissions};
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
@@ -59,6 +59,38 @@ pub fn append(path: &Path, mode: u32) -> io::Result<File> {
     Ok(file)
 }
 
+/// Opens a regular file for reading, with more `flags` of open(2). Whatever else there is in its place,
+/// such as a pipe without a writer, is not waited for.
+///
+/// # Errors
+/// `InvalidInput` for anything else, and those of the file system.
+pub fn regular(path: &Path, flags: i32) -> io::Result<File> {
+    let file = OpenOptions::new().read(true).custom_flags(flags | libc::O_NONBLOCK).open(path)?;
+    if file.metadata()?.is_file() {
+        Ok(file)
+    } else {
+        Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file"))
+    }
+}
+
+/// Reads a file as a whole, of `max` bytes at most.
+///
+/// # Errors
+/// `FileTooLarge` for a longer one: its beginning may be something else than all of it.
+/// `InvalidData` where it is not UTF-8, and those of the file system.
+pub fn read_whole(file: &File, max: u64) -> io::Result<String> {
+    let mut text = Vec::new();
+    file.take(max + 1).read_to_end(&mut text)?;
+    if text.len() as u64 > max {
+        let why = format!("it is longer than {max} bytes");
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, why));
+    }
+    String::from_utf8(text).map_err(|error| {
+        let at = error.utf8_error().valid_up_to();
+        io::Error::new(io::ErrorKind::InvalidData, format!("it is no UTF-8 text (byte {at})"))
+    })
+}
+
 fn not_ours(path: &Path, why: &str) -> io::Error {
     io::Error::new(io::ErrorKind::PermissionDenied, format!("{}: {why}", path.display()))
 }
@@ -104,5 +136,25 @@ mod tests {
         assert_eq!(fs::read(at("secret")).unwrap(), b"secret");
         append(&at("log"), 0o600).unwrap();
         assert_eq!(mode(&at("log")), 0o600);
+    }
+
+    #[test]
+    fn only_regular_files_are_read_and_only_whole() {
+        let top = tempfile::tempdir().unwrap();
+        let at = |name: &str| top.path().join(name);
+        fs::write(at("file"), "four").unwrap();
+        fs::write(at("binary"), b"a\xff").unwrap();
+        symlink("file", at("link")).unwrap();
+        nix::unistd::mkfifo(&at("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let read = |name: &str, max| read_whole(&regular(&at(name), 0)?, max);
+        assert_eq!(read("file", 4).unwrap(), "four");
+        assert_eq!(read("link", 5).unwrap(), "four");
+        let refused = |name: &str, max| read(name, max).unwrap_err().to_string();
+        assert_eq!(refused("file", 3), "it is longer than 3 bytes");
+        assert_eq!(refused("binary", 9), "it is no UTF-8 text (byte 1)");
+        assert_eq!(refused("pipe", 9), "it is no regular file");
+        assert_eq!(refused(".", 9), "it is no regular file");
+        assert_eq!(refused("/dev/zero", 9), "it is no regular file");
+        assert!(regular(&at("link"), libc::O_NOFOLLOW).is_err());
     }
 }

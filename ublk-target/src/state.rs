@@ -5,7 +5,7 @@
 //! says is checked as if a user had typed it.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -232,15 +232,13 @@ impl StateFile {
                 StateProblem::Unreadable { path: path.clone(), error }
             }
         };
-        let file = OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(&path);
-        let file = file.map_err(unreadable)?;
+        let file = own_files::regular(&path, libc::O_NOFOLLOW).map_err(unreadable)?;
         let meta = file.metadata().map_err(unreadable)?;
         let (uid, mode) = (meta.uid(), meta.mode() & 0o7777);
         if uid != nix::unistd::geteuid().as_raw() || mode & 0o022 != 0 {
             return Err(StateProblem::NotTrusted { path, uid, mode });
         }
-        let mut text = String::new();
-        file.take(MAX_BYTES).read_to_string(&mut text).map_err(unreadable)?;
+        let text = own_files::read_whole(&file, MAX_BYTES).map_err(unreadable)?;
         Self::parse(&text, id, &path)
     }
 
@@ -296,7 +294,8 @@ fn lock_as_writer(file: File) -> io::Result<Flock<File>> {
 /// that cannot be opened is gone, or not ours.
 #[must_use]
 pub fn is_being_written(path: &Path) -> bool {
-    let file = OpenOptions::new().write(true).custom_flags(libc::O_NOFOLLOW).open(path);
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let file = OpenOptions::new().write(true).custom_flags(flags).open(path);
     file.is_ok_and(|file| Flock::lock(file, FlockArg::LockExclusiveNonblock).is_err())
 }
 
@@ -554,6 +553,18 @@ mod tests {
             StateFile::read(directory.path(), 3),
             Err(StateProblem::Unreadable { .. })
         ));
+    }
+
+    #[test]
+    fn a_pipe_in_the_place_of_a_state_file_is_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        for name in ["3.json", "3.json.00123456789a"] {
+            let mode = nix::sys::stat::Mode::S_IRWXU;
+            nix::unistd::mkfifo(&directory.path().join(name), mode).unwrap();
+        }
+        let refused = StateFile::read(directory.path(), 3).unwrap_err().to_string();
+        assert!(refused.ends_with("cannot be read: it is no regular file"), "{refused}");
+        assert!(!is_being_written(&directory.path().join("3.json.00123456789a")));
     }
 
     #[test]

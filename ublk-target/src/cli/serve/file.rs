@@ -2,8 +2,6 @@
 //! words and the same rules.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -11,6 +9,7 @@ use clap::Parser;
 use clap::error::{ContextKind, ContextValue};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
+use ublk_target::own_files;
 use ublk_target::server::config::DeviceConfig;
 use ublk_target::server::fleet::FleetConfig;
 
@@ -33,12 +32,11 @@ const NOT_OPTIONS: [&str; 7] =
 
 /// Reads the file: the devices, or a line for each fault.
 pub fn read(path: &Path) -> Result<FleetConfig, Vec<String>> {
-    let mut text = String::new();
-    let read = File::open(path).and_then(|file| file.take(MAX_BYTES).read_to_string(&mut text));
-    if let Err(error) = read {
-        return Err(vec![format!("{}: {error}", path.display())]);
+    let text = own_files::regular(path, 0).and_then(|file| own_files::read_whole(&file, MAX_BYTES));
+    match text {
+        Ok(text) => parse(&text, path),
+        Err(error) => Err(vec![format!("{}: {error}", path.display())]),
     }
-    parse(&text, path)
 }
 
 /// What the text says. Paths in it that are not absolute begin where the file is.

@@ -138,3 +138,19 @@ fn a_file_that_is_missing_is_named() {
     let faults = read(Path::new("/nowhere/x.toml")).unwrap_err();
     assert!(faults[0].starts_with("/nowhere/x.toml: No such file"), "{faults:?}");
 }
+
+#[test]
+fn a_file_is_read_whole_or_not_at_all() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("x.toml");
+    let pipe = directory.path().join("pipe");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let faults = read(&pipe).unwrap_err();
+    assert!(faults[0].ends_with("/pipe: it is no regular file"), "{faults:?}");
+    // The rest of it would be missing without a word, and a reload would delete those devices.
+    let device = "[[device]]\nid = 0\ntarget = \"null\"\n";
+    let long = format!("{device}{}", "#\n".repeat(1 << 19));
+    std::fs::write(&path, long + &device.replace('0', "1")).unwrap();
+    let faults = read(&path).unwrap_err();
+    assert!(faults[0].contains("is longer than"), "{faults:?}");
+}
