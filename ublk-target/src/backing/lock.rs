@@ -5,7 +5,7 @@
 //! not keep root from serving it: only locks of root's processes do.
 
 use std::fs::{self, File, Metadata};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::MetadataExt;
 
 use nix::fcntl::{FcntlArg, fcntl};
@@ -28,7 +28,7 @@ pub(super) fn lock(file: &File, read_only: bool) -> Result<(), BackingProblem> {
     }
     let outcome = |locked: Result<(), Errno>| match locked {
         Ok(()) => Ok(()),
-        Err(errno) if errno == Errno::EAGAIN || errno == EACCES => refuse_holders(&meta),
+        Err(errno) if errno == Errno::EAGAIN || errno == EACCES => refuse_holders(file, &meta),
         // File systems without locks can be served.
         Err(errno) => {
             log::warn!("the file cannot be locked: {errno}");
@@ -60,9 +60,11 @@ fn lock_description(file: &File, read_only: bool) -> Result<(), Errno> {
     set.map(drop).map_err(|errno| Errno::new(errno as i32))
 }
 
-/// Refuses a file that root's processes have locked. Others are named in the log.
-fn refuse_holders(file: &Metadata) -> Result<(), BackingProblem> {
-    let holders = usage::processes().filter(|pid| *pid != std::process::id() && holds(*pid, file));
+/// Refuses a file that root's processes have locked, or this one has by another descriptor. Others are
+/// named in the log.
+fn refuse_holders(own: &File, file: &Metadata) -> Result<(), BackingProblem> {
+    let holders = usage::processes().filter(|pid| *pid != std::process::id());
+    let holders = holders.filter(|pid| holds(*pid, file, None));
     let (roots, others): (Vec<_>, Vec<_>) = holders.partition(|pid| usage::is_roots(*pid));
     for pid in &others {
         log::warn!(
@@ -70,18 +72,26 @@ fn refuse_holders(file: &Metadata) -> Result<(), BackingProblem> {
             process_name(*pid)
         );
     }
+    let named = |pid: u32| format!("locked by {} ({pid})", process_name(pid));
+    let mut roots: Vec<_> = roots.into_iter().map(named).collect();
+    if holds(std::process::id(), file, Some(own)) {
+        roots.push("this server has it already, perhaps by another of its names".to_owned());
+    }
     if roots.is_empty() && !others.is_empty() {
         return Ok(());
     }
-    let named = |pid: u32| format!("locked by {} ({pid})", process_name(pid));
-    let roots = roots.into_iter().map(named).collect();
     Err(in_use(roots, "a process that cannot be seen from here has locked it"))
 }
 
-/// Whether a process has locked a file (`/proc/PID/fdinfo`, which has the locks of descriptions, too).
-fn holds(pid: u32, file: &Metadata) -> bool {
+/// Whether a process has locked a file by another descriptor than `except` (`/proc/PID/fdinfo`, which has
+/// the locks of descriptions, too).
+fn holds(pid: u32, file: &Metadata, except: Option<&File>) -> bool {
     let infos = fs::read_dir(format!("/proc/{pid}/fdinfo")).into_iter().flatten().flatten();
-    infos.filter_map(|info| fs::read_to_string(info.path()).ok()).any(|info| is_locked(&info, file))
+    let except = except.map(|file| file.as_raw_fd().to_string());
+    infos
+        .filter(|info| except.as_deref().is_none_or(|it| info.file_name() != *it))
+        .filter_map(|info| fs::read_to_string(info.path()).ok())
+        .any(|info| is_locked(&info, file))
 }
 
 /// Whether a descriptor has a lock on a file.
@@ -109,8 +119,22 @@ mod tests {
         assert!(!is_locked(&lock_of("FLOCK", "fe:00:1"), &meta));
         assert!(!is_locked(&format!("pos:\t0\nino:\t{id}\n"), &meta));
         let own = std::process::id();
-        assert!(!holds(own, &meta));
+        assert!(!holds(own, &meta, None));
         lock(&file, false).unwrap();
-        assert!(holds(own, &meta), "{id}");
+        assert!(holds(own, &meta, None), "{id}");
+        assert!(!holds(own, &meta, Some(&file)));
+    }
+
+    #[test]
+    fn a_file_that_this_process_has_is_told() {
+        let directory = tempfile::tempdir().unwrap();
+        let (one, other) = (directory.path().join("one"), directory.path().join("other"));
+        fs::write(&one, "x").unwrap();
+        fs::hard_link(&one, &other).unwrap();
+        let open = |path| File::options().read(true).write(true).open(path).unwrap();
+        let first = open(&one);
+        lock(&first, false).unwrap();
+        let refused = lock(&open(&other), false).unwrap_err().to_string();
+        assert!(refused.contains("this server has it already"), "{refused}");
     }
 }
