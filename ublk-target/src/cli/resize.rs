@@ -1,22 +1,59 @@
 //! `resize`.
 
+use std::fs::File;
 use std::process::ExitCode;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use ublk_engine::units::Bytes;
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use ublk_target::delete::users;
 use ublk_target::kernel;
 use ublk_target::state::{self, Description};
 use ublk_target::stats::client::Client;
+use ublk_target::steps::step;
+use ublk_engine::units::Bytes;
 use uring_ext::control::Control;
 use uring_ext::feature::UPDATE_SIZE;
 
 use super::Resize;
-use super::terminal::print_line;
+use super::terminal::{print_line, say};
+
+/// The longest wait for another command that resizes a device.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Keeps other commands from resizing a device: what one has found out about sizes and users must hold
+/// until the driver knows the new size, or a device could shrink unasked. The node is root's, and
+/// nothing else locks it.
+fn keep_others_out() -> anyhow::Result<Flock<File>> {
+    let (began, mut said) = (Instant::now(), false);
+    let mut node = Control::open_node()?;
+    loop {
+        match Flock::lock(node, FlockArg::LockExclusiveNonblock) {
+            Ok(locked) => return Ok(locked),
+            Err((file, Errno::EWOULDBLOCK)) => node = file,
+            Err((_, errno)) => anyhow::bail!("cannot lock the driver's control node: {errno}"),
+        }
+        if !said {
+            say!("waiting for another command that resizes a device …");
+            said = true;
+        }
+        if began.elapsed() > PATIENCE {
+            anyhow::bail!(
+                "another `ublk-target resize` has not ended for {} s",
+                PATIENCE.as_secs()
+            );
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+}
 
 /// Changes the size of a live device. The server is asked to serve more; the kernel is told here, so
 /// that the server never waits for its own device.
 pub fn resize(args: &Resize) -> anyhow::Result<ExitCode> {
     let (id, control) = (args.which.id(), Control::open()?);
+    let _alone = keep_others_out()?;
     let described = Description::of(&control, id);
     if described.as_ref().is_err_and(state::is_missing) {
         anyhow::bail!("there is no ublk device {id}");
@@ -60,6 +97,7 @@ pub fn resize(args: &Resize) -> anyhow::Result<ExitCode> {
             );
         }
     }
+    step("resize-checked");
     if new != old {
         control.update_size(id, new.sectors().0)?;
     }

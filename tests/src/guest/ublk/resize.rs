@@ -1,17 +1,20 @@
 //! Devices get another size while they are used.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::device::{Device, Mount, PROGRAM, file_on_drive, fresh_drive, text};
+use super::remains;
 use crate::config::DEFAULT;
 use crate::guest::direct::{self, Aligned};
-use crate::guest::{Ctx, Outcome, TestCase, fio, process};
+use crate::guest::{Ctx, Outcome, TestCase, fio, process, wait_for};
 
 pub const TESTS: &[TestCase] = &[
     TestCase::guest("a_device_grows_with_its_file_under_load", DEFAULT, grows).seconds(180),
@@ -19,6 +22,7 @@ pub const TESTS: &[TestCase] = &[
     TestCase::guest("linear_and_stripe_grow_where_data_stays", DEFAULT, several).seconds(180),
     TestCase::guest("a_device_shrinks_only_if_told_and_unused", DEFAULT, shrinks).seconds(180),
     TestCase::guest("sizes_that_cannot_be_are_refused", DEFAULT, refused),
+    TestCase::guest("two_resizes_come_one_after_the_other", DEFAULT, at_once),
 ];
 
 const MIB: u64 = 1 << 20;
@@ -45,6 +49,38 @@ fn write_at(device: &Device, offset: u64, fill: u8) -> Result<()> {
     file.read_exact_at(block.bytes(), offset)?;
     ensure!(block.bytes().iter().all(|byte| *byte == fill), "another byte at {offset}");
     Ok(())
+}
+
+/// One that has looked at the device waits while another one comes, which makes it longer: it must not
+/// make it shorter again.
+fn at_once(ctx: &Ctx) -> Result<Outcome> {
+    let (mount, file) = file_on_drive(ctx, "drive0", 64)?;
+    let device = Device::add_loop(&file, &[])?;
+    lengthen(&file, 128)?;
+    let mark = Path::new("/dev/step-of-a-test");
+    std::fs::write(mark, "")?;
+    let said = ctx.directory().join("said");
+    let start = |more: &[&str], step: &str| -> Result<std::process::Child> {
+        Ok(Command::new(PROGRAM)
+            .args(["resize", "-n", &device.id()])
+            .args(more)
+            .env("UBLK_TARGET_STEP", step)
+            .stderr(File::options().create(true).append(true).open(&said)?)
+            .spawn()?)
+    };
+    let mut first = start(&["--size", "96M"], "resize-checked self SIGSTOP /dev/step-of-a-test")?;
+    remains::wait_suspended("--size 96M")?;
+    let mut second = start(&[], "")?;
+    wait_for("the second to end or to wait", Duration::from_secs(20), || {
+        let waits = std::fs::read_to_string(&said)?.contains("waiting for another");
+        Ok((waits || second.try_wait()?.is_some()).then_some(()))
+    })?;
+    kill(Pid::from_raw(i32::try_from(first.id())?), Signal::SIGCONT)?;
+    ensure!(first.wait()?.success() && second.wait()?.success(), "a resize has failed");
+    ensure!(size(&device)? == 128 * MIB, "{} MiB", size(&device)? / MIB);
+    device.delete()?;
+    mount.unmount()?;
+    Ok(Outcome::Pass)
 }
 
 fn grows(ctx: &Ctx) -> Result<Outcome> {
