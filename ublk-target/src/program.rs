@@ -38,6 +38,12 @@ pub enum ProgramProblem {
         /// The file, or a directory on the way.
         what: PathBuf,
     },
+    /// It is a directory, a pipe or the like.
+    #[error("{} is no program: it is no regular file", path.display())]
+    NoFile {
+        /// The path.
+        path: PathBuf,
+    },
     /// It cannot be opened.
     #[error("{}: {error}", path.display())]
     NotOpened {
@@ -73,6 +79,9 @@ impl Program {
         }
         if !is_roots(&found.meta) {
             return refused(&found.path);
+        }
+        if !found.meta.is_file() {
+            return Err(ProgramProblem::NoFile { path: path.to_owned() });
         }
         let file = found.open(false, false, 0).map_err(|errno| ProgramProblem::NotOpened {
             path: path.to_owned(),
@@ -184,6 +193,13 @@ mod tests {
         assert!(Program::open(&path).is_ok());
         set(directory.path(), 0o777).unwrap();
         assert!(matches!(Program::open(&path), Err(ProgramProblem::NotRoots { .. })));
+        // Nor is a pipe, which would be waited for.
+        set(directory.path(), 0o755).unwrap();
+        let pipe = directory.path().join("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        for path in [pipe.as_path(), directory.path()] {
+            assert!(matches!(Program::open(path), Err(ProgramProblem::NoFile { .. })));
+        }
         assert!(matches!(
             Program::open(&directory.path().join("none")),
             Err(ProgramProblem::NotFound { .. })

@@ -1,12 +1,14 @@
 //! `upgrade`.
 
 use std::fs;
+use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::process::ExitCode;
+use std::process::{Child, ExitCode, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use rustix::fs::{OFlags, fcntl_setfl};
 use ublk_target::kernel;
 use ublk_target::program::Program;
 use ublk_target::server::on_death::OnDeath;
@@ -104,21 +106,62 @@ fn one(control: &Control, id: u32, program: &Program) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The longest wait for a program's word on whether it can serve a device.
+const PATIENCE_TO_CHECK: Duration = Duration::from_secs(30);
+
 /// Whether the program starts, and understands the device and its backings.
 fn check(program: &Program, id: u32) -> anyhow::Result<()> {
     let path = program.path().display();
-    let output = program
+    let checking = program
         .command()
         .args(["check-state", "-n", &id.to_string()])
-        .output()
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
         .with_context(|| format!("{path} cannot be started; nothing has changed"))?;
-    if output.status.success() {
+    let Some((status, said)) = ended(checking, PATIENCE_TO_CHECK, &path.to_string())? else {
+        let waited = PATIENCE_TO_CHECK.as_secs();
+        anyhow::bail!(
+            "{path} has not said within {waited} s whether it can serve device {id}; nothing has changed"
+        );
+    };
+    if status.success() {
         return Ok(());
     }
-    let said = String::from_utf8_lossy(&output.stderr);
     let said = said.lines().next().map(str::trim).filter(|line| !line.is_empty());
-    let said = said.map_or_else(|| output.status.to_string(), str::to_owned);
+    let said = said.map_or_else(|| status.to_string(), str::to_owned);
     anyhow::bail!("{path} cannot serve device {id}: {said}; nothing has changed");
+}
+
+/// Waits for the end of a program, and kills one that does not end. What it has said on standard error by
+/// then comes with its status; others that it has started may still have that open.
+fn ended(
+    mut child: Child,
+    patience: Duration,
+    path: &str,
+) -> anyhow::Result<Option<(ExitStatus, String)>> {
+    let watch = Watch::on(child.id());
+    let (began, mut said) = (Instant::now(), false);
+    while !watch.has_ended(Duration::from_millis(100)) {
+        if began.elapsed() >= patience {
+            // It may have ended now.
+            let _ = child.kill();
+            child.wait()?;
+            return Ok(None);
+        }
+        if !said && began.elapsed() >= Duration::from_secs(2) {
+            say!("waiting for {path} to look at the device …");
+            said = true;
+        }
+    }
+    let mut stderr = Vec::new();
+    if let Some(pipe) = child.stderr.take() {
+        fcntl_setfl(&pipe, OFlags::NONBLOCK)?;
+        // No more is there where that fails.
+        let _ = pipe.take(64 << 10).read_to_end(&mut stderr);
+    }
+    Ok(Some((child.wait()?, String::from_utf8_lossy(&stderr).into_owned())))
 }
 
 /// Waits until the device has its next server, and returns the file of its program. Should the
@@ -156,7 +199,7 @@ fn await_next(
             let recovered = program
                 .command()
                 .args(["recover", "-n", &id.to_string()])
-                .stdout(std::process::Stdio::null())
+                .stdout(Stdio::null())
                 .status();
             // A supervisor may have been faster; then the state shows it.
             if let Err(error) = recovered {
@@ -175,5 +218,34 @@ fn await_next(
             said = waited.as_secs() / 2;
             say!("waiting for the outstanding I/O of device {id} …");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    fn start(script: &str) -> Child {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", script]).stdin(Stdio::null()).stdout(Stdio::null());
+        shell.stderr(Stdio::piped()).spawn().unwrap()
+    }
+
+    #[test]
+    fn a_program_that_is_asked_cannot_hold_the_command_up() {
+        let minute = Duration::from_secs(60);
+        // A process that it leaves has its standard error open.
+        let left = start("sleep 60 & echo $! >&2; exit 3");
+        let began = Instant::now();
+        let (status, said) = ended(left, minute, "it").unwrap().unwrap();
+        assert!(began.elapsed() < minute / 2);
+        assert_eq!(status.code(), Some(3));
+        let pid = said.trim().parse().unwrap();
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::SIGKILL).unwrap();
+        let endless = start("exec sleep 60");
+        assert!(ended(endless, Duration::from_millis(10), "it").unwrap().is_none());
+        assert!(began.elapsed() < minute / 2);
     }
 }
