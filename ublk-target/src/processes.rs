@@ -108,8 +108,8 @@ impl fmt::Display for Process {
             Role::Helper => "the helper",
         };
         write!(f, "{role} ({}", self.pid)?;
-        if is_suspended(self.pid) {
-            f.write_str(", which a signal has suspended")?;
+        if let Some(why) = usage::held_up(self.pid) {
+            write!(f, ", which {why}")?;
         }
         f.write_str(")")
     }
@@ -196,10 +196,6 @@ fn arguments(pid: u32) -> Option<Vec<String>> {
 fn stat(pid: u32) -> Option<Vec<String>> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     Some(stat.rsplit_once(')')?.1.split_whitespace().map(str::to_owned).collect())
-}
-
-fn is_suspended(pid: u32) -> bool {
-    stat(pid).is_some_and(|fields| fields.first().is_some_and(|state| state == "T"))
 }
 
 fn started(pid: u32) -> Option<Duration> {
@@ -289,6 +285,5 @@ mod tests {
         assert!(Process::find(std::process::id()).is_none());
         assert!(Process::find(1).is_none());
         assert!(started(std::process::id()).unwrap() <= now() + Duration::from_millis(20));
-        assert!(!is_suspended(std::process::id()));
     }
 }

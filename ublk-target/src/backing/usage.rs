@@ -148,7 +148,9 @@ pub struct Opener {
 }
 
 impl Opener {
-    fn of(pid: u32) -> Self {
+    /// A process, whatever it has open.
+    #[must_use]
+    pub fn of(pid: u32) -> Self {
         Self { pid, name: process_name(pid) }
     }
 
@@ -171,7 +173,11 @@ impl Opener {
 
 impl std::fmt::Display for Opener {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} ({})", self.name, self.pid)
+        write!(f, "{} ({}", self.name, self.pid)?;
+        if let Some(why) = held_up(self.pid) {
+            write!(f, ", which {why}")?;
+        }
+        f.write_str(")")
     }
 }
 
@@ -254,6 +260,27 @@ fn nodes_of(pid: u32) -> impl Iterator<Item = Node> {
 pub fn process_name(pid: u32) -> String {
     fs::read_to_string(format!("/proc/{pid}/comm"))
         .map_or_else(|_| "?".to_owned(), |name| printable(name.trim()))
+}
+
+/// Why a process does not run until somebody lets it: words that follow "which".
+#[must_use]
+pub fn held_up(pid: u32) -> Option<&'static str> {
+    let state = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    match state.rsplit_once(')')?.1.trim_start().chars().next()? {
+        'T' => return Some("a signal has suspended"),
+        't' => return Some("a debugger has stopped"),
+        _ => {}
+    }
+    let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    is_frozen(Path::new("/sys/fs/cgroup"), &groups).then_some("its control group has frozen")
+}
+
+/// Whether the control group of version 2 is frozen that `/proc/PID/cgroup` names.
+fn is_frozen(top: &Path, groups: &str) -> bool {
+    let path = groups.lines().find_map(|line| line.strip_prefix("0::/"));
+    let events =
+        path.and_then(|path| fs::read_to_string(top.join(path).join("cgroup.events")).ok());
+    events.is_some_and(|events| events.lines().any(|line| line == "frozen 1"))
 }
 
 /// Whether root runs a process.
@@ -346,6 +373,33 @@ pub(super) fn swap_paths(swaps: &str) -> impl Iterator<Item = &str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_holds_a_process_up_is_told() {
+        let suspended = std::process::Command::new("sleep").arg("60").spawn();
+        let mut suspended = suspended.unwrap();
+        let pid = suspended.id();
+        assert_eq!(held_up(pid), None);
+        let id = nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap());
+        nix::sys::signal::kill(id, nix::sys::signal::Signal::SIGSTOP).unwrap();
+        let began = std::time::Instant::now();
+        while held_up(pid).is_none() && began.elapsed().as_secs() < 10 {
+            std::thread::yield_now();
+        }
+        let told = Opener::of(pid).to_string();
+        suspended.kill().unwrap();
+        suspended.wait().unwrap();
+        assert_eq!(told, format!("sleep ({pid}, which a signal has suspended)"));
+
+        let top = tempfile::tempdir().unwrap();
+        fs::create_dir(top.path().join("ice")).unwrap();
+        let set = |text| fs::write(top.path().join("ice/cgroup.events"), text).unwrap();
+        set("populated 1\nfrozen 1\n");
+        assert!(is_frozen(top.path(), "1:name=systemd:/x\n0::/ice\n"));
+        assert!(!is_frozen(top.path(), "0::/\n"));
+        set("populated 1\nfrozen 0\n");
+        assert!(!is_frozen(top.path(), "0::/ice\n"));
+    }
 
     #[test]
     fn mounts_are_found() {

@@ -19,7 +19,7 @@ use super::on_death::OnDeath;
 use super::plan::Plan;
 use super::protection::protect;
 use super::signals::Wakeups;
-use crate::backing::usage;
+use crate::backing::usage::{self, Opener};
 use crate::backing::{BackingError, BackingProblem};
 use crate::kernel;
 use crate::lend::Choice;
@@ -241,7 +241,7 @@ fn missing(id: u32, error: ControlError) -> DeviceError {
 fn server_of(info: &sys::ublksrv_ctrl_dev_info) -> Option<String> {
     let pid = u32::try_from(info.ublksrv_pid).ok()?;
     let is_live = u32::from(info.state) == sys::UBLK_S_DEV_LIVE && state::is_alive(pid);
-    is_live.then(|| format!("{} ({pid})", usage::process_name(pid)))
+    is_live.then(|| Opener::of(pid).to_string())
 }
 
 /// How a state file differs from the device that it should be of.

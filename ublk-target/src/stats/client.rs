@@ -65,10 +65,10 @@ pub enum ClientError {
     #[error("device {0} is gone")]
     Gone(u32),
     /// The server does not answer.
-    #[error("the server of device {id} does not answer (waited {} s)", waited.as_secs())]
+    #[error("{server} does not answer (waited {} s)", waited.as_secs())]
     Silent {
-        /// The device.
-        id: u32,
+        /// The server, in words.
+        server: String,
         /// How long.
         waited: Duration,
     },
@@ -227,7 +227,7 @@ impl Client {
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(ClientError::Silent { id: self.id, waited: self.patience });
+                return Err(silent(self.id, self.patience));
             }
             let read = self.stream.set_read_timeout(Some(left));
             match read.and_then(|()| self.stream.read(&mut buffer)) {
@@ -247,7 +247,7 @@ impl Client {
         if matches!(kind, ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) {
             ClientError::Gone(id)
         } else if kind == ErrorKind::WouldBlock {
-            ClientError::Silent { id, waited: self.patience }
+            silent(id, self.patience)
         } else {
             ClientError::Unreachable { id, errno: Errno::of(error) }
         }
@@ -291,13 +291,22 @@ fn waits(device: &Description) -> bool {
     matches!(device.state.as_str(), "QUIESCED" | "FAIL_IO")
 }
 
+/// A server that does not answer, and what holds it up, if that is to be seen.
+fn silent(id: u32, waited: Duration) -> ClientError {
+    let mut server = format!("the server of device {id}");
+    if let Some(process) = usage::servers_of(id).first() {
+        server = format!("{server}, {process},");
+    }
+    ClientError::Silent { server, waited }
+}
+
 /// Why the socket of a device could not be connected to.
 fn why_not(id: u32, error: &io::Error) -> ClientError {
     if error.kind() == ErrorKind::PermissionDenied {
         return ClientError::NotRoot(id);
     }
     if error.kind() == ErrorKind::WouldBlock {
-        return ClientError::Silent { id, waited: PATIENCE };
+        return silent(id, PATIENCE);
     }
     let described = Control::open().and_then(|control| Description::of(&control, id));
     let server = match described {
