@@ -141,11 +141,34 @@ fn all_needed(needed: &[&Path]) -> Vec<PathBuf> {
     let always = [RUN_DIR, LOG_DIR, "/dev", "/proc", "/sys", "/sys/fs/cgroup"].map(PathBuf::from);
     let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
     let program = maps.lines().filter_map(|line| Some(PathBuf::from(&line[line.find('/')?..])));
-    let needed = needed.iter().map(|path| path.canonicalize().unwrap_or_else(|_| path.into()));
+    let needed = needed.iter().flat_map(|path| on_the_way(path));
     // The socket of the service manager, which is told later, if it has a place in a file system.
     let manager = std::env::var_os("NOTIFY_SOCKET").map(PathBuf::from);
     let manager = manager.filter(|path| path.is_absolute());
     needed.chain(always).chain(program).chain(manager).collect()
+}
+
+/// A path without links, and the links that it leads through, which may be on other mounts.
+fn on_the_way(path: &Path) -> Vec<PathBuf> {
+    /// As many as the kernel follows (`MAXSYMLINKS`).
+    const MAX_LINKS: usize = 40;
+    let mut path = path.to_owned();
+    let mut found = Vec::new();
+    while found.len() < MAX_LINKS {
+        let prefixes: Vec<_> = path.ancestors().collect();
+        // The first one: what is above it is no link.
+        let is_link = |prefix: &&&Path| prefix.is_symlink();
+        let Some(link) = prefixes.iter().rev().find(is_link).map(|link| link.to_path_buf()) else {
+            break;
+        };
+        let (Some(parent), Ok(target)) = (link.parent(), fs::read_link(&link)) else { break };
+        let next = parent.join(target).join(path.strip_prefix(&link).unwrap_or(Path::new("")));
+        let parent = parent.canonicalize().unwrap_or_else(|_| parent.to_owned());
+        found.push(parent.join(link.file_name().unwrap_or_default()));
+        path = next;
+    }
+    found.push(path.canonicalize().unwrap_or(path));
+    found
 }
 
 /// Whether a mount leads to something that is needed.
@@ -183,6 +206,26 @@ pub(super) fn among_present_mounts<T: Send>(work: impl FnOnce() -> T + Send) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn links_on_the_way_are_needed_too() {
+        use std::os::unix::fs::symlink;
+        let top = tempfile::tempdir().unwrap();
+        let top = top.path().canonicalize().unwrap();
+        for directory in ["a", "b/deep", "c"] {
+            fs::create_dir_all(top.join(directory)).unwrap();
+        }
+        fs::write(top.join("c/disk"), "x").unwrap();
+        symlink("../b/deep/link", top.join("a/link")).unwrap();
+        symlink(top.join("c"), top.join("b/deep/link")).unwrap();
+        let needed = on_the_way(&top.join("a/link/disk"));
+        assert_eq!(needed, ["a/link", "b/deep/link", "c/disk"].map(|it| top.join(it)));
+        assert!(is_needed(&top.join("b/deep"), &needed) && is_needed(&top.join("a"), &needed));
+        assert!(!is_needed(&top.join("b/other"), &needed));
+        assert_eq!(on_the_way(&top.join("none")), [top.join("none")]);
+        symlink("loop", top.join("loop")).unwrap();
+        assert!(on_the_way(&top.join("loop")).len() <= 41);
+    }
 
     #[test]
     fn mounts_that_lead_to_nothing_are_left() {
