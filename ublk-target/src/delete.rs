@@ -358,9 +358,11 @@ impl Doomed {
         let numbers = number.map(|(major, minor)| usage::numbers_of_device(major, minor));
         // Of one that was started, the server is in its state file.
         let adder = Nonce::of(info).filter(|_| !state::has_disk(info));
-        let (mut fleet, processes): (Vec<_>, Vec<_>) = processes::of_device(id, adder)
+        let (mut fleet, mut processes): (Vec<_>, Vec<_>) = processes::of_device(id, adder)
             .into_iter()
             .partition(|process| process.role == Role::Fleet);
+        // A supervisor waits for its server: where that hangs, it is the one to be named.
+        processes.sort_by_key(|process| process.role != Role::Server);
         Self {
             id,
             number,

@@ -352,6 +352,10 @@ impl Server {
                                 let grown = self.grow(&mut plan, size);
                                 let _ = reply.try_send(grown.map_err(|error| error.to_string()));
                             }
+                            // Stopped meanwhile: nobody can serve it any more.
+                            Petition::Upgrade { reply, .. } if !self.is_live() => {
+                                let _ = reply.try_send(Err("the device is stopped".to_owned()));
+                            }
                             Petition::Upgrade { program, reply } => {
                                 let _ = reply.try_send(Ok(()));
                                 plan = self.hand_over(plan, &program, helpers)?;
@@ -501,6 +505,7 @@ impl Server {
     pub fn take_down(mut self) -> Result<(), DeviceError> {
         let mut result = Ok(());
         if self.is_left {
+            self.petitions = None;
             // The fetches of the other lanes end with their process.
             drop(self.stats.take());
             return Ok(());
@@ -521,6 +526,8 @@ impl Server {
             Ok(_) | Err(_) => {}
         }
         result = result.and(self.lanes.join());
+        // Whoever asks for something now is not answered any more, and must not be waited for.
+        self.petitions = None;
         // It tells of the lanes until they have ended. The id is still this device's, so that no
         // other server can have made a socket of this name.
         drop(self.stats.take());

@@ -66,6 +66,7 @@ pub fn quiesce(id: u32, server: u32) -> Result<(), ControlError> {
 struct Came {
     signal: Option<Signal>,
     undelivered: bool,
+    lane_ended: bool,
 }
 
 impl Server {
@@ -129,6 +130,10 @@ impl Server {
         if stopped.is_err() && came.undelivered {
             self.wakeups.undelivered();
         }
+        // The device was stopped meanwhile, and nothing else tells of that again.
+        if stopped.is_err() && came.lane_ended {
+            self.wakeups.lane_ended();
+        }
         stopped
     }
 
@@ -149,11 +154,8 @@ impl Server {
                 match woken {
                     Wake::Signal(signal) => came.signal = Some(signal),
                     Wake::Undelivered => came.undelivered = true,
-                    Wake::LaneEnded
-                    | Wake::Petition
-                    | Wake::Hangup
-                    | Wake::Other
-                    | Wake::TimedOut => {}
+                    Wake::LaneEnded => came.lane_ended = true,
+                    Wake::Petition | Wake::Hangup | Wake::Other | Wake::TimedOut => {}
                 }
             };
             match status.code() {

@@ -20,6 +20,7 @@ pub const TESTS: &[TestCase] = &[
     TestCase::guest("del_works_on_devices_in_every_state", DEFAULT, every_state).seconds(300),
     TestCase::guest("del_wins_over_recovery", DEFAULT, recovery).seconds(300),
     TestCase::guest("del_force_takes_devices_from_their_users", DEFAULT, force).seconds(300),
+    TestCase::guest("del_waits_for_no_late_petition", DEFAULT, asked_too_late),
     TestCase::guest("del_force_kills_servers_that_do_not_end", DEFAULT, suspended).seconds(300),
     TestCase::guest("leftovers_are_named_and_cleaned", DEFAULT, leftovers).seconds(300),
     TestCase::guest("no_process_inherits_what_keeps_a_device", DEFAULT, inheritance),
@@ -223,6 +224,25 @@ fn suspended(ctx: &Ctx) -> Result<Outcome> {
     }
     del("half-deleted, its server suspended", &["--force"])?;
     drop(device);
+    Ok(Outcome::Pass)
+}
+
+/// What was asked of a server that was suspended is not waited for when it goes on, at its end.
+fn asked_too_late(_ctx: &Ctx) -> Result<Outcome> {
+    let device = Device::add(&["null", "-n", ID, "--on-death", "wait"])?;
+    crate::guest::udev::settle()?;
+    let pid = device.pid()?;
+    process::signal(pid, Signal::SIGSTOP)?;
+    let said = process::run_for_code(&[PROGRAM, "upgrade", "-n", ID], 1)?.stderr;
+    let expected = format!("ublk-target ({pid}, which a signal has suspended), does not answer");
+    ensure!(said.contains(&expected), "{said}");
+    process::run(&[PROGRAM, "stop-device", "-n", ID])?;
+    let began = Instant::now();
+    process::signal(pid, Signal::SIGCONT)?;
+    device.wait_until_gone()?;
+    let took = began.elapsed();
+    println!("{FIGURE}the end of a server that was asked too late: {:.1} s", took.as_secs_f64());
+    ensure!(took < Duration::from_secs(7), "{took:?}");
     Ok(Outcome::Pass)
 }
 
