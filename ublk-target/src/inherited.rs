@@ -1,7 +1,7 @@
 //! What a server has from the process that started it, and must not keep: it outlives that process by
 //! far, and whatever it holds stays busy for as long.
 
-use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::stat::{Mode, umask};
 use uring_ext::task::close_inherited_files;
@@ -13,18 +13,29 @@ const LIMITS: [(Resource, Signal); 3] = [
     (Resource::RLIMIT_RTTIME, Signal::SIGXCPU),
 ];
 
+/// Descriptors that a process needs at most where it serves many devices.
+const FILES: u64 = 4096;
+
 /// Makes the calling process independent of the one that started it:
 ///
 /// - its descriptors are closed, but for standard input, output and error: a lock would be held, and a
 ///   file system stay busy, as long as the server lives;
 /// - its umask is 022, so that files have the modes that they are given, and no others can write them;
 /// - no limit of file size or processor time ends it. A write beyond a limit that cannot be raised
-///   fails with `EFBIG`.
+///   fails with `EFBIG`;
+/// - it may open as many files as it needs.
 ///
 /// To be called before the process opens anything or starts a thread.
 pub fn shed() {
     if let Err(errno) = close_inherited_files() {
         log::warn!("cannot close what was open before: {errno}");
+    }
+    let files = getrlimit(Resource::RLIMIT_NOFILE);
+    let raised = files.and_then(|(soft, hard)| {
+        setrlimit(Resource::RLIMIT_NOFILE, soft.max(FILES), hard.max(FILES))
+    });
+    if let Err(errno) = raised {
+        log::debug!("cannot raise the number of open files: {errno}");
     }
     umask(Mode::from_bits_truncate(0o022));
     for (limit, signal) in LIMITS {

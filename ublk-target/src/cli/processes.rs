@@ -16,7 +16,7 @@ use clap::ValueEnum;
 use clap::builder::PossibleValue;
 use nix::poll::PollTimeout;
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Pid, setsid};
+use nix::unistd::{Pid, dup2_stderr, dup2_stdout, setsid};
 use sd_notify::NotifyState;
 use ublk_target::delete::{self, Deletion};
 use ublk_target::inherited;
@@ -116,7 +116,13 @@ fn arguments() -> Vec<std::ffi::OsString> {
 fn start(command: &mut Command) -> anyhow::Result<ExitCode> {
     match wait_for_line(command.stdin(Stdio::null()), None)? {
         Ok((_, line)) => {
-            print!("{line}");
+            let mut out = io::stdout();
+            let printed = out.write_all(line.as_bytes()).and_then(|()| out.flush());
+            if let Err(error) = printed {
+                // As if the server could not have told this command.
+                let fate = if take_back() { "deleted again" } else { "served all the same" };
+                anyhow::bail!("cannot print which device is live: {error}; it is {fate}");
+            }
             Ok(ExitCode::SUCCESS)
         }
         Err(Ended { status, .. }) => {
@@ -432,6 +438,23 @@ pub fn announce(
     log::set_max_level(log::LevelFilter::Trace);
     log::info!("serving {line}");
     say(&mut user, &line)
+}
+
+/// Tells at least the command that waits for it that a device is live, where [`announce`] could not, and
+/// lets go of what it waits on.
+pub fn announce_late(life: &Life, description: &Description) {
+    if life.foreground || life.role.is_none() {
+        return;
+    }
+    let line = if life.json {
+        serde_json::to_string(description).unwrap_or_default()
+    } else {
+        description.device.display().to_string()
+    };
+    // Whoever was there to be told may be gone.
+    let _ = say(&mut io::stdout().lock(), &line);
+    // Standard input is the null device, and this takes no descriptor.
+    let _ = dup2_stdout(io::stdin()).and_then(|()| dup2_stderr(io::stdin()));
 }
 
 fn say(user: &mut impl Write, line: &str) -> Result<(), DeviceError> {

@@ -11,7 +11,7 @@ use uring_ext::control::Control;
 
 use super::Recover;
 use super::device::Life;
-use super::processes::{self, announce, own};
+use super::processes::{self, announce, announce_late, own};
 use super::terminal::say;
 
 /// Gives devices whose server is dead a new one.
@@ -31,7 +31,14 @@ pub fn recover(args: &Recover, verbose: u8) -> anyhow::Result<ExitCode> {
 pub fn serve(id: u32, life: &Life) -> Result<(), DeviceError> {
     let mut progress = |what: &str| say!("{what} …");
     let helpers = processes::helpers(life);
-    let on_live = |description: &_, choice: &_| announce(life, description, Some(choice));
+    let on_live = |description: &_, choice: &_| {
+        announce(life, description, Some(choice)).inspect_err(|error| {
+            // Where whoever asked is gone, the log is there already.
+            if !matches!(error, DeviceError::Abandoned) {
+                announce_late(life, description);
+            }
+        })
+    };
     recovery::recover(id, life.supervisor, life.next, &helpers, &mut progress, on_live)
 }
 
