@@ -200,6 +200,17 @@ pub fn openers_of_char_device(path: &Path) -> Vec<Opener> {
     openers(|it| it.is_char && it.number == split_devt(node.rdev()))
 }
 
+/// Whether an open file is the character device of the ublk device `id`: whatever is in the place of its
+/// node may be somebody else's device.
+#[must_use]
+pub fn is_char_device_of(file: &File, id: u32) -> bool {
+    // Without a driver there is nothing to compare with.
+    let Some(ublk) = char_major("ublk-char") else { return true };
+    file.metadata().is_ok_and(|meta| {
+        meta.file_type().is_char_device() && split_devt(meta.rdev()) == (ublk, id)
+    })
+}
+
 /// The ids of the ublk devices whose character device a process has open, those among them that are
 /// deleted but not let go of. The device's number is its id; a name could be anything.
 #[must_use]

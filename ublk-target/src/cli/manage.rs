@@ -83,6 +83,7 @@ fn foreign_server(id: u32) -> Option<String> {
 /// Shows one device or all.
 pub fn list(list: &List) -> anyhow::Result<ExitCode> {
     let control = Control::open()?;
+    let mut code = ExitCode::SUCCESS;
     let devices: Vec<_> = match list.which.id() {
         Some(id) => {
             let described = Description::of(&control, id);
@@ -91,8 +92,19 @@ pub fn list(list: &List) -> anyhow::Result<ExitCode> {
             }
             vec![described?]
         }
-        // One that goes away meanwhile is not shown.
-        None => all_ids().iter().filter_map(|id| Description::of(&control, *id).ok()).collect(),
+        None => {
+            let described = |id: u32| match Description::of(&control, id) {
+                Ok(described) => Some(described),
+                // It has gone away meanwhile.
+                Err(error) if state::is_missing(&error) => None,
+                Err(error) => {
+                    say!("device {id}: {error}");
+                    code = ExitCode::FAILURE;
+                    None
+                }
+            };
+            all_ids().into_iter().filter_map(described).collect()
+        }
     };
     if list.which.id().is_none() {
         name_leftovers(&control);
@@ -121,7 +133,7 @@ pub fn list(list: &List) -> anyhow::Result<ExitCode> {
         rows.extend(devices.iter().map(row));
         write!(out, "{}", table(&rows, Align::Left))?;
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(code)
 }
 
 fn row(device: &Description) -> [String; 11] {

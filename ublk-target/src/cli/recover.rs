@@ -42,7 +42,7 @@ pub fn serve(id: u32, life: &Life) -> Result<(), DeviceError> {
     recovery::recover(id, life.supervisor, life.next, &helpers, &mut progress, on_live)
 }
 
-/// Each device by a process of its own.
+/// Each device by a process of its own; those that stand on others that wait, after these.
 fn recover_all(args: &Recover) -> anyhow::Result<ExitCode> {
     if args.life.foreground {
         anyhow::bail!("--foreground serves one device; give it with -n");
@@ -51,21 +51,27 @@ fn recover_all(args: &Recover) -> anyhow::Result<ExitCode> {
     let mut code = ExitCode::SUCCESS;
     let recorded = recorded_ids(Path::new(RUN_DIR));
     // Those of other programs are not ours to recover.
+    let mut waiting = Vec::new();
     for id in device_ids().into_iter().filter(|id| recorded.contains(id)) {
         match recovery::check(&control, id) {
-            Ok(_) => {}
+            Ok(record) => waiting.push((id, record)),
             Err(DeviceError::Recover(
                 CannotRecoverDevice::Served { .. }
                 | CannotRecoverDevice::NoDevice(_)
                 | CannotRecoverDevice::NotRecoverable(_)
                 | CannotRecoverDevice::NotStarted(_),
-            )) => continue,
+            )) => {}
             Err(error) => {
                 say!("{error}");
                 code = ExitCode::FAILURE;
-                continue;
             }
         }
+    }
+    while !waiting.is_empty() {
+        let is_free = |(_, record): &(u32, _)| recovery::unserved_below(&control, record).is_none();
+        // Where none is, each says what it lacks.
+        let next = waiting.iter().position(is_free).unwrap_or(0);
+        let (id, _) = waiting.remove(next);
         let mut one = own();
         one.args(["recover", "-n", &id.to_string()]);
         one.args(options(&args.life));

@@ -79,16 +79,24 @@ fn one(control: &Control, id: u32, program: &Program) -> anyhow::Result<()> {
     step("upgrade-checked");
     let began = Instant::now();
     let asked = Client::connect(id).and_then(|mut client| client.upgrade(program));
-    match asked {
+    let has_answered = match asked {
         // It is dead, or dies now: the device gets the new program as its next server.
-        Err(_) if server.has_ended(Duration::from_millis(500)) => {}
-        asked => asked?,
-    }
+        Err(_) if server.has_ended(Duration::from_millis(500)) => false,
+        asked => {
+            asked?;
+            true
+        }
+    };
     step("upgrade-sent");
     let old = old.or_else(|| Program::open(&before.program).ok());
     let programs: Vec<_> = std::iter::once(program).chain(&old).collect();
-    let (record, next) = await_next(control, id, before.incarnation, &server, began, &programs)?;
-    if (next.dev(), next.ino()) != program.identity() {
+    let (record, next) =
+        await_next(control, id, before.incarnation, &server, has_answered, began, &programs)?;
+    let is_new = next.map_or_else(
+        || record.program == program.path(),
+        |next| (next.dev(), next.ino()) == program.identity(),
+    );
+    if !is_new {
         anyhow::bail!(
             "{} could not take over; {} is served by {} again; see {}",
             program.path().display(),
@@ -164,17 +172,20 @@ fn ended(
     Ok(Some((child.wait()?, String::from_utf8_lossy(&stderr).into_owned())))
 }
 
-/// Waits until the device has its next server, and returns the file of its program. Should the
+/// Waits until the device has its next server, and returns the file of its program, unless the server is
+/// hidden in another pid namespace. Should the
 /// present one die on the way, one of the programs recovers the device.
 fn await_next(
     control: &Control,
     id: u32,
     before: u32,
     server: &Watch,
+    has_answered: bool,
     began: Instant,
     programs: &[&Program],
-) -> anyhow::Result<(StateFile, fs::Metadata)> {
+) -> anyhow::Result<(StateFile, Option<fs::Metadata>)> {
     let mut said = 0;
+    let is_hidden = server.fd().is_none() && has_answered;
     let mut programs = programs.iter();
     loop {
         if let Ok(record) = StateFile::read(Path::new(RUN_DIR), id) {
@@ -183,12 +194,16 @@ fn await_next(
             let next = described.pid.filter(|_| described.state == "LIVE");
             // It may be dead again before the driver knows.
             let next = next.and_then(|pid| fs::metadata(format!("/proc/{pid}/exe")).ok());
-            if let Some(next) = next.filter(|_| record.incarnation != before) {
+            let is_there = next.is_some() || is_hidden && described.state == "LIVE";
+            if is_there && record.incarnation != before {
                 return Ok((record, next));
             }
         }
-        // Nobody tells when a server is live.
-        if server.has_ended(Duration::from_millis(2)) {
+        // One that cannot be seen, in another pid namespace, has answered, and may live. Nobody tells
+        // when a server is live.
+        if is_hidden {
+            std::thread::sleep(Duration::from_millis(2));
+        } else if server.has_ended(Duration::from_millis(2)) {
             let Some(program) = programs.next() else {
                 anyhow::bail!(
                     "the server of device {id} has died, and no other one could recover it; \

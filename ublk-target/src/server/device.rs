@@ -25,9 +25,11 @@ use super::message::LaneMessage;
 use super::petition::{Petition, Petitioner};
 use super::plan::{Plan, add};
 use super::protection::protect;
+use super::recovery;
 use super::shared::SharedLanes;
 use super::signals::{Hangup, Wake, Wakeups, Watch};
 use super::supervision::Supervision;
+use crate::backing::usage;
 use crate::lend::Choice;
 use crate::mark::Nonce;
 use crate::program::Program;
@@ -231,7 +233,8 @@ impl Server {
         let deadline = Instant::now() + Duration::from_secs(5);
         loop {
             match File::options().read(true).write(true).open(&path) {
-                Ok(file) => return Ok(file),
+                Ok(file) if usage::is_char_device_of(&file, self.id) => return Ok(file),
+                Ok(_) => return Err(recovery::wrong_node(&path)),
                 // Deleted by somebody else.
                 Err(_) if self.is_deleted() => return Err(DeviceError::Deleted(self.id)),
                 Err(error) if Errno::of(&error) == Errno::ENOENT && Instant::now() < deadline => {

@@ -15,10 +15,12 @@ use uring_ext::{Errno, sys};
 
 use super::config::{DeviceConfig, DeviceError};
 use super::device::{Helpers, Server};
+use super::layout::recorded_backings;
 use super::on_death::OnDeath;
 use super::plan::Plan;
 use super::protection::protect;
 use super::signals::Wakeups;
+use crate::backing::below::Below;
 use crate::backing::usage::{self, Opener};
 use crate::backing::{BackingError, BackingProblem};
 use crate::kernel;
@@ -26,6 +28,7 @@ use crate::lend::Choice;
 use crate::mark::Nonce;
 use crate::processes::{Process, Role};
 use crate::state::{self, Description, RUN_DIR, StateFile, StateProblem};
+use crate::stats::client;
 use crate::steps::step;
 
 /// Why a device cannot be recovered, and what to do.
@@ -128,6 +131,9 @@ pub fn recover(
     step("signals-blocked");
     // Its process is alive: it is this one.
     let record = if is_next { read(&control, id)? } else { check(&control, id)? };
+    if !is_next {
+        refuse_unserved(&control, id, &record)?;
+    }
     // One that was faster than the supervisor is supervised all the same.
     let is_supervisor = |pid: &u32| {
         let is_of_it = |it: Process| it.device.is_none_or(|other| other == id);
@@ -233,15 +239,48 @@ pub fn read(control: &Control, id: u32) -> Result<StateFile, DeviceError> {
     }
 }
 
+/// The device below another one that has no server, if there is one: to open a backing on it would wait
+/// for its next server, and nobody could be told of that.
+///
+/// Only what is below without a doubt counts.
+#[must_use]
+pub fn unserved_below(control: &Control, record: &StateFile) -> Option<u32> {
+    let paths: Vec<_> = record.backings.iter().map(|it| it.path.clone()).collect();
+    let below = Below::paths(&paths, &recorded_backings);
+    let waits = |id: &u32| {
+        let waiting = [sys::UBLK_S_DEV_QUIESCED, sys::UBLK_S_DEV_FAIL_IO];
+        control.info(*id).is_ok_and(|info| waiting.contains(&info.state.into()))
+    };
+    below.ids().into_iter().filter(|id| below.has(*id)).find(waits)
+}
+
+fn refuse_unserved(control: &Control, id: u32, record: &StateFile) -> Result<(), DeviceError> {
+    let Some(lower) = unserved_below(control, record) else { return Ok(()) };
+    // It may have a server later.
+    let doing = format!(
+        "device {id} stands on {}, which has no server; `ublk-target recover -n {lower}` first",
+        state::block_path(lower).display()
+    );
+    Err(DeviceError::setup(doing, Errno::EBUSY))
+}
+
 fn missing(id: u32, error: ControlError) -> DeviceError {
     if state::is_missing(&error) { CannotRecoverDevice::NoDevice(id).into() } else { error.into() }
 }
 
 /// The live server of a device, in words.
 fn server_of(info: &sys::ublksrv_ctrl_dev_info) -> Option<String> {
-    let pid = u32::try_from(info.ublksrv_pid).ok()?;
-    let is_live = u32::from(info.state) == sys::UBLK_S_DEV_LIVE && state::is_alive(pid);
-    is_live.then(|| Opener::of(pid).to_string())
+    if u32::from(info.state) != sys::UBLK_S_DEV_LIVE {
+        return None;
+    }
+    let pid = u32::try_from(info.ublksrv_pid).ok();
+    match pid.filter(|pid| state::is_alive(*pid)) {
+        Some(pid) => Some(Opener::of(pid).to_string()),
+        // It has no process id here, or is dead.
+        None => {
+            client::is_served(info.dev_id).then(|| "a process of another pid namespace".to_owned())
+        }
+    }
 }
 
 /// How a state file differs from the device that it should be of.
@@ -315,7 +354,8 @@ fn claim(server: &Server, wait: &mut Wait<'_>) -> Result<File, DeviceError> {
     loop {
         match server.control.start_recovery(id) {
             Ok(()) => match File::options().read(true).write(true).open(&path) {
-                Ok(file) => return Ok(file),
+                Ok(file) if usage::is_char_device_of(&file, id) => return Ok(file),
+                Ok(_) => return Err(wrong_node(&path)),
                 // Another one was faster.
                 Err(error) if Errno::of(&error) == Errno::EBUSY => {}
                 Err(error) => {
@@ -343,6 +383,16 @@ fn claim(server: &Server, wait: &mut Wait<'_>) -> Result<File, DeviceError> {
     }
 }
 
+/// Something else is in the place of a character device.
+pub(super) fn wrong_node(path: &Path) -> DeviceError {
+    let doing = format!(
+        "{} is not the driver's character device; remove it, and have `udevadm trigger` or mknod(1) make \
+         the right one",
+        path.display()
+    );
+    DeviceError::setup(doing, Errno::ENODEV)
+}
+
 /// Whether the program that runs could serve a device which another server has: what it would be made
 /// of is looked at, and nothing claimed.
 ///
@@ -350,6 +400,7 @@ fn claim(server: &Server, wait: &mut Wait<'_>) -> Result<File, DeviceError> {
 /// [`DeviceError`].
 pub fn check_upgrade(control: &Control, id: u32) -> Result<(), DeviceError> {
     let record = read(control, id)?;
+    refuse_unserved(control, id, &record)?;
     let info = control.info(id).map_err(|error| missing(id, error))?;
     let params = control.params(id)?;
     let config = config_of(&record, &info, &params);

@@ -286,6 +286,13 @@ pub(super) fn is_deserted(path: &Path) -> bool {
     open(path, Duration::from_secs(1)).is_err_and(refused)
 }
 
+/// Whether a process listens for the device `id`: it has a server, though that may be in another pid
+/// namespace and have no process id here.
+#[must_use]
+pub fn is_served(id: u32) -> bool {
+    open(&socket_path(Path::new(RUN_DIR), id), Duration::from_secs(1)).is_ok()
+}
+
 /// Whether a device without a server keeps its clients, and perhaps their I/O, for the next one.
 fn waits(device: &Description) -> bool {
     matches!(device.state.as_str(), "QUIESCED" | "FAIL_IO")

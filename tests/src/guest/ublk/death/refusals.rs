@@ -5,6 +5,7 @@ use std::fs::{self, File, Permissions};
 use std::os::unix::fs::{FileExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 
@@ -20,7 +21,97 @@ pub const TESTS: &[TestCase] = &[
     TestCase::guest("death_recover_refuses_backings_that_have_changed", DEFAULT, backings),
     TestCase::guest("death_del_frees_the_clients_of_a_lost_device", DEFAULT, lost),
     TestCase::guest("death_recover_all_goes_on_after_a_refusal", DEFAULT, all),
+    TestCase::guest("death_devices_on_devices_are_recovered_from_below", DEFAULT, stacked),
+    TestCase::guest("death_backings_are_found_by_links_of_other_mounts", DEFAULT, linked),
+    TestCase::guest("death_commands_that_cannot_print_say_so", DEFAULT, unprinted),
+    TestCase::guest("death_list_and_recover_tell_what_namespaces_hide", DEFAULT, hidden),
 ];
+
+/// To open a backing on a device that waits for its server would wait, too, and nobody could end that.
+fn stacked(_ctx: &Ctx) -> Result<Outcome> {
+    let drive = fresh_drive("drive0")?;
+    load_driver()?;
+    let waiting = |id, backing: &Path| Device::add_loop(backing, &["-n", id, "--on-death", "wait"]);
+    let mut lower = waiting("5", &drive.path())?;
+    let mut upper = waiting("3", &lower.described.device)?;
+    kill_server(&upper)?;
+    kill_server(&lower)?;
+    let began = Instant::now();
+    let said = refused(&upper)?;
+    ensure!(said.contains("stands on /dev/ublkb5, which has no server"), "{said}");
+    ensure!(began.elapsed() < Duration::from_secs(10), "after {:?}", began.elapsed());
+    // By their ids, the upper one would come first.
+    process::run(&[PROGRAM, "recover", "--all"])?;
+    (lower.described, upper.described) = (look(&lower)?, look(&upper)?);
+    for device in [&upper, &lower] {
+        ensure!(device.described.state == "LIVE", "{:?}", device.described);
+    }
+    direct::open(upper.path()?)?.read_exact_at(Aligned::new(4096, 0).bytes(), 0)?;
+    upper.delete()?;
+    lower.delete()?;
+    await_nothing()?;
+    Ok(Outcome::Pass)
+}
+
+/// A link may be on a mount that leads to nothing else that the server needs.
+fn linked(ctx: &Ctx) -> Result<Outcome> {
+    let (mount, file) = file_on_drive(ctx, "drive0", 64)?;
+    let drive = fresh_drive("drive1")?;
+    let link = file.with_file_name("link");
+    std::os::unix::fs::symlink(drive.path(), &link)?;
+    let mut device = Device::add_loop(&link, &["--on-death", "wait"])?;
+    kill_server(&device)?;
+    recover(&mut device, &[])?;
+    device.delete()?;
+    mount.unmount()?;
+    Ok(Outcome::Pass)
+}
+
+/// A device of which nobody could be told is not left, unless it was there before.
+fn unprinted(_ctx: &Ctx) -> Result<Outcome> {
+    load_driver()?;
+    let to_full = |command: &str| {
+        let line = format!("exec {PROGRAM} {command} > /dev/full");
+        Ok::<_, anyhow::Error>(process::run_for_code(&["sh", "-c", &line], 1)?.stderr)
+    };
+    for more in ["", "--supervise"] {
+        let said = to_full(&format!("add null --on-death wait {more}"))?;
+        ensure!(
+            said.contains("No space left on device") && said.contains("deleted again"),
+            "{said}"
+        );
+        await_nothing()?;
+    }
+    let device = Device::add(&["null", "--on-death", "wait"])?;
+    kill_server(&device)?;
+    let said = to_full(&format!("recover -n {}", device.id()))?;
+    ensure!(said.contains("served all the same"), "{said}");
+    ensure!(look(&device)?.state == "LIVE", "{:?}", look(&device)?);
+    device.delete()?;
+    await_nothing()?;
+    Ok(Outcome::Pass)
+}
+
+/// What a command cannot see is not what is not there.
+fn hidden(_ctx: &Ctx) -> Result<Outcome> {
+    load_driver()?;
+    let device = Device::add(&["null", "-n", "7", "--on-death", "wait"])?;
+    let listing = ["unshare", "--user", PROGRAM, "list"];
+    let said = process::run_for_code(&listing, 1)?.stderr;
+    ensure!(said.contains("device 7: "), "{said}");
+    let began = Instant::now();
+    let own_pids = ["unshare", "--pid", "--fork", "--mount-proc", PROGRAM];
+    let recovering = [&own_pids[..], &["recover", "-n", "7"]].concat();
+    let said = process::run_for_code(&recovering, 1)?.stderr;
+    ensure!(said.contains("is served by a process of another pid namespace"), "{said}");
+    ensure!(began.elapsed() < Duration::from_secs(10), "after {:?}", began.elapsed());
+    let upgrading = [&own_pids[..], &["upgrade", "-n", "7"]].concat();
+    let said = process::run(&upgrading)?.stderr;
+    ensure!(!said.contains("has died"), "{said}");
+    device.delete()?;
+    await_nothing()?;
+    Ok(Outcome::Pass)
+}
 
 fn without_need(_ctx: &Ctx) -> Result<Outcome> {
     load_driver()?;
@@ -119,6 +210,14 @@ fn state_files(_ctx: &Ctx) -> Result<Outcome> {
     fs::rename(&record, &away)?;
     ensure_refused(&device, "there is no state file")?;
     fs::rename(&away, &record)?;
+
+    // Commands are not given to somebody else's device.
+    let node = PathBuf::from(format!("/dev/ublkc{}", device.id()));
+    let away = node.with_extension("away");
+    fs::rename(&node, &away)?;
+    process::run(&["mknod", text(&node)?, "c", "1", "5"])?;
+    ensure_refused(&device, "is not the driver's character device")?;
+    fs::rename(&away, &node)?;
 
     // With its own file back it is recovered.
     recover(&mut device, &[])?;
