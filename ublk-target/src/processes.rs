@@ -9,12 +9,12 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use rustix::process::{Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
-use std::os::fd::{AsFd, OwnedFd};
 
 use crate::backing::usage::{self, process_name};
 use crate::mark::Nonce;

@@ -66,6 +66,11 @@ impl Below {
         self.devices.keys().copied().find(|id| ids.contains(id))
     }
 
+    /// The devices that are below without a doubt.
+    pub fn certain(&self) -> impl Iterator<Item = u32> + '_ {
+        self.devices.iter().filter(|(_, is_certain)| **is_certain).map(|(id, _)| *id)
+    }
+
     /// Whether this device is below, without a doubt.
     #[must_use]
     pub fn has(&self, id: u32) -> bool {

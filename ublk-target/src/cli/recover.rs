@@ -1,11 +1,13 @@
 //! `recover`.
 
+use std::collections::BTreeSet;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::ExitCode;
 
 use ublk_target::server::config::DeviceError;
 use ublk_target::server::recovery::{self, CannotRecoverDevice};
+use ublk_target::standing::upper_first;
 use ublk_target::state::{RUN_DIR, device_ids, recorded_ids};
 use uring_ext::control::Control;
 
@@ -51,10 +53,12 @@ fn recover_all(args: &Recover) -> anyhow::Result<ExitCode> {
     let mut code = ExitCode::SUCCESS;
     let recorded = recorded_ids(Path::new(RUN_DIR));
     // Those of other programs are not ours to recover.
-    let mut waiting = Vec::new();
+    let mut waiting = BTreeSet::new();
     for id in device_ids().into_iter().filter(|id| recorded.contains(id)) {
         match recovery::check(&control, id) {
-            Ok(record) => waiting.push((id, record)),
+            Ok(_) => {
+                waiting.insert(id);
+            }
             Err(DeviceError::Recover(
                 CannotRecoverDevice::Served { .. }
                 | CannotRecoverDevice::NoDevice(_)
@@ -67,11 +71,7 @@ fn recover_all(args: &Recover) -> anyhow::Result<ExitCode> {
             }
         }
     }
-    while !waiting.is_empty() {
-        let is_free = |(_, record): &(u32, _)| recovery::unserved_below(&control, record).is_none();
-        // Where none is, each says what it lacks.
-        let next = waiting.iter().position(is_free).unwrap_or(0);
-        let (id, _) = waiting.remove(next);
+    for id in upper_first(&waiting).into_iter().rev() {
         let mut one = own();
         one.args(["recover", "-n", &id.to_string()]);
         one.args(options(&args.life));

@@ -5,15 +5,14 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ublk_engine::units::Bytes;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use ublk_engine::units::Bytes;
 use ublk_target::delete::users;
 use ublk_target::kernel;
 use ublk_target::state::{self, Description};
 use ublk_target::stats::client::Client;
 use ublk_target::steps::step;
-use ublk_engine::units::Bytes;
 use uring_ext::control::Control;
 use uring_ext::feature::UPDATE_SIZE;
 

@@ -476,7 +476,9 @@ impl DeviceError {
             Self::BuffersTooBig { .. }
                 | Self::NoMemory { .. }
                 | Self::LaneMemory { .. }
-                | Self::Recover(CannotRecoverDevice::Stuck { .. })
+                | Self::Recover(
+                    CannotRecoverDevice::Stuck { .. } | CannotRecoverDevice::Below { .. }
+                )
         )
     }
 
@@ -528,6 +530,7 @@ mod tests {
             },
             DeviceError::NoMemory { needed: bytes, buffers: bytes, shortage: shortage() },
             backing(BackingProblem::InUse(Vec::new())),
+            CannotRecoverDevice::Below { id: 1, lower: 0 }.into(),
             backing(BackingProblem::Failed { doing: "opening", errno: Errno::EAGAIN }),
         ];
         for error in passing {

@@ -15,7 +15,6 @@ use uring_ext::{Errno, sys};
 
 use super::config::{DeviceConfig, DeviceError};
 use super::device::{Helpers, Server};
-use super::layout::recorded_backings;
 use super::on_death::OnDeath;
 use super::plan::Plan;
 use super::protection::protect;
@@ -27,6 +26,7 @@ use crate::kernel;
 use crate::lend::Choice;
 use crate::mark::Nonce;
 use crate::processes::{Process, Role};
+use crate::standing::Recorded;
 use crate::state::{self, Description, RUN_DIR, StateFile, StateProblem};
 use crate::stats::client;
 use crate::steps::step;
@@ -38,6 +38,17 @@ pub enum CannotRecoverDevice {
     /// There is none.
     #[error("there is no ublk device {0}; `ublk-target list` shows those that are")]
     NoDevice(u32),
+    /// A device below it has no server.
+    #[error(
+        "device {id} stands on device {lower}, which has no server; `ublk-target recover -n {lower}` first, \
+         or `recover --all`"
+    )]
+    Below {
+        /// The device.
+        id: u32,
+        /// The one below it.
+        lower: u32,
+    },
     /// It goes away with its server.
     #[error(
         "device {0} was added with `--on-death fail` and goes away with its server; \
@@ -239,29 +250,23 @@ pub fn read(control: &Control, id: u32) -> Result<StateFile, DeviceError> {
     }
 }
 
-/// The device below another one that has no server, if there is one: to open a backing on it would wait
-/// for its next server, and nobody could be told of that.
-///
-/// Only what is below without a doubt counts.
-#[must_use]
-pub fn unserved_below(control: &Control, record: &StateFile) -> Option<u32> {
+/// A device without a server below another one, if there is one. To open a backing on it would wait for its
+/// next server. Only what is below without a doubt counts.
+fn unserved_below(control: &Control, record: &StateFile) -> Option<u32> {
     let paths: Vec<_> = record.backings.iter().map(|it| it.path.clone()).collect();
-    let below = Below::paths(&paths, &recorded_backings);
+    let below = Below::paths(&paths, &Recorded::default());
     let waits = |id: &u32| {
         let waiting = [sys::UBLK_S_DEV_QUIESCED, sys::UBLK_S_DEV_FAIL_IO];
         control.info(*id).is_ok_and(|info| waiting.contains(&info.state.into()))
     };
-    below.ids().into_iter().filter(|id| below.has(*id)).find(waits)
+    below.certain().find(waits)
 }
 
 fn refuse_unserved(control: &Control, id: u32, record: &StateFile) -> Result<(), DeviceError> {
-    let Some(lower) = unserved_below(control, record) else { return Ok(()) };
-    // It may have a server later.
-    let doing = format!(
-        "device {id} stands on {}, which has no server; `ublk-target recover -n {lower}` first",
-        state::block_path(lower).display()
-    );
-    Err(DeviceError::setup(doing, Errno::EBUSY))
+    match unserved_below(control, record) {
+        Some(lower) => Err(CannotRecoverDevice::Below { id, lower }.into()),
+        None => Ok(()),
+    }
 }
 
 fn missing(id: u32, error: ControlError) -> DeviceError {
