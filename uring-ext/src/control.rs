@@ -7,6 +7,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, opcode, squeue, types};
@@ -39,8 +40,8 @@ pub enum ControlError {
     NoPermission,
     /// There is no node, or not this driver's, though the driver is loaded.
     #[error(
-        "{CONTROL_PATH} is missing here, though the ublk driver is loaded: this /dev is not the \
-         machine's own, as in a container; it needs the character device {0}"
+        "{CONTROL_PATH} is missing here, or is something else, though the ublk driver is loaded: this /dev \
+         is not the machine's own, as in a container; it needs the character device {0}"
     )]
     NoNode(String),
     /// The driver does not know the commands that this crate is built on.
@@ -155,12 +156,17 @@ impl Control {
     /// [`ControlError::NoDriver`], [`ControlError::NoDriverNorRoot`], [`ControlError::NoNode`],
     /// [`ControlError::NoPermission`], [`ControlError::Setup`].
     pub fn open_node() -> Result<File, ControlError> {
+        let numbers = std::fs::read_to_string(CONTROL_NUMBERS).ok();
+        let numbers = numbers.as_deref().map(str::trim);
         let opened = OpenOptions::new().read(true).write(true).open(CONTROL_PATH);
-        opened.map_err(|error| {
-            let numbers = std::fs::read_to_string(CONTROL_NUMBERS).ok();
+        let node = opened.map_err(|error| {
             let is_root = nix::unistd::geteuid().is_root();
-            open_error(Errno::of(&error), numbers.as_deref(), is_root)
-        })
+            open_error(Errno::of(&error), numbers, is_root)
+        })?;
+        match numbers.filter(|numbers| !is_node(&node, numbers)) {
+            Some(numbers) => Err(ControlError::NoNode(numbers.to_owned())),
+            None => Ok(node),
+        }
     }
 
     /// Makes the thread's control ring. From its first command on the kernel has workers for it, which
@@ -445,11 +451,19 @@ impl Control {
 }
 
 /// What an error of opening the node means. The driver has told the node's numbers, if it is loaded.
+/// Whether a file is the character device with these numbers, as sysfs writes them.
+fn is_node(file: &File, numbers: &str) -> bool {
+    let Ok(meta) = file.metadata() else { return false };
+    let device = meta.rdev();
+    let own = format!("{}:{}", nix::sys::stat::major(device), nix::sys::stat::minor(device));
+    meta.file_type().is_char_device() && own == numbers
+}
+
 fn open_error(errno: Errno, numbers: Option<&str>, is_root: bool) -> ControlError {
     match errno {
         // ENXIO and ENODEV: a static node whose driver is not there.
         Errno::ENOENT | Errno::ENODEV | Errno::ENXIO => match (numbers, is_root) {
-            (Some(numbers), _) => ControlError::NoNode(numbers.trim().to_owned()),
+            (Some(numbers), _) => ControlError::NoNode(numbers.to_owned()),
             (None, true) => ControlError::NoDriver,
             (None, false) => ControlError::NoDriverNorRoot,
         },

@@ -386,7 +386,10 @@ pub fn run() -> ExitCode {
             logging::start(cli.verbose, "warn", To::Terminal);
             let control = Control::open().map_err(DeviceError::from);
             let checked = control.and_then(|control| recovery::check_upgrade(&control, *id));
-            checked.map(|()| ExitCode::SUCCESS).map_err(Into::into)
+            checked.map_err(Into::into).and_then(|()| {
+                terminal::print_line(format_args!("{}", upgrade::can_serve(*id)))?;
+                Ok(ExitCode::SUCCESS)
+            })
         }
         Command::AwaitPartitions { id } => {
             logging::start(cli.verbose, "warn", To::Terminal);

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Read;
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Child, ExitCode, ExitStatus, Stdio};
@@ -124,31 +125,44 @@ fn check(program: &Program, id: u32) -> anyhow::Result<()> {
         .command()
         .args(["check-state", "-n", &id.to_string()])
         .stdin(Stdio::null())
-        .stdout(Stdio::null())
+        .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .with_context(|| format!("{path} cannot be started; nothing has changed"))?;
-    let Some((status, said)) = ended(checking, PATIENCE_TO_CHECK, &path.to_string())? else {
+    let Some(Checked { status, out, err }) = ended(checking, PATIENCE_TO_CHECK, &path.to_string())?
+    else {
         let waited = PATIENCE_TO_CHECK.as_secs();
         anyhow::bail!(
             "{path} has not said within {waited} s whether it can serve device {id}; nothing has changed"
         );
     };
-    if status.success() {
+    if status.success() && out.trim_end() == can_serve(id) {
         return Ok(());
     }
-    let said = said.lines().next().map(str::trim).filter(|line| !line.is_empty());
-    let said = said.map_or_else(|| status.to_string(), str::to_owned);
+    let said = err.lines().next().map(str::trim).filter(|line| !line.is_empty());
+    let said = match said {
+        Some(line) => line.to_owned(),
+        None if status.success() => "it is another program".to_owned(),
+        None => status.to_string(),
+    };
     anyhow::bail!("{path} cannot serve device {id}: {said}; nothing has changed");
 }
 
-/// Waits for the end of a program, and kills one that does not end. What it has said on standard error by
-/// then comes with its status; others that it has started may still have that open.
-fn ended(
-    mut child: Child,
-    patience: Duration,
-    path: &str,
-) -> anyhow::Result<Option<(ExitStatus, String)>> {
+/// What a program says that can serve a device: any program may end without an error.
+pub fn can_serve(id: u32) -> String {
+    format!("can serve device {id}")
+}
+
+/// What came of starting a program.
+struct Checked {
+    status: ExitStatus,
+    out: String,
+    err: String,
+}
+
+/// Waits for the end of a program, and kills one that does not end. What it has said by then comes with its
+/// status; others that it has started may still have its pipes open.
+fn ended(mut child: Child, patience: Duration, path: &str) -> anyhow::Result<Option<Checked>> {
     let watch = Watch::on(child.id());
     let (began, mut said) = (Instant::now(), false);
     while !watch.has_ended(Duration::from_millis(100)) {
@@ -163,13 +177,17 @@ fn ended(
             said = true;
         }
     }
-    let mut stderr = Vec::new();
-    if let Some(pipe) = child.stderr.take() {
-        fcntl_setfl(&pipe, OFlags::NONBLOCK)?;
-        // No more is there where that fails.
-        let _ = pipe.take(64 << 10).read_to_end(&mut stderr);
-    }
-    Ok(Some((child.wait()?, String::from_utf8_lossy(&stderr).into_owned())))
+    let out = child.stdout.take().map_or_else(|| Ok(String::new()), said_so_far)?;
+    let err = child.stderr.take().map_or_else(|| Ok(String::new()), said_so_far)?;
+    Ok(Some(Checked { status: child.wait()?, out, err }))
+}
+
+fn said_so_far(pipe: impl Read + AsFd) -> anyhow::Result<String> {
+    fcntl_setfl(&pipe, OFlags::NONBLOCK)?;
+    let mut said = Vec::new();
+    // No more is there where that fails.
+    let _ = pipe.take(64 << 10).read_to_end(&mut said);
+    Ok(String::from_utf8_lossy(&said).into_owned())
 }
 
 /// Waits until the device has its next server, and returns the file of its program, unless the server is
@@ -254,10 +272,10 @@ mod tests {
         // A process that it leaves has its standard error open.
         let left = start("sleep 60 & echo $! >&2; exit 3");
         let began = Instant::now();
-        let (status, said) = ended(left, minute, "it").unwrap().unwrap();
+        let Checked { status, err, .. } = ended(left, minute, "it").unwrap().unwrap();
         assert!(began.elapsed() < minute / 2);
         assert_eq!(status.code(), Some(3));
-        let pid = said.trim().parse().unwrap();
+        let pid = err.trim().parse().unwrap();
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::SIGKILL).unwrap();
         let endless = start("exec sleep 60");
         assert!(ended(endless, Duration::from_millis(10), "it").unwrap().is_none());

@@ -76,14 +76,15 @@ fn enter_own_mounts(needed: &[&Path]) -> io::Result<()> {
     let maker = in_child(|| {
         // The child's own copy, which would keep the pipe open.
         drop(holding.take());
-        if make_own_mounts(&needed).is_ok_and(|()| making.write_all(&[1]).is_ok()) {
+        let made = make_own_mounts(&needed).and_then(|()| own_number());
+        if made.is_ok_and(|number| making.write_all(&number.to_ne_bytes()).is_ok()) {
             // Until the parent has entered the namespace, or has died.
             let _ = held.read(&mut [0]);
         }
     });
     let maker = maker.map_err(io::Error::from)?;
     drop(making);
-    let entered = await_byte(&made).and_then(|()| enter_mounts_of(maker));
+    let entered = await_number(&made).and_then(enter_mounts_of);
     drop(holding);
     let maker = nix::unistd::Pid::from_raw(maker);
     if entered.is_err() {
@@ -101,18 +102,27 @@ fn pipe() -> io::Result<(File, File)> {
     Ok((reader.into(), writer.into()))
 }
 
-fn await_byte(mut pipe: &File) -> io::Result<()> {
+/// The number of the calling process in `/proc`, which may be that of another pid namespace.
+fn own_number() -> io::Result<u32> {
+    let name = fs::read_link("/proc/self")?;
+    let number = name.to_str().and_then(|name| name.parse().ok());
+    number.ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+fn await_number(mut pipe: &File) -> io::Result<u32> {
     let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
     let timeout = PollTimeout::try_from(PATIENCE).unwrap_or(PollTimeout::MAX);
     if poll(&mut fds, timeout)? == 0 {
         return Err(io::ErrorKind::TimedOut.into());
     }
-    pipe.read_exact(&mut [0])
+    let mut number = [0; 4];
+    pipe.read_exact(&mut number)?;
+    Ok(u32::from_ne_bytes(number))
 }
 
 /// Enters the mount namespace of another process. The root directory stays the same one: entering
 /// would make it that of the namespace.
-fn enter_mounts_of(pid: i32) -> io::Result<()> {
+fn enter_mounts_of(pid: u32) -> io::Result<()> {
     let root = File::open(format!("/proc/{pid}/root"))?;
     setns(File::open(format!("/proc/{pid}/ns/mnt"))?, CloneFlags::CLONE_NEWNS)?;
     fchdir(root)?;

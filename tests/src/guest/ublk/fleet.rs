@@ -295,6 +295,20 @@ fn killed(ctx: &Ctx) -> Result<Outcome> {
     ensure!(report.write.requests > 0, "{report:?}");
     let options = self::load("/dev/ublkb2", "8m");
     fio::run(ctx, &options.iter().map(String::as_str).collect::<Vec<_>>())?;
+
+    // One that was recovered by hand keeps nobody from the others.
+    fleet.kill()?;
+    process::run(&[PROGRAM, "recover", "-n", "0"])?;
+    let fleet = Fleet::start_with(ctx.directory(), &config, 2)?;
+    ensure!(fleet.said()?.contains("the other devices are served"), "{}", fleet.said()?);
+    let states: Vec<_> = listed()?.iter().map(|device| device.state.clone()).collect();
+    ensure!(states == ["LIVE"; 3], "{states:?}\n{}", fleet.said()?);
+    fleet.reload("device 0 cannot be added: device 0 is served by")?;
+    // A file that is being saved takes nothing away.
+    write(ctx, &[])?;
+    fleet.reload("all stays as it was")?;
+    ensure!(ids()? == [0, 1, 2], "{:?}", ids()?);
+    process::run(&[PROGRAM, "del", "-n", "0"])?;
     fleet.end()?;
     mount.unmount()?;
     Ok(Outcome::Pass)

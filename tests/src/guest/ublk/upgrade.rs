@@ -151,10 +151,14 @@ fn failing(ctx: &Ctx) -> Result<Outcome> {
         ("fails", "#!/bin/sh\necho 'no such thing' >&2\nexit 2\n", "no such thing; nothing has"),
         ("empty", "", "nothing has changed"),
         ("lost", "#!/nowhere\n", "nothing has changed"),
+        ("other", "#!/bin/sh\nexit 0\n", "it is another program; nothing has changed"),
     ];
     // What is found out too late: it dies as the server. It is where servers find it, too.
     let late = PathBuf::from("/usr/local/bin/late-of-a-test");
-    std::fs::copy(script("late", "#!/bin/sh\n[ \"$1\" = check-state ]\n")?, &late)?;
+    std::fs::copy(
+        script("late", "#!/bin/sh\n[ \"$1\" = check-state ] && echo \"can serve device $3\"\n")?,
+        &late,
+    )?;
     for options in [&[][..], &["--supervise"]] {
         let options = [&["--on-death", "reissue"], options].concat();
         let device = Device::add_loop(&drive.path(), &options)?;

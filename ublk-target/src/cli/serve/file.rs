@@ -107,6 +107,11 @@ impl Reading<'_> {
                 ),
             }
         }
+        if !document.contains_key("device") && self.faults.is_empty() {
+            // As one is that is being written.
+            let what = "there is no `[[device]]`; if there is to be none, write `device = []`";
+            self.fault(0..0, what);
+        }
         self.check_together(&devices);
         config.devices = devices.into_iter().map(|(_, device)| device).collect();
         config

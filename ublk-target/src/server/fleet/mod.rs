@@ -21,6 +21,7 @@ use uring_ext::feature::Features;
 use super::config::{DeviceConfig, DeviceError};
 use super::device::Company;
 use super::protection::protect;
+use super::recovery::CannotRecoverDevice;
 use super::shared::SharedLanes;
 use super::signals::{Hangup, Wake, Wakeups};
 use crate::delete;
@@ -113,8 +114,8 @@ pub fn serve(config: FleetConfig, orders: &Orders<'_>) -> Result<(), FleetError>
         members: Vec::new(),
         lanes: config.lanes,
     };
-    let wanted = outsets.len();
     let described = fleet.add_all(outsets, orders);
+    let wanted = config.devices.len();
     if described.is_empty() && wanted > 0 {
         return Err(FleetError::None);
     }
@@ -152,6 +153,10 @@ fn outsets(
         });
         match outset {
             Ok(outset) => outsets.push(outset),
+            // Its server may be one that was started by hand. The others need not wait for that.
+            Err(error @ DeviceError::Recover(CannotRecoverDevice::Served { .. })) => {
+                log::error!("{error}; the other devices are served");
+            }
             Err(error) => faults.push(format!("device {}: {error}", id_of(device))),
         }
     }

@@ -9,6 +9,7 @@ use super::{Fleet, FleetConfig, News, Orders, id_of};
 use crate::server::config::{DeviceConfig, DeviceError};
 use crate::server::plan::{self, Plan};
 use crate::server::protection::among_present_mounts;
+use crate::server::recovery::CannotRecoverDevice;
 
 /// What a configuration changes.
 #[derive(Debug, Default, PartialEq)]
@@ -72,6 +73,8 @@ impl Fleet {
         for (device, plan) in plans {
             match self.check(&device, plan, changes.new.contains(&device), &ids) {
                 Ok(outset) => opened.extend(outset),
+                // It cannot be added, which is said then, and the others can.
+                Err(DeviceError::Recover(CannotRecoverDevice::Served { .. })) => {}
                 Err(error) => faults.push(format!("device {}: {error}", id_of(&device))),
             }
         }

@@ -84,6 +84,25 @@ fn commands(ctx: &Ctx) -> Result<Outcome> {
     process::run(&[PROGRAM, "del", "-n", ID])?;
     drop(inside);
     remains::wait_for_none()?;
+
+    // With the /proc of the namespace outside, where the server has another number.
+    let script = format!("{PROGRAM} add null -n {ID} && exec sleep 1000");
+    let inside = Background::start(&["unshare", "-pf", "--kill-child", "sh", "-c", &script])?;
+    let device = PathBuf::from(format!("/dev/ublkb{ID}"));
+    wait_for("the device", PATIENCE, || Ok(device.exists().then_some(())))?;
+    let log = fs::read_to_string(format!("/var/log/ublk-target/{ID}.log"))?;
+    ensure!(!log.contains("cannot leave the mount namespace"), "{log}");
+    process::run(&[PROGRAM, "del", "-n", ID])?;
+    drop(inside);
+    remains::wait_for_none()?;
+
+    // Where the driver's node is something else.
+    let script = format!("mount --bind /dev/zero /dev/ublk-control && exec {PROGRAM} list");
+    let refused = process::run_for_code(&["unshare", "-m", "sh", "-c", &script], 1)?.stderr;
+    ensure!(
+        refused.contains("/dev/ublk-control is missing here, or is something else"),
+        "{refused}"
+    );
     Ok(Outcome::Pass)
 }
 

@@ -77,12 +77,14 @@ fn devices_have_the_options_of_add() {
 }
 
 #[test]
-fn an_empty_file_has_no_devices() {
-    assert_eq!(parsed("# nothing\n"), Ok(FleetConfig::default()));
+fn a_file_without_devices_says_so() {
+    assert_eq!(parsed("device = []\n"), Ok(FleetConfig::default()));
 }
 
 /// A text, and how the lines of its faults begin and what they say.
 const FAULTS: &[(&str, &[(usize, &str)])] = &[
+    ("", &[(1, "there is no `[[device]]`; if there is to be none, write `device = []`")]),
+    ("lanes = 2\n", &[(1, "there is no `[[device]]`")]),
     ("lanes = 0", &[(1, "`lanes` is not a number from 1 to 1024")]),
     ("lanes = \"2\"", &[(1, "`lanes` is not a number")]),
     ("lane = 2\ndevices = 3", &[(2, "no `devices`"), (1, "no `lane`")]),
