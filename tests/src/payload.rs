@@ -38,6 +38,8 @@ const FAST: Profile = &["--profile", "guest"];
 /// The same, for tests, which make loads and check what was read.
 const FAST_TESTS: Profile =
     &["--profile", "guest", "--config", "profile.guest.package.vm-harness.opt-level=1"];
+/// What the tests' `ublk-target` can do besides, and no user's.
+const HOOKS: &str = "ublk-target/test-hooks";
 /// As users install them.
 const RELEASE: Profile = &["--profile", "release"];
 
@@ -46,25 +48,35 @@ const RELEASE: Profile = &["--profile", "release"];
 pub struct Set {
     programs: &'static [Program],
     profile: Profile,
+    has_hooks: bool,
 }
 
 /// What the demonstration runs.
-pub const DEMO: Set = Set { programs: &[AGENT, DEMO_GUEST, UBLK_TARGET], profile: FAST };
+pub const DEMO: Set =
+    Set { programs: &[AGENT, DEMO_GUEST, UBLK_TARGET], profile: FAST, has_hooks: false };
 /// What tests run.
-pub const TESTS: Set =
-    Set { programs: &[AGENT, GUEST_TESTS, UBLK_TARGET, UBLK_BENCH], profile: FAST_TESTS };
+pub const TESTS: Set = Set {
+    programs: &[AGENT, GUEST_TESTS, UBLK_TARGET, UBLK_BENCH],
+    profile: FAST_TESTS,
+    has_hooks: true,
+};
 /// What a user finds in a guest's shell.
-pub const SHELL: Set = Set { programs: &[AGENT, UBLK_TARGET, UBLK_BENCH], profile: FAST };
+pub const SHELL: Set =
+    Set { programs: &[AGENT, UBLK_TARGET, UBLK_BENCH], profile: FAST, has_hooks: false };
 /// What a command of the user's finds that names no other program of ours.
-const RUN: Set = Set { programs: &[AGENT, UBLK_TARGET], profile: FAST };
+const RUN: Set = Set { programs: &[AGENT, UBLK_TARGET], profile: FAST, has_hooks: false };
 /// What is measured, and what measures it.
-pub const BENCH: Set =
-    Set { programs: &[AGENT, BENCH_GUEST, UBLK_TARGET, UBLK_BENCH], profile: RELEASE };
+pub const BENCH: Set = Set {
+    programs: &[AGENT, BENCH_GUEST, UBLK_TARGET, UBLK_BENCH],
+    profile: RELEASE,
+    has_hooks: false,
+};
 
 /// For a command that names programs of several sets.
 const ALL: Set = Set {
     programs: &[AGENT, GUEST_TESTS, DEMO_GUEST, BENCH_GUEST, UBLK_TARGET, UBLK_BENCH],
     profile: FAST_TESTS,
+    has_hooks: true,
 };
 
 impl Set {
@@ -94,6 +106,9 @@ pub fn build(set: &Set) -> Result<Vec<PathBuf>> {
     link_statically(&mut command);
     for program in set.programs {
         command.args(["-p", program.package, "--bin", program.binary]);
+    }
+    if set.has_hooks {
+        command.args(["--features", HOOKS]);
     }
     let built = run_cargo(command, "building the programs for the guest")?;
     set.programs.iter().map(|program| pick(&built, program.binary)).collect()

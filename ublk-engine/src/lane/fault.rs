@@ -4,10 +4,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::plan::OpKind;
 
-/// The variable of the server's environment that asks for faults: a list of names, separated by
-/// commas.
-pub const VARIABLE: &str = "UBLK_TARGET_FAULT";
-
 /// Which faults are asked for, and how many operations they have met.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Faults {
@@ -64,7 +60,7 @@ impl std::fmt::Display for Injected {
 /// A fault that is not known.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{VARIABLE}: `{0}` is no fault; there are auto-register, register, short=N, again=N, \
+    "`{0}` is no fault; there are auto-register, register, short=N, again=N, \
      ignore-flush, ignore-fua and panic=N"
 )]
 pub struct UnknownFault(String);

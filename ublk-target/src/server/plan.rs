@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use ublk_engine::engine::SlotTable;
-use ublk_engine::lane::fault::{self, Faults};
+use ublk_engine::lane::fault::Faults;
 use ublk_engine::lend::LendMode;
 use uring_ext::control::Control;
 use uring_ext::feature::{self, Feature, Features};
@@ -91,10 +91,7 @@ impl Plan {
             }
         }
         polling::check(config)?;
-        let faults = match std::env::var(fault::VARIABLE) {
-            Ok(list) => Some(Faults::parse(&list)?),
-            Err(_) => None,
-        };
+        let faults = faults_asked_for()?;
         let layout = Layout::open(config, choice.mode, known, claims)?;
         if let Some(id) = config.id.filter(|id| layout.below.has(*id)) {
             return Err(DeviceError::OnItself(id));
@@ -108,6 +105,19 @@ impl Plan {
         config.target.absolute();
         Ok(Self { config, choice, layout, slots, faults, incarnation: 0 })
     }
+}
+
+/// The faults that `UBLK_TARGET_FAULT` asks for: names, separated by commas.
+#[cfg(feature = "test-hooks")]
+fn faults_asked_for() -> Result<Option<Faults>, DeviceError> {
+    let list = std::env::var("UBLK_TARGET_FAULT").ok();
+    Ok(list.map(|list| Faults::parse(&list)).transpose()?)
+}
+
+/// None can be asked for.
+#[cfg(not(feature = "test-hooks"))]
+const fn faults_asked_for() -> Result<Option<Faults>, DeviceError> {
+    Ok(None)
 }
 
 /// The features that a device is ever asked for with. The driver adds some by itself.
