@@ -2,7 +2,8 @@
 
 use ublk_engine::plan::BackingIndex;
 use ublk_engine::target::{
-    AnyTarget, FaultTarget, LinearTarget, LoopTarget, MIN_CHUNK, NullTarget, Reach, StripeTarget,
+    AnyTarget, FaultTarget, LinearTarget, LoopTarget, MIN_CHUNK, NullTarget, StripeTarget,
+    TransferLimit,
 };
 
 use crate::SECTOR;
@@ -50,7 +51,7 @@ fn sound(rng: &mut Rng, hostile: bool) -> (Mapping, u64, Vec<u64>) {
     let size = u64::from(rng.below(24) + 16) * PAGE;
     match rng.below(17) {
         0..4 => {
-            let target = LoopTarget::new(size).within(reach(rng));
+            let target = LoopTarget::new(size).within(transfer_limit(rng));
             (Mapping::Target(AnyTarget::Loop(target)), size, vec![size])
         }
         4 => (Mapping::Target(AnyTarget::Null(NullTarget)), size, vec![size]),
@@ -76,14 +77,14 @@ fn sound(rng: &mut Rng, hostile: bool) -> (Mapping, u64, Vec<u64>) {
 }
 
 /// What the backings take as one: anything, or so little that many a request needs several windows.
-pub fn reach(rng: &mut Rng) -> Reach {
+pub fn transfer_limit(rng: &mut Rng) -> TransferLimit {
     if rng.chance(512) {
-        return Reach::UNLIMITED;
+        return TransferLimit::UNLIMITED;
     }
     // A page is a multiple of any block.
     let block = u32::try_from(PAGE).unwrap_or(4096);
     let boundary = u64::from(rng.below(4)) * PAGE;
-    Reach::new(block, rng.pick(&[1, 1, 2, 5]) * block, boundary, block)
+    TransferLimit::new(block, rng.pick(&[1, 1, 2, 5]) * block, boundary, block)
 }
 
 /// A few short extents of up to three backings.
@@ -101,7 +102,7 @@ fn linear(rng: &mut Rng) -> (Mapping, u64, Vec<u64>) {
     extents.push((BackingIndex(0), ends[0], 16 * PAGE));
     ends[0] += 16 * PAGE;
     let target = LinearTarget::new(extents).unwrap_or_else(|error| panic!("{error}"));
-    let target = target.within(reach(rng));
+    let target = target.within(transfer_limit(rng));
     let size = target.size();
     (Mapping::Target(AnyTarget::Linear(target)), size, ends.to_vec())
 }
@@ -112,7 +113,7 @@ fn stripe(rng: &mut Rng) -> (Mapping, u64, Vec<u64>) {
     let bytes = |rng: &mut Rng| chunk * u64::from(4 + rng.below(12)) + u64::from(rng.below(4096));
     let sizes: Vec<_> = (0..2 + rng.below(3)).map(|_| bytes(rng) + 4 * PAGE).collect();
     let target = StripeTarget::new(chunk, &sizes).unwrap_or_else(|error| panic!("{error}"));
-    let target = target.within(reach(rng));
+    let target = target.within(transfer_limit(rng));
     let size = target.size();
     (Mapping::Target(AnyTarget::Stripe(target)), size, sizes)
 }

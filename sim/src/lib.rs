@@ -37,11 +37,11 @@ mod layout;
 pub mod mapping;
 pub mod mirror;
 mod noise;
-mod place;
 mod pool;
 pub mod rng;
 pub mod setup;
 pub mod stack;
+mod table_range;
 pub mod trace;
 mod world;
 

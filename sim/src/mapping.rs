@@ -3,7 +3,7 @@
 
 use ublk_engine::plan::{BackingIndex, Op, OpKind, Place, Plan, Planner, Verdict, WINDOW_OPS};
 use ublk_engine::request::{Request, RequestKind};
-use ublk_engine::target::{AnyTarget, FaultTarget, Reach};
+use ublk_engine::target::{AnyTarget, FaultTarget, TransferLimit};
 use uring_ext::Errno;
 
 use crate::SECTOR;
@@ -112,7 +112,11 @@ impl Mapping {
     pub fn at_once(&self) -> usize {
         match self {
             Self::Target(AnyTarget::Null(_)) => 1,
-            Self::Target(AnyTarget::Loop(target)) if target.reach() == Reach::UNLIMITED => 1,
+            Self::Target(AnyTarget::Loop(target))
+                if target.transfer_limit() == TransferLimit::UNLIMITED =>
+            {
+                1
+            }
             Self::Target(_) | Self::Stripe(_) | Self::Cow(_) => WINDOW_OPS,
             Self::Mirror(mirror) => WINDOW_OPS * usize::from(mirror.spread.backings),
             Self::Fault(fault) => fault.inner().at_once(),

@@ -131,10 +131,10 @@ impl World {
             None => false,
             Some(Event::Op(key) | Event::Command(key) | Event::Injected(key)) => self.is_live(key),
             Some(
-                Event::Fetched(TagKey { turn, .. })
-                | Event::Registered(TagKey { turn, .. })
-                | Event::Unregistered(TagKey { turn, .. }),
-            ) => turn < 1 << 20,
+                Event::Fetched(TagKey { seq, .. })
+                | Event::Registered(TagKey { seq, .. })
+                | Event::Unregistered(TagKey { seq, .. }),
+            ) => seq < 1 << 20,
             Some(Event::Cancelled | Event::Wake | Event::Told | Event::Unsent) => true,
         };
         (!has_meaning).then_some(Cqe { user_data, res })

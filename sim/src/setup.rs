@@ -1,7 +1,7 @@
 //! What a seed chooses: the device, its lend mode and planner, and how hostile the kernel is.
 
 use ublk_engine::engine::{SlotChoice, SlotTable};
-use ublk_engine::lane::Place;
+use ublk_engine::lane::TableRange;
 use ublk_engine::lend::LendMode;
 use ublk_engine::plan::Planner;
 use ublk_engine::request::Geometry;
@@ -119,7 +119,7 @@ pub struct Setup {
     /// A backing on which nothing succeeds.
     pub dead_leg: Option<usize>,
     /// Where in the tables of its ring the queue has its files and slots: other queues share it.
-    pub place: Place,
+    pub place: TableRange,
 }
 
 impl Setup {
@@ -190,7 +190,7 @@ impl Setup {
             measure: rng.chance(16),
             swaps: rng.chance(200),
             dead_leg: None,
-            place: Place {
+            place: TableRange {
                 first_file: rng.pick(&[0, 0, 1, 700]),
                 first_slot: rng.pick(&[0, 0, 1, 9000]),
             },

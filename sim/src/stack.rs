@@ -428,7 +428,7 @@ impl Step {
 /// A device of this size on one backing, with a sound kernel.
 fn draw_setup(rng: &mut Rng, size: u64, block: u32) -> Setup {
     let drawn = Setup::of(rng.next(), Hostility::None);
-    let target = LoopTarget::new(size).within(layout::reach(rng));
+    let target = LoopTarget::new(size).within(layout::transfer_limit(rng));
     let mut slots = drawn.slots;
     slots.scratch = 0;
     let discard = rng.pick(&[DiscardCall::BlockCommand, DiscardCall::PunchHole]);

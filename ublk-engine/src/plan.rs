@@ -137,15 +137,15 @@ pub struct WindowFull;
 pub struct Plan {
     ops: SmallVec<[(u8, Op); WINDOW_OPS]>,
     stage: u8,
-    /// There is something in `marks`.
-    marked: bool,
+    /// Whether `directives` differ from the default.
+    has_directives: bool,
     next: Option<u64>,
-    marks: Marks,
+    directives: Directives,
 }
 
-/// What a planner says of a window beside its operations; most say nothing.
+/// What a planner asks for in addition to a window's operations. Most windows have none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Marks {
+pub(crate) struct Directives {
     /// Nanoseconds before anything is issued.
     pub delay_ns: u64,
     /// Reads and writes ask for no more than so many bytes at first.
@@ -164,8 +164,8 @@ impl Plan {
         self.ops.clear();
         self.stage = 0;
         self.next = None;
-        if std::mem::take(&mut self.marked) {
-            self.marks = Marks::default();
+        if std::mem::take(&mut self.has_directives) {
+            self.directives = Directives::default();
         }
     }
 
@@ -202,14 +202,14 @@ impl Plan {
 
     /// Holds the window back for so many nanoseconds more, and the error too if planning it fails.
     pub fn delay(&mut self, ns: u64) {
-        self.marks.delay_ns = self.marks.delay_ns.saturating_add(ns);
-        self.marked |= ns > 0;
+        self.directives.delay_ns = self.directives.delay_ns.saturating_add(ns);
+        self.has_directives |= ns > 0;
     }
 
     /// How long the window is held back, in nanoseconds.
     #[must_use]
     pub const fn delay_ns(&self) -> u64 {
-        self.marks.delay_ns
+        self.directives.delay_ns
     }
 
     /// Says that reads and writes come short: from this window on, each that is longer than `bytes`
@@ -217,48 +217,50 @@ impl Plan {
     /// that moves fewer bytes than it was asked for. Whole blocks, not 0. For tests of whatever has
     /// to do with that; the request is served as a whole all the same.
     pub fn transfer_at_first(&mut self, bytes: u64) {
-        self.marks.at_first = Some(self.marks.at_first.map_or(bytes, |least| least.min(bytes)));
-        self.marked = true;
+        self.directives.at_first =
+            Some(self.directives.at_first.map_or(bytes, |least| least.min(bytes)));
+        self.has_directives = true;
     }
 
     /// For how many bytes reads and writes ask at first, if not for all.
     #[must_use]
     pub const fn at_first(&self) -> Option<u64> {
-        self.marks.at_first
+        self.directives.at_first
     }
 
     /// Says that the request has to wait until another one has settled. The planner is then asked
     /// again, from `cursor` on. For the first window, and only while the planner has accepted a
     /// request that has not settled; operations of the window are not issued.
     pub fn wait_at(&mut self, cursor: u64) {
-        self.marks.wait_at = Some(cursor);
-        self.marked = true;
+        self.directives.wait_at = Some(cursor);
+        self.has_directives = true;
     }
 
     /// From where the planner is asked again when another request has settled.
     #[must_use]
     pub const fn waits_at(&self) -> Option<u64> {
-        self.marks.wait_at
+        self.directives.wait_at
     }
 
-    pub(crate) const fn is_marked(&self) -> bool {
-        self.marked
+    pub(crate) const fn has_directives(&self) -> bool {
+        self.has_directives
     }
 
     /// What is said beside the operations.
-    pub(crate) const fn marks_mut(&mut self) -> &mut Marks {
-        &mut self.marks
+    pub(crate) const fn directives_mut(&mut self) -> &mut Directives {
+        &mut self.directives
     }
 
     /// All that is said beside the operations has been heeded.
-    pub(crate) fn unmark(&mut self) {
-        self.marked = false;
-        self.marks = Marks::default();
+    pub(crate) fn clear_directives(&mut self) {
+        self.has_directives = false;
+        self.directives = Directives::default();
     }
 
     /// Whether the request is neither to wait nor to fail.
     pub(crate) const fn is_accepting(&self) -> bool {
-        !self.marked || self.marks.wait_at.is_none() && self.marks.failure.is_none()
+        !self.has_directives
+            || self.directives.wait_at.is_none() && self.directives.failure.is_none()
     }
 
     /// Forgets the operations, not what is said beside them.
@@ -295,7 +297,7 @@ impl Plan {
     #[must_use]
     pub fn single(&self) -> Option<Op> {
         match self.ops.as_slice() {
-            [(_, op)] if self.next.is_none() && !self.marked => Some(*op),
+            [(_, op)] if self.next.is_none() && !self.has_directives => Some(*op),
             _ => None,
         }
     }

@@ -147,7 +147,7 @@ impl<P: Planner> Play<P> {
                     panic!("a fetch is named as such")
                 };
                 self.fetches[key.tag.index()] = Some(entry.user_data);
-                self.answers += u64::from(key.turn > 0);
+                self.answers += u64::from(key.seq > 0);
                 return;
             }
             Kind::Register => {

@@ -151,7 +151,7 @@ impl Deletion<'_> {
             }
             Err(error) => return Err(error.into()),
         };
-        let mut device = Doomed::new(id, &info);
+        let mut device = DeviceToDelete::new(id, &info);
         step("del-found");
         if state::has_disk(&info) {
             self.stop(&device)?;
@@ -185,7 +185,7 @@ impl Deletion<'_> {
     }
 
     /// Stops a device that nobody uses, or whoever does.
-    fn stop(&mut self, device: &Doomed) -> Result<(), DeleteError> {
+    fn stop(&mut self, device: &DeviceToDelete) -> Result<(), DeleteError> {
         let id = device.id;
         let can_try = self.control.features().is_ok_and(|features| features.has(SAFE_STOP_DEV));
         let what = format!("the outstanding I/O of {device}");
@@ -207,7 +207,7 @@ impl Deletion<'_> {
     /// Refuses a device that somebody uses. Workers of udev are no users: they look at a device that
     /// was just made or written to, and are waited for, unless nobody serves what they wait for.
     /// Whether the device is to be stopped only if it is unused.
-    fn await_users(&mut self, device: &Doomed) -> Result<bool, DeleteError> {
+    fn await_users(&mut self, device: &DeviceToDelete) -> Result<bool, DeleteError> {
         let Some((major, minor)) = device.number else { return Ok(true) };
         let (id, control) = (device.id, self.control);
         let what = format!("udev to let go of {device}");
@@ -230,7 +230,12 @@ impl Deletion<'_> {
 
     /// Has a helper give the driver a command. Whether it was carried out; a device in use is not
     /// stopped.
-    fn run(&mut self, device: &Doomed, command: Command, what: &str) -> Result<bool, DeleteError> {
+    fn run(
+        &mut self,
+        device: &DeviceToDelete,
+        command: Command,
+        what: &str,
+    ) -> Result<bool, DeleteError> {
         let mut helper = (self.helper)(device.id, command)?;
         let began = Instant::now();
         let (force, processes) = (self.force, &device.processes);
@@ -258,7 +263,7 @@ impl Deletion<'_> {
     fn await_end(
         &mut self,
         processes: &[Process],
-        removed: Option<&Doomed>,
+        removed: Option<&DeviceToDelete>,
     ) -> Result<(), DeleteError> {
         let (control, force, began) = (self.control, self.force, Instant::now());
         for process in processes {
@@ -285,7 +290,7 @@ impl Deletion<'_> {
     }
 
     /// Waits until the driver has let go of the id.
-    fn await_removal(&mut self, device: &Doomed) -> Result<(), DeleteError> {
+    fn await_removal(&mut self, device: &DeviceToDelete) -> Result<(), DeleteError> {
         let control = self.control;
         let force = self.force;
         let began = Instant::now();
@@ -336,7 +341,7 @@ fn users_of((major, minor): (u32, u32)) -> (Vec<String>, bool) {
 }
 
 /// A device that is to be deleted.
-struct Doomed {
+struct DeviceToDelete {
     id: u32,
     /// Number of its block device, if it has one.
     number: Option<(u32, u32)>,
@@ -352,7 +357,7 @@ struct Doomed {
     seen: Duration,
 }
 
-impl Doomed {
+impl DeviceToDelete {
     fn new(id: u32, info: &sys::ublksrv_ctrl_dev_info) -> Self {
         let number = number_of(id);
         let numbers = number.map(|(major, minor)| usage::numbers_of_device(major, minor));
@@ -420,7 +425,7 @@ impl Doomed {
     }
 }
 
-impl std::fmt::Display for Doomed {
+impl std::fmt::Display for DeviceToDelete {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}", state::block_path(self.id).display())?;
         let server = self.processes.iter().find(|process| process.role == Role::Server);

@@ -65,7 +65,7 @@ impl Process {
         if !is_ours(pid) {
             return None;
         }
-        let told = Told::by(&arguments(pid)?);
+        let told = Arguments::by(&arguments(pid)?);
         let served = usage::served_by(pid);
         if served.is_empty() && !is_in_same("pid", pid) {
             return None;
@@ -117,14 +117,14 @@ impl fmt::Display for Process {
 
 /// What its arguments tell a process to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Told {
+struct Arguments {
     role: Role,
     device: Option<u32>,
     supervisor: Option<u32>,
     nonce: Option<Nonce>,
 }
 
-impl Told {
+impl Arguments {
     fn by(arguments: &[String]) -> Self {
         let value = |names: &[&str]| value_of(arguments, names);
         let has = |name: &str| arguments.iter().any(|argument| argument == name);
@@ -272,8 +272,8 @@ mod tests {
             let line = format!("ublk-target {line}");
             let arguments: Vec<_> = line.split(' ').map(str::to_owned).collect();
             assert_eq!(
-                Told::by(&arguments),
-                Told { role, device, supervisor, nonce: None },
+                Arguments::by(&arguments),
+                Arguments { role, device, supervisor, nonce: None },
                 "{line}"
             );
         }

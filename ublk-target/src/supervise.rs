@@ -195,7 +195,7 @@ fn rest(pause: Duration, wakeups: &Wakeups, is_stopped: impl Fn() -> bool) -> Re
             Wake::Signal(signal) => return Rest::Told(signal),
             Wake::LaneEnded
             | Wake::Undelivered
-            | Wake::Petition
+            | Wake::ControlRequest
             | Wake::Hangup
             | Wake::Other
             | Wake::TimedOut => {}
@@ -224,7 +224,7 @@ fn wait_for_its_end(pid: u32, watch: &Watch, wakeups: &Wakeups, reopen_log: &dyn
                 tell(pid, Signal::SIGHUP);
             }
             Wake::Other => return was_told,
-            Wake::LaneEnded | Wake::Undelivered | Wake::Petition | Wake::TimedOut => {}
+            Wake::LaneEnded | Wake::Undelivered | Wake::ControlRequest | Wake::TimedOut => {}
         }
     }
 }

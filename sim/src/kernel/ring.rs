@@ -10,7 +10,7 @@ use uring_ext::sqe::Sqe;
 use super::{Flight, Kernel, Posted, QID};
 use crate::entry::{Entry, Work};
 use crate::fault::Fault;
-use crate::place::rebased;
+use crate::table_range::rebased;
 
 /// How many entries may be linked to each other.
 const MAX_CHAIN: usize = 3;

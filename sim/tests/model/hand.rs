@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use ublk_engine::engine::{OpKey, SlotChoice, SlotTable, TagKey};
 use ublk_engine::lane::event::Event;
-use ublk_engine::lane::{LaneIo, Place, RingRole, backing_file};
+use ublk_engine::lane::{LaneIo, RingRole, TableRange, backing_file};
 use ublk_engine::lend::LendMode;
 use ublk_engine::request::{Request, RequestKind};
 use ublk_engine::target::{AnyTarget, Decision, LoopTarget};
@@ -46,7 +46,7 @@ impl Hand {
         (setup.queue_entries, setup.io_lane) = (8, false);
         setup.recovery = Recovery::Reissue;
         // The entries are made for a queue that has the ring's tables to itself.
-        setup.place = Place::default();
+        setup.place = TableRange::default();
         let kernel = Rc::new(RefCell::new(Kernel::new(0, setup, Trace::new(false))));
         let mut hand = Self { io: SimIo(Rc::clone(&kernel)), kernel, lend };
         for tag in 0..2 {
@@ -221,5 +221,5 @@ pub fn lent(slot: u16) -> FixedBuffer {
 }
 
 pub fn key(tag: u16) -> TagKey {
-    TagKey { tag: Tag(tag), turn: 0 }
+    TagKey { tag: Tag(tag), seq: 0 }
 }

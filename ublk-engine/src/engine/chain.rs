@@ -4,7 +4,7 @@ use bufreg::{Lease, Reserved};
 use uring_ext::Errno;
 
 use super::inflight::{Cancel, InFlight, Progress};
-use super::tag::{Chain, Held, TagState, Way};
+use super::tag::{BufferPath, Chain, Held, TagState};
 use super::{Engine, Port, deadline_of, is_transient};
 use crate::plan::{Op, Planner, Verdict};
 use crate::units::Tag;
@@ -28,7 +28,7 @@ impl<P: Planner> Engine<P> {
         let (Some(key), Some(borrow)) = (key, borrow) else {
             // The table holds a window for every tag, so it has room.
             self.stats.unexpected += 1;
-            run.way = Way::Delivered;
+            run.buffer_path = BufferPath::Delivered;
             run.fail(Errno::EIO);
             return self.finish(tag, port);
         };
@@ -51,12 +51,12 @@ impl<P: Planner> Engine<P> {
         self.inflight.insert(key, inflight);
         self.stats.ops += 1;
         self.stamp_issue(tag, port);
-        let turn = self.next_turn(tag);
+        let seq = self.next_seq(tag);
         if op.len > self.tags[tag.index()].run.at_first {
             let (op, _) = self.shortened(key);
-            port.submit_chain(turn, slot, key, &op);
+            port.submit_chain(seq, slot, key, &op);
         } else {
-            port.submit_chain(turn, slot, key, &op);
+            port.submit_chain(seq, slot, key, &op);
         }
     }
 

@@ -122,7 +122,7 @@ pub(super) struct InFlightTable {
     entries: Box<[Entry]>,
     next_serial: u32,
     /// Operations that go straight; the rest is about the others.
-    straight: usize,
+    fast_path: usize,
     count: usize,
     transfers: usize,
 }
@@ -132,7 +132,7 @@ impl InFlightTable {
         let vacant = |tag| Entry { live: false, serial: 0, inflight: InFlight::nothing(Tag(tag)) };
         let places = |tag| std::iter::repeat_with(move || vacant(tag)).take(WINDOW_OPS);
         let entries = (0..depth).flat_map(places).collect();
-        Self { entries, next_serial: 0, straight: 0, count: 0, transfers: 0 }
+        Self { entries, next_serial: 0, fast_path: 0, count: 0, transfers: 0 }
     }
 
     /// The tag that has a place.
@@ -155,19 +155,19 @@ impl InFlightTable {
 
     /// An operation goes straight, under [`InFlightTable::first_key`]; others know what it is.
     #[inline]
-    pub fn begin_straight(&mut self) {
+    pub fn begin_fast(&mut self) {
         self.next_serial = self.next_serial.wrapping_add(1);
-        self.straight += 1;
+        self.fast_path += 1;
     }
 
     /// An operation that went straight is no more, or goes on as any other.
     #[inline]
-    pub fn end_straight(&mut self) {
-        self.straight -= 1;
+    pub fn end_fast(&mut self) {
+        self.fast_path -= 1;
     }
 
     /// Adds an operation that went straight.
-    pub fn insert_straight(&mut self, serial: u32, inflight: InFlight) {
+    pub fn insert_fast(&mut self, serial: u32, inflight: InFlight) {
         let next_serial = self.next_serial;
         self.insert(OpKey { place: inflight.tag.0 * PLACES, serial }, inflight);
         self.next_serial = next_serial;
@@ -222,7 +222,7 @@ impl InFlightTable {
 
     /// How many read or write.
     pub fn transfers(&self) -> usize {
-        self.transfers + self.straight
+        self.transfers + self.fast_path
     }
 
     /// All operations, for what happens rarely.
@@ -235,7 +235,7 @@ impl InFlightTable {
     }
 
     pub fn is_empty(&self) -> bool {
-        self.count + self.straight == 0
+        self.count + self.fast_path == 0
     }
 
     pub fn get(&self, key: OpKey) -> Option<&InFlight> {

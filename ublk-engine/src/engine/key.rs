@@ -19,5 +19,5 @@ pub struct TagKey {
     /// The tag.
     pub tag: Tag,
     /// Which of the tag's commands this is.
-    pub turn: u32,
+    pub seq: u32,
 }

@@ -4,7 +4,7 @@ use bufreg::{Lease, Owner, Registry, Reserved, Retiring, SlotIndex};
 use uring_ext::Errno;
 use uring_ext::pool::Direction;
 
-use super::tag::{Held, Phase, Run, TagState, Way};
+use super::tag::{BufferPath, Held, Phase, Run, TagState};
 use super::{Engine, EngineStats, MAX_RETRIES, Port, SlotChoice, TagKey, is_transient};
 use crate::lend::LendMode;
 use crate::plan::Planner;
@@ -63,7 +63,7 @@ impl<P: Planner> Engine<P> {
     }
 
     pub(super) fn lend_registered(&mut self, tag: Tag, port: &mut impl Port) {
-        self.run(tag).way = Way::Registered;
+        self.run(tag).buffer_path = BufferPath::Registered;
         let Some(lease) = self.reserve_for_registration(tag) else {
             // Only a quarantined slot is in the way; copying does without.
             return self.copy_instead(tag, Errno::EBUSY, port);
@@ -72,7 +72,7 @@ impl<P: Planner> Engine<P> {
         match single.filter(|_| self.config.lend == LendMode::Slot) {
             Some(op) => self.submit_chain(tag, lease, op, port),
             None => {
-                port.register(self.next_turn(tag), lease.slot());
+                port.register(self.next_seq(tag), lease.slot());
                 let state = &mut self.tags[tag.index()];
                 state.run.held = Held::Reserved(lease);
                 state.phase = Phase::Registering;
@@ -160,7 +160,7 @@ impl<P: Planner> Engine<P> {
     /// Copies through a buffer of the pool, or waits for one. Whoever waits holds nothing, and
     /// whoever has a buffer needs nothing else, so the wait ends.
     fn lend_copied(&mut self, tag: Tag, port: &mut impl Port) {
-        self.run(tag).way = Way::Copied;
+        self.run(tag).buffer_path = BufferPath::Copied;
         let owner = self.owner(tag);
         let lease = match self.config.lend {
             LendMode::UserCopy => self.registry.reserve(self.tag_slot(tag), owner, self.now).ok(),
@@ -254,14 +254,14 @@ impl<P: Planner> Engine<P> {
             Err(StillInUse) => return,
         };
         let run = &mut self.tags[tag.index()].run;
-        match run.way {
+        match run.buffer_path {
             // The commit itself makes the driver take the buffer back.
-            Way::Delivered => self.registry.release(lease),
-            Way::Registered => {
+            BufferPath::Delivered => self.registry.release(lease),
+            BufferPath::Registered => {
                 run.tries = 0;
                 return self.unregister(tag, lease, port);
             }
-            Way::Copied => {
+            BufferPath::Copied => {
                 if run.request().kind == RequestKind::Read && !run.failed() {
                     let copied = self.copy(tag, lease.slot(), Direction::ToRequest, port);
                     if let Err(errno) = copied {
@@ -275,7 +275,7 @@ impl<P: Planner> Engine<P> {
     }
 
     pub(super) fn unregister(&mut self, tag: Tag, lease: Lease<Retiring>, port: &mut impl Port) {
-        port.unregister(self.next_turn(tag), lease.slot());
+        port.unregister(self.next_seq(tag), lease.slot());
         let state = &mut self.tags[tag.index()];
         state.run.held = Held::Retiring(lease);
         state.phase = Phase::Unregistering;

@@ -26,6 +26,7 @@ mod answer;
 mod chain;
 mod config;
 mod deadline;
+mod fast_path;
 mod inflight;
 mod issue;
 mod key;
@@ -34,7 +35,6 @@ mod lending;
 mod planning;
 mod scratch;
 mod stats;
-mod straight;
 mod tag;
 
 pub use answer::Answer;
@@ -123,7 +123,7 @@ pub struct Engine<P> {
     ended: u16,
     now: u64,
     /// The slot of tag 0, while requests may go straight.
-    straight_slots: Option<SlotIndex>,
+    fast_path_slots: Option<SlotIndex>,
     recorder: Option<Box<Recorder>>,
     stats: EngineStats,
 }
@@ -143,7 +143,7 @@ impl<P: Planner> Engine<P> {
             settled: false,
             ended: 0,
             now: 0,
-            straight_slots: config.straight_slots(),
+            fast_path_slots: config.fast_path_slots(),
             recorder: None,
             stats: EngineStats::default(),
         }
@@ -158,15 +158,15 @@ impl<P: Planner> Engine<P> {
     pub fn fetch_all(&mut self, port: &mut impl Port) {
         for tag in 0..self.config.queue.depth {
             let tag = Tag(tag);
-            let turn = self.tags[tag.index()].turn;
-            port.fetch(TagKey { tag, turn }, self.tag_slot(tag));
+            let seq = self.tags[tag.index()].seq;
+            port.fetch(TagKey { tag, seq }, self.tag_slot(tag));
         }
     }
 
     /// The driver delivered a request.
     #[inline(always)]
     pub fn delivered(&mut self, key: TagKey, iod: IoDesc, port: &mut impl Port) {
-        if !self.deliver_straight(key, iod, port) {
+        if !self.deliver_fast(key, iod, port) {
             self.deliver(key, iod, port);
         }
     }
@@ -215,7 +215,7 @@ impl<P: Planner> Engine<P> {
     /// An operation completed with `res`.
     #[inline(always)]
     pub fn completed(&mut self, key: OpKey, res: i32, port: &mut impl Port) {
-        if !self.complete_straight(key, res, port) {
+        if !self.complete_fast(key, res, port) {
             self.complete(key, res, None, port);
             self.serve_waiting(port);
         }
@@ -225,7 +225,7 @@ impl<P: Planner> Engine<P> {
     /// An operation failed with `errno`, and may succeed if it is issued again after `pause_ns`
     /// nanoseconds. That is done [`nvme::MAX_RETRIES`] times.
     pub fn asked_again(&mut self, key: OpKey, errno: Errno, pause_ns: u64, port: &mut impl Port) {
-        if !self.complete_straight(key, errno.negated(), port) {
+        if !self.complete_fast(key, errno.negated(), port) {
             self.complete(key, errno.negated(), Some(pause_ns), port);
             self.serve_waiting(port);
         }
@@ -302,17 +302,17 @@ impl<P: Planner> Engine<P> {
     /// What [`Engine::completed`] is told of an operation that has been carried out as it was
     /// issued.
     pub fn whole(&mut self, key: OpKey) -> i32 {
-        let straight = self.straight_tag(key).map(|state| state.straight.request.len);
+        let fast_path = self.straight_tag(key).map(|state| state.fast_path.request.len);
         let asked = |it: &InFlight| it.asked(self.tags[it.tag.index()].run.at_first);
-        let len = straight.or_else(|| self.inflight.get(key).map(asked));
+        let len = fast_path.or_else(|| self.inflight.get(key).map(asked));
         let len = len.unwrap_or(0);
         i32::try_from(len).unwrap_or(i32::MAX)
     }
 
     /// The backing of an operation in flight.
     pub fn backing_of(&self, key: OpKey) -> Option<BackingIndex> {
-        let straight = self.straight_tag(key).map(|state| state.straight.place.backing);
-        straight.or_else(|| self.inflight.get(key).map(|it| it.op.backing))
+        let fast_path = self.straight_tag(key).map(|state| state.fast_path.place.backing);
+        fast_path.or_else(|| self.inflight.get(key).map(|it| it.op.backing))
     }
 
     /// How many reads and writes are in flight.
@@ -378,16 +378,16 @@ impl<P: Planner> Engine<P> {
     /// The operation and tag that the registry knows by a label, while it is in flight.
     pub fn borrower(&self, borrower: Borrower) -> Option<(Tag, Op)> {
         let key = OpKey::of_borrower(borrower);
-        let straight = self.straight_tag(key).map(|state| {
-            let op = Op::all_of(&state.straight.request, state.straight.place);
+        let fast_path = self.straight_tag(key).map(|state| {
+            let op = Op::all_of(&state.fast_path.request, state.fast_path.place);
             (InFlightTable::tag_of(key), op)
         });
-        straight.or_else(|| self.inflight.get(key).map(|inflight| (inflight.tag, inflight.op)))
+        fast_path.or_else(|| self.inflight.get(key).map(|inflight| (inflight.tag, inflight.op)))
     }
 
     /// Begins or ends the measuring of latencies; returns the recorder that ends.
     pub fn measure(&mut self, recorder: Option<Box<Recorder>>) -> Option<Box<Recorder>> {
-        self.straight_slots = self.config.straight_slots().filter(|_| recorder.is_none());
+        self.fast_path_slots = self.config.fast_path_slots().filter(|_| recorder.is_none());
         std::mem::replace(&mut self.recorder, recorder)
     }
 
@@ -406,16 +406,16 @@ impl<P: Planner> Engine<P> {
     /// Whether the key is that of the tag's last command; one that is not is counted. It may name a
     /// tag that does not exist, since it comes from a completion.
     fn believes(&mut self, key: TagKey) -> bool {
-        let current = self.tags.get(key.tag.index()).is_some_and(|state| state.turn == key.turn);
+        let current = self.tags.get(key.tag.index()).is_some_and(|state| state.seq == key.seq);
         self.stats.stale += u64::from(!current);
         current
     }
 
     /// The key of the tag's next command; answers to earlier ones are stale from now on.
-    fn next_turn(&mut self, tag: Tag) -> TagKey {
-        let turn = &mut self.tags[tag.index()].turn;
-        *turn = turn.wrapping_add(1);
-        TagKey { tag, turn: *turn }
+    fn next_seq(&mut self, tag: Tag) -> TagKey {
+        let seq = &mut self.tags[tag.index()].seq;
+        *seq = seq.wrapping_add(1);
+        TagKey { tag, seq: *seq }
     }
 
     fn refuse(&mut self, tag: Tag, refusal: Refusal, port: &mut impl Port) {
@@ -434,8 +434,8 @@ impl<P: Planner> Engine<P> {
             if *phase != Phase::Running || run.pending > 0 {
                 return;
             }
-            if plan.is_marked() && !run.failed() {
-                self.heed_marks(tag, port);
+            if plan.has_directives() && !run.failed() {
+                self.apply_directives(tag, port);
                 continue;
             }
             if run.failed() || run.is_complete(plan) {
@@ -461,7 +461,7 @@ impl<P: Planner> Engine<P> {
         self.stats.failed += u64::from(result.is_err());
         let answer = result.unwrap_or_else(Answer::failed);
         let slot = self.tag_slot(tag);
-        port.commit(self.next_turn(tag), answer, slot);
+        port.commit(self.next_seq(tag), answer, slot);
     }
 }
 

@@ -5,7 +5,7 @@ use uring_ext::Errno;
 use super::inflight::InFlight;
 use super::tag::{Phase, Run, TagState};
 use super::{Engine, Port};
-use crate::plan::{BackingIndex, Buffer, Marks, Op, OpKind, Plan, Planner, Verdict};
+use crate::plan::{BackingIndex, Buffer, Directives, Op, OpKind, Plan, Planner, Verdict};
 use crate::units::Tag;
 
 /// How often an operation that has failed is issued elsewhere, so that even a planner which
@@ -31,7 +31,7 @@ fn check_marks(
         if plan.delay_ns() == 0 {
             return Err(errno);
         }
-        plan.marks_mut().failure = Some(errno);
+        plan.directives_mut().failure = Some(errno);
         return Ok(());
     }
     let is_first = !run.accepted;
@@ -52,7 +52,7 @@ fn check_marks(
     if plan.waits_at().is_some() {
         plan.drop_ops();
     } else if plan.delay_ns() == 0 {
-        plan.unmark();
+        plan.clear_directives();
     }
     Ok(())
 }
@@ -92,7 +92,8 @@ impl<P: Planner> Engine<P> {
         self.plan_next(tag);
         let TagState { run, plan, .. } = &self.tags[tag.index()];
         let of_request = |op: &Op| op.buffer() == Some(Buffer::Request);
-        let needs_buffer = plan.next().is_some() || plan.ops().any(of_request) || plan.is_marked();
+        let needs_buffer =
+            plan.next().is_some() || plan.ops().any(of_request) || plan.has_directives();
         if run.failed() || !run.request().has_data() || !needs_buffer {
             return self.proceed(tag, port);
         }
@@ -110,7 +111,7 @@ impl<P: Planner> Engine<P> {
     pub(super) fn plan_next(&mut self, tag: Tag) {
         let TagState { run, plan, .. } = &mut self.tags[tag.index()];
         let planned = self.planner.plan(run.request(), run.cursor, plan);
-        let checked = if plan.is_marked() {
+        let checked = if plan.has_directives() {
             check_marks(planned, self.config.geometry.block, run, plan)
         } else {
             run.accepted |= planned.is_ok();
@@ -125,16 +126,16 @@ impl<P: Planner> Engine<P> {
     /// Does what the planner has said beside the operations: holds the window back, or lets the
     /// request wait.
     #[cold]
-    pub(super) fn heed_marks(&mut self, tag: Tag, port: &mut impl Port) {
+    pub(super) fn apply_directives(&mut self, tag: Tag, port: &mut impl Port) {
         let TagState { run, plan, .. } = &mut self.tags[tag.index()];
-        let marks = plan.marks_mut();
-        let delay_ns = std::mem::take(&mut marks.delay_ns);
+        let directives = plan.directives_mut();
+        let delay_ns = std::mem::take(&mut directives.delay_ns);
         if delay_ns > 0 {
-            marks.delayed = true;
+            directives.delayed = true;
             return self.delay(tag, delay_ns, port);
         }
-        let Marks { failure, wait_at, delayed, .. } = *marks;
-        plan.unmark();
+        let Directives { failure, wait_at, delayed, .. } = *directives;
+        plan.clear_directives();
         if let Some(errno) = failure {
             self.stats.planned_errors += 1;
             return run.fail(errno);
@@ -145,7 +146,7 @@ impl<P: Planner> Engine<P> {
             // What it was to wait for may have settled meanwhile.
             return self.begin_again(tag, port);
         }
-        let is_awaited = |state: &TagState| state.run.accepted || state.phase == Phase::Straight;
+        let is_awaited = |state: &TagState| state.run.accepted || state.phase == Phase::FastPath;
         let is_awaited = self.tags.iter().any(is_awaited);
         let TagState { phase, run, .. } = &mut self.tags[tag.index()];
         if !is_awaited {

@@ -25,7 +25,7 @@ pub(super) enum Phase {
     Running,
     /// The engine; the request is being carried out by one operation, of which nothing is known but
     /// what is in [`TagState::straight`].
-    Straight,
+    FastPath,
     /// The engine; the buffer is being unregistered, then the result is committed.
     Unregistering,
     /// Nobody: the device is stopped.
@@ -34,7 +34,7 @@ pub(super) enum Phase {
 
 /// All that most requests need, in one or two cache lines with what comes before it.
 #[derive(Debug)]
-pub(super) struct Straight {
+pub(super) struct FastPath {
     /// Stands for the operation's borrow too.
     pub lease: Option<Lease<Sole>>,
     /// Serial of the operation, which has the first of the tag's places.
@@ -49,9 +49,9 @@ pub(super) struct Straight {
 pub(super) struct TagState {
     pub phase: Phase,
     /// Which of the tag's commands is the last.
-    pub turn: u32,
+    pub seq: u32,
     /// The request that goes straight, or the last one that did.
-    pub straight: Straight,
+    pub fast_path: FastPath,
     /// The request, or the last one.
     pub run: Run,
     /// The request's window of operations.
@@ -66,8 +66,8 @@ impl TagState {
         let place = Place { backing: BackingIndex(0), offset: 0 };
         Self {
             phase: Phase::WithDriver,
-            turn: 0,
-            straight: Straight { lease: None, serial: 0, request: nothing, place },
+            seq: 0,
+            fast_path: FastPath { lease: None, serial: 0, request: nothing, place },
             run: Run::new(nothing, false, Stamps::default()),
             plan: Plan::default(),
             quarantined: None,
@@ -82,16 +82,16 @@ impl TagState {
             | Phase::Deferred
             | Phase::Registering
             | Phase::Running
-            | Phase::Straight
+            | Phase::FastPath
             | Phase::Unregistering => true,
         }
     }
 
     /// The leases that the tag holds.
     pub fn lease_keys(&self) -> impl Iterator<Item = LeaseKey> {
-        let straight = self.straight.lease.as_ref().map(Lease::key);
+        let fast_path = self.fast_path.lease.as_ref().map(Lease::key);
         let held = self.run.held.key().into_iter().chain(self.run.scratch.key());
-        held.chain(straight).chain(self.quarantined.as_ref().map(Lease::key))
+        held.chain(fast_path).chain(self.quarantined.as_ref().map(Lease::key))
     }
 
     /// The chain that is under way.
@@ -102,7 +102,7 @@ impl TagState {
 
 /// How a request's bytes get into a slot, and out again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Way {
+pub(super) enum BufferPath {
     /// The driver puts them there before delivery and takes them back at commit.
     Delivered,
     /// The request's buffer is registered and unregistered by commands of ours.
@@ -160,7 +160,7 @@ pub(super) struct Chain {
 pub(super) struct Run {
     /// As it was delivered; nothing changes it.
     request: Request,
-    pub way: Way,
+    pub buffer_path: BufferPath,
     /// The slot with the request's bytes.
     pub held: Held,
     /// The slot of the tag's scratch buffer, from the first operation that uses it on.
@@ -198,7 +198,7 @@ impl Run {
     pub fn new(request: Request, need_reg_buf: bool, stamps: Stamps) -> Self {
         Self {
             request,
-            way: Way::Delivered,
+            buffer_path: BufferPath::Delivered,
             held: Held::Nothing,
             scratch: Held::Nothing,
             chain: None,
@@ -223,7 +223,7 @@ impl Run {
     #[inline]
     pub fn renew(&mut self, request: Request, need_reg_buf: bool, stamps: Stamps) {
         self.request = request;
-        self.way = Way::Delivered;
+        self.buffer_path = BufferPath::Delivered;
         self.held = Held::Nothing;
         self.scratch = Held::Nothing;
         self.chain = None;

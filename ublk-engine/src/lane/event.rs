@@ -41,7 +41,7 @@ impl Event {
     #[must_use]
     #[inline(always)]
     pub fn encode(self, incarnation: Incarnation) -> u64 {
-        let of_tag = |key: TagKey| (u64::from(key.tag.0) << 32) | u64::from(key.turn);
+        let of_tag = |key: TagKey| (u64::from(key.tag.0) << 32) | u64::from(key.seq);
         let of_op = |key: OpKey| (u64::from(key.place) << 32) | u64::from(key.serial);
         let (kind, payload): (u64, u64) = match self {
             Self::Fetched(key) => (0, of_tag(key)),
@@ -105,7 +105,7 @@ pub struct Common {
 impl Common {
     /// Those of an incarnation.
     pub fn of(incarnation: Incarnation) -> Self {
-        let fetched = Event::Fetched(TagKey { tag: Tag(0), turn: 0 });
+        let fetched = Event::Fetched(TagKey { tag: Tag(0), seq: 0 });
         let op = Event::Op(OpKey { place: 0, serial: 0 });
         let head = |event: Event| event.encode(incarnation) >> INCARNATION_SHIFT;
         Self { fetched: head(fetched), op: head(op) }
@@ -125,8 +125,8 @@ impl Common {
 }
 
 fn tag_key(user_data: u64) -> TagKey {
-    let (tag, turn) = halves(user_data);
-    TagKey { tag: Tag(tag), turn }
+    let (tag, seq) = halves(user_data);
+    TagKey { tag: Tag(tag), seq }
 }
 
 fn op_key(user_data: u64) -> OpKey {
@@ -145,11 +145,11 @@ mod tests {
     use super::*;
 
     const EVENTS: [Event; 11] = [
-        Event::Fetched(TagKey { tag: Tag(4095), turn: u32::MAX }),
+        Event::Fetched(TagKey { tag: Tag(4095), seq: u32::MAX }),
         Event::Op(OpKey { place: 0, serial: 0 }),
         Event::Op(OpKey { place: u16::MAX, serial: u32::MAX }),
-        Event::Registered(TagKey { tag: Tag(0), turn: 7 }),
-        Event::Unregistered(TagKey { tag: Tag(u16::MAX), turn: 0 }),
+        Event::Registered(TagKey { tag: Tag(0), seq: 7 }),
+        Event::Unregistered(TagKey { tag: Tag(u16::MAX), seq: 0 }),
         Event::Cancelled,
         Event::Injected(OpKey { place: 3, serial: 9 }),
         Event::Wake,

@@ -5,11 +5,11 @@
 
 pub mod event;
 pub mod fault;
-mod place;
 mod port;
+mod table_range;
 
-pub use place::{Place, backing_file};
 pub use port::PortConfig;
+pub use table_range::{TableRange, backing_file};
 
 use uring_ext::Errno;
 use uring_ext::iod::IoDesc;

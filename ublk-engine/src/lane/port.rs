@@ -10,7 +10,7 @@ use uring_ext::{Errno, sys};
 
 use super::event::Event;
 use super::fault::{Fault, Faults};
-use super::place::{NO_SLOT, Place};
+use super::table_range::{NO_SLOT, TableRange};
 use super::{LaneIo, RingRole};
 use crate::engine::{Answer, EngineConfig, OpKey, Port, SlotTable, TagKey};
 use crate::lend::LendMode;
@@ -37,7 +37,7 @@ pub struct PortConfig {
     /// Faults that a test asked for.
     pub faults: Option<Faults>,
     /// Where in the ring's tables the queue has its files and slots.
-    pub place: Place,
+    pub place: TableRange,
 }
 
 /// An operation as entries of a ring.
@@ -67,7 +67,7 @@ impl OpEntry {
 pub(super) struct RingPort<Io> {
     pub io: Io,
     qid: u16,
-    place: Place,
+    place: TableRange,
     incarnation: Incarnation,
     lend: LendMode,
     slots: SlotTable,
@@ -310,7 +310,7 @@ fn first_group(backlog: &VecDeque<(RingRole, Sqe)>) -> usize {
 }
 
 #[inline]
-fn file_sqe(op: &Op, buffer: FixedBuffer, route: Route, place: Place) -> Sqe {
+fn file_sqe(op: &Op, buffer: FixedBuffer, route: Route, place: TableRange) -> Sqe {
     let file = place.backing_file(op.backing.0);
     let len = u32::try_from(op.len).unwrap_or(u32::MAX);
     match op.kind {

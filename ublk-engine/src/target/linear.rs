@@ -3,7 +3,7 @@
 use uring_ext::Errno;
 
 use super::push_flushes;
-use super::reach::Reach;
+use super::transfer_limit::TransferLimit;
 use crate::plan::{BackingIndex, Op, OpKind, Place, Plan, Planner};
 use crate::request::{Request, RequestKind};
 
@@ -27,7 +27,7 @@ pub struct LinearTarget {
     /// One more than the greatest index of a backing.
     backings: u16,
     size: u64,
-    reach: Reach,
+    limit: TransferLimit,
 }
 
 /// The extents do not make a device.
@@ -62,13 +62,13 @@ impl LinearTarget {
         if placed.is_empty() {
             return Err(BadExtents::Empty);
         }
-        Ok(Self { extents: placed.into(), backings, size, reach: Reach::UNLIMITED })
+        Ok(Self { extents: placed.into(), backings, size, limit: TransferLimit::UNLIMITED })
     }
 
     /// On backings that take no more than this as one.
     #[must_use]
-    pub fn within(self, reach: Reach) -> Self {
-        Self { reach, ..self }
+    pub fn within(self, limit: TransferLimit) -> Self {
+        Self { limit, ..self }
     }
 
     /// Size of the device in bytes.
@@ -110,7 +110,7 @@ impl Planner for LinearTarget {
             let into = at - extent.device_start;
             let offset = extent.start + into;
             let left = (extent.len - into).min(end - at);
-            let len = if request.has_data() { self.reach.first(offset, left) } else { left };
+            let len = if request.has_data() { self.limit.first(offset, left) } else { left };
             let op = Op {
                 kind: OpKind::of_request(request.kind),
                 backing: extent.backing,
@@ -136,7 +136,7 @@ impl Planner for LinearTarget {
         let extent = self.extents.get(self.index_of(request.offset))?;
         let into = request.offset - extent.device_start;
         let offset = extent.start + into;
-        let is_inside = request.len <= extent.len - into && self.reach.holds(offset, request.len);
+        let is_inside = request.len <= extent.len - into && self.limit.holds(offset, request.len);
         is_inside.then_some(Place { backing: extent.backing, offset })
     }
 }
@@ -151,7 +151,7 @@ mod tests {
     fn geometry() -> impl Strategy<Value = Geometry<LinearTarget>> {
         let extent = (0..4_u16, 0..40_u64, 1..30_u64);
         let extents = prop::collection::vec(extent, 1..24);
-        (extents, oracle::reaches()).prop_map(|(extents, reach)| {
+        (extents, oracle::transfer_limits()).prop_map(|(extents, limit)| {
             // Extents must not overlap on a backing, or the device would alias itself.
             let mut free = [0_u64; 4];
             let extents: Vec<_> = extents
@@ -162,7 +162,7 @@ mod tests {
                     (BackingIndex(backing), start * 512, len * 512)
                 })
                 .collect();
-            let target = LinearTarget::new(extents).unwrap().within(reach);
+            let target = LinearTarget::new(extents).unwrap().within(limit);
             let size = target.size();
             let backings = free[..usize::from(target.backings)].iter();
             Geometry { size, backings: backings.map(|sectors| sectors * 512).collect(), target }

@@ -2,7 +2,7 @@
 
 use uring_ext::Errno;
 
-use super::reach::Reach;
+use super::transfer_limit::TransferLimit;
 use crate::plan::{BackingIndex, Op, OpKind, Place, Plan, Planner};
 use crate::request::Request;
 
@@ -10,26 +10,26 @@ use crate::request::Request;
 #[derive(Clone, Copy, Debug)]
 pub struct LoopTarget {
     size: u64,
-    reach: Reach,
+    limit: TransferLimit,
 }
 
 impl LoopTarget {
     /// A device of `size` bytes, at most the backing's.
     #[must_use]
     pub const fn new(size: u64) -> Self {
-        Self { size, reach: Reach::UNLIMITED }
+        Self { size, limit: TransferLimit::UNLIMITED }
     }
 
     /// On a backing that takes no more than this as one.
     #[must_use]
-    pub const fn within(self, reach: Reach) -> Self {
-        Self { reach, ..self }
+    pub const fn within(self, limit: TransferLimit) -> Self {
+        Self { limit, ..self }
     }
 
     /// What the backing takes as one.
     #[must_use]
-    pub const fn reach(&self) -> Reach {
-        self.reach
+    pub const fn transfer_limit(&self) -> TransferLimit {
+        self.limit
     }
 
     /// Size of the device in bytes.
@@ -45,7 +45,7 @@ impl Planner for LoopTarget {
         let mut offset = request.offset + from;
         loop {
             let left = end - offset;
-            let len = if request.has_data() { self.reach.first(offset, left) } else { left };
+            let len = if request.has_data() { self.limit.first(offset, left) } else { left };
             let op = Op {
                 kind: OpKind::of_request(request.kind),
                 backing: BackingIndex(0),
@@ -68,7 +68,7 @@ impl Planner for LoopTarget {
     #[inline(always)]
     fn single(&self, request: &Request) -> Option<Place> {
         let is_inside = request.end_within(self.size).is_ok();
-        let is_one = self.reach.holds(request.offset, request.len);
+        let is_one = self.limit.holds(request.offset, request.len);
         let place = Place { backing: BackingIndex(0), offset: request.offset };
         (is_inside && is_one && request.has_data()).then_some(place)
     }
@@ -84,16 +84,16 @@ mod tests {
 
     #[test]
     fn agrees_with_an_array_of_bytes() {
-        oracle::check((1..200_u64, oracle::reaches()).prop_map(|(sectors, reach)| {
+        oracle::check((1..200_u64, oracle::transfer_limits()).prop_map(|(sectors, limit)| {
             let size = sectors * 512;
-            let target = LoopTarget::new(size).within(reach);
+            let target = LoopTarget::new(size).within(limit);
             Geometry { target, size, backings: vec![size + 512] }
         }));
     }
 
     #[test]
     fn a_long_request_becomes_what_the_backing_takes() {
-        let target = LoopTarget::new(1 << 30).within(Reach::new(512, 96 << 10, 0, 4096));
+        let target = LoopTarget::new(1 << 30).within(TransferLimit::new(512, 96 << 10, 0, 4096));
         let read = |kind, len| {
             let mut plan = Plan::default();
             target.plan(&Request { kind, offset: 512, len }, 0, &mut plan).unwrap();

@@ -7,16 +7,16 @@ mod loop_target;
 mod null_target;
 #[cfg(test)]
 mod oracle;
-mod reach;
 mod stripe;
+mod transfer_limit;
 
 pub use fault::{Decision, FaultTarget};
 pub use fault_rule::{BadRule, Rule};
 pub use linear::{BadExtents, LinearTarget};
 pub use loop_target::LoopTarget;
 pub use null_target::NullTarget;
-pub use reach::Reach;
 pub use stripe::{BACKINGS as STRIPE_BACKINGS, BadStripe, MIN_CHUNK, StripeTarget};
+pub use transfer_limit::TransferLimit;
 
 use uring_ext::Errno;
 

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{TestCaseError, TestRunner, contextualize_config};
 use uring_ext::Errno;
 
-use super::reach::Reach;
+use super::transfer_limit::TransferLimit;
 use crate::plan::{Op, OpKind, Plan, Planner, WINDOW_OPS};
 use crate::request::{Request, RequestKind};
 
@@ -43,12 +43,12 @@ pub fn config() -> ProptestConfig {
 }
 
 /// What backings take as one, often far less than a request.
-pub fn reaches() -> impl Strategy<Value = Reach> {
+pub fn transfer_limits() -> impl Strategy<Value = TransferLimit> {
     let limited = (1..24_u32, 0..12_u64, 0..4_u32);
     let limited = limited.prop_map(|(max, boundary, shift)| {
-        Reach::new(512, max * 512, boundary * 512, 512 << shift)
+        TransferLimit::new(512, max * 512, boundary * 512, 512 << shift)
     });
-    prop_oneof![1 => Just(Reach::UNLIMITED), 2 => limited]
+    prop_oneof![1 => Just(TransferLimit::UNLIMITED), 2 => limited]
 }
 
 /// Random requests, some of them beyond the end: 16 on average.

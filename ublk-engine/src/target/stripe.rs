@@ -3,7 +3,7 @@
 use uring_ext::Errno;
 
 use super::push_flushes;
-use super::reach::Reach;
+use super::transfer_limit::TransferLimit;
 use crate::plan::{BackingIndex, Op, OpKind, Place, Plan, Planner};
 use crate::request::{Request, RequestKind};
 
@@ -33,7 +33,7 @@ pub struct StripeTarget {
     zones: Box<[Zone]>,
     backings: u16,
     size: u64,
-    reach: Reach,
+    limit: TransferLimit,
 }
 
 /// Sizes and chunk do not make a stripe.
@@ -90,13 +90,13 @@ impl StripeTarget {
             left.retain(|index| rows_of(index) > last_row);
         }
         let (zones, size) = (zones.into(), device_start);
-        Ok(Self { chunk, zones, backings: count, size, reach: Reach::UNLIMITED })
+        Ok(Self { chunk, zones, backings: count, size, limit: TransferLimit::UNLIMITED })
     }
 
     /// On backings that take no more than this as one.
     #[must_use]
-    pub fn within(self, reach: Reach) -> Self {
-        Self { reach, ..self }
+    pub fn within(self, limit: TransferLimit) -> Self {
+        Self { limit, ..self }
     }
 
     /// Size of the device in bytes.
@@ -138,7 +138,7 @@ impl StripeTarget {
             let (chunk, into_chunk) = (into / self.chunk, into % self.chunk);
             let (row, column) = zone.row_and_column(chunk);
             let offset = zone.start + row * self.chunk + into_chunk;
-            let len = self.reach.first(offset, (self.chunk - into_chunk).min(end - at));
+            let len = self.limit.first(offset, (self.chunk - into_chunk).min(end - at));
             let op = Op {
                 kind: OpKind::of_request(request.kind),
                 backing: zone.backings[column],
@@ -241,7 +241,7 @@ impl Planner for StripeTarget {
         let (row, column) = zone.row_and_column(chunk);
         let offset = zone.start + row * self.chunk + into_chunk;
         let place = Place { backing: zone.backings[column], offset };
-        self.reach.holds(offset, request.len).then_some(place)
+        self.limit.holds(offset, request.len).then_some(place)
     }
 }
 
@@ -254,10 +254,10 @@ mod tests {
 
     fn geometry() -> impl Strategy<Value = Geometry<StripeTarget>> {
         let sizes = prop::collection::vec(4096..40_000_u64, 2..12);
-        (0..2_u32, sizes, oracle::reaches()).prop_map(|(shift, sizes, reach)| {
+        (0..2_u32, sizes, oracle::transfer_limits()).prop_map(|(shift, sizes, limit)| {
             let chunk = MIN_CHUNK << shift;
             let sizes: Vec<_> = sizes.into_iter().map(|size| size.max(chunk)).collect();
-            let target = StripeTarget::new(chunk, &sizes).unwrap().within(reach);
+            let target = StripeTarget::new(chunk, &sizes).unwrap().within(limit);
             let size = target.size();
             Geometry { target, size, backings: sizes }
         })

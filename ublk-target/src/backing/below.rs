@@ -80,7 +80,7 @@ impl Below {
 
 /// What a path leads to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Place {
+enum Location {
     /// A block device.
     Device(Number),
     /// A file or directory on a file system with this number. That of a file on btrfs is of no device,
@@ -92,7 +92,7 @@ enum Place {
 trait Look {
     /// Where sysfs is.
     fn sys(&self) -> &Path;
-    fn at(&self, path: &Path) -> Option<Place>;
+    fn at(&self, path: &Path) -> Option<Location>;
     /// The file of a loop device with this name.
     fn loop_file(&self, name: &str) -> Option<LoopFile>;
     /// The mounts, as `/proc/PID/mountinfo` shows them.
@@ -112,19 +112,19 @@ impl Look for System<'_> {
         Path::new("/sys")
     }
 
-    fn at(&self, path: &Path) -> Option<Place> {
+    fn at(&self, path: &Path) -> Option<Location> {
         // A file of a server that does not answer must not be waited for.
         let flags = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
         let mask = StatxFlags::TYPE | StatxFlags::MNT_ID;
         let stat = statx(CWD, path, flags, mask).ok()?;
         let kind = FileType::from_raw_mode(stat.stx_mode.into());
         if kind.is_block_device() {
-            return Some(Place::Device((stat.stx_rdev_major, stat.stx_rdev_minor)));
+            return Some(Location::Device((stat.stx_rdev_major, stat.stx_rdev_minor)));
         }
         let has_mount = stat.stx_mask & StatxFlags::MNT_ID.bits() != 0;
         let system = (stat.stx_dev_major, stat.stx_dev_minor);
         let is_stored = kind.is_file() || kind.is_dir();
-        is_stored.then(|| Place::File { system, mount: has_mount.then_some(stat.stx_mnt_id) })
+        is_stored.then(|| Location::File { system, mount: has_mount.then_some(stat.stx_mnt_id) })
     }
 
     fn loop_file(&self, name: &str) -> Option<LoopFile> {
@@ -193,8 +193,8 @@ impl<'a> Search<'a> {
 
     fn add_path(&mut self, path: &Path, is_certain: bool) {
         match self.look.at(path) {
-            Some(Place::Device(device)) => self.add(device, is_certain),
-            Some(Place::File { system, mount }) => self.add_system(system, mount, is_certain),
+            Some(Location::Device(device)) => self.add(device, is_certain),
+            Some(Location::File { system, mount }) => self.add_system(system, mount, is_certain),
             None => {}
         }
     }
@@ -252,7 +252,7 @@ impl<'a> Search<'a> {
         // Its name may be that of something else by now.
         let path = fs::read_to_string(directory.join("loop/backing_file")).unwrap_or_default();
         match self.look.at(Path::new(path.trim_end())) {
-            Some(Place::File { system: of_path, mount }) if of_path == system => {
+            Some(Location::File { system: of_path, mount }) if of_path == system => {
                 self.add_system(system, mount, is_certain);
             }
             _ => self.add_system(system, None, is_certain),
@@ -285,7 +285,7 @@ impl<'a> Search<'a> {
         if mount.source.starts_with('/') {
             // Some have several.
             for source in mount.source.split(':') {
-                if let Some(Place::Device(device)) = self.look.at(Path::new(source)) {
+                if let Some(Location::Device(device)) = self.look.at(Path::new(source)) {
                     self.add(device, is_certain);
                     if mount.kind == "btrfs" {
                         self.add_btrfs_with(device, is_certain);

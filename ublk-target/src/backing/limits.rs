@@ -2,10 +2,10 @@
 //!
 //! If operations were what a backing does not take, they would be split below, fail with `EINVAL`,
 //! or be pushed to worker threads; so every limit is the backing's own. But a device that lends may
-//! take longer requests, which its target cuts ([`Reach`]): one delivery, several operations.
+//! take longer requests, which its target cuts ([`TransferLimit`]): one delivery, several operations.
 
 use ublk_engine::plan::WINDOW_OPS;
-use ublk_engine::target::Reach;
+use ublk_engine::target::TransferLimit;
 use ublk_engine::units::Bytes;
 use uring_ext::params::Params;
 use uring_ext::sys;
@@ -136,8 +136,8 @@ impl Limits {
 
     /// How long operations may be.
     #[must_use]
-    pub fn reach(&self) -> Reach {
-        Reach::new(self.logical_block, self.max_io, self.chunk, self.physical_block)
+    pub fn transfer_limit(&self) -> TransferLimit {
+        TransferLimit::new(self.logical_block, self.max_io, self.chunk, self.physical_block)
     }
 
     /// Whether requests can be cut: parts begin at any block of the buffer, which must do as an
@@ -147,7 +147,7 @@ impl Limits {
         self.dma_alignment <= self.logical_block
     }
 
-    /// Limits of a device whose target cuts requests ([`Limits::reach`]). They may be as long as an
+    /// Limits of a device whose target cuts requests ([`Limits::transfer_limit`]). They may be as long as an
     /// operation, or `longest` if that is no more than a window of operations.
     #[must_use]
     pub fn of_cut_requests(&self, longest: u32) -> Self {

@@ -6,8 +6,8 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use ublk_target::lend::LendRequest;
 use ublk_target::mark::Nonce;
+use ublk_target::server::busy_poll::BusyWait;
 use ublk_target::server::on_death::OnDeath;
-use ublk_target::server::pace::BusyWait;
 use ublk_target::server::polling;
 use uring_ext::ring::Polling;
 

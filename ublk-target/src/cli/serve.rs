@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use sd_notify::NotifyState;
 use ublk_target::inherited;
-use ublk_target::server::fleet::{self, FleetError, News, Orders};
+use ublk_target::server::fleet::{self, FleetError, FleetEvent, FleetHooks};
 
 use super::Serve;
 use super::logging::{self, To};
@@ -34,13 +34,13 @@ pub fn serve(args: &Serve, verbose: u8) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     inherited::shed();
-    let orders = Orders {
+    let hooks = FleetHooks {
         read: Box::new(|| file::read(&path)),
         command: Box::new(delete_by),
         quiesce: Box::new(quiesce_by),
         tell: Box::new(tell),
     };
-    match fleet::serve(config, &orders) {
+    match fleet::serve(config, &hooks) {
         Ok(()) => Ok(ExitCode::SUCCESS),
         Err(FleetError::Faults(faults)) => Ok(refuse(&faults)),
         Err(error) => Err(error.into()),
@@ -61,14 +61,14 @@ fn refuse(faults: &[String]) -> ExitCode {
 const LONGEST_BEGIN_US: u32 = 180_000_000;
 
 /// Tells the service manager, and whoever reads standard output. Without them it does nothing.
-fn tell(news: &News) {
+fn tell(news: &FleetEvent) {
     let states = match news {
-        News::Begins(done, wanted) => {
+        FleetEvent::Begins(done, wanted) => {
             let status = format!("beginning device {} of {wanted}", done + 1);
             let extended = NotifyState::ExtendTimeoutUsec(LONGEST_BEGIN_US);
             return notify(&[extended, NotifyState::Status(&status)]);
         }
-        News::Ready(devices, wanted) => {
+        FleetEvent::Ready(devices, wanted) => {
             partitions::await_all(devices.iter().map(|device| device.id));
             let mut out = io::stdout().lock();
             for device in devices {
@@ -78,11 +78,11 @@ fn tell(news: &News) {
             let status = format!("{} of {wanted} devices", devices.len());
             return notify(&[NotifyState::Ready, NotifyState::Status(&status)]);
         }
-        News::Reloading => match NotifyState::monotonic_usec_now() {
+        FleetEvent::Reloading => match NotifyState::monotonic_usec_now() {
             Ok(now) => vec![NotifyState::Reloading, now],
             Err(_) => vec![NotifyState::Reloading],
         },
-        News::Reloaded(made, count) => {
+        FleetEvent::Reloaded(made, count) => {
             partitions::await_all(made.iter().copied());
             let status = format!("{count} devices");
             log::info!("the file was read again: {status}");

@@ -15,8 +15,8 @@ use uring_ext::control::ControlError;
 use uring_ext::feature::Feature;
 use uring_ext::ring::Polling;
 
+use super::busy_poll::BusyWait;
 use super::on_death::{CannotRecover, OnDeath};
-use super::pace::BusyWait;
 use super::polling::{CannotPoll, Unpolled, WrittenPolling};
 use super::recovery::CannotRecoverDevice;
 use super::room::{self, Shortage};

@@ -20,9 +20,9 @@ use uring_ext::feature::{self, Features};
 use uring_ext::{Errno, sys};
 
 use super::config::{DeviceConfig, DeviceError};
-use super::lanes::{DeviceLanes, Making};
+use super::control_request::{ControlRequest, Petitioner};
+use super::lanes::{DeviceLanes, LaneSetup};
 use super::message::LaneMessage;
-use super::petition::{Petition, Petitioner};
 use super::plan::{Plan, add};
 use super::protection::protect;
 use super::recovery;
@@ -101,9 +101,9 @@ pub fn serve(
     served.and(ended)
 }
 
-/// What the devices of a process share.
+/// What the devices of a fleet share.
 #[derive(Clone)]
-pub(super) struct Company {
+pub(super) struct SharedServices {
     pub lanes: Rc<RefCell<SharedLanes>>,
     pub stats: Arc<StatsThread>,
 }
@@ -118,11 +118,11 @@ pub(super) struct Server {
     pub cdev: Option<Arc<File>>,
     pub record: Option<StateFile>,
     pub supervisor: Option<u32>,
-    petitions: Option<Receiver<Petition>>,
+    control_requests: Option<Receiver<ControlRequest>>,
     /// It is to be left to the next server.
     is_left: bool,
     /// What it shares with other devices of the process.
-    pub company: Option<Company>,
+    pub services: Option<SharedServices>,
 }
 
 impl Server {
@@ -141,9 +141,9 @@ impl Server {
             cdev: None,
             record: None,
             supervisor,
-            petitions: None,
+            control_requests: None,
             is_left: false,
-            company: None,
+            services: None,
         }
     }
 
@@ -268,19 +268,21 @@ impl Server {
         cdev: &Arc<File>,
     ) -> Result<(), DeviceError> {
         let (control, wakeups) = (&*self.control, &self.wakeups);
-        let shared = self.company.as_ref().map(|company| &company.lanes);
-        self.lanes.start(&Making { control, info, plan, cdev, wakeups, shared })
+        let shared = self.services.as_ref().map(|services| &services.lanes);
+        self.lanes.start(&LaneSetup { control, info, plan, cdev, wakeups, shared })
     }
 
     fn start_stats(&mut self) -> Result<(), DeviceError> {
         let path = stats::socket_path(Path::new(RUN_DIR), self.id);
         let lanes = self.lanes.handles();
-        let (petitioner, petitions) = Petitioner::new(Arc::clone(&self.wakeups));
-        self.petitions = Some(petitions);
+        let (petitioner, control_requests) = Petitioner::new(Arc::clone(&self.wakeups));
+        self.control_requests = Some(control_requests);
         let limits = Limits::default();
-        let started = match &self.company {
+        let started = match &self.services {
             None => StatsServer::start(path.clone(), self.id, lanes, petitioner, limits),
-            Some(company) => company.stats.listen(path.clone(), self.id, lanes, petitioner, limits),
+            Some(services) => {
+                services.stats.listen(path.clone(), self.id, lanes, petitioner, limits)
+            }
         };
         let started = started.map_err(|error| {
             DeviceError::setup(format!("cannot listen on {}", path.display()), Errno::of(&error))
@@ -348,18 +350,18 @@ impl Server {
                         break;
                     }
                 }
-                Wake::Petition => {
-                    while let Some(petition) = self.petition() {
-                        match petition {
-                            Petition::Grow { size, reply } => {
+                Wake::ControlRequest => {
+                    while let Some(control_request) = self.control_request() {
+                        match control_request {
+                            ControlRequest::Grow { size, reply } => {
                                 let grown = self.grow(&mut plan, size);
                                 let _ = reply.try_send(grown.map_err(|error| error.to_string()));
                             }
                             // Stopped meanwhile: nobody can serve it any more.
-                            Petition::Upgrade { reply, .. } if !self.is_live() => {
+                            ControlRequest::Upgrade { reply, .. } if !self.is_live() => {
                                 let _ = reply.try_send(Err("the device is stopped".to_owned()));
                             }
-                            Petition::Upgrade { program, reply } => {
+                            ControlRequest::Upgrade { program, reply } => {
                                 let _ = reply.try_send(Ok(()));
                                 plan = self.hand_over(plan, &program, helpers)?;
                             }
@@ -402,8 +404,8 @@ impl Server {
     }
 
     /// What somebody asks for.
-    pub fn petition(&self) -> Option<Petition> {
-        self.petitions.as_ref()?.try_recv().ok()
+    pub fn control_request(&self) -> Option<ControlRequest> {
+        self.control_requests.as_ref()?.try_recv().ok()
     }
 
     /// Serves the bytes by which the backings have grown; how long the device may be now. `size` is
@@ -453,7 +455,7 @@ impl Server {
 
     /// Lets go of all that another server needs.
     pub fn let_go(&mut self) {
-        self.petitions = None;
+        self.control_requests = None;
         drop(self.stats.take());
         drop(self.cdev.take());
     }
@@ -508,7 +510,7 @@ impl Server {
     pub fn take_down(mut self) -> Result<(), DeviceError> {
         let mut result = Ok(());
         if self.is_left {
-            self.petitions = None;
+            self.control_requests = None;
             // The fetches of the other lanes end with their process.
             drop(self.stats.take());
             return Ok(());
@@ -530,7 +532,7 @@ impl Server {
         }
         result = result.and(self.lanes.join());
         // Whoever asks for something now is not answered any more, and must not be waited for.
-        self.petitions = None;
+        self.control_requests = None;
         // It tells of the lanes until they have ended. The id is still this device's, so that no
         // other server can have made a socket of this name.
         drop(self.stats.take());

@@ -15,7 +15,7 @@ use std::time::Duration;
 use nix::sys::eventfd::EventFd;
 use ublk_engine::engine::{EngineConfig, EngineStats};
 use ublk_engine::lane::fault::{Faults, Injected};
-use ublk_engine::lane::{Handled, Lane, LaneError, LaneIo, Place, PortConfig, backing_file};
+use ublk_engine::lane::{Handled, Lane, LaneError, LaneIo, PortConfig, TableRange, backing_file};
 use ublk_engine::plan::WINDOW_OPS;
 use ublk_engine::target::AnyTarget;
 use uring_ext::Errno;
@@ -24,14 +24,14 @@ use uring_ext::nvme::Ranges;
 use uring_ext::pool::BufferPool;
 use uring_ext::ring::{Polling, Ring, RingSetup};
 
+use super::busy_poll::BusyWait;
 use super::clock::{coarse_now, precise_now};
+use super::idle_policy::{IdlePolicy, may_look};
 use super::io_lane::IoLane;
 use super::message::LaneMessage;
-use super::pace::BusyWait;
 use super::ring_io::{Parts, RingIo};
 use super::side_ring::SideRing;
 use super::signals::Wakeups;
-use super::waits::{Waits, may_look};
 use crate::backing::Backing;
 
 /// Completions taken at a time, so that submissions are never held up for long.
@@ -105,7 +105,7 @@ pub fn serve(
         inbox,
         is_draining: false,
         is_undelivered: false,
-        waits: Waits::new(busy_wait(config)),
+        idle_policy: IdlePolicy::new(busy_wait(config)),
     };
     thread.lane.fetch_all();
     thread.lane.watch(wake_file(config));
@@ -121,7 +121,7 @@ fn new_lane<'ring>(config: &LaneConfig, io: RingIo<'ring>) -> Lane<AnyTarget, Ri
         routes: config.backings.iter().map(Backing::route).collect(),
         polled: config.polling != Polling::Off,
         faults: config.faults,
-        place: Place::default(),
+        place: TableRange::default(),
     };
     Lane::new(config.target.clone(), config.engine, port, io)
 }
@@ -267,7 +267,7 @@ struct LaneThread<'ring> {
     inbox: Receiver<LaneMessage>,
     is_draining: bool,
     is_undelivered: bool,
-    waits: Waits,
+    idle_policy: IdlePolicy,
 }
 
 impl LaneThread<'_> {
@@ -278,11 +278,11 @@ impl LaneThread<'_> {
             let engine = self.lane.engine();
             let patience = if is_idle { Some(Duration::ZERO) } else { engine.patience() };
             let transfers = engine.transfers_in_flight();
-            let look_for = if is_idle { 0 } else { self.waits.look_for() };
+            let look_for = if is_idle { 0 } else { self.idle_policy.look_for() };
             if look_for == 0 || !self.lane.io().submit_and_look(look_for)? {
                 self.lane.io().submit_and_wait(patience, transfers)?;
             }
-            self.waits.ended(transfers);
+            self.idle_policy.ended(transfers);
             let mut reaped = 0;
             loop {
                 let count = self.reap(config);

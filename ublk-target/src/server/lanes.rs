@@ -19,17 +19,17 @@ use uring_ext::control::Control;
 use uring_ext::ring::Polling;
 use uring_ext::{Errno, sys};
 
+use super::busy_poll::BusyWait;
 use super::config::DeviceError;
 use super::lane::{self, LaneConfig, LaneReport, spawn_lane};
 use super::message::{LaneHandle, LaneMessage};
-use super::pace::BusyWait;
 use super::plan::Plan;
 use super::shared::{SharedLanes, StationHandle};
 use super::signals::Wakeups;
 use crate::steps::step;
 
 /// What a device's lanes are made from.
-pub(super) struct Making<'a> {
+pub(super) struct LaneSetup<'a> {
     pub control: &'a Control,
     pub info: &'a sys::ublksrv_ctrl_dev_info,
     pub plan: &'a Plan,
@@ -44,7 +44,7 @@ pub(super) struct Making<'a> {
 pub(super) struct DeviceLanes {
     queues: Vec<Queue>,
     /// Those that the process's devices share.
-    company: Option<Rc<RefCell<SharedLanes>>>,
+    shared_lanes: Option<Rc<RefCell<SharedLanes>>>,
 }
 
 struct Queue {
@@ -60,21 +60,21 @@ enum ServedBy {
 
 impl DeviceLanes {
     /// Starts to serve all queues. What was started is there even if not all could be.
-    pub fn start(&mut self, making: &Making<'_>) -> Result<(), DeviceError> {
+    pub fn start(&mut self, setup: &LaneSetup<'_>) -> Result<(), DeviceError> {
         // A ring that polls, takes double entries or has a second one is of one device; and so is a
         // lane that is told how to wait.
-        let is_alone = making.plan.config.io_lane
-            || making.plan.layout.polling != Polling::Off
-            || matches!(making.plan.config.busy_wait, BusyWait::Limit(_))
-            || making.plan.layout.backings.iter().any(|backing| backing.route().is_namespace());
-        let company = making.shared.filter(|_| !is_alone).cloned();
-        self.company.clone_from(&company);
+        let is_alone = setup.plan.config.io_lane
+            || setup.plan.layout.polling != Polling::Off
+            || matches!(setup.plan.config.busy_wait, BusyWait::Limit(_))
+            || setup.plan.layout.backings.iter().any(|backing| backing.route().is_namespace());
+        let shared_lanes = setup.shared.filter(|_| !is_alone).cloned();
+        self.shared_lanes.clone_from(&shared_lanes);
         let mut waiting = Vec::new();
-        for qid in (0..making.info.nr_hw_queues).map(Qid) {
-            match &company {
-                None => waiting.push((qid, self.start_thread(making, qid)?)),
+        for qid in (0..setup.info.nr_hw_queues).map(Qid) {
+            match &shared_lanes {
+                None => waiting.push((qid, self.start_thread(setup, qid)?)),
                 Some(shared) => {
-                    let started = start_station(making, qid, &mut shared.borrow_mut());
+                    let started = start_station(setup, qid, &mut shared.borrow_mut());
                     let (handle, station) =
                         started.map_err(|error| DeviceError::of_lane(qid, error))?;
                     let served_by = ServedBy::Station(Box::new(station));
@@ -100,16 +100,16 @@ impl DeviceLanes {
 
     fn start_thread(
         &mut self,
-        making: &Making<'_>,
+        setup: &LaneSetup<'_>,
         qid: Qid,
     ) -> Result<Receiver<Result<(), LaneError>>, DeviceError> {
-        let (handle, inbox, wake) = LaneHandle::new(qid, making.info.queue_depth)
+        let (handle, inbox, wake) = LaneHandle::new(qid, setup.info.queue_depth)
             .map_err(|errno| DeviceError::setup("cannot make a lane", errno))?;
-        let id = making.info.dev_id;
-        let cpus = making.control.queue_affinity(id, qid.0).unwrap_or_default();
-        let config = making.lane(qid, wake, cpus);
+        let id = setup.info.dev_id;
+        let cpus = setup.control.queue_affinity(id, qid.0).unwrap_or_default();
+        let config = setup.lane(qid, wake, cpus);
         let (ready, is_ready) = mpsc::sync_channel(1);
-        let wakeups = Arc::clone(making.wakeups);
+        let wakeups = Arc::clone(setup.wakeups);
         let thread = spawn_lane(format!("ublkb{id}-q{}", qid.0), move || {
             let served = lane::serve(&config, inbox, &ready);
             // The files go before the end is announced.
@@ -197,7 +197,7 @@ impl DeviceLanes {
     }
 
     fn join_one(&self, queue: Queue) -> Result<LaneReport, LaneError> {
-        match (queue.served_by, &self.company) {
+        match (queue.served_by, &self.shared_lanes) {
             (ServedBy::Thread(thread), _) => {
                 thread.join().unwrap_or(Err(LaneError::Ring(Errno::EIO)))
             }
@@ -208,14 +208,14 @@ impl DeviceLanes {
 }
 
 fn start_station(
-    making: &Making<'_>,
+    setup: &LaneSetup<'_>,
     qid: Qid,
     shared: &mut SharedLanes,
 ) -> Result<(LaneHandle, StationHandle), LaneError> {
-    let (plan, depth) = (making.plan, making.info.queue_depth);
+    let (plan, depth) = (setup.plan, setup.info.queue_depth);
     let slots = frugal(&plan.slots, plan.choice.mode);
     let (holding, wake) = shared.hold(plan.layout.backings.len(), &slots, depth)?;
-    let mut config = making.lane(qid, wake, Vec::new());
+    let mut config = setup.lane(qid, wake, Vec::new());
     config.engine.slots = slots;
     shared.start(holding, &config)
 }
@@ -229,7 +229,7 @@ fn frugal(slots: &SlotTable, mode: LendMode) -> SlotTable {
     }
 }
 
-impl Making<'_> {
+impl LaneSetup<'_> {
     fn lane(&self, qid: Qid, wake: Arc<EventFd>, cpus: Vec<usize>) -> LaneConfig {
         let (info, plan) = (self.info, self.plan);
         LaneConfig {

@@ -294,21 +294,21 @@ fn target_of(
     sizes: &[u64],
     limits: &Limits,
 ) -> Result<(AnyTarget, Bytes), DeviceError> {
-    let reach = limits.reach();
+    let limit = limits.transfer_limit();
     match config {
         TargetConfig::Null { size } => null_target(*size),
         TargetConfig::Loop { .. } => {
             let size = sizes.first().copied().unwrap_or_default();
-            Ok((AnyTarget::Loop(LoopTarget::new(size).within(reach)), Bytes(size)))
+            Ok((AnyTarget::Loop(LoopTarget::new(size).within(limit)), Bytes(size)))
         }
         TargetConfig::Linear { extents } => {
             let target = LinearTarget::new(placed(extents, sizes, limits.logical_block)?)?;
-            let target = target.within(reach);
+            let target = target.within(limit);
             let size = Bytes(target.size());
             Ok((AnyTarget::Linear(target), size))
         }
         TargetConfig::Stripe { chunk, .. } => {
-            let target = StripeTarget::new(chunk.0, sizes)?.within(reach);
+            let target = StripeTarget::new(chunk.0, sizes)?.within(limit);
             let size = Bytes(target.size());
             Ok((AnyTarget::Stripe(target), size))
         }

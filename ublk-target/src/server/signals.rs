@@ -27,7 +27,7 @@ pub enum Wake {
     /// The driver takes back fetches of a lane: it delivers no more.
     Undelivered,
     /// Somebody asks for something.
-    Petition,
+    ControlRequest,
     /// The other descriptor can be read.
     Other,
     /// Nothing within the time.
@@ -53,7 +53,7 @@ pub struct Wakeups {
     last: AtomicI32,
     lanes: EventFd,
     undelivered: EventFd,
-    petitions: EventFd,
+    control_requests: EventFd,
 }
 
 impl Wakeups {
@@ -69,10 +69,10 @@ impl Wakeups {
                 (signals(&[Signal::SIGINT, Signal::SIGTERM])?, Some(signals(&[Signal::SIGHUP])?))
             }
         };
-        let [lanes, undelivered, petitions] =
+        let [lanes, undelivered, control_requests] =
             [event_descriptor()?, event_descriptor()?, event_descriptor()?];
         let last = AtomicI32::new(0);
-        Ok(Self { signals, hangup, last, lanes, undelivered, petitions })
+        Ok(Self { signals, hangup, last, lanes, undelivered, control_requests })
     }
 
     /// As [`Wakeups::new`], to be shared with lanes.
@@ -136,16 +136,16 @@ impl Wakeups {
     }
 
     /// Says that somebody asks for something. Callable from any thread.
-    pub fn petition(&self) {
-        let _ = self.petitions.write(1);
+    pub fn control_request(&self) {
+        let _ = self.control_requests.write(1);
     }
 
-    /// Waits for a signal, the end of a lane or a petition.
+    /// Waits for a signal, the end of a lane or a control request.
     pub fn wait(&self, timeout: PollTimeout) -> Wake {
         self.wait_for(None, false, timeout)
     }
 
-    /// Waits for a signal, the end of a lane, a petition, or until another descriptor can be read.
+    /// Waits for a signal, the end of a lane, a control request, or until another descriptor can be read.
     pub fn wait_or(&self, other: BorrowedFd<'_>, timeout: PollTimeout) -> Wake {
         self.wait_for(Some(other), false, timeout)
     }
@@ -172,8 +172,8 @@ impl Wakeups {
             if self.take_undelivered() {
                 return Wake::Undelivered;
             }
-            if self.petitions.read().is_ok() {
-                return Wake::Petition;
+            if self.control_requests.read().is_ok() {
+                return Wake::ControlRequest;
             }
             if heeds_hangup && self.take_hangup() {
                 return Wake::Hangup;
@@ -181,10 +181,11 @@ impl Wakeups {
             // Without another one, the same twice.
             let other = other.unwrap_or(self.signals.as_fd());
             let hangup = hangup.map_or(self.signals.as_fd(), AsFd::as_fd);
-            let [lanes, undelivered, petitions] =
-                [&self.lanes, &self.undelivered, &self.petitions].map(AsFd::as_fd);
-            let mut fds = [self.signals.as_fd(), hangup, lanes, undelivered, petitions, other]
-                .map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+            let [lanes, undelivered, control_requests] =
+                [&self.lanes, &self.undelivered, &self.control_requests].map(AsFd::as_fd);
+            let mut fds =
+                [self.signals.as_fd(), hangup, lanes, undelivered, control_requests, other]
+                    .map(|fd| PollFd::new(fd, PollFlags::POLLIN));
             let ready = poll(&mut fds, timeout);
             let [own @ .., other] = fds.map(|fd| fd.any().unwrap_or(false));
             match ready {

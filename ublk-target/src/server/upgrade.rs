@@ -155,7 +155,7 @@ impl Server {
                     Wake::Signal(signal) => came.signal = Some(signal),
                     Wake::Undelivered => came.undelivered = true,
                     Wake::LaneEnded => came.lane_ended = true,
-                    Wake::Petition | Wake::Hangup | Wake::Other | Wake::TimedOut => {}
+                    Wake::ControlRequest | Wake::Hangup | Wake::Other | Wake::TimedOut => {}
                 }
             };
             match status.code() {

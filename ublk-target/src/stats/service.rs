@@ -24,8 +24,8 @@ use super::lanes::{Lanes, Silent};
 use super::protocol::{Answer, Command, Snapshot};
 use super::summary::{lane_stats, latencies};
 use crate::program::Program;
+use crate::server::control_request::{ControlRequest, Petitioner};
 use crate::server::message::LaneHandle;
-use crate::server::petition::{Petition, Petitioner};
 
 /// Bounds of what clients may take.
 #[derive(Clone, Copy, Debug)]
@@ -326,13 +326,13 @@ impl Service {
             }
             Some(Ok(Command::Grow { size })) => {
                 let size = size.map(Bytes);
-                let grown = self.petitioner.ask(|reply| Petition::Grow { size, reply });
+                let grown = self.petitioner.ask(|reply| ControlRequest::Grow { size, reply });
                 grown.map_or_else(Answer::Error, |size| Answer::Size(size.0))
             }
             Some(Ok(Command::Upgrade { program, file, descriptor })) => {
                 let client = self.connections[index].client;
                 let accepted = see(&program, file, client, descriptor).and_then(|program| {
-                    self.petitioner.ask(|reply| Petition::Upgrade { program, reply })
+                    self.petitioner.ask(|reply| ControlRequest::Upgrade { program, reply })
                 });
                 accepted.map_or_else(Answer::Error, |()| Answer::Accepted)
             }

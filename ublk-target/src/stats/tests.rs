@@ -15,8 +15,8 @@ use ublk_engine::units::Qid;
 use super::client::{Client, ClientError};
 use super::protocol::{Answer, Command, MAX_REQUEST_BYTES};
 use super::{Limits, StatsServer, is_deserted, socket_path};
+use crate::server::control_request::Petitioner;
 use crate::server::message::{LaneHandle, LaneMessage, LaneSnapshot};
-use crate::server::petition::Petitioner;
 use crate::server::signals::{Hangup, Wakeups};
 
 /// What lanes are made to do here.
@@ -29,7 +29,7 @@ enum Manner {
     End,
 }
 
-/// Brings petitions to a main thread that has ended.
+/// Brings control requests to a main thread that has ended.
 fn nobody() -> Petitioner {
     Petitioner::new(Arc::new(Wakeups::new(Hangup::Ends).unwrap())).0
 }

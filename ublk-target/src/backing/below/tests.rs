@@ -9,7 +9,7 @@ use crate::backing::Opening;
 #[derive(Default)]
 struct Made {
     sys: Option<tempfile::TempDir>,
-    places: BTreeMap<PathBuf, Place>,
+    places: BTreeMap<PathBuf, Location>,
     loops: BTreeMap<String, LoopFile>,
     mountinfo: String,
     swaps: String,
@@ -35,7 +35,7 @@ impl Look for Made {
         self.sys.as_ref().unwrap().path()
     }
 
-    fn at(&self, path: &Path) -> Option<Place> {
+    fn at(&self, path: &Path) -> Option<Location> {
         self.places.get(path).copied()
     }
 
@@ -73,7 +73,7 @@ impl Made {
         fs::write(directory.join("dev"), format!("{text}\n")).unwrap();
         symlink(&directory, self.sys().join("dev/block").join(text)).unwrap();
         let node = Path::new("/dev").join(directory.file_name().unwrap());
-        self.places.insert(node, Place::Device(number));
+        self.places.insert(node, Location::Device(number));
     }
 
     fn ublk(&mut self, id: u32, backings: &[&str]) {
@@ -93,7 +93,7 @@ impl Made {
     }
 
     fn file(&mut self, path: &str, system: Number, mount: Option<u64>) {
-        self.places.insert(path.into(), Place::File { system, mount });
+        self.places.insert(path.into(), Location::File { system, mount });
     }
 
     fn kernel_loop(&mut self, name: &str, number: Number, file: LoopFile, path: &str) {
@@ -228,7 +228,7 @@ fn on_the_system_that_runs() {
     assert_eq!(Below::backings(&backings, &Made::default()), Below::default());
     let made = Made::default();
     let system = System { records: &made };
-    let Some(Place::File { mount, .. }) = system.at(&path) else { panic!("no file") };
+    let Some(Location::File { mount, .. }) = system.at(&path) else { panic!("no file") };
     let mounts = system.mountinfo();
     let own = mounts.lines().filter_map(parse_mount).any(|it| Some(it.id) == mount);
     assert!(own, "{mount:?} is none of {mounts}");

@@ -9,29 +9,29 @@ use uring_ext::control::Control;
 use uring_ext::feature::{Features, SAFE_STOP_DEV};
 use uring_ext::sys;
 
-use super::{Fleet, Orders, cpus, id_of};
+use super::{Fleet, FleetHooks, cpus, id_of};
 use crate::backing::BackingProblem;
 use crate::backing::below::Below;
 use crate::delete::{self, Deletion};
 use crate::lend::LendRequest;
 use crate::mark::Nonce;
 use crate::server::config::{DeviceConfig, DeviceError};
+use crate::server::control_request::ControlRequest;
 use crate::server::device::Server;
-use crate::server::petition::Petition;
 use crate::server::plan::{self, Plan};
 use crate::server::recovery::{self, CannotRecoverDevice};
 use crate::standing::Recorded;
 use crate::state::{self, Description, StateFile};
 
-/// What a device is begun with.
-pub(super) struct Outset {
+/// A device that has been checked and can be started.
+pub(super) struct Preparation {
     pub config: DeviceConfig,
     /// What it may have to wait for.
     below: Below,
     found: Found,
 }
 
-/// What there is of a device before it is begun.
+/// What exists of a device before it is started.
 enum Found {
     /// Nothing.
     Nothing(Box<Plan>),
@@ -41,15 +41,15 @@ enum Found {
     Remains(Box<Plan>),
 }
 
-impl Outset {
+impl Preparation {
     /// Finds out how a device is to be begun; opens its backings where it is a new one.
     pub fn of(
         config: &DeviceConfig,
         control: &Control,
         features: Features,
     ) -> Result<Self, DeviceError> {
-        if let Some(outset) = Self::waiting(config, control)? {
-            return Ok(outset);
+        if let Some(preparation) = Self::waiting(config, control)? {
+            return Ok(preparation);
         }
         // The files of a dead server are let go of some time after its end, and nobody tells.
         let is_left = control.info(id_of(config)).is_ok();
@@ -72,8 +72,8 @@ impl Outset {
         plan: Result<Plan, DeviceError>,
         control: &Control,
     ) -> Result<Self, DeviceError> {
-        if let Some(outset) = Self::waiting(config, control)? {
-            return Ok(outset);
+        if let Some(preparation) = Self::waiting(config, control)? {
+            return Ok(preparation);
         }
         let plan = Box::new(plan?);
         let below = plan.layout.below.clone();
@@ -178,15 +178,15 @@ pub(super) enum End {
 impl Member {
     /// Has the device made, or takes it over.
     pub fn begin(
-        outset: Outset,
+        preparation: Preparation,
         fleet: &Fleet,
-        orders: &Orders<'_>,
+        hooks: &FleetHooks<'_>,
     ) -> Result<(Self, Description), DeviceError> {
-        let Outset { mut config, found, .. } = outset;
+        let Preparation { mut config, found, .. } = preparation;
         let (plan, mut server) = match found {
             Found::Nothing(plan) => add(*plan, fleet)?,
             Found::Remains(plan) => {
-                clear(id_of(&config), fleet, orders)?;
+                clear(id_of(&config), fleet, hooks)?;
                 add(*plan, fleet)?
             }
             Found::Waiting(record) => {
@@ -214,13 +214,13 @@ impl Member {
 
     /// Does what others ask for.
     pub fn heed_petitions(&mut self) {
-        while let Some(petition) = self.server.petition() {
-            match petition {
-                Petition::Grow { size, reply } => {
+        while let Some(control_request) = self.server.control_request() {
+            match control_request {
+                ControlRequest::Grow { size, reply } => {
                     let grown = self.server.grow(&mut self.plan, size);
                     let _ = reply.try_send(grown.map_err(|error| error.to_string()));
                 }
-                Petition::Upgrade { program: _, reply } => {
+                ControlRequest::Upgrade { program: _, reply } => {
                     let _ = reply.try_send(Err(NO_UPGRADE.to_owned()));
                 }
             }
@@ -228,9 +228,9 @@ impl Member {
     }
 
     /// Whether the device has come to an end, or has to.
-    pub fn look(&mut self, orders: &Orders<'_>) -> Option<End> {
+    pub fn look(&mut self, hooks: &FleetHooks<'_>) -> Option<End> {
         if self.server.lanes.are_withdrawn() {
-            self.have_rest_taken_back(orders);
+            self.have_rest_taken_back(hooks);
         }
         if let Some(error) = self.server.lanes.take_failure() {
             return Some(End::Failed(error));
@@ -252,7 +252,7 @@ impl Member {
 
     /// Somebody has made the device wait for another server while a request was in hand. That one has
     /// been answered, and its tag is with the driver again, which delivers nothing to it.
-    fn have_rest_taken_back(&self, orders: &Orders<'_>) {
+    fn have_rest_taken_back(&self, hooks: &FleetHooks<'_>) {
         let id = self.server.id;
         let info = self.server.control.info(id);
         if !info.is_ok_and(|info| u32::from(info.state) == sys::UBLK_S_DEV_LIVE) {
@@ -260,7 +260,7 @@ impl Member {
         }
         log::warn!("device {id}: somebody has made it wait for another server");
         // No request is in hand, so that this does not take long.
-        let status = (orders.quiesce)(id).and_then(|mut process| process.wait());
+        let status = (hooks.quiesce)(id).and_then(|mut process| process.wait());
         match status {
             Ok(status) if status.success() => {}
             Ok(status) => log::error!("device {id}: its deliveries cannot be stopped: {status}"),
@@ -269,15 +269,15 @@ impl Member {
     }
 
     /// Stops the device and takes it down.
-    pub fn stop(self, orders: &Orders<'_>) -> Result<(), DeviceError> {
-        let stopped = self.server.stop(&|id| (orders.command)(id, delete::Command::Stop));
+    pub fn stop(self, hooks: &FleetHooks<'_>) -> Result<(), DeviceError> {
+        let stopped = self.server.stop(&|id| (hooks.command)(id, delete::Command::Stop));
         let ended = self.server.take_down();
         stopped.and(ended)
     }
 
     /// Has the driver stop the device if nobody has it open; else who uses it, in words. What only
     /// looks at it, such as udev, is waited for.
-    pub fn stop_unused(&self, orders: &Orders<'_>, features: Features) -> Result<(), String> {
+    pub fn stop_unused(&self, hooks: &FleetHooks<'_>, features: Features) -> Result<(), String> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let users = delete::users(self.server.id);
@@ -286,7 +286,7 @@ impl Member {
             }
             // Before Linux 7.0 the driver stops it whoever has opened it by now.
             let can_try = features.has(SAFE_STOP_DEV);
-            let stop = |id| (orders.command)(id, delete::Command::StopUnused);
+            let stop = |id| (hooks.command)(id, delete::Command::StopUnused);
             if !can_try || self.server.stop(&stop).is_ok() {
                 return Ok(());
             }
@@ -312,7 +312,7 @@ impl End {
         self,
         mut member: Member,
         fleet: &Fleet,
-        orders: &Orders<'_>,
+        hooks: &FleetHooks<'_>,
     ) -> Option<Member> {
         let id = member.server.id;
         match self {
@@ -325,7 +325,7 @@ impl End {
             }
             Self::Failed(error) => {
                 log::error!("device {id}: {error}; it is taken down");
-                if let Err(error) = member.stop(orders) {
+                if let Err(error) = member.stop(hooks) {
                     log::error!("device {id}: {error}");
                 }
                 None
@@ -338,8 +338,8 @@ impl End {
                 let left = member.server.take_down();
                 drop(member.plan);
                 let again = left
-                    .and_then(|()| Outset::of(&config, &fleet.control, fleet.features))
-                    .and_then(|outset| Member::begin(outset, fleet, orders));
+                    .and_then(|()| Preparation::of(&config, &fleet.control, fleet.features))
+                    .and_then(|preparation| Member::begin(preparation, fleet, hooks));
                 match again {
                     Ok((member, _)) => Some(member),
                     Err(error) => {
@@ -355,7 +355,7 @@ impl End {
 fn server(id: u32, fleet: &Fleet) -> Server {
     let (control, wakeups) = (fleet.control.clone(), Arc::clone(&fleet.wakeups));
     let mut server = Server::new(control, wakeups, id, None);
-    server.company = Some(fleet.company.clone());
+    server.services = Some(fleet.services.clone());
     server
 }
 
@@ -382,9 +382,9 @@ fn take_over(record: &StateFile, fleet: &Fleet) -> Result<(Plan, Server), Device
 }
 
 /// Deletes what is left of a device.
-fn clear(id: u32, fleet: &Fleet, orders: &Orders<'_>) -> Result<(), DeviceError> {
+fn clear(id: u32, fleet: &Fleet, hooks: &FleetHooks<'_>) -> Result<(), DeviceError> {
     let progress = &mut |what: &str| log::warn!("{what}");
-    let helper = &*orders.command;
+    let helper = &*hooks.command;
     let mut deletion = Deletion { control: &fleet.control, force: false, helper, progress };
     deletion.delete(id).map_err(|error| DeviceError::Remains { id, error: Box::new(error) })
 }

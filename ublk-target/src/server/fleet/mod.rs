@@ -19,7 +19,7 @@ use uring_ext::control::Control;
 use uring_ext::feature::Features;
 
 use super::config::{DeviceConfig, DeviceError};
-use super::device::Company;
+use super::device::SharedServices;
 use super::protection::protect;
 use super::recovery::CannotRecoverDevice;
 use super::shared::SharedLanes;
@@ -30,7 +30,7 @@ use crate::state::Description;
 use crate::stats::StatsThread;
 use crate::steps::step;
 pub use check::check;
-use member::{Member, Outset, check_apart};
+use member::{Member, Preparation, check_apart};
 
 /// The devices of a process.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -59,8 +59,8 @@ pub enum FleetError {
     NotEnded(usize),
 }
 
-/// What a fleet has others do.
-pub struct Orders<'a> {
+/// Callbacks of a fleet.
+pub struct FleetHooks<'a> {
     /// Reads the configuration again; or says what is wrong with it.
     pub read: Box<dyn Fn() -> Result<FleetConfig, Vec<String>> + Sync + 'a>,
     /// Starts a process that gives the driver a command ([`delete::command`]).
@@ -68,12 +68,12 @@ pub struct Orders<'a> {
     /// Starts a process that makes the I/O of a device wait ([`quiesce`](super::upgrade::quiesce)).
     pub quiesce: Box<dyn Fn(u32) -> io::Result<Child> + 'a>,
     /// Is told what happens to all of them.
-    pub tell: Box<dyn Fn(&News) + 'a>,
+    pub tell: Box<dyn Fn(&FleetEvent) + 'a>,
 }
 
 /// What happens to a fleet.
 #[derive(Debug)]
-pub enum News {
+pub enum FleetEvent {
     /// It begins the next device, after so many of so many. Until the next news it may take as long as
     /// the deletion of what a dead server has left may, or the recovery.
     Begins(usize, usize),
@@ -89,7 +89,7 @@ pub enum News {
 ///
 /// # Errors
 /// [`FleetError`].
-pub fn serve(config: FleetConfig, orders: &Orders<'_>) -> Result<(), FleetError> {
+pub fn serve(config: FleetConfig, hooks: &FleetHooks<'_>) -> Result<(), FleetError> {
     let node = Control::open_node().map_err(DeviceError::from)?;
     // While there is one thread: the control ring has workers of the kernel's.
     protect(&config.devices.iter().flat_map(|device| device.target.files()).collect::<Vec<_>>());
@@ -99,9 +99,9 @@ pub fn serve(config: FleetConfig, orders: &Orders<'_>) -> Result<(), FleetError>
     open_many_files();
     let features = kernel::features(&control).map_err(DeviceError::from)?;
     // All of them before any is made.
-    let begins = |done| (orders.tell)(&News::Begins(done, config.devices.len()));
-    let outsets = outsets(&config.devices, &control, features, begins);
-    let outsets = outsets.map_err(FleetError::Faults)?;
+    let begins = |done| (hooks.tell)(&FleetEvent::Begins(done, config.devices.len()));
+    let preparations = preparations(&config.devices, &control, features, begins);
+    let preparations = preparations.map_err(FleetError::Faults)?;
     let stats = StatsThread::start("ublk-stats")
         .map_err(|error| DeviceError::setup("cannot start a thread", Errno::of(&error)))?;
     let limit = config.lanes.map_or_else(cpus, usize::from);
@@ -110,18 +110,18 @@ pub fn serve(config: FleetConfig, orders: &Orders<'_>) -> Result<(), FleetError>
         control: Rc::new(control),
         features,
         wakeups,
-        company: Company { lanes, stats },
+        services: SharedServices { lanes, stats },
         members: Vec::new(),
         lanes: config.lanes,
     };
-    let described = fleet.add_all(outsets, orders);
+    let described = fleet.add_all(preparations, hooks);
     let wanted = config.devices.len();
     if described.is_empty() && wanted > 0 {
         return Err(FleetError::None);
     }
-    (orders.tell)(&News::Ready(described, wanted));
-    fleet.run(orders);
-    fleet.end(orders)
+    (hooks.tell)(&FleetEvent::Ready(described, wanted));
+    fleet.run(hooks);
+    fleet.end(hooks)
 }
 
 /// Lets the process have as many files open as it may: each device has some, and the lanes' tables of
@@ -135,24 +135,25 @@ fn open_many_files() {
 }
 
 /// What the devices are begun with, or all that is wrong with them.
-fn outsets(
+fn preparations(
     devices: &[DeviceConfig],
     control: &Control,
     features: Features,
     begins: impl Fn(usize),
-) -> Result<Vec<Outset>, Vec<String>> {
-    let (mut outsets, mut faults) = (Vec::new(), Vec::new());
+) -> Result<Vec<Preparation>, Vec<String>> {
+    let (mut preparations, mut faults) = (Vec::new(), Vec::new());
     let ids = devices.iter().map(id_of).collect();
     for device in devices {
         // Each may have to wait for a backing to be let go of.
         begins(0);
-        let outset = Outset::of(device, control, features).and_then(|outset| {
+        let preparation = Preparation::of(device, control, features).and_then(|preparation| {
             // One that waits keeps nobody from the others.
-            let checked = if outset.is_of_waiting() { Ok(()) } else { outset.check_apart(&ids) };
-            checked.map(|()| outset)
+            let checked =
+                if preparation.is_of_waiting() { Ok(()) } else { preparation.check_apart(&ids) };
+            checked.map(|()| preparation)
         });
-        match outset {
-            Ok(outset) => outsets.push(outset),
+        match preparation {
+            Ok(preparation) => preparations.push(preparation),
             // Its server may be one that was started by hand. The others need not wait for that.
             Err(error @ DeviceError::Recover(CannotRecoverDevice::Served { .. })) => {
                 log::error!("{error}; the other devices are served");
@@ -160,7 +161,7 @@ fn outsets(
             Err(error) => faults.push(format!("device {}: {error}", id_of(device))),
         }
     }
-    if faults.is_empty() { Ok(outsets) } else { Err(faults) }
+    if faults.is_empty() { Ok(preparations) } else { Err(faults) }
 }
 
 fn cpus() -> usize {
@@ -177,7 +178,7 @@ struct Fleet {
     control: Rc<Control>,
     features: Features,
     wakeups: Arc<Wakeups>,
-    company: Company,
+    services: SharedServices,
     /// In the order in which they were made.
     members: Vec<Member>,
     lanes: Option<u16>,
@@ -185,23 +186,27 @@ struct Fleet {
 
 impl Fleet {
     /// Makes devices, or takes them over from a dead server. Those that cannot be made are logged.
-    fn add_all(&mut self, outsets: Vec<Outset>, orders: &Orders<'_>) -> Vec<Description> {
+    fn add_all(
+        &mut self,
+        preparations: Vec<Preparation>,
+        hooks: &FleetHooks<'_>,
+    ) -> Vec<Description> {
         let mut described = Vec::new();
-        let wanted = outsets.len();
+        let wanted = preparations.len();
         let ids =
-            self.ids().into_iter().chain(outsets.iter().map(|it| id_of(&it.config))).collect();
-        for (done, outset) in outsets.into_iter().enumerate() {
-            let id = id_of(&outset.config);
-            (orders.tell)(&News::Begins(done, wanted));
+            self.ids().into_iter().chain(preparations.iter().map(|it| id_of(&it.config))).collect();
+        for (done, preparation) in preparations.into_iter().enumerate() {
+            let id = id_of(&preparation.config);
+            (hooks.tell)(&FleetEvent::Begins(done, wanted));
             if self.wakeups.last_signal().is_some() {
                 break;
             }
-            match self.begin(outset, &ids, orders) {
+            match self.begin(preparation, &ids, hooks) {
                 Ok(description) => described.push(description),
                 Err(error) => log::error!("device {id}: {error}"),
             }
         }
-        let lanes = self.company.lanes.borrow().count();
+        let lanes = self.services.lanes.borrow().count();
         log::info!("{} devices, {lanes} lanes", self.members.len());
         described
     }
@@ -209,12 +214,12 @@ impl Fleet {
     /// Makes a device, or takes it over, beside these and those that there are.
     fn begin(
         &mut self,
-        outset: Outset,
+        preparation: Preparation,
         ids: &BTreeSet<u32>,
-        orders: &Orders<'_>,
+        hooks: &FleetHooks<'_>,
     ) -> Result<Description, DeviceError> {
-        self.check_apart(&outset, ids)?;
-        let (member, description) = Member::begin(outset, self, orders)?;
+        self.check_apart(&preparation, ids)?;
+        let (member, description) = Member::begin(preparation, self, hooks)?;
         self.members.push(member);
         Ok(description)
     }
@@ -222,11 +227,15 @@ impl Fleet {
     /// Sees to it that no device of this process waits for another one of it. A lane's workers are held by
     /// what waits; and a thread that is killed waits for its workers before its process lets go of the
     /// other device.
-    fn check_apart(&self, outset: &Outset, ids: &BTreeSet<u32>) -> Result<(), DeviceError> {
-        outset.check_apart(ids)?;
-        if outset.is_of_waiting() {
+    fn check_apart(
+        &self,
+        preparation: &Preparation,
+        ids: &BTreeSet<u32>,
+    ) -> Result<(), DeviceError> {
+        preparation.check_apart(ids)?;
+        if preparation.is_of_waiting() {
             // Others may stand on it already.
-            let id = BTreeSet::from([id_of(&outset.config)]);
+            let id = BTreeSet::from([id_of(&preparation.config)]);
             for member in &self.members {
                 check_apart(id_of(&member.config), &member.below(), &id)?;
             }
@@ -239,7 +248,7 @@ impl Fleet {
     }
 
     /// Serves until a signal asks for the end.
-    fn run(&mut self, orders: &Orders<'_>) {
+    fn run(&mut self, hooks: &FleetHooks<'_>) {
         // What came while devices were made has been heard there.
         let mut timeout = PollTimeout::ZERO;
         loop {
@@ -252,10 +261,10 @@ impl Fleet {
             if matches!(woken, Wake::Signal(_)) {
                 continue;
             }
-            let has_acted = self.look_after_members(orders);
+            let has_acted = self.look_after_members(hooks);
             let is_asked = self.wakeups.take_hangup() || woken == Wake::Hangup;
             if is_asked {
-                self.reload(orders);
+                self.reload(hooks);
             }
             // What came meanwhile may have been heard by who waited for something else.
             timeout = if has_acted || is_asked { PollTimeout::ZERO } else { PollTimeout::NONE };
@@ -263,15 +272,15 @@ impl Fleet {
     }
 
     /// Whether one of them has come to its end.
-    fn look_after_members(&mut self, orders: &Orders<'_>) -> bool {
+    fn look_after_members(&mut self, hooks: &FleetHooks<'_>) -> bool {
         let mut has_acted = false;
         for mut member in std::mem::take(&mut self.members) {
             member.heed_petitions();
-            match member.look(orders) {
+            match member.look(hooks) {
                 None => self.members.push(member),
                 Some(end) => {
                     has_acted = true;
-                    self.members.extend(end.carry_out(member, self, orders));
+                    self.members.extend(end.carry_out(member, self, hooks));
                 }
             }
         }
@@ -279,11 +288,11 @@ impl Fleet {
     }
 
     /// Takes all devices down, the last first.
-    fn end(mut self, orders: &Orders<'_>) -> Result<(), FleetError> {
+    fn end(mut self, hooks: &FleetHooks<'_>) -> Result<(), FleetError> {
         let mut failed = 0;
         while let Some(member) = self.members.pop() {
             let id = id_of(&member.config);
-            if let Err(error) = member.stop(orders) {
+            if let Err(error) = member.stop(hooks) {
                 log::error!("device {id}: {error}");
                 failed += 1;
             }

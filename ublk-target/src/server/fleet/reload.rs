@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 
 use uring_ext::feature::Features;
 
-use super::member::{Outset, check_apart, is_in_use};
-use super::{Fleet, FleetConfig, News, Orders, id_of};
+use super::member::{Preparation, check_apart, is_in_use};
+use super::{Fleet, FleetConfig, FleetEvent, FleetHooks, id_of};
 use crate::server::config::{DeviceConfig, DeviceError};
 use crate::server::plan::{self, Plan};
 use crate::server::protection::among_present_mounts;
@@ -37,25 +37,25 @@ impl Changes {
 
 impl Fleet {
     /// Reads the configuration again and does what it says. One with a fault changes nothing.
-    pub(super) fn reload(&mut self, orders: &Orders<'_>) {
-        (orders.tell)(&News::Reloading);
-        let made = match self.find_changes(orders) {
+    pub(super) fn reload(&mut self, hooks: &FleetHooks<'_>) {
+        (hooks.tell)(&FleetEvent::Reloading);
+        let made = match self.find_changes(hooks) {
             Err(faults) => {
                 faults.iter().for_each(|fault| log::error!("{fault}"));
                 log::error!("the configuration has faults; all stays as it was");
                 Vec::new()
             }
-            Ok(found) => self.carry_out(found, orders),
+            Ok(found) => self.carry_out(found, hooks),
         };
-        (orders.tell)(&News::Reloaded(made, self.members.len()));
+        (hooks.tell)(&FleetEvent::Reloaded(made, self.members.len()));
     }
 
     /// What is to be done, after all of it was looked at: by this program, and by the driver.
-    fn find_changes(&self, orders: &Orders<'_>) -> Result<Found, Vec<String>> {
+    fn find_changes(&self, hooks: &FleetHooks<'_>) -> Result<Found, Vec<String>> {
         let now: Vec<_> = self.members.iter().map(|member| &member.config).collect();
         let features = self.features;
         // The file and new backings may be on file systems that this process has left.
-        let read = &*orders.read;
+        let read = &*hooks.read;
         let (wanted, plans) = among_present_mounts(|| {
             let wanted: FleetConfig = read()?;
             let changes = Changes::between(&now, &wanted.devices);
@@ -72,7 +72,7 @@ impl Fleet {
         let ids = wanted.devices.iter().map(id_of).chain(self.ids()).collect();
         for (device, plan) in plans {
             match self.check(&device, plan, changes.new.contains(&device), &ids) {
-                Ok(outset) => opened.extend(outset),
+                Ok(preparation) => opened.extend(preparation),
                 // It cannot be added, which is said then, and the others can.
                 Err(DeviceError::Recover(CannotRecoverDevice::Served { .. })) => {}
                 Err(error) => faults.push(format!("device {}: {error}", id_of(&device))),
@@ -88,11 +88,11 @@ impl Fleet {
         plan: Planned,
         is_new: bool,
         ids: &BTreeSet<u32>,
-    ) -> Result<Option<Outset>, DeviceError> {
+    ) -> Result<Option<Preparation>, DeviceError> {
         if is_new {
-            if let Some(outset) = Outset::waiting(device, &self.control)? {
-                self.check_apart(&outset, ids)?;
-                return Ok(Some(outset));
+            if let Some(preparation) = Preparation::waiting(device, &self.control)? {
+                self.check_apart(&preparation, ids)?;
+                return Ok(Some(preparation));
             }
         }
         let (plan, is_claimed) = match plan {
@@ -105,18 +105,18 @@ impl Fleet {
         if !is_claimed || !is_new {
             return Ok(None);
         }
-        Outset::with(device, Ok(*plan), &self.control).map(Some)
+        Preparation::with(device, Ok(*plan), &self.control).map(Some)
     }
 
     /// Takes away what is to go or to change, as far as nobody uses it, then makes what is to come. What
     /// cannot be made after all is as it was. Returns the ids of those that were made.
-    fn carry_out(&mut self, found: Found, orders: &Orders<'_>) -> Vec<u32> {
+    fn carry_out(&mut self, found: Found, hooks: &FleetHooks<'_>) -> Vec<u32> {
         let Found { changes, opened } = found;
         let mut stays = Vec::new();
         let (mut before, mut made) = (Vec::new(), Vec::new());
         let changed = changes.changed.iter().map(id_of);
         for id in changes.gone.iter().copied().chain(changed.clone()) {
-            match self.remove_unused(id, orders) {
+            match self.remove_unused(id, hooks) {
                 Removed::Gone(config) => before.extend(config),
                 Removed::Stays => stays.push(id),
             }
@@ -131,13 +131,13 @@ impl Fleet {
         let comes = |device: &&DeviceConfig| !stays.contains(&id_of(device));
         for device in changes.changed.iter().filter(comes) {
             let id = id_of(device);
-            let Err(error) = self.add_now(device, again(device), orders) else {
+            let Err(error) = self.add_now(device, again(device), hooks) else {
                 made.push(id);
                 continue;
             };
             log::error!("device {id} cannot be changed: {error}");
             if let Some(old) = before.iter().find(|old| id_of(old) == id) {
-                match self.add_now(old, again(old), orders) {
+                match self.add_now(old, again(old), hooks) {
                     Ok(()) => {
                         made.push(id);
                         log::error!("device {id} is as it was");
@@ -149,10 +149,10 @@ impl Fleet {
         let is_opened = |device: &DeviceConfig| opened.iter().any(|it| it.config.id == device.id);
         let late: Vec<_> = changes.new.iter().filter(|device| !is_opened(device)).collect();
         let late: Vec<_> = late.into_iter().map(|device| (device, again(device))).collect();
-        made.extend(self.add_all(opened, orders).iter().map(|description| description.id));
+        made.extend(self.add_all(opened, hooks).iter().map(|description| description.id));
         for (device, plan) in late {
             let id = id_of(device);
-            match self.add_now(device, plan, orders) {
+            match self.add_now(device, plan, hooks) {
                 Ok(()) => made.push(id),
                 Err(error) => log::error!("device {id} cannot be added: {error}"),
             }
@@ -164,25 +164,25 @@ impl Fleet {
         &mut self,
         device: &DeviceConfig,
         plan: Result<Plan, DeviceError>,
-        orders: &Orders<'_>,
+        hooks: &FleetHooks<'_>,
     ) -> Result<(), DeviceError> {
-        let outset = Outset::with(device, plan, &self.control)?;
+        let preparation = Preparation::with(device, plan, &self.control)?;
         let ids = self.ids();
-        self.begin(outset, &ids, orders).map(drop)
+        self.begin(preparation, &ids, hooks).map(drop)
     }
 
     /// Deletes a device that nobody uses.
-    fn remove_unused(&mut self, id: u32, orders: &Orders<'_>) -> Removed {
+    fn remove_unused(&mut self, id: u32, hooks: &FleetHooks<'_>) -> Removed {
         let Some(at) = self.members.iter().position(|it| id_of(&it.config) == id) else {
             return Removed::Gone(None);
         };
-        if let Err(users) = self.members[at].stop_unused(orders, self.features) {
+        if let Err(users) = self.members[at].stop_unused(hooks, self.features) {
             log::error!("device {id} is in use and stays as it was: {users}");
             return Removed::Stays;
         }
         let member = self.members.remove(at);
         let config = member.config.clone();
-        match member.stop(orders) {
+        match member.stop(hooks) {
             Ok(()) => Removed::Gone(Some(config)),
             Err(error) => {
                 log::error!("device {id}: {error}");
@@ -196,7 +196,7 @@ impl Fleet {
 struct Found {
     changes: Changes,
     /// New devices whose backings are claimed already.
-    opened: Vec<Outset>,
+    opened: Vec<Preparation>,
 }
 
 /// What has become of a device that was to go.

@@ -16,16 +16,16 @@ use bufreg::Incarnation;
 use nix::sys::eventfd::EventFd;
 use nix::sys::resource::{Resource, getrlimit};
 use ublk_engine::engine::{EngineConfig, SlotTable};
-use ublk_engine::lane::{Lane, LaneError, Place, PortConfig};
+use ublk_engine::lane::{Lane, LaneError, PortConfig, TableRange};
 use ublk_engine::target::AnyTarget;
 use uring_ext::Errno;
 use uring_ext::iod::IoDescArray;
 use uring_ext::pool::BufferPool;
 use uring_ext::ring::MAX_BUFFER_SLOTS;
 
+use super::busy_poll::BusyWait;
 use super::lane::{LaneConfig, LaneReport, failed, prepare_lane_thread, spawn_lane};
 use super::message::{LaneHandle, event_descriptor};
-use super::pace::BusyWait;
 use super::ring_io::Parts;
 use crate::backing::Backing;
 use runs::Runs;
@@ -136,7 +136,7 @@ impl SharedLanes {
         let (end, has_ended) = sync_channel(1);
         let queue = config.engine.queue;
         let (handle, inbox) = LaneHandle::on(queue.qid, queue.depth, &config.wake);
-        let place = Place {
+        let place = TableRange {
             first_file: holding.files.start,
             first_slot: u16::try_from(holding.slots.start).unwrap_or(0),
         };
@@ -327,7 +327,12 @@ impl StationHandle {
     }
 }
 
-fn new_lane(config: &LaneConfig, name: u16, place: Place, parts: Parts) -> Lane<AnyTarget, Parts> {
+fn new_lane(
+    config: &LaneConfig,
+    name: u16,
+    place: TableRange,
+    parts: Parts,
+) -> Lane<AnyTarget, Parts> {
     // No process lives long enough for the upper bits to be used up.
     let life = config.engine.incarnation.0 << NAMES.trailing_zeros();
     let engine = EngineConfig { incarnation: Incarnation(life | u32::from(name)), ..config.engine };

@@ -14,7 +14,7 @@ use ublk_engine::units::Qid;
 use uring_ext::ring::Polling;
 
 use super::*;
-use crate::server::pace::BusyWait;
+use crate::server::busy_poll::BusyWait;
 use crate::server::signals::{Hangup, Wakeups};
 
 const DEPTH: u16 = 16;

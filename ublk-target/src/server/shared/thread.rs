@@ -14,7 +14,7 @@ use std::time::Duration;
 use bufreg::Incarnation;
 use nix::sys::eventfd::EventFd;
 use ublk_engine::lane::event::Event;
-use ublk_engine::lane::{Lane, LaneError, Place};
+use ublk_engine::lane::{Lane, LaneError, TableRange};
 use ublk_engine::target::AnyTarget;
 use uring_ext::ring::{Cqe, Queues, Ring, RingSetup};
 use uring_ext::sqe::{FixedFile, Sqe};
@@ -22,13 +22,13 @@ use uring_ext::sqe::{FixedFile, Sqe};
 use super::io::SharedIo;
 use super::{MAX_STATIONS, NAMES, SLOTS};
 use crate::backing::Backing;
+use crate::server::busy_poll::BusyWait;
 use crate::server::clock::{coarse_now, precise_now};
+use crate::server::idle_policy::{IdlePolicy, may_look};
 use crate::server::lane::{REAP_BATCH, attend, failed};
 use crate::server::message::LaneMessage;
-use crate::server::pace::BusyWait;
 use crate::server::ring_io::Parts;
 use crate::server::signals::Wakeups;
-use crate::server::waits::{Waits, may_look};
 
 /// Entries that are submitted at a time; what does not fit is submitted earlier.
 const SQ_ENTRIES: u32 = 1024;
@@ -48,7 +48,7 @@ pub(super) struct Arrival {
     /// The incarnation's lower bits.
     pub name: u16,
     pub lane: Lane<AnyTarget, Parts>,
-    pub place: Place,
+    pub place: TableRange,
     /// The character device and the backings.
     pub files: Box<[RawFd]>,
     pub backings: Arc<[Backing]>,
@@ -74,7 +74,7 @@ pub(super) struct Ended {
 struct Station<'lane, 'ring> {
     name: u16,
     lane: Lane<AnyTarget, SharedIo<'lane, 'ring>>,
-    place: Place,
+    place: TableRange,
     backings: Arc<[Backing]>,
     inbox: Receiver<LaneMessage>,
     ready: SyncSender<Result<(), LaneError>>,
@@ -103,7 +103,7 @@ struct Thread<'lane, 'ring> {
     now: u64,
     /// A station measures latencies, which takes a better clock.
     measures: bool,
-    waits: Waits,
+    idle_policy: IdlePolicy,
     /// Reads and writes in flight, of all stations together.
     in_flight: usize,
     /// Nobody can send stations any more.
@@ -137,7 +137,7 @@ pub(super) fn serve(
         wake,
         now: coarse_now(),
         measures: false,
-        waits: Waits::new(BusyWait::Auto),
+        idle_policy: IdlePolicy::new(BusyWait::Auto),
         in_flight: 0,
         is_closed: false,
     };
@@ -172,7 +172,7 @@ impl<'lane, 'ring> Thread<'lane, 'ring> {
             self.look_after_due();
             let in_flight = self.in_flight;
             self.submit_and_wait()?;
-            self.waits.ended(in_flight);
+            self.idle_policy.ended(in_flight);
             loop {
                 let count = self.queues.borrow_mut().reap(&mut batch);
                 self.now = if self.measures { precise_now() } else { coarse_now() };
@@ -189,7 +189,7 @@ impl<'lane, 'ring> Thread<'lane, 'ring> {
 
     fn submit_and_wait(&self) -> Result<(), LaneError> {
         let mut queues = self.queues.borrow_mut();
-        let look_for = self.waits.look_for();
+        let look_for = self.idle_policy.look_for();
         if look_for > 0 && queues.submit_and_look(look_for).map_err(LaneError::Ring)? {
             return Ok(());
         }
@@ -377,7 +377,7 @@ impl<'lane, 'ring> Thread<'lane, 'ring> {
     /// One station is enough to have the lane do without busy waits.
     fn allow_looks(&mut self) {
         let are_allowed = self.stations.iter().all(|station| station.looks);
-        self.waits.allow(are_allowed);
+        self.idle_policy.allow(are_allowed);
     }
 
     /// The ring does not work any more.
@@ -401,7 +401,7 @@ type StationLane<'lane, 'ring> = Lane<AnyTarget, SharedIo<'lane, 'ring>>;
 
 fn fill_tables(
     lane: &mut StationLane<'_, '_>,
-    place: Place,
+    place: TableRange,
     files: &[RawFd],
 ) -> Result<(), LaneError> {
     let lent = lane.engine().config().slots.lent;
@@ -414,7 +414,7 @@ fn fill_tables(
 }
 
 /// The kernel can only refuse places that are beyond the tables.
-fn empty_tables(lane: &mut StationLane<'_, '_>, place: Place, backings: usize) {
+fn empty_tables(lane: &mut StationLane<'_, '_>, place: TableRange, backings: usize) {
     let slots = lane.engine().config().slots;
     let mut queues = lane.io().queues.borrow_mut();
     let _ = queues.clear_files(place.cdev(), backings + 1);

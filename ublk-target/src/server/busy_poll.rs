@@ -1,5 +1,5 @@
-//! How a lane waits: whether it looks for completions for a while before it sleeps. It goes by what
-//! the last waits were like, so nobody has to choose.
+//! Busy polling: whether a lane polls for completions before it sleeps. It decides by the length of its last
+//! waits, so that nobody has to choose.
 
 use std::ops::RangeInclusive;
 use std::time::Duration;
@@ -52,7 +52,7 @@ const LEAVE_FOR: RangeInclusive<u32> = 64..=4096;
 
 /// What the last waits of a lane were like.
 #[derive(Debug)]
-pub struct Pace {
+pub struct BusyPoll {
     /// Nanoseconds; 0 for a lane that always sleeps.
     limit: u64,
     /// Average length of waits in nanoseconds.
@@ -69,7 +69,7 @@ pub struct Pace {
     taken: Option<u64>,
 }
 
-impl Pace {
+impl BusyPoll {
     /// For a lane that may run on so many processors. With one it would keep from running whomever
     /// it waits for.
     #[must_use]
@@ -145,13 +145,13 @@ mod tests {
 
     const LIMIT: u64 = 200_000;
 
-    fn pace() -> Pace {
-        Pace::new(BusyWait::Auto, 2)
+    fn busy_poll() -> BusyPoll {
+        BusyPoll::new(BusyWait::Auto, 2)
     }
 
-    fn wait(pace: &mut Pace, times: u32, ns: u64, in_flight: usize) {
+    fn wait(busy_poll: &mut BusyPoll, times: u32, ns: u64, in_flight: usize) {
         for _ in 0..times {
-            pace.waited(Some(ns), in_flight, || 0);
+            busy_poll.waited(Some(ns), in_flight, || 0);
         }
     }
 
@@ -165,53 +165,56 @@ mod tests {
             ("many at once", 20_000, 20, false),
         ];
         for (name, ns, in_flight, looks) in table {
-            let mut pace = pace();
-            assert_eq!(pace.look_for(), 0, "{name}: a lane that begins sleeps");
-            wait(&mut pace, 100, ns, in_flight);
-            assert_eq!(pace.look_for() > 0, looks, "{name}");
+            let mut busy_poll = busy_poll();
+            assert_eq!(busy_poll.look_for(), 0, "{name}: a lane that begins sleeps");
+            wait(&mut busy_poll, 100, ns, in_flight);
+            assert_eq!(busy_poll.look_for() > 0, looks, "{name}");
         }
     }
 
     #[test]
     fn an_idle_lane_sleeps_from_its_second_wait_on() {
-        let mut pace = pace();
-        wait(&mut pace, 100, 20_000, 1);
-        wait(&mut pace, 2, 3_600_000_000_000, 1);
-        assert_eq!(pace.look_for(), 0);
-        wait(&mut pace, 20, 20_000, 1);
-        assert!(pace.look_for() > 0, "it looks again");
+        let mut busy_poll = busy_poll();
+        wait(&mut busy_poll, 100, 20_000, 1);
+        wait(&mut busy_poll, 2, 3_600_000_000_000, 1);
+        assert_eq!(busy_poll.look_for(), 0);
+        wait(&mut busy_poll, 20, 20_000, 1);
+        assert!(busy_poll.look_for() > 0, "it looks again");
     }
 
     #[test]
     fn whoever_has_one_processor_or_has_said_so_sleeps() {
         for (busy_wait, processors) in [(BusyWait::Auto, 1), (BusyWait::Off, 64)] {
-            let mut pace = Pace::new(busy_wait, processors);
-            wait(&mut pace, 100, 0, 1);
-            assert!(!pace.looks() && !pace.is_timed() && pace.look_for() == 0, "{busy_wait:?}");
+            let mut busy_poll = BusyPoll::new(busy_wait, processors);
+            wait(&mut busy_poll, 100, 0, 1);
+            assert!(
+                !busy_poll.looks() && !busy_poll.is_timed() && busy_poll.look_for() == 0,
+                "{busy_wait:?}"
+            );
         }
-        let mut pace = Pace::new(BusyWait::Limit(Duration::from_millis(1)), 2);
-        wait(&mut pace, 100, LIMIT, 1);
-        assert!(pace.look_for() == 1_000_000);
+        let mut busy_poll = BusyPoll::new(BusyWait::Limit(Duration::from_millis(1)), 2);
+        wait(&mut busy_poll, 100, LIMIT, 1);
+        assert!(busy_poll.look_for() == 1_000_000);
     }
 
     #[test]
     fn the_processor_is_left_to_those_who_need_it() {
-        let (mut pace, mut taken) = (pace(), 0);
-        let mut look = |pace: &mut Pace, waits, takes| {
+        let (mut busy_poll, mut taken) = (busy_poll(), 0);
+        let mut look = |busy_poll: &mut BusyPoll, waits, takes| {
             let mut looked = 0;
             for _ in 0..waits {
-                looked += u32::from(pace.look_for() > 0);
+                looked += u32::from(busy_poll.look_for() > 0);
                 taken += takes;
-                pace.waited(Some(20_000), 1, || taken);
+                busy_poll.waited(Some(20_000), 1, || taken);
             }
             looked
         };
-        let looked = look(&mut pace, 100_000, 1);
+        let looked = look(&mut busy_poll, 100_000, 1);
         assert!((1..5000).contains(&looked), "{looked}");
         let end = *LEAVE_FOR.end();
-        let looked = look(&mut pace, 2 * end, 0);
+        let looked = look(&mut busy_poll, 2 * end, 0);
         assert!(looked >= end - 2 * LOOK_EVERY, "it looks again: {looked}");
-        let (once, then) = (look(&mut pace, 3 * LOOK_EVERY, 1), look(&mut pace, 1000, 0));
+        let (once, then) = (look(&mut busy_poll, 3 * LOOK_EVERY, 1), look(&mut busy_poll, 1000, 0));
         assert!(once + then > 900, "having met somebody once it soon looks again: {once} {then}");
     }
 }

@@ -1,13 +1,12 @@
-//! How long an operation may be, so that nobody below splits it.
+//! The longest operation that a backing takes without a split.
 //!
-//! The block layer splits what a drive does not take as one, but an operation that must not wait,
-//! as those of a ring are at first, fails with `EAGAIN` instead and goes to a worker thread
-//! (`bio_split_io_at()` in `block/blk-merge.c`). So a request that is too long for a backing becomes
-//! several operations.
+//! The block layer splits longer ones (`bio_split_io_at()` in `block/blk-merge.c`). An operation that must not
+//! wait, as a ring's first attempt must not, fails with `EAGAIN` instead and goes to a worker thread. So the
+//! target cuts a request that is too long for a backing into several operations.
 
 /// What a backing takes as one read or write. Sizes in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Reach {
+pub struct TransferLimit {
     /// At most so much; a multiple of the logical block, not 0.
     max: u64,
     /// Nothing goes across multiples of this; 0 for none.
@@ -16,7 +15,7 @@ pub struct Reach {
     align: u64,
 }
 
-impl Reach {
+impl TransferLimit {
     /// A backing that takes any request.
     pub const UNLIMITED: Self = Self { max: u64::MAX, boundary: 0, align: 1 };
 
@@ -65,22 +64,28 @@ mod tests {
 
     #[test]
     fn ranges_are_cut_at_limits_boundaries_and_physical_blocks() {
-        let limited = Reach::new(512, 127 * 1024, 0, 4096);
-        let bounded = Reach::new(512, 1 << 20, 128 * KIB, 4096);
+        let limited = TransferLimit::new(512, 127 * 1024, 0, 4096);
+        let bounded = TransferLimit::new(512, 1 << 20, 128 * KIB, 4096);
         let table = [
             ("what fits is left alone", limited, 512, 127 * KIB, 127 * KIB),
             ("the end of a physical block", limited, 0, 128 * KIB, 124 * KIB),
             ("the same from the middle of one", limited, 512, 128 * KIB, 124 * KIB - 512),
             ("a boundary", bounded, 4096, 128 * KIB, 124 * KIB),
             ("up to a boundary", bounded, 4096, 124 * KIB, 124 * KIB),
-            ("no multiple of the physical block", Reach::new(512, 1024, 0, 4096), 512, 4096, 1024),
-            ("less than a block", Reach::new(4096, 512, 0, 4096), 4096, 8192, 4096),
-            ("a boundary within blocks", Reach::new(4096, 8192, 512, 1), 4096, 8192, 8192),
-            ("anything", Reach::UNLIMITED, 512, u64::MAX - 512, u64::MAX - 512),
+            (
+                "no multiple of the physical block",
+                TransferLimit::new(512, 1024, 0, 4096),
+                512,
+                4096,
+                1024,
+            ),
+            ("less than a block", TransferLimit::new(4096, 512, 0, 4096), 4096, 8192, 4096),
+            ("a boundary within blocks", TransferLimit::new(4096, 8192, 512, 1), 4096, 8192, 8192),
+            ("anything", TransferLimit::UNLIMITED, 512, u64::MAX - 512, u64::MAX - 512),
         ];
-        for (what, reach, offset, len, expected) in table {
-            assert_eq!(reach.first(offset, len), expected, "{what}");
-            assert_eq!(reach.holds(offset, len), expected == len, "{what}");
+        for (what, limit, offset, len, expected) in table {
+            assert_eq!(limit.first(offset, len), expected, "{what}");
+            assert_eq!(limit.holds(offset, len), expected == len, "{what}");
         }
     }
 
@@ -92,15 +97,15 @@ mod tests {
         ) {
             let block = 512_u32 << shift;
             let boundary = boundary * u64::from(block);
-            let reach = Reach::new(block, max * 512, boundary, 512 << align);
+            let limit = TransferLimit::new(block, max * 512, boundary, 512 << align);
             let block = u64::from(block);
             let (mut at, end) = (first * block, (first + blocks) * block);
             while at < end {
-                let len = reach.first(at, end - at);
+                let len = limit.first(at, end - at);
                 prop_assert!(len > 0 && len % block == 0 && len <= end - at);
                 prop_assert!(len <= (u64::from(max) * 512).max(block));
                 prop_assert!(boundary == 0 || at / boundary == (at + len - 1) / boundary);
-                prop_assert!(reach.holds(at, len));
+                prop_assert!(limit.holds(at, len));
                 at += len;
             }
         }

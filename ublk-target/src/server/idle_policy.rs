@@ -1,21 +1,21 @@
-//! How a lane waits, and what it makes of how its last waits have been: it looks for completions
-//! before it sleeps, or goes before its clients, while requests come one by one.
+//! The idle policy of a lane: whether it polls for completions before it sleeps, and whether it runs at
+//! real-time priority while requests come one at a time. Both follow from its last waits.
 
 use nix::sched::{CpuSet, sched_getaffinity};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::unistd::Pid;
 use uring_ext::task;
 
+use super::busy_poll::{BusyPoll, BusyWait};
 use super::clock::precise_now;
-use super::pace::{BusyWait, Pace};
-use super::precedence::Precedence;
+use super::realtime_boost::RealtimeBoost;
 
 /// How the calling thread, a lane's, waits.
 #[derive(Debug)]
-pub struct Waits {
-    pace: Pace,
+pub struct IdlePolicy {
+    busy_poll: BusyPoll,
     /// If it may go first.
-    precedence: Option<Precedence>,
+    boost: Option<RealtimeBoost>,
     /// Whoever it serves lets it do more than sleep.
     is_allowed: bool,
     /// When the last wait ended, if that was of interest. What is done between waits takes little,
@@ -23,15 +23,15 @@ pub struct Waits {
     last_ended: Option<u64>,
 }
 
-impl Waits {
+impl IdlePolicy {
     /// Of a lane on this thread.
     #[must_use]
     pub fn new(busy_wait: BusyWait) -> Self {
-        // Who looks for completions on the only processor keeps from running whom it waits for.
+        // Polling on the only CPU would starve the client.
         let may_go_first = busy_wait != BusyWait::Off && is_bound() && can_go_first();
         Self {
-            pace: Pace::new(busy_wait, processors()),
-            precedence: may_go_first.then(Precedence::default),
+            busy_poll: BusyPoll::new(busy_wait, processors()),
+            boost: may_go_first.then(RealtimeBoost::default),
             is_allowed: true,
             last_ended: None,
         }
@@ -40,29 +40,29 @@ impl Waits {
     /// Whether it may do more than sleep.
     pub fn allow(&mut self, is_allowed: bool) {
         self.is_allowed = is_allowed;
-        if let Some(precedence) = self.precedence.as_mut().filter(|_| !is_allowed) {
-            if precedence.is_first() {
+        if let Some(boost) = self.boost.as_mut().filter(|_| !is_allowed) {
+            if boost.is_first() {
                 go_first(false);
             }
-            *precedence = Precedence::default();
+            *boost = RealtimeBoost::default();
         }
     }
 
     /// For how many nanoseconds to look for completions before the next sleep; 0 for not at all.
     #[must_use]
     pub const fn look_for(&self) -> u64 {
-        if self.is_allowed { self.pace.look_for() } else { 0 }
+        if self.is_allowed { self.busy_poll.look_for() } else { 0 }
     }
 
     /// There was a wait, with so many operations in flight as it began.
     pub fn ended(&mut self, in_flight: usize) {
-        if self.pace.looks() {
-            let now = self.pace.is_timed().then(precise_now);
+        if self.busy_poll.looks() {
+            let now = self.busy_poll.is_timed().then(precise_now);
             let last = std::mem::replace(&mut self.last_ended, now);
             let ns = now.zip(last).map(|(now, last)| now - last);
-            self.pace.waited(ns, in_flight, times_preempted);
-        } else if let Some(precedence) = self.precedence.as_mut().filter(|_| self.is_allowed) {
-            if let Some(is_first) = precedence.waited(in_flight) {
+            self.busy_poll.waited(ns, in_flight, times_preempted);
+        } else if let Some(boost) = self.boost.as_mut().filter(|_| self.is_allowed) {
+            if let Some(is_first) = boost.waited(in_flight) {
                 go_first(is_first);
             }
         }

@@ -1,6 +1,6 @@
-//! Requests that go straight: lent by the driver, one operation, done as a whole. Most do, so they
-//! pay for nothing that others may need, and what is known of them is in one place. Whatever is
-//! unusual goes the long way, which finds everything as if the request had come by it.
+//! The fast path. It takes requests whose buffer the driver has lent, that need one operation, and whose
+//! operation succeeds as a whole. Most requests are like that. They do not pay for what others need, and their
+//! state is in one place. Everything else takes the general path, which continues from the same state.
 
 use bufreg::SlotIndex;
 use uring_ext::iod::IoDesc;
@@ -10,7 +10,7 @@ use super::answer::Answer;
 use super::inflight::{Cancel, InFlight, InFlightTable};
 use super::key::{OpKey, TagKey};
 use super::latency::Stamps;
-use super::tag::{Held, Phase, Straight, TagState};
+use super::tag::{FastPath, Held, Phase, TagState};
 use super::{Engine, EngineConfig, Port, SlotChoice};
 use crate::lend::LendMode;
 use crate::plan::{Op, Planner};
@@ -20,7 +20,7 @@ use crate::units::Tag;
 impl EngineConfig {
     /// The slot of tag 0 if the driver lends each tag's buffer in a slot of its own, and nobody
     /// has asked for deadlines.
-    pub(super) fn straight_slots(&self) -> Option<SlotIndex> {
+    pub(super) fn fast_path_slots(&self) -> Option<SlotIndex> {
         match (self.lend, self.slots.choice, self.deadline) {
             (LendMode::Fused, SlotChoice::From(first), None) => Some(SlotIndex(first)),
             (_, SlotChoice::From(_) | SlotChoice::AnyFree, _) => None,
@@ -32,16 +32,11 @@ impl<P: Planner> Engine<P> {
     /// Takes a request up and issues its operation. Returns false, and changes nothing, if it
     /// cannot go straight.
     #[inline(always)]
-    pub(super) fn deliver_straight(
-        &mut self,
-        key: TagKey,
-        iod: IoDesc,
-        port: &mut impl Port,
-    ) -> bool {
-        let Some(SlotIndex(first)) = self.straight_slots else { return false };
+    pub(super) fn deliver_fast(&mut self, key: TagKey, iod: IoDesc, port: &mut impl Port) -> bool {
+        let Some(SlotIndex(first)) = self.fast_path_slots else { return false };
         let owner = self.owner(key.tag);
         let Some(state) = self.tags.get_mut(key.tag.index()) else { return false };
-        let is_expected = state.turn == key.turn && state.phase == Phase::WithDriver;
+        let is_expected = state.seq == key.seq && state.phase == Phase::WithDriver;
         if !is_expected || iod.has(sys::UBLK_IO_F_NEED_REG_BUF) {
             return false;
         }
@@ -52,9 +47,9 @@ impl<P: Planner> Engine<P> {
         // It is not free if it was in quarantine.
         let lent = self.registry.lend(slot, owner, self.now, op_key.borrower());
         let Ok(lease) = lent else { return false };
-        self.inflight.begin_straight();
-        state.phase = Phase::Straight;
-        state.straight = Straight { lease: Some(lease), serial: op_key.serial, request, place };
+        self.inflight.begin_fast();
+        state.phase = Phase::FastPath;
+        state.fast_path = FastPath { lease: Some(lease), serial: op_key.serial, request, place };
         self.stats.requests[request.kind.index()] += 1;
         self.stats.bytes[request.kind.index()] += request.len;
         self.stats.ops += 1;
@@ -65,26 +60,26 @@ impl<P: Planner> Engine<P> {
     /// Ends a request whose operation has moved all its bytes. Returns false if there is more to be
     /// done, or the operation is none that went straight.
     #[inline(always)]
-    pub(super) fn complete_straight(&mut self, key: OpKey, res: i32, port: &mut impl Port) -> bool {
+    pub(super) fn complete_fast(&mut self, key: OpKey, res: i32, port: &mut impl Port) -> bool {
         let tag = InFlightTable::tag_of(key);
         let Some(state) = self.tags.get_mut(tag.index()) else { return false };
-        if !state.goes_straight(key) {
+        if !state.is_on_fast_path(key) {
             return false;
         }
-        let request = state.straight.request;
+        let request = state.fast_path.request;
         let whole = Answer::of_transfer(&request, res);
-        let Some(answer) = whole.filter(|_| self.straight_slots.is_some()) else {
+        let Some(answer) = whole.filter(|_| self.fast_path_slots.is_some()) else {
             self.leave_straight(tag);
             return false;
         };
-        let Some(lease) = state.straight.lease.take() else { return false };
+        let Some(lease) = state.fast_path.lease.take() else { return false };
         let slot = lease.slot();
         self.registry.take_back(lease);
-        self.inflight.end_straight();
+        self.inflight.end_fast();
         state.phase = Phase::WithDriver;
-        state.turn = state.turn.wrapping_add(1);
+        state.seq = state.seq.wrapping_add(1);
         self.stats.commits += 1;
-        let next = TagKey { tag, turn: state.turn };
+        let next = TagKey { tag, seq: state.seq };
         self.planner.settled(&request, Ok(()));
         port.commit(next, answer, slot);
         self.settled = !self.deferred.is_empty();
@@ -95,7 +90,7 @@ impl<P: Planner> Engine<P> {
     #[cold]
     pub(super) fn leave_straight(&mut self, tag: Tag) {
         let state = &mut self.tags[tag.index()];
-        let Straight { lease, serial, request, place } = &mut state.straight;
+        let FastPath { lease, serial, request, place } = &mut state.fast_path;
         let Some(lease) = lease.take() else { return };
         let (lease, borrow) = self.registry.part(lease);
         let (op, borrow) = (Op::all_of(request, *place), Some(borrow));
@@ -116,14 +111,14 @@ impl<P: Planner> Engine<P> {
             cancel: Cancel::No,
             deadline: u64::MAX,
         };
-        self.inflight.end_straight();
-        self.inflight.insert_straight(*serial, inflight);
+        self.inflight.end_fast();
+        self.inflight.insert_fast(*serial, inflight);
     }
 
     /// Has all requests go on as any others.
     pub(super) fn leave_all_straight(&mut self) {
         for tag in 0..self.config.queue.depth {
-            if self.tags[usize::from(tag)].phase == Phase::Straight {
+            if self.tags[usize::from(tag)].phase == Phase::FastPath {
                 self.leave_straight(Tag(tag));
             }
         }
@@ -132,15 +127,15 @@ impl<P: Planner> Engine<P> {
     /// The tag of the operation that goes straight under a label of the registry.
     pub(super) fn straight_tag(&self, key: OpKey) -> Option<&TagState> {
         let state = self.tags.get(InFlightTable::tag_of(key).index())?;
-        state.goes_straight(key).then_some(state)
+        state.is_on_fast_path(key).then_some(state)
     }
 }
 
 impl TagState {
     /// Whether the key is that of the operation of a request that goes straight.
     #[inline]
-    fn goes_straight(&self, key: OpKey) -> bool {
+    fn is_on_fast_path(&self, key: OpKey) -> bool {
         let is_first = InFlightTable::is_first(key);
-        self.phase == Phase::Straight && is_first && self.straight.serial == key.serial
+        self.phase == Phase::FastPath && is_first && self.fast_path.serial == key.serial
     }
 }

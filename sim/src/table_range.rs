@@ -1,6 +1,6 @@
 //! A ring whose tables other queues share: entries as if this one had them to itself.
 
-use ublk_engine::lane::Place;
+use ublk_engine::lane::TableRange;
 
 use crate::command::URING_CMD128;
 use crate::entry::{u16_at, u32_at};
@@ -20,7 +20,7 @@ const UBLK_U_IO_UNREGISTER_IO_BUF: u32 = 0xc010_7524;
 /// # Panics
 /// If it names a file or a slot of another queue.
 #[must_use]
-pub fn rebased(raw: &[u8; 64], place: Place) -> [u8; 64] {
+pub fn rebased(raw: &[u8; 64], place: TableRange) -> [u8; 64] {
     let mut own = *raw;
     let (opcode, flags) = (raw[0], raw[1]);
     if flags & IOSQE_FIXED_FILE != 0 {

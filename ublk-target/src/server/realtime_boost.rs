@@ -1,10 +1,9 @@
-//! Whether a lane goes before the clients with which it has its only processor in common.
+//! The real-time boost: whether a lane that shares its only CPU with clients runs before them.
 //!
-//! Of two equal threads, the client falls asleep after it has sent a request, and the lane, and the
-//! client wakes up, for each request: at a queue depth of 1 that is most of what a request costs. A
-//! lane of real-time priority has answered before the client could fall asleep. It serves each
-//! request by itself then, though, and where many are under way, batches cost less. To a lane that
-//! goes first either looks alike; so now and then it is an equal for a while, and counts.
+//! At equal priority, the client sleeps after each request, the lane sleeps after each answer, and both are woken
+//! again. At queue depth 1 this is most of a request's cost. With real-time priority, the lane answers before the
+//! client sleeps. It then serves one request at a time, though, and with many in flight batches cost less. A
+//! boosted lane cannot tell the two cases apart. So from time to time it gives the boost up, and counts.
 
 /// For so many waits a lane is an equal, before it decides by what was in flight then.
 const EQUAL_FOR: u32 = 64;
@@ -13,7 +12,7 @@ const FIRST_FOR: u32 = 1024;
 
 /// Whether a lane goes first, and whether requests come one by one.
 #[derive(Debug)]
-pub struct Precedence {
+pub struct RealtimeBoost {
     is_first: bool,
     /// Waits until it decides again.
     until: u32,
@@ -21,13 +20,13 @@ pub struct Precedence {
     are_several: bool,
 }
 
-impl Default for Precedence {
+impl Default for RealtimeBoost {
     fn default() -> Self {
         Self { is_first: false, until: EQUAL_FOR, are_several: false }
     }
 }
 
-impl Precedence {
+impl RealtimeBoost {
     /// There was a wait, with so many operations in flight as it began. Returns whether to go first
     /// from now on, if that changes.
     pub fn waited(&mut self, in_flight: usize) -> Option<bool> {
@@ -56,7 +55,7 @@ mod tests {
 
     /// Of so many waits, those during which it went first.
     fn first_of(waits: u32, in_flight: impl Fn(bool, u32) -> usize) -> u32 {
-        let mut precedence = Precedence::default();
+        let mut precedence = RealtimeBoost::default();
         let mut first = 0;
         for wait in 0..waits {
             let was_first = precedence.is_first();

@@ -8,7 +8,7 @@ use uring_ext::sqe::FixedFile;
 /// one, the backings follow.
 #[must_use]
 pub fn backing_file(index: u16) -> FixedFile {
-    Place::default().backing_file(index)
+    TableRange::default().backing_file(index)
 }
 
 /// A slot that no buffer table has.
@@ -17,14 +17,14 @@ const _: () = assert!(MAX_BUFFER_SLOTS <= 1 << 14);
 
 /// Where in the tables of its ring a queue has its files and slots; by default at their beginning.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Place {
+pub struct TableRange {
     /// The fixed file of the character device; those of the backings follow.
     pub first_file: u32,
     /// The slot of the ring that is slot 0 of the queue.
     pub first_slot: u16,
 }
 
-impl Place {
+impl TableRange {
     /// The fixed file of the character device.
     #[must_use]
     #[inline]

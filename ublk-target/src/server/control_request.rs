@@ -1,4 +1,4 @@
-//! What others ask of a server's main thread, which has the device's lanes.
+//! Control requests: what clients of the socket ask of a server's main thread, which owns the lanes.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
@@ -11,7 +11,7 @@ use crate::program::Program;
 
 /// What is asked.
 #[derive(Debug)]
-pub enum Petition {
+pub enum ControlRequest {
     /// Take note of backings that have grown, or of a null device's new size.
     Grow {
         /// The size of a null device.
@@ -28,10 +28,10 @@ pub enum Petition {
     },
 }
 
-/// Brings petitions to the main thread.
+/// Brings control requests to the main thread.
 #[derive(Clone, Debug)]
 pub struct Petitioner {
-    sender: Sender<Petition>,
+    sender: Sender<ControlRequest>,
     wakeups: Arc<Wakeups>,
 }
 
@@ -41,9 +41,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 impl Petitioner {
     /// One, and the main thread's end.
     #[must_use]
-    pub fn new(wakeups: Arc<Wakeups>) -> (Self, Receiver<Petition>) {
-        let (sender, petitions) = channel();
-        (Self { sender, wakeups }, petitions)
+    pub fn new(wakeups: Arc<Wakeups>) -> (Self, Receiver<ControlRequest>) {
+        let (sender, control_requests) = channel();
+        (Self { sender, wakeups }, control_requests)
     }
 
     /// Asks, and waits for the answer.
@@ -52,11 +52,11 @@ impl Petitioner {
     /// The server's words, why it will not.
     pub fn ask<T>(
         &self,
-        petition: impl FnOnce(SyncSender<Result<T, String>>) -> Petition,
+        control_request: impl FnOnce(SyncSender<Result<T, String>>) -> ControlRequest,
     ) -> Result<T, String> {
         let (reply, answer) = sync_channel(1);
-        let sent = self.sender.send(petition(reply));
-        self.wakeups.petition();
+        let sent = self.sender.send(control_request(reply));
+        self.wakeups.control_request();
         let busy = || "the server is about to end, or is busy; try again".to_owned();
         sent.map_err(|_| busy())?;
         answer.recv_timeout(PATIENCE).unwrap_or_else(|_| Err(busy()))
