@@ -262,7 +262,12 @@ fn unserved_below(control: &Control, record: &StateFile) -> Option<u32> {
     below.certain().find(waits)
 }
 
-fn refuse_unserved(control: &Control, id: u32, record: &StateFile) -> Result<(), DeviceError> {
+/// Refuses a device above one without a server: opening its backing would wait for that.
+pub(super) fn refuse_unserved(
+    control: &Control,
+    id: u32,
+    record: &StateFile,
+) -> Result<(), DeviceError> {
     match unserved_below(control, record) {
         Some(lower) => Err(CannotRecoverDevice::Below { id, lower }.into()),
         None => Ok(()),

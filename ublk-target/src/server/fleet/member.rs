@@ -372,6 +372,7 @@ fn add(plan: Plan, fleet: &Fleet) -> Result<(Plan, Server), DeviceError> {
 }
 
 fn take_over(record: &StateFile, fleet: &Fleet) -> Result<(Plan, Server), DeviceError> {
+    recovery::refuse_unserved(&fleet.control, record.id, record)?;
     let mut server = server(record.id, fleet);
     server.leave();
     let mut progress = |what: &str| log::warn!("{what}");
