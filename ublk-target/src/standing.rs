@@ -36,20 +36,34 @@ impl Records for Recorded {
     }
 }
 
-/// The devices with each before those that it stands on, and else in their order.
-#[must_use]
-pub fn upper_first(ids: &BTreeSet<u32>) -> Vec<u32> {
-    let recorded = Recorded::default();
-    let below = |id: &u32| Below::paths(&recorded.backings(*id), &recorded);
-    sorted(ids.iter().map(|id| (*id, below(id))).collect())
+/// Which of two devices comes first, if one stands on the other. All others keep their order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// To take them down.
+    UpperFirst,
+    /// To start them.
+    LowerFirst,
 }
 
-fn sorted(mut waiting: Vec<(u32, Below)>) -> Vec<u32> {
+/// Sorts devices by what they stand on.
+#[must_use]
+pub fn sorted(ids: &BTreeSet<u32>, order: Order) -> Vec<u32> {
+    let recorded = Recorded::default();
+    let below = |id: &u32| Below::paths(&recorded.backings(*id), &recorded);
+    sort(ids.iter().map(|id| (*id, below(id))).collect(), order)
+}
+
+fn sort(mut waiting: Vec<(u32, Below)>, order: Order) -> Vec<u32> {
     let mut sorted = Vec::with_capacity(waiting.len());
     while !waiting.is_empty() {
-        let is_top = |(id, _): &(u32, Below)| waiting.iter().all(|(_, below)| !below.has(*id));
+        let is_next = |(id, below): &(u32, Below)| {
+            waiting.iter().all(|(other, below_other)| match order {
+                Order::UpperFirst => !below_other.has(*id),
+                Order::LowerFirst => !below.has(*other),
+            })
+        };
         // There is one, but for devices that go round in a circle.
-        let at = waiting.iter().position(is_top).unwrap_or(0);
+        let at = waiting.iter().position(is_next).unwrap_or(0);
         sorted.push(waiting.remove(at).0);
     }
     sorted
@@ -60,12 +74,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_device_comes_before_those_below_it() {
+    fn devices_are_sorted_by_what_is_below_them() {
         let on = |id: u32, below: &[u32]| (id, Below::of(below));
-        let sort = |devices: &[(u32, Below)]| sorted(devices.to_vec());
         let all = [on(0, &[]), on(1, &[0, 3]), on(2, &[]), on(3, &[0]), on(5, &[4])];
-        assert_eq!(sort(&all), [1, 2, 3, 0, 5]);
-        assert_eq!(sort(&[on(0, &[1]), on(1, &[0])]), [0, 1], "all of a circle");
-        assert!(sort(&[]).is_empty());
+        assert_eq!(sort(all.to_vec(), Order::UpperFirst), [1, 2, 3, 0, 5]);
+        assert_eq!(sort(all.to_vec(), Order::LowerFirst), [0, 2, 3, 1, 5]);
+        for order in [Order::UpperFirst, Order::LowerFirst] {
+            let circle = vec![on(0, &[1]), on(1, &[0])];
+            assert_eq!(sort(circle, order), [0, 1], "all of a circle");
+            assert!(sort(Vec::new(), order).is_empty());
+        }
     }
 }

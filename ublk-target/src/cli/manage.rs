@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use ublk_engine::units::Bytes;
 use ublk_target::backing::usage;
 use ublk_target::delete::{self, DeleteError, Deletion};
-use ublk_target::standing::upper_first;
+use ublk_target::standing::{Order, sorted};
 use ublk_target::state::{self, Description, RUN_DIR, device_ids, recorded_ids};
 use ublk_target::{leftovers, processes};
 use uring_ext::Errno;
@@ -37,7 +37,7 @@ pub fn delete(del: &Del) -> anyhow::Result<ExitCode> {
         say!("{error}");
         failed = true;
     };
-    for id in upper_first(&all_ids()) {
+    for id in sorted(&all_ids(), Order::UpperFirst) {
         if let Some(server) = foreign_server(id) {
             say!("note: device {id} is served by {server} and is left alone");
             continue;

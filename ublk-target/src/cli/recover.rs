@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use ublk_target::server::config::DeviceError;
 use ublk_target::server::recovery::{self, CannotRecoverDevice};
-use ublk_target::standing::upper_first;
+use ublk_target::standing::{Order, sorted};
 use ublk_target::state::{RUN_DIR, device_ids, recorded_ids};
 use uring_ext::control::Control;
 
@@ -71,7 +71,7 @@ fn recover_all(args: &Recover) -> anyhow::Result<ExitCode> {
             }
         }
     }
-    for id in upper_first(&waiting).into_iter().rev() {
+    for id in sorted(&waiting, Order::LowerFirst) {
         let mut one = own();
         one.args(["recover", "-n", &id.to_string()]);
         one.args(options(&args.life));

@@ -250,25 +250,23 @@ pub fn read(control: &Control, id: u32) -> Result<StateFile, DeviceError> {
     }
 }
 
-/// A device without a server below another one, if there is one. To open a backing on it would wait for its
-/// next server. Only what is below without a doubt counts.
-fn unserved_below(control: &Control, record: &StateFile) -> Option<u32> {
-    let paths: Vec<_> = record.backings.iter().map(|it| it.path.clone()).collect();
-    let below = Below::paths(&paths, &Recorded::default());
-    let waits = |id: &u32| {
-        let waiting = [sys::UBLK_S_DEV_QUIESCED, sys::UBLK_S_DEV_FAIL_IO];
-        control.info(*id).is_ok_and(|info| waiting.contains(&info.state.into()))
-    };
-    below.certain().find(waits)
-}
-
-/// Refuses a device above one without a server: opening its backing would wait for that.
+/// Refuses a device that stands on itself, or on one without a server: opening its backing would wait for
+/// that one's next server. Only what is below without a doubt counts.
 pub(super) fn refuse_unserved(
     control: &Control,
     id: u32,
     record: &StateFile,
 ) -> Result<(), DeviceError> {
-    match unserved_below(control, record) {
+    let paths: Vec<_> = record.backings.iter().map(|it| it.path.clone()).collect();
+    let below = Below::paths(&paths, &Recorded::default());
+    if below.has(id) {
+        return Err(DeviceError::OnItself(id));
+    }
+    let waits = |lower: &u32| {
+        let waiting = [sys::UBLK_S_DEV_QUIESCED, sys::UBLK_S_DEV_FAIL_IO];
+        control.info(*lower).is_ok_and(|info| waiting.contains(&info.state.into()))
+    };
+    match below.certain().find(waits) {
         Some(lower) => Err(CannotRecoverDevice::Below { id, lower }.into()),
         None => Ok(()),
     }

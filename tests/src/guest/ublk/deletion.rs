@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -20,7 +21,7 @@ pub const TESTS: &[TestCase] = &[
     TestCase::guest("del_works_on_devices_in_every_state", DEFAULT, every_state).seconds(300),
     TestCase::guest("del_wins_over_recovery", DEFAULT, recovery).seconds(300),
     TestCase::guest("del_force_takes_devices_from_their_users", DEFAULT, force).seconds(300),
-    TestCase::guest("del_waits_for_no_late_petition", DEFAULT, asked_too_late),
+    TestCase::guest("del_waits_for_no_late_request", DEFAULT, asked_too_late),
     TestCase::guest("del_force_kills_servers_that_do_not_end", DEFAULT, suspended).seconds(300),
     TestCase::guest("leftovers_are_named_and_cleaned", DEFAULT, leftovers).seconds(300),
     TestCase::guest("no_process_inherits_what_keeps_a_device", DEFAULT, inheritance),
@@ -86,10 +87,19 @@ fn every_state(ctx: &Ctx) -> Result<Outcome> {
         crate::guest::udev::settle()?;
         process::signal(pid, Signal::SIGSTOP)?;
         process::run(&[PROGRAM, "stop-device", "-n", ID, "--command", command])?;
-        let mut going_on =
-            Command::new("sh").args(["-c", &format!("sleep 0.5; kill -CONT {pid}")]).spawn()?;
-        del(&format!("half-deleted by {command}, its server alive"), &[])?;
-        going_on.wait()?;
+        // The server goes on when `del` has found the device and says that it waits.
+        let mut deleting = Command::new(PROGRAM)
+            .args(["del", "-n", ID])
+            .stderr(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()?;
+        let mut said = BufReader::new(deleting.stderr.take().context("its standard error")?);
+        let mut line = String::new();
+        said.read_line(&mut line)?;
+        process::signal(pid, Signal::SIGCONT)?;
+        ensure!(line.contains("waiting for"), "{line}");
+        ensure!(deleting.wait()?.success(), "half-deleted by {command}: {line}");
+        remains::ensure_none().context(command)?;
     }
     Ok(Outcome::Pass)
 }
