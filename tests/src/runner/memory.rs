@@ -113,6 +113,7 @@ fn check(long: bool) -> Result<Vec<TestResult>, Ending> {
     let mut args = vec!["--skip", "stats::tests", "--skip", "server::shared::tests"];
     // Nor process descriptors (before 3.21).
     args.extend(["--skip", "partitions::tests::a_process_is_awaited"]);
+    args.extend(["--skip", "upgrade::tests::a_program_that_is_asked"]);
     args.extend(headers.is_some().then_some("--include-ignored"));
     let mut variables: Vec<(&str, OsString)> = headers.into_iter().collect();
     let counts = if long { LONG_COUNTS } else { COUNTS };
