@@ -53,7 +53,7 @@ impl<P: Planner> Engine<P> {
 
     /// Cancels all operations in flight; their requests are answered with `ETIMEDOUT`.
     pub fn cancel_all(&mut self, port: &mut impl Port) {
-        self.leave_all_straight();
+        self.leave_all_fast_paths();
         for (key, inflight) in self.inflight.iter_mut().filter(|(_, op)| op.cancel == Cancel::No) {
             self.stats.cancelled += 1;
             inflight.cancel = Cancel::Asked;

@@ -30,7 +30,7 @@ impl EngineConfig {
 
 impl<P: Planner> Engine<P> {
     /// Takes a request up and issues its operation. Returns false, and changes nothing, if it
-    /// cannot go straight.
+    /// cannot take the fast path.
     #[inline(always)]
     pub(super) fn deliver_fast(&mut self, key: TagKey, iod: IoDesc, port: &mut impl Port) -> bool {
         let Some(SlotIndex(first)) = self.fast_path_slots else { return false };
@@ -58,7 +58,7 @@ impl<P: Planner> Engine<P> {
     }
 
     /// Ends a request whose operation has moved all its bytes. Returns false if there is more to be
-    /// done, or the operation is none that went straight.
+    /// done, or the operation did not take the fast path.
     #[inline(always)]
     pub(super) fn complete_fast(&mut self, key: OpKey, res: i32, port: &mut impl Port) -> bool {
         let tag = InFlightTable::tag_of(key);
@@ -69,7 +69,7 @@ impl<P: Planner> Engine<P> {
         let request = state.fast_path.request;
         let whole = Answer::of_transfer(&request, res);
         let Some(answer) = whole.filter(|_| self.fast_path_slots.is_some()) else {
-            self.leave_straight(tag);
+            self.leave_fast_path(tag);
             return false;
         };
         let Some(lease) = state.fast_path.lease.take() else { return false };
@@ -86,9 +86,9 @@ impl<P: Planner> Engine<P> {
         true
     }
 
-    /// Has a request that goes straight go on as any other.
+    /// Has a request that takes the fast path go on as any other.
     #[cold]
-    pub(super) fn leave_straight(&mut self, tag: Tag) {
+    pub(super) fn leave_fast_path(&mut self, tag: Tag) {
         let state = &mut self.tags[tag.index()];
         let FastPath { lease, serial, request, place } = &mut state.fast_path;
         let Some(lease) = lease.take() else { return };
@@ -116,23 +116,23 @@ impl<P: Planner> Engine<P> {
     }
 
     /// Has all requests go on as any others.
-    pub(super) fn leave_all_straight(&mut self) {
+    pub(super) fn leave_all_fast_paths(&mut self) {
         for tag in 0..self.config.queue.depth {
             if self.tags[usize::from(tag)].phase == Phase::FastPath {
-                self.leave_straight(Tag(tag));
+                self.leave_fast_path(Tag(tag));
             }
         }
     }
 
-    /// The tag of the operation that goes straight under a label of the registry.
-    pub(super) fn straight_tag(&self, key: OpKey) -> Option<&TagState> {
+    /// The tag of the operation that takes the fast path under a label of the registry.
+    pub(super) fn fast_path_tag(&self, key: OpKey) -> Option<&TagState> {
         let state = self.tags.get(InFlightTable::tag_of(key).index())?;
         state.is_on_fast_path(key).then_some(state)
     }
 }
 
 impl TagState {
-    /// Whether the key is that of the operation of a request that goes straight.
+    /// Whether the key is that of the operation of a request that takes the fast path.
     #[inline]
     fn is_on_fast_path(&self, key: OpKey) -> bool {
         let is_first = InFlightTable::is_first(key);

@@ -121,7 +121,7 @@ struct Entry {
 pub(super) struct InFlightTable {
     entries: Box<[Entry]>,
     next_serial: u32,
-    /// Operations that go straight; the rest is about the others.
+    /// Operations that take the fast path; the rest is about the others.
     fast_path: usize,
     count: usize,
     transfers: usize,
@@ -141,32 +141,32 @@ impl InFlightTable {
         Tag(key.place / PLACES)
     }
 
-    /// Whether a place is the first of its tag, which is that of operations that go straight.
+    /// Whether a place is the first of its tag, which is that of operations that take the fast path.
     #[inline]
     pub const fn is_first(key: OpKey) -> bool {
         key.place % PLACES == 0
     }
 
-    /// The key of an operation that goes straight, of a tag that has none in flight.
+    /// The key of an operation that takes the fast path, of a tag that has none in flight.
     #[inline]
     pub fn first_key(&self, tag: Tag) -> OpKey {
         OpKey { place: tag.0 * PLACES, serial: self.next_serial }
     }
 
-    /// An operation goes straight, under [`InFlightTable::first_key`]; others know what it is.
+    /// An operation takes the fast path, under [`InFlightTable::first_key`]; others know what it is.
     #[inline]
     pub fn begin_fast(&mut self) {
         self.next_serial = self.next_serial.wrapping_add(1);
         self.fast_path += 1;
     }
 
-    /// An operation that went straight is no more, or goes on as any other.
+    /// An operation that took the fast path is no more, or goes on as any other.
     #[inline]
     pub fn end_fast(&mut self) {
         self.fast_path -= 1;
     }
 
-    /// Adds an operation that went straight.
+    /// Adds an operation that took the fast path.
     pub fn insert_fast(&mut self, serial: u32, inflight: InFlight) {
         let next_serial = self.next_serial;
         self.insert(OpKey { place: inflight.tag.0 * PLACES, serial }, inflight);

@@ -12,8 +12,8 @@ pub struct OpKey {
     pub serial: u32,
 }
 
-/// A command to the driver about a tag. A tag has one turn at a time, so an answer that carries an
-/// earlier one is stale.
+/// A command to the driver about a tag. A tag has one command at a time, so an answer with an
+/// earlier sequence number is stale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct TagKey {
     /// The tag.

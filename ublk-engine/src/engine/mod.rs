@@ -122,7 +122,7 @@ pub struct Engine<P> {
     /// Tags that the driver will not deliver to again.
     ended: u16,
     now: u64,
-    /// The slot of tag 0, while requests may go straight.
+    /// The slot of tag 0, while requests may take the fast path.
     fast_path_slots: Option<SlotIndex>,
     recorder: Option<Box<Recorder>>,
     stats: EngineStats,
@@ -302,7 +302,7 @@ impl<P: Planner> Engine<P> {
     /// What [`Engine::completed`] is told of an operation that has been carried out as it was
     /// issued.
     pub fn whole(&mut self, key: OpKey) -> i32 {
-        let fast_path = self.straight_tag(key).map(|state| state.fast_path.request.len);
+        let fast_path = self.fast_path_tag(key).map(|state| state.fast_path.request.len);
         let asked = |it: &InFlight| it.asked(self.tags[it.tag.index()].run.at_first);
         let len = fast_path.or_else(|| self.inflight.get(key).map(asked));
         let len = len.unwrap_or(0);
@@ -311,7 +311,7 @@ impl<P: Planner> Engine<P> {
 
     /// The backing of an operation in flight.
     pub fn backing_of(&self, key: OpKey) -> Option<BackingIndex> {
-        let fast_path = self.straight_tag(key).map(|state| state.fast_path.place.backing);
+        let fast_path = self.fast_path_tag(key).map(|state| state.fast_path.place.backing);
         fast_path.or_else(|| self.inflight.get(key).map(|it| it.op.backing))
     }
 
@@ -378,7 +378,7 @@ impl<P: Planner> Engine<P> {
     /// The operation and tag that the registry knows by a label, while it is in flight.
     pub fn borrower(&self, borrower: Borrower) -> Option<(Tag, Op)> {
         let key = OpKey::of_borrower(borrower);
-        let fast_path = self.straight_tag(key).map(|state| {
+        let fast_path = self.fast_path_tag(key).map(|state| {
             let op = Op::all_of(&state.fast_path.request, state.fast_path.place);
             (InFlightTable::tag_of(key), op)
         });

@@ -50,7 +50,7 @@ pub(super) struct TagState {
     pub phase: Phase,
     /// Which of the tag's commands is the last.
     pub seq: u32,
-    /// The request that goes straight, or the last one that did.
+    /// The request that takes the fast path, or the last one that did.
     pub fast_path: FastPath,
     /// The request, or the last one.
     pub run: Run,

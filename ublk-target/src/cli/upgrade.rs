@@ -190,9 +190,8 @@ fn said_so_far(pipe: impl Read + AsFd) -> anyhow::Result<String> {
     Ok(String::from_utf8_lossy(&said).into_owned())
 }
 
-/// Waits until the device has its next server, and returns the file of its program, unless the server is
-/// hidden in another pid namespace. Should the
-/// present one die on the way, one of the programs recovers the device.
+/// Waits until the device has its next server. Returns the file of its program, unless another pid namespace
+/// hides the server. If the present server dies meanwhile, one of the programs recovers the device.
 fn await_next(
     control: &Control,
     id: u32,
