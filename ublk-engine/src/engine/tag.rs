@@ -24,7 +24,7 @@ pub(super) enum Phase {
     /// The engine; the request is being carried out.
     Running,
     /// The engine; the request is being carried out by one operation, of which nothing is known but
-    /// what is in [`TagState::straight`].
+    /// what is in [`TagState::fast_path`].
     FastPath,
     /// The engine; the buffer is being unregistered, then the result is committed.
     Unregistering,
