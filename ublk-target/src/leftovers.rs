@@ -12,6 +12,7 @@ use std::time::Duration;
 use uring_ext::control::Control;
 
 use crate::mark::Nonce;
+use crate::own_files;
 use crate::processes::{self, Process, Role};
 use crate::state::{self, RUN_DIR};
 use crate::stats;
@@ -23,7 +24,9 @@ const TIME_TO_ADD: Duration = Duration::from_secs(5);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Entry {
     Record(u32),
-    /// A record that nobody has finished yet.
+    /// What a supervisor tells of a device.
+    Trouble(u32),
+    /// A file that nobody has finished yet.
     HalfWritten,
     Socket(u32),
     /// The log of a device that could have none where logs belong.
@@ -38,16 +41,21 @@ impl Entry {
             "json" => Some(Self::Record(id)),
             "sock" => Some(Self::Socket(id)),
             "log" => Some(Self::Log(id)),
-            _ => kind.strip_prefix("json.")?.parse::<Nonce>().ok().map(|_| Self::HalfWritten),
+            "trouble" => Some(Self::Trouble(id)),
+            _ => {
+                let (kind, writer) = kind.split_once('.')?;
+                let is_written = matches!(kind, "json" | "trouble");
+                (is_written && writer.parse::<Nonce>().is_ok()).then_some(Self::HalfWritten)
+            }
         }
     }
 
     /// Whether nobody needs it any more.
     fn is_left(self, control: &Control, directory: &Path, path: &Path) -> bool {
         match self {
-            Self::HalfWritten => !state::is_being_written(path),
+            Self::HalfWritten => !own_files::is_being_written(path),
             // A device has its files only after it was added.
-            Self::Record(id) | Self::Log(id) => is_gone(control, id),
+            Self::Record(id) | Self::Log(id) | Self::Trouble(id) => is_gone(control, id),
             Self::Socket(id) => stats::is_deserted(directory, id) && is_gone(control, id),
         }
     }
@@ -125,6 +133,9 @@ mod tests {
             ("3.json", Some(Entry::Record(3))),
             ("3.json.00123456789a", Some(Entry::HalfWritten)),
             ("3.json.77", None),
+            ("3.trouble", Some(Entry::Trouble(3))),
+            ("3.trouble.00123456789a", Some(Entry::HalfWritten)),
+            ("3.log.00123456789a", None),
             ("3.log", Some(Entry::Log(3))),
             ("12.sock", Some(Entry::Socket(12))),
             ("3.json.", None),

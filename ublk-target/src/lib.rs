@@ -21,3 +21,4 @@ pub mod stats;
 pub mod steps;
 pub mod supervise;
 pub mod text;
+mod trouble;

@@ -1,12 +1,16 @@
 //! Directories and files that are root's alone: others can neither write to them nor put links in
 //! their place. And files that are read as a whole: nothing in their place can hold the reader up.
 
-use std::fs::{DirBuilder, File, OpenOptions, Permissions};
-use std::io::{self, Read};
+use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
+use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::geteuid;
+
+use crate::mark::Nonce;
+use crate::steps::step;
 
 /// Makes a directory that only the calling user can write to, whatever the umask, or finds it. One of
 /// the user's that others can write to is closed to them.
@@ -91,13 +95,55 @@ pub fn read_whole(file: &File, max: u64) -> io::Result<String> {
     })
 }
 
+/// Puts a file in the place of what there is, whole or not at all. Until it is whole it has the name of
+/// the file and a random one after it, and [`is_being_written`] tells it from one of a dead writer.
+///
+/// # Errors
+/// Those of the file system.
+pub fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
+    // One that looks for files of dead writers may take it for such before it is locked.
+    let mut attempts = 0..3;
+    loop {
+        match try_replace(path, text) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound && attempts.next().is_some() => {}
+            written => return written,
+        }
+    }
+}
+
+fn try_replace(path: &Path, text: &[u8]) -> io::Result<()> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(format!(".{}", Nonce::draw()));
+    let new = Path::new(&name);
+    let file = OpenOptions::new().write(true).create_new(true).mode(0o644).open(new)?;
+    let locked = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| errno.into());
+    let written = locked.and_then(|mut file: Flock<File>| {
+        file.write_all(text)?;
+        step("half-recorded");
+        fs::rename(new, path)
+    });
+    if written.is_err() {
+        // It may be gone already; nobody needs it.
+        let _ = fs::remove_file(new);
+    }
+    written
+}
+
+/// Whether a process is writing a file that has no name of its own yet ([`replace`]): it has it locked. One
+/// that cannot be opened is gone, or not ours.
+#[must_use]
+pub fn is_being_written(path: &Path) -> bool {
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let file = OpenOptions::new().write(true).custom_flags(flags).open(path);
+    file.is_ok_and(|file| Flock::lock(file, FlockArg::LockExclusiveNonblock).is_err())
+}
+
 fn not_ours(path: &Path, why: &str) -> io::Error {
     io::Error::new(io::ErrorKind::PermissionDenied, format!("{}: {why}", path.display()))
 }
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
     use std::os::unix::fs::symlink;
 
     use super::*;

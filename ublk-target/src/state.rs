@@ -4,13 +4,12 @@
 //! know (the target and its backings), only for the disk that it was written for, and all that it
 //! says is checked as if a user had typed it.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 use ublk_engine::lend::LendMode;
 use ublk_engine::units::{Bytes, Sectors};
@@ -23,7 +22,7 @@ use crate::own_files;
 use crate::processes;
 use crate::server::config::DeviceConfig;
 use crate::server::on_death::OnDeath;
-use crate::steps::step;
+use crate::trouble::Trouble;
 
 /// Where the state files are.
 pub const RUN_DIR: &str = "/run/ublk-target";
@@ -90,10 +89,6 @@ pub struct StateFile {
     pub backings: Vec<Known>,
     /// What the device is made of; paths are absolute.
     pub config: DeviceConfig,
-    /// Why the supervisor has given up.
-    pub given_up: Option<String>,
-    /// Why the device has no server, which the supervisor tries to change.
-    pub trouble: Option<String>,
 }
 
 /// Why a state file cannot be used.
@@ -162,8 +157,6 @@ impl StateFile {
             target: target.to_owned(),
             backings,
             config,
-            given_up: None,
-            trouble: None,
         }
     }
 
@@ -182,15 +175,10 @@ impl StateFile {
         let path = Self::path(directory, self.id);
         let mut text = self.to_text()?;
         text.push('\n');
-        // One that looks for files of dead writers may take it for such before it is locked.
-        let mut attempts = 0..3;
-        loop {
-            match Self::replace(&path, text.as_bytes()) {
-                Err(error)
-                    if error.kind() == io::ErrorKind::NotFound && attempts.next().is_some() => {}
-                written => return written,
-            }
-        }
+        own_files::replace(&path, text.as_bytes())?;
+        // There is a server that has written this.
+        Trouble::is_over(directory, self.id);
+        Ok(())
     }
 
     /// The record with a checksum over all the rest of it.
@@ -201,21 +189,6 @@ impl StateFile {
             fields.insert(CHECKSUM.to_owned(), checksum.into());
         }
         Ok(serde_json::to_string_pretty(&value)?)
-    }
-
-    fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
-        let new = path.with_extension(format!("json.{}", Nonce::draw()));
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o644).open(&new)?;
-        let mut file = lock_as_writer(file)?;
-        let written = file.write_all(text).and_then(|()| {
-            step("half-recorded");
-            fs::rename(&new, path)
-        });
-        if written.is_err() {
-            // It may be gone already; nobody needs it.
-            let _ = fs::remove_file(&new);
-        }
-        written
     }
 
     /// Reads the file of a device. Nothing that it says is believed because it is there: it is of
@@ -257,6 +230,10 @@ impl StateFile {
         if recorded.as_ref().and_then(serde_json::Value::as_str) != Some(&is) {
             return Err(corrupt(format!("its checksum is not {is}")));
         }
+        // Supervisors wrote to it before, too.
+        for field in ["given_up", "trouble"] {
+            let _ = value.as_object_mut().and_then(|fields| fields.remove(field));
+        }
         let state: Self =
             serde_json::from_value(value).map_err(|error| corrupt(error.to_string()))?;
         if state.id != id {
@@ -269,12 +246,14 @@ impl StateFile {
     pub fn remove(directory: &Path, id: u32) {
         // A missing file is what is wanted; another error leaves a file that nobody trusts.
         let _ = fs::remove_file(Self::path(directory, id));
+        Trouble::is_over(directory, id);
         // Its log, if that could not be where logs belong.
         let _ = fs::remove_file(directory.join(format!("{id}.log")));
         let Ok(entries) = fs::read_dir(directory) else { return };
-        let half_written = format!("{id}.json.");
+        let half_written = ["json", "trouble"].map(|kind| format!("{id}.{kind}."));
         for entry in entries.flatten() {
-            if entry.file_name().to_string_lossy().starts_with(&half_written) {
+            let name = entry.file_name();
+            if half_written.iter().any(|start| name.to_string_lossy().starts_with(start)) {
                 let _ = fs::remove_file(entry.path());
             }
         }
@@ -284,19 +263,6 @@ impl StateFile {
 /// The CRC-32C of a value as JSON without blanks, its fields in the order of their names.
 fn checksum_of(value: &serde_json::Value) -> String {
     format!("{:08x}", crc32c::crc32c(value.to_string().as_bytes()))
-}
-
-fn lock_as_writer(file: File) -> io::Result<Flock<File>> {
-    Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| errno.into())
-}
-
-/// Whether a process is writing a state file that has no name of its own yet: it has it locked. One
-/// that cannot be opened is gone, or not ours.
-#[must_use]
-pub fn is_being_written(path: &Path) -> bool {
-    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
-    let file = OpenOptions::new().write(true).custom_flags(flags).open(path);
-    file.is_ok_and(|file| Flock::lock(file, FlockArg::LockExclusiveNonblock).is_err())
 }
 
 /// The ids of all devices that there are state files of, in order.
@@ -388,11 +354,15 @@ impl Description {
             backings: Vec::new(),
             page_cache: false,
         };
+        let is_served = described.state == "LIVE" && pid.is_some();
+        match Trouble::read(Path::new(RUN_DIR), id).filter(|_| !is_served && file.is_some()) {
+            Some(Trouble { why, given_up: true }) => described.given_up = Some(why),
+            Some(Trouble { why, given_up: false }) => described.trouble = Some(why),
+            None => {}
+        }
         if let Some(file) = file {
             described.target = file.target;
             described.supervisor = file.supervisor.filter(|pid| processes::is_ours(*pid));
-            described.given_up = file.given_up;
-            described.trouble = file.trouble;
             described.page_cache = file.backings.iter().any(|known| known.page_cache);
             described.backings = file.backings.into_iter().map(|known| known.path).collect();
         }
@@ -564,7 +534,7 @@ mod tests {
         }
         let refused = StateFile::read(directory.path(), 3).unwrap_err().to_string();
         assert!(refused.ends_with("cannot be read: it is no regular file"), "{refused}");
-        assert!(!is_being_written(&directory.path().join("3.json.00123456789a")));
+        assert!(!own_files::is_being_written(&directory.path().join("3.json.00123456789a")));
     }
 
     #[test]

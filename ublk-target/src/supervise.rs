@@ -15,8 +15,9 @@ use crate::leftovers;
 use crate::processes;
 use crate::server::config::DeviceError;
 use crate::server::signals::{Wake, Wakeups, Watch};
-use crate::state::{self, RUN_DIR, StateFile};
+use crate::state::{self, RUN_DIR};
 use crate::steps::step;
+use crate::trouble::Trouble;
 
 /// How soon, and how often, a server is put in the place of a dead one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -162,7 +163,7 @@ pub fn supervise(
                     }
                     is_lacking = matches!(failed, NotRecovered::Lacking(_));
                     if let NotRecovered::Failed(error) | NotRecovered::Lacking(error) = failed {
-                        tell_trouble(id, &error);
+                        tell_trouble(id, &error, false);
                         (why, lived) = (error, Duration::ZERO);
                     }
                 }
@@ -256,28 +257,19 @@ fn live_server(control: &Control, id: u32) -> Option<u32> {
     (state::has_disk(&info) && processes::is_ours(pid)).then_some(pid)
 }
 
-/// Makes it visible that the device has no server, and why; the next server takes it back.
-fn tell_trouble(id: u32, why: &str) {
-    let Ok(mut record) = StateFile::read(Path::new(RUN_DIR), id) else { return };
-    if record.trouble.as_deref() != Some(why) {
-        record.trouble = Some(why.to_owned());
-        // Where there is no room for it, the log has it.
-        if let Err(error) = record.write(Path::new(RUN_DIR)) {
-            log::warn!("cannot write to {RUN_DIR}: {error}");
-        }
+/// Makes it visible that the device has no server, and why.
+fn tell_trouble(id: u32, why: &str, given_up: bool) {
+    let trouble = Trouble { why: why.to_owned(), given_up };
+    // Where there is no room for it, the log has it.
+    if let Err(error) = trouble.write(Path::new(RUN_DIR), id) {
+        log::warn!("cannot write to {RUN_DIR}: {error}");
     }
 }
 
 /// Makes it visible that nobody looks after the device any more.
 fn give_up(id: u32, why: &str) -> End {
     log::error!("{why}: given up; `ublk-target recover -n {id}` tries again");
-    if let Ok(mut record) = StateFile::read(Path::new(RUN_DIR), id) {
-        record.given_up = Some(why.to_owned());
-        record.supervisor = None;
-        if let Err(error) = record.write(Path::new(RUN_DIR)) {
-            log::error!("cannot write to {RUN_DIR}: {error}");
-        }
-    }
+    tell_trouble(id, why, true);
     End::GivenUp(why.to_owned())
 }
 

@@ -144,9 +144,9 @@ fn row(device: &Description) -> [String; 11] {
         backings.push_str(" (page cache)");
     }
     let supervisor = match (device.supervisor, &device.given_up) {
-        (Some(pid), _) if device.trouble.is_some() => Some(format!("{pid} (trying)")),
-        (Some(pid), _) => Some(pid.to_string()),
-        (None, Some(_)) => Some("given up".to_owned()),
+        (_, Some(_)) => Some("given up".to_owned()),
+        (Some(pid), None) if device.trouble.is_some() => Some(format!("{pid} (trying)")),
+        (Some(pid), None) => Some(pid.to_string()),
         (None, None) => None,
     };
     [
