@@ -11,6 +11,7 @@ use std::process::{Child, ExitStatus};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
+use uring_ext::Errno;
 use uring_ext::control::{Control, ControlError, Pending};
 use uring_ext::feature::SAFE_STOP_DEV;
 use uring_ext::sys;
@@ -63,7 +64,7 @@ pub enum DeleteError {
     },
     /// The process that gives the driver's commands could not be started.
     #[error("cannot start a process that stops the device: {0}")]
-    NoHelper(#[from] io::Error),
+    NoHelper(Errno),
     /// That process has failed, and said why.
     #[error("the driver did not delete device {0}")]
     Refused(u32),
@@ -236,7 +237,8 @@ impl Deletion<'_> {
         command: Command,
         what: &str,
     ) -> Result<bool, DeleteError> {
-        let mut helper = (self.helper)(device.id, command)?;
+        let failed = |error: io::Error| DeleteError::NoHelper(Errno::of(&error));
+        let mut helper = (self.helper)(device.id, command).map_err(failed)?;
         let began = Instant::now();
         let (force, processes) = (self.force, &device.processes);
         let ended = wait_with(what, self.progress, |slice| {
@@ -249,7 +251,7 @@ impl Deletion<'_> {
             // It ends when the command does, and not before.
             let _ = helper.kill();
         }
-        let status = ended??;
+        let status = ended?.map_err(failed)?;
         match status.code() {
             Some(0) => Ok(true),
             Some(code) if code == i32::from(IN_USE) => Ok(false),

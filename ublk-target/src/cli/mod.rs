@@ -10,6 +10,7 @@ mod processes;
 mod recover;
 mod resize;
 mod serve;
+mod sight;
 mod stats;
 mod table;
 mod terminal;
@@ -352,38 +353,54 @@ pub fn run() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let result = match &cli.command {
-        Command::Add(target) => add::add(target, cli.verbose),
-        Command::Serve(args) => serve::serve(args, cli.verbose),
+    // What the driver offers is told without a look at devices.
+    let is_blind = matches!(cli.command, Command::Features(_));
+    let sight = if is_blind { Ok(()) } else { sight::check() };
+    let result = sight.and_then(|()| carry_out(&cli.command, cli.verbose));
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            say!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Carries out a command.
+fn carry_out(command: &Command, verbose: u8) -> anyhow::Result<ExitCode> {
+    let to_terminal = || logging::start(verbose, "warn", To::Terminal);
+    match command {
+        Command::Add(target) => add::add(target, verbose),
+        Command::Serve(args) => serve::serve(args, verbose),
         Command::Del(del) => {
-            logging::start(cli.verbose, "warn", To::Terminal);
+            to_terminal();
             manage::delete(del)
         }
         Command::List(list) => {
-            logging::start(cli.verbose, "warn", To::Terminal);
+            to_terminal();
             manage::list(list)
         }
         Command::Stats(args) => {
-            logging::start(cli.verbose, "warn", To::Terminal);
+            to_terminal();
             stats::stats(args)
         }
-        Command::Recover(args) => recover::recover(args, cli.verbose),
-        Command::Supervise { id, server } => processes::supervise_device(*id, *server, cli.verbose),
+        Command::Recover(args) => recover::recover(args, verbose),
+        Command::Supervise { id, server } => processes::supervise_device(*id, *server, verbose),
         Command::Upgrade(args) => {
-            logging::start(cli.verbose, "warn", To::Terminal);
+            to_terminal();
             upgrade::upgrade(args)
         }
         Command::Resize(args) => {
-            logging::start(cli.verbose, "warn", To::Terminal);
+            to_terminal();
             resize::resize(args)
         }
         Command::QuiesceDevice { id, server } => {
-            logging::start(cli.verbose, "warn", To::Terminal);
+            to_terminal();
             let quiesced = ublk_target::server::upgrade::quiesce(*id, *server);
             quiesced.map(|()| ExitCode::SUCCESS).map_err(Into::into)
         }
         Command::CheckState { id } => {
-            logging::start(cli.verbose, "warn", To::Terminal);
+            to_terminal();
             let control = Control::open().map_err(DeviceError::from);
             let checked = control.and_then(|control| recovery::check_upgrade(&control, *id));
             checked.map_err(Into::into).and_then(|()| {
@@ -392,23 +409,16 @@ pub fn run() -> ExitCode {
             })
         }
         Command::AwaitPartitions { id } => {
-            logging::start(cli.verbose, "warn", To::Terminal);
+            to_terminal();
             partitions::await_scan(*id)
         }
         Command::StopDevice { id, command } => {
-            logging::start(cli.verbose, "warn", To::Terminal);
+            to_terminal();
             manage::command(*id, *command)
         }
-        Command::Features(features) => {
-            logging::start(cli.verbose, "warn", To::Terminal);
-            features::features(features)
-        }
-    };
-    match result {
-        Ok(code) => code,
-        Err(error) => {
-            say!("{error:#}");
-            ExitCode::FAILURE
+        Command::Features(args) => {
+            to_terminal();
+            features::features(args)
         }
     }
 }

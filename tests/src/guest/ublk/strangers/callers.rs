@@ -23,6 +23,7 @@ pub const TESTS: &[TestCase] = &[
     TestCase::guest("names_of_others_command_no_terminal", DEFAULT, names),
     TestCase::guest("nobody_poses_as_a_process_of_ours", DEFAULT, posing).seconds(180),
     TestCase::guest("a_replaced_program_stops_in_order", DEFAULT, replaced).seconds(180),
+    TestCase::guest("what_cannot_be_seen_is_not_taken_for_absent", DEFAULT, blind),
 ];
 
 /// Its descriptors, and limits that would end it.
@@ -271,5 +272,26 @@ fn replaced(ctx: &Ctx) -> Result<Outcome> {
         remains::wait_for_none()?;
         ensure!(!ran.exists(), "{kind}: a file of others was run");
     }
+    Ok(Outcome::Pass)
+}
+
+/// Too few open files are raised, or told; without `/proc` nobody knows who uses a device.
+fn blind(_ctx: &Ctx) -> Result<Outcome> {
+    let device = Device::add(&["null", "-n", ID])?;
+    let few = |more: &str| format!("ulimit -n 5; {more} {PROGRAM} list --json");
+    let listed = process::run(&["sh", "-c", &few("")])?.stdout;
+    ensure!(listed.contains("LIVE"), "{listed}");
+    // Who may not raise it is told.
+    let as_other = few("setpriv --bounding-set -sys_resource --inh-caps -sys_resource");
+    let refused = process::run_for_code(&["sh", "-c", &as_other], 1)?.stderr;
+    ensure!(refused.contains("ulimit -n"), "{refused}");
+    for (mount, command) in [("/proc", "del -n"), ("/proc", "list -n"), ("/sys", "del -n")] {
+        let script = format!("umount -l {mount}; {PROGRAM} {command} {ID}");
+        let argv = ["unshare", "-m", "sh", "-c", &script];
+        let refused = process::run_for_code(&argv, 1)?.stderr;
+        ensure!(refused.contains(&format!("{mount} is not mounted here")), "{refused}");
+    }
+    process::run(&[PROGRAM, "list", "-n", ID])?;
+    device.delete()?;
     Ok(Outcome::Pass)
 }
