@@ -227,6 +227,12 @@ pub enum DeviceError {
          devices; give it a backing elsewhere", path = crate::state::block_path(*.0).display()
     )]
     OnItself(u32),
+    /// A device below it has no server.
+    #[error(
+        "the backings stand on device {0}, which has no server, so that its I/O waits; \
+         `ublk-target recover -n {0}` first"
+    )]
+    OnUnserved(u32),
     /// One device of a process would have to wait for another.
     #[error(
         "device {upper} has to wait for device {lower} of the same process: it stands on it, directly or \

@@ -86,6 +86,7 @@ pub fn serve(
     // While there is one thread: the control ring has workers of the kernel's.
     protect(&config.target.files());
     let control = Control::with(node)?;
+    recovery::refuse_new_on_unserved(&control, &config.target.files())?;
     // So that no signal ends the process half-way.
     let wakeups = Wakeups::ready(helpers.hangup())?;
     step("signals-blocked");
@@ -352,20 +353,7 @@ impl Server {
                 }
                 Wake::ControlRequest => {
                     while let Some(control_request) = self.control_request() {
-                        match control_request {
-                            ControlRequest::Grow { size, reply } => {
-                                let grown = self.grow(&mut plan, size);
-                                let _ = reply.try_send(grown.map_err(|error| error.to_string()));
-                            }
-                            // Stopped meanwhile: nobody can serve it any more.
-                            ControlRequest::Upgrade { reply, .. } if !self.is_live() => {
-                                let _ = reply.try_send(Err("the device is stopped".to_owned()));
-                            }
-                            ControlRequest::Upgrade { program, reply } => {
-                                let _ = reply.try_send(Ok(()));
-                                plan = self.hand_over(plan, &program, helpers)?;
-                            }
-                        }
+                        plan = self.carry_out(control_request, plan, helpers)?;
                     }
                 }
                 Wake::Hangup => {
@@ -395,6 +383,34 @@ impl Server {
             self.is_left = true;
         }
         Err(error)
+    }
+
+    /// Carries out what somebody asks for, if he still waits for it.
+    fn carry_out(
+        &mut self,
+        control_request: ControlRequest,
+        mut plan: Plan,
+        helpers: &Helpers<'_>,
+    ) -> Result<Plan, DeviceError> {
+        match control_request {
+            ControlRequest::Grow { size, reply } if reply.begin() => {
+                let grown = self.grow(&mut plan, size);
+                reply.send(grown.map_err(|error| error.to_string()));
+                Ok(plan)
+            }
+            // Stopped meanwhile: nobody can serve it any more.
+            ControlRequest::Upgrade { reply, .. } if !self.is_live() => {
+                reply.send(Err("the device is stopped".to_owned()));
+                Ok(plan)
+            }
+            ControlRequest::Upgrade { program, reply } if reply.begin() => {
+                self.hand_over(plan, &program, reply, helpers)
+            }
+            ControlRequest::Grow { .. } | ControlRequest::Upgrade { .. } => {
+                log::warn!("nobody waits any more for what was asked; nothing is done");
+                Ok(plan)
+            }
+        }
     }
 
     /// Whether the device is neither stopped nor without a server, for all the driver knows.

@@ -30,6 +30,7 @@ use crate::standing::Recorded;
 use crate::state::{self, Description, RUN_DIR, StateFile, StateProblem};
 use crate::stats::client;
 use crate::steps::step;
+use crate::trouble::Trouble;
 
 /// Why a device cannot be recovered, and what to do.
 #[non_exhaustive]
@@ -150,7 +151,10 @@ pub fn recover(
         let is_of_it = |it: Process| it.device.is_none_or(|other| other == id);
         Process::find(*pid).is_some_and(|it| it.role == Role::Supervisor && is_of_it(it))
     };
-    let supervisor = supervisor.or_else(|| record.supervisor.filter(is_supervisor));
+    // One that has given up is about to end.
+    let has_given_up = Trouble::read(Path::new(RUN_DIR), id).is_some_and(|it| it.given_up);
+    let recorded = record.supervisor.filter(|_| !has_given_up);
+    let supervisor = supervisor.or_else(|| recorded.filter(is_supervisor));
     let mut server = Server::new(Rc::new(control), wakeups, id, supervisor);
     server.leave();
     let taken = take_over(&mut server, &record, !is_next, progress)?;
@@ -262,26 +266,41 @@ pub(super) fn refuse_unserved(
     if below.has(id) {
         return Err(DeviceError::OnItself(id));
     }
-    let waits = |lower: &u32| {
-        let waiting = [sys::UBLK_S_DEV_QUIESCED, sys::UBLK_S_DEV_FAIL_IO];
-        control.info(*lower).is_ok_and(|info| waiting.contains(&info.state.into()))
-    };
-    match below.certain().find(waits) {
+    match unserved(control, &below) {
         Some(lower) => Err(CannotRecoverDevice::Below { id, lower }.into()),
         None => Ok(()),
     }
+}
+
+/// As [`refuse_unserved`], for a device that is to be added on these backings.
+pub(super) fn refuse_new_on_unserved(
+    control: &Control,
+    backings: &[&Path],
+) -> Result<(), DeviceError> {
+    let paths: Vec<_> = backings.iter().map(|path| path.to_path_buf()).collect();
+    let below = Below::paths(&paths, &Recorded::default());
+    unserved(control, &below).map_or(Ok(()), |lower| Err(DeviceError::OnUnserved(lower)))
+}
+
+/// A device below that waits for a server.
+fn unserved(control: &Control, below: &Below) -> Option<u32> {
+    let waiting = [sys::UBLK_S_DEV_QUIESCED, sys::UBLK_S_DEV_FAIL_IO];
+    below
+        .certain()
+        .find(|lower| control.info(*lower).is_ok_and(|info| waiting.contains(&info.state.into())))
 }
 
 fn missing(id: u32, error: ControlError) -> DeviceError {
     if state::is_missing(&error) { CannotRecoverDevice::NoDevice(id).into() } else { error.into() }
 }
 
-/// The live server of a device, in words.
+/// The live server of a device, in words, unless it is the calling process: that has let go of the device,
+/// which the driver notices when the last ring has gone, or has the process id of a dead one by chance.
 fn server_of(info: &sys::ublksrv_ctrl_dev_info) -> Option<String> {
-    if u32::from(info.state) != sys::UBLK_S_DEV_LIVE {
+    let pid = u32::try_from(info.ublksrv_pid).ok();
+    if u32::from(info.state) != sys::UBLK_S_DEV_LIVE || pid == Some(std::process::id()) {
         return None;
     }
-    let pid = u32::try_from(info.ublksrv_pid).ok();
     match pid.filter(|pid| state::is_alive(*pid)) {
         Some(pid) => Some(Opener::of(pid).to_string()),
         // It has no process id here, or is dead.

@@ -17,6 +17,7 @@ use uring_ext::Errno;
 use uring_ext::control::{Control, ControlError};
 
 use super::config::DeviceError;
+use super::control_request::Reply;
 use super::device::{Helpers, Server};
 use super::plan::Plan;
 use super::recovery;
@@ -71,20 +72,25 @@ struct Came {
 
 impl Server {
     /// Becomes a process of another program that serves the device. Returns if that cannot be, with
-    /// the device served again.
+    /// the device served again. Whoever asked is told once the driver delivers nothing more, or why
+    /// all stays as it is.
     pub(super) fn hand_over(
         &mut self,
         plan: Plan,
         program: &Program,
+        reply: Reply<()>,
         helpers: &Helpers<'_>,
     ) -> Result<Plan, DeviceError> {
         log::info!("handing over to {}", program.path().display());
         step("upgrade-asked");
         if let Err(error) = self.stop_deliveries(helpers) {
             log::error!("the device stays with this program: {error}");
+            reply.send(Err(format!("it serves the device on: {error}")));
             return Ok(plan);
         }
         step("upgrade-quiesced");
+        // Before the thread that passes it on ends.
+        reply.send(Ok(()));
         self.let_device_go(plan);
         step("upgrade-let-go");
         let error = (helpers.become_next)(self.id, program, self.supervisor);

@@ -18,6 +18,10 @@ use crate::state::{self, Description, RUN_DIR};
 
 /// How long a server may take to answer.
 pub const PATIENCE: Duration = Duration::from_secs(5);
+/// How long it may take to stop the deliveries of its device.
+const TO_STOP_DELIVERIES: Duration = Duration::from_secs(40);
+/// How long a server that lives may be without its socket: it starts, recovers, or becomes another one.
+const TO_LISTEN: Duration = Duration::from_secs(5);
 
 /// Why there are no statistics to be had.
 #[non_exhaustive]
@@ -38,10 +42,10 @@ pub enum ClientError {
          `ublk-target recover -n {0}` gives it one"
     )]
     Waits(u32),
-    /// The server is of a version without statistics, or not that far yet.
+    /// The server does not listen yet, or no more.
     #[error(
-        "the server of device {id} ({pid}) gives no statistics: it has just been started, or is \
-         older than this program; then delete the device and add it again"
+        "the server of device {id} ({pid}) cannot be asked: it has no socket in {RUN_DIR}; if it has \
+         just been started, recovered or upgraded, try again"
     )]
     NoSocket {
         /// The device.
@@ -116,9 +120,18 @@ impl Client {
     /// # Errors
     /// [`ClientError`]: without a socket, the driver is asked why.
     pub fn connect(id: u32) -> Result<Self, ClientError> {
-        match open(&socket_path(Path::new(RUN_DIR), id), PATIENCE) {
-            Ok(stream) => Ok(Self::new(id, stream, PATIENCE)),
-            Err(error) => Err(why_not(id, &error)),
+        let deadline = Instant::now() + TO_LISTEN;
+        loop {
+            let error = match open(&socket_path(Path::new(RUN_DIR), id), PATIENCE) {
+                Ok(stream) => return Ok(Self::new(id, stream, PATIENCE)),
+                Err(error) => error,
+            };
+            let why = why_not(id, &error);
+            if !matches!(why, ClientError::NoSocket { .. }) || Instant::now() >= deadline {
+                return Err(why);
+            }
+            // Nobody tells when it listens.
+            std::thread::sleep(Duration::from_millis(10));
         }
     }
 
@@ -159,13 +172,19 @@ impl Client {
         }
     }
 
-    /// Has the server hand the device over to another program.
+    /// Has the server hand the device over to another program. It has stopped the deliveries when this
+    /// returns, and lets the device go.
     ///
     /// # Errors
-    /// [`ClientError`]: nothing has changed.
+    /// [`ClientError`]: the server serves the device on.
     pub fn upgrade(&mut self, program: &Program) -> Result<(), ClientError> {
         let (path, file) = (program.path().to_owned(), program.identity());
         let descriptor = program.as_raw_fd();
+        // One that answers nothing is not waited for as long as one that works at it.
+        if let Err(silent @ ClientError::Silent { .. }) = self.snapshot(false, false) {
+            return Err(silent);
+        }
+        self.patience = self.patience.max(TO_STOP_DELIVERIES);
         match self.ask(&Command::Upgrade { program: path, file, descriptor })? {
             Answer::Accepted => Ok(()),
             answer @ (Answer::Snapshot(_) | Answer::Size(_) | Answer::Error(_)) => {

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use nix::poll::PollFlags;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use ublk_engine::engine::Recorder;
 
 use super::protocol::{Answer, BadRequest, Command, MAX_REQUEST_BYTES};
@@ -24,6 +24,7 @@ pub(super) struct Connection {
     /// The client sends no more, or its last line is not worth going on.
     ending: bool,
     broken: bool,
+    has_asked: bool,
     idle: Duration,
     deadline: Instant,
     /// What each lane has measured since the last snapshot, if the client wants latencies.
@@ -46,6 +47,7 @@ impl Connection {
             sent: 0,
             ending: false,
             broken: false,
+            has_asked: false,
             idle,
             deadline: Instant::now() + idle,
             latencies: None,
@@ -65,6 +67,19 @@ impl Connection {
     /// When the connection ends if nothing moves.
     pub fn deadline(&self) -> Instant {
         self.deadline
+    }
+
+    /// Whether the client has asked for nothing yet, for so long.
+    pub fn has_not_asked_for(&self, time: Duration, now: Instant) -> bool {
+        let has_asked = self.has_asked || !self.received.is_empty();
+        !has_asked && now + self.idle >= self.deadline + time
+    }
+
+    /// Whether the client has closed the connection. One that only sends no more waits for its answer.
+    pub fn has_gone(&self) -> bool {
+        let mut fds = [PollFd::new(self.stream.as_fd(), PollFlags::empty())];
+        let looked = poll(&mut fds, PollTimeout::ZERO);
+        looked.is_ok() && fds[0].revents().is_some_and(|it| it.contains(PollFlags::POLLHUP))
     }
 
     pub fn is_over(&self, now: Instant) -> bool {
@@ -99,7 +114,10 @@ impl Connection {
             self.moved();
             match line.trim_ascii() {
                 [] => {}
-                line => return Some(Command::parse(line)),
+                line => {
+                    self.has_asked = true;
+                    return Some(Command::parse(line));
+                }
             }
         }
     }

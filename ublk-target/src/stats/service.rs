@@ -32,6 +32,8 @@ use crate::server::message::LaneHandle;
 pub struct Limits {
     /// Connections at a time; more get an error.
     pub connections: usize,
+    /// How long a client may take to ask for something before it makes room for another one.
+    pub to_ask: Duration,
     /// How long nothing may move on a connection.
     pub idle: Duration,
     /// How long the lanes may take to answer, all together.
@@ -41,7 +43,8 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         let idle = Duration::from_secs(30);
-        Self { connections: 8, idle, lanes: Duration::from_secs(3) }
+        let to_ask = Duration::from_secs(1);
+        Self { connections: 8, to_ask, idle, lanes: Duration::from_secs(3) }
     }
 }
 
@@ -302,7 +305,16 @@ impl Service {
         let Ok(connection) = Connection::new(stream, client, self.limits.idle) else { return };
         if !is_allowed {
             connection.dismiss("statistics are for root only");
-        } else if self.connections.len() >= self.limits.connections {
+            return;
+        }
+        if self.connections.len() >= self.limits.connections {
+            let (to_ask, now) = (self.limits.to_ask, Instant::now());
+            let mut others = self.connections.iter();
+            if let Some(idle) = others.position(|other| other.has_not_asked_for(to_ask, now)) {
+                self.connections.swap_remove(idle);
+            }
+        }
+        if self.connections.len() >= self.limits.connections {
             connection.dismiss(&format!(
                 "there are {} connections already; end one of them",
                 self.limits.connections
@@ -323,6 +335,12 @@ impl Service {
                     Ok(snapshot) => Answer::Snapshot(snapshot),
                     Err(silent) => Answer::Error(silent.to_string()),
                 }
+            }
+            // What it asked for is not to be done once it has gone, as after a long stop of this process.
+            Some(Ok(Command::Grow { .. } | Command::Upgrade { .. }))
+                if self.connections[index].has_gone() =>
+            {
+                return;
             }
             Some(Ok(Command::Grow { size })) => {
                 let size = size.map(Bytes);

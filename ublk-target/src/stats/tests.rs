@@ -1,6 +1,7 @@
 //! The socket server end to end, with threads in the place of lanes.
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -8,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bufreg::{Generation, Lent, Owner, SlotIndex, SlotState};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use ublk_engine::engine::{Recorder, Stamps};
 use ublk_engine::request::RequestKind;
 use ublk_engine::units::Qid;
@@ -105,8 +107,8 @@ fn fill(snapshot: &mut LaneSnapshot, reads: u64) {
     snapshot.lent.extend(lent);
 }
 
-const PATIENT: Limits =
-    Limits { connections: 8, idle: Duration::from_secs(60), lanes: Duration::from_secs(60) };
+const MINUTE: Duration = Duration::from_secs(60);
+const PATIENT: Limits = Limits { connections: 8, to_ask: MINUTE, idle: MINUTE, lanes: MINUTE };
 
 /// A server in a directory of its own.
 struct Fixture {
@@ -320,6 +322,21 @@ fn connections_are_bounded() {
     drop(one);
     wait_until(|| fixture.client().snapshot(false, false).is_ok());
     other.snapshot(true, false).unwrap();
+}
+
+#[test]
+fn clients_that_ask_for_nothing_make_room() {
+    let fixture = Fixture::new(Limits { connections: 2, to_ask: Duration::ZERO, ..PATIENT });
+    let mut asking = fixture.client();
+    asking.snapshot(false, false).unwrap();
+    let idle = fixture.client();
+    fixture.client().snapshot(false, false).unwrap();
+    // Only the one that had not asked has gone.
+    wait_until(|| {
+        let mut fds = [PollFd::new(idle.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::from(1_000_u16)).is_ok_and(|ready| ready == 1)
+    });
+    asking.snapshot(false, false).unwrap();
 }
 
 #[test]

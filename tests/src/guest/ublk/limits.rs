@@ -15,23 +15,39 @@ pub const TESTS: &[TestCase] = &[
     TestCase::guest("a_small_limit_of_locked_memory_is_named", DEFAULT, locked).seconds(300),
 ];
 
-/// A control group with a limit of memory.
-struct Group(PathBuf);
+/// A control group with a limit.
+pub(super) struct Group(PathBuf);
 
 impl Group {
-    fn new(name: &str) -> Result<Self> {
+    /// One with a controller, such as `memory`.
+    pub fn new(name: &str, controller: &str) -> Result<Self> {
         let root = Path::new("/sys/fs/cgroup");
         if !root.join("cgroup.controllers").exists() {
             process::run(&["mount", "-t", "cgroup2", "none", text(root)?])?;
         }
-        fs::write(root.join("cgroup.subtree_control"), "+memory").context("the controller")?;
+        let controller = format!("+{controller}");
+        fs::write(root.join("cgroup.subtree_control"), controller).context("the controller")?;
         let group = Self(root.join(name));
         fs::create_dir(&group.0)?;
         Ok(group)
     }
 
     fn limit(&self, bytes: u64) -> Result<()> {
-        Ok(fs::write(self.0.join("memory.max"), bytes.to_string())?)
+        self.set("memory.max", &bytes.to_string())
+    }
+
+    pub fn set(&self, file: &str, value: &str) -> Result<()> {
+        fs::write(self.0.join(file), value).with_context(|| format!("{value} to {file}"))
+    }
+
+    /// Takes a process in.
+    pub fn take(&self, pid: u32) -> Result<()> {
+        self.set("cgroup.procs", &pid.to_string())
+    }
+
+    /// Lets a process go.
+    pub fn release(&self, pid: u32) -> Result<()> {
+        fs::write("/sys/fs/cgroup/cgroup.procs", pid.to_string()).context("to the root group")
     }
 
     /// Runs the program in it.
@@ -51,7 +67,7 @@ impl Drop for Group {
 /// The device is served, or a line names the limit.
 fn small_group(_ctx: &Ctx) -> Result<Outcome> {
     load_driver()?;
-    let group = Group::new("small")?;
+    let group = Group::new("small", "memory")?;
     let (mut smallest, mut faults) = (None, Vec::new());
     for mib in (2..=12_u64).chain([16, 24]) {
         group.limit(mib << 20)?;

@@ -3,7 +3,7 @@
 
 pub mod reports;
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -288,7 +288,17 @@ fn refusals(_ctx: &Ctx) -> Result<Outcome> {
     let device = Device::add(&["null"])?;
     let id = device.id();
     crate::guest::udev::settle()?;
-    let taken: Vec<_> = (0..8).map(|_| UnixStream::connect(socket(&device))).collect();
+    let idle: Vec<_> = (0..8).map(|_| UnixStream::connect(socket(&device))).collect();
+    wait_for("an idle one to make room", Duration::from_secs(20), || Ok(report(&device).ok()))?;
+    drop(idle);
+    let mut taken = Vec::new();
+    for _ in 0..8 {
+        let mut stream = UnixStream::connect(socket(&device))?;
+        // The answer is an error, and the connection stays.
+        stream.write_all(b"?\n")?;
+        stream.read_exact(&mut [0])?;
+        taken.push(stream);
+    }
     stats(&id, &["8 connections already"])?;
     drop(taken);
     wait_for("room for a connection", Duration::from_secs(30), || Ok(report(&device).ok()))?;
@@ -299,7 +309,7 @@ fn refusals(_ctx: &Ctx) -> Result<Outcome> {
     silent?;
 
     std::fs::rename(socket(&device), "/run/ublk-target/aside")?;
-    stats(&id, &["gives no statistics", "delete the device and add it again"])?;
+    stats(&id, &["has no socket in /run/ublk-target", "try again"])?;
     std::fs::rename("/run/ublk-target/aside", socket(&device))?;
 
     process::signal(device.pid()?, Signal::SIGKILL)?;

@@ -1,6 +1,9 @@
 //! Another program takes a device over while it is used.
 
-use std::os::unix::fs::PermissionsExt;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -8,8 +11,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
 use super::device::{Device, PROGRAM, fresh_drive, fresh_drives, text};
+use super::limits::Group;
 use super::remains;
 use crate::config::DEFAULT;
 use crate::guest::drives::Drive;
@@ -25,6 +30,8 @@ pub const TESTS: &[TestCase] = &[
     TestCase::guest("a_device_that_was_made_to_wait_is_served_again", DEFAULT, made_to_wait)
         .seconds(180),
     TestCase::guest("upgrades_that_cannot_be_are_refused", DEFAULT, refused),
+    TestCase::guest("whoever_asks_for_an_upgrade_is_told_what_came_of_it", DEFAULT, told)
+        .seconds(180),
 ];
 
 /// Copies of the program, where servers of each other see them.
@@ -245,9 +252,35 @@ fn made_to_wait(ctx: &Ctx) -> Result<Outcome> {
         process::run(&["sh", "-c", &format!("{quiesce}; exit $?")])?;
     }
     running.finish()?;
+    // The driver may learn late that the server has let go of the device.
+    let held = its_char_device(pid, &device)?;
+    process::run(&["sh", "-c", &format!("{quiesce}; exit $?")])?;
+    let log = format!("/var/log/ublk-target/{}.log", device.id());
+    wait_for("the server to wait", Duration::from_secs(30), || {
+        let text = std::fs::read_to_string(&log)?;
+        Ok(text.contains("waiting for guest-tests").then_some(()))
+    })?;
+    drop(held);
+    let mut block = crate::guest::direct::Aligned::new(4096, 0);
+    let read = crate::guest::direct::open(device.path()?)?;
+    std::os::unix::fs::FileExt::read_exact_at(&read, block.bytes(), 0)?;
+    drop(read);
     ensure!(served_by(&device)?.0 == pid, "the same server");
     device.delete()?;
     Ok(Outcome::Pass)
+}
+
+/// The descriptor by which a server has the character device of its device.
+fn its_char_device(pid: u32, device: &Device) -> Result<OwnedFd> {
+    let path = PathBuf::from(format!("/dev/ublkc{}", device.id()));
+    let mut descriptors = std::fs::read_dir(format!("/proc/{pid}/fd"))?.flatten();
+    let its = descriptors
+        .find(|it| std::fs::read_link(it.path()).is_ok_and(|file| file == path))
+        .context("the server has no character device open")?;
+    let number: i32 = its.file_name().to_str().context("a number")?.parse()?;
+    let process = rustix::process::Pid::from_raw(i32::try_from(pid)?).context("a process")?;
+    let process = pidfd_open(process, PidfdFlags::empty())?;
+    Ok(pidfd_getfd(process, number, PidfdGetfdFlags::empty())?)
 }
 
 fn refused(ctx: &Ctx) -> Result<Outcome> {
@@ -262,5 +295,43 @@ fn refused(ctx: &Ctx) -> Result<Outcome> {
     }
     let refused = process::run_for_code(&[PROGRAM, "upgrade", "-n", "77"], 1)?;
     ensure!(refused.stderr.contains("there is no ublk device 77"), "{}", refused.stderr);
+    Ok(Outcome::Pass)
+}
+
+/// A server that can start no process cannot stop its deliveries, and says so. One that was stopped while
+/// somebody asked, and gave up, does nothing when it goes on.
+fn told(ctx: &Ctx) -> Result<Outcome> {
+    let drive = fresh_drive("drive0")?;
+    let [_, other] = programs(ctx)?;
+    let device = Device::add_loop(&drive.path(), &["--on-death", "wait"])?;
+    let (pid, own) = served_by(&device)?;
+    let group = Group::new("no-more-processes", "pids")?;
+    // It has two threads at the least.
+    group.set("pids.max", "1")?;
+    group.take(pid)?;
+    let argv = [PROGRAM, "upgrade", "-n", &device.id(), "--program", text(&other)?];
+    let began = Instant::now();
+    let refused = process::run_for_code(&argv, 1)?.stderr;
+    ensure!(refused.contains("serves the device on"), "{refused}");
+    ensure!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
+    group.release(pid)?;
+    ensure!(served_by(&device)? == (pid, own.clone()), "all stays as it was");
+
+    process::signal(pid, Signal::SIGSTOP)?;
+    let file = std::fs::metadata(&own)?;
+    let request = serde_json::json!({
+        "version": 1, "command": "upgrade", "program": own, "file": [file.dev(), file.ino()],
+        "descriptor": -1,
+    });
+    let mut asked = UnixStream::connect(format!("/run/ublk-target/{}.sock", device.id()))?;
+    writeln!(asked, "{request}")?;
+    drop(asked);
+    process::signal(pid, Signal::SIGCONT)?;
+    // It answers in the order in which it was asked.
+    process::run(&[PROGRAM, "stats", "-n", &device.id(), "--json"])?;
+    ensure!(served_by(&device)? == (pid, own), "nobody waited for that any more");
+    let log = std::fs::read_to_string(format!("/var/log/ublk-target/{}.log", device.id()))?;
+    ensure!(log.matches("handing over").count() == 1, "{log}");
+    device.delete()?;
     Ok(Outcome::Pass)
 }

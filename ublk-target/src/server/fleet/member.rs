@@ -98,7 +98,10 @@ impl Preparation {
     pub fn waiting(config: &DeviceConfig, control: &Control) -> Result<Option<Self>, DeviceError> {
         let id = id_of(config);
         let info = match control.info(id) {
-            Err(error) if state::is_missing(&error) => return Ok(None),
+            Err(error) if state::is_missing(&error) => {
+                recovery::refuse_new_on_unserved(control, &config.target.files())?;
+                return Ok(None);
+            }
             info => info?,
         };
         match recovery::check(control, id) {
@@ -212,16 +215,19 @@ impl Member {
         Below::backings(&self.plan.layout.backings, &Recorded::default())
     }
 
-    /// Does what others ask for.
-    pub fn heed_petitions(&mut self) {
+    /// Does what others ask for, and still wait for.
+    pub fn carry_out_control_requests(&mut self) {
         while let Some(control_request) = self.server.control_request() {
             match control_request {
-                ControlRequest::Grow { size, reply } => {
+                ControlRequest::Grow { size, reply } if reply.begin() => {
                     let grown = self.server.grow(&mut self.plan, size);
-                    let _ = reply.try_send(grown.map_err(|error| error.to_string()));
+                    reply.send(grown.map_err(|error| error.to_string()));
+                }
+                ControlRequest::Grow { .. } => {
+                    log::warn!("nobody waits any more for a new size; nothing is done");
                 }
                 ControlRequest::Upgrade { program: _, reply } => {
-                    let _ = reply.try_send(Err(NO_UPGRADE.to_owned()));
+                    reply.send(Err(NO_UPGRADE.to_owned()));
                 }
             }
         }

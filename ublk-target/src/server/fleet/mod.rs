@@ -275,7 +275,7 @@ impl Fleet {
     fn look_after_members(&mut self, hooks: &FleetHooks<'_>) -> bool {
         let mut has_acted = false;
         for mut member in std::mem::take(&mut self.members) {
-            member.heed_petitions();
+            member.carry_out_control_requests();
             match member.look(hooks) {
                 None => self.members.push(member),
                 Some(end) => {

@@ -40,6 +40,9 @@ fn stacked(_ctx: &Ctx) -> Result<Outcome> {
     let said = refused(&upper)?;
     ensure!(said.contains("stands on device 5, which has no server"), "{said}");
     ensure!(began.elapsed() < Duration::from_secs(10), "after {:?}", began.elapsed());
+    let new = [PROGRAM, "add", "loop", "-n", "9", "-f", lower.path()?];
+    let said = process::run_for_code(&new, 1)?.stderr;
+    ensure!(said.contains("stand on device 5, which has no server"), "{said}");
     // By their ids, the upper one would come first.
     process::run(&[PROGRAM, "recover", "--all"])?;
     (lower.described, upper.described) = (look(&lower)?, look(&upper)?);
