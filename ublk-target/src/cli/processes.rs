@@ -7,7 +7,7 @@
 
 use std::io::{self, BufRead, BufReader, IsTerminal, Read, Write};
 use std::os::fd::AsFd;
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
 
@@ -25,6 +25,7 @@ use ublk_target::mark::Nonce;
 use ublk_target::program::Program;
 use ublk_target::server::config::DeviceError;
 use ublk_target::server::device::Helpers;
+use ublk_target::server::room::OomWatch;
 use ublk_target::server::signals::{Hangup, Wake, Wakeups};
 use ublk_target::state::{self, Description, RUN_DIR, StateFile};
 use ublk_target::steps::step;
@@ -125,16 +126,20 @@ fn start(command: &mut Command) -> anyhow::Result<ExitCode> {
             }
             Ok(ExitCode::SUCCESS)
         }
-        Err(Ended { status, .. }) => {
+        Err(ended) => {
             take_back();
-            has_failed(status)
+            has_failed(&ended)
         }
     }
 }
 
 /// What a command ends with whose server has. The server has said why; if it could not, this says
 /// how it ended.
-fn has_failed(status: ExitStatus) -> anyhow::Result<ExitCode> {
+fn has_failed(ended: &Ended) -> anyhow::Result<ExitCode> {
+    if let Some(shortage) = &ended.shortage {
+        anyhow::bail!("the kernel has killed the server: {shortage}");
+    }
+    let status = ended.status;
     match status.code().and_then(|code| u8::try_from(code).ok()) {
         Some(LACKING) => Ok(ExitCode::FAILURE),
         Some(code) if code > 0 => Ok(ExitCode::from(code)),
@@ -145,6 +150,8 @@ fn has_failed(status: ExitStatus) -> anyhow::Result<ExitCode> {
 /// A process that has ended before it said a line.
 struct Ended {
     status: ExitStatus,
+    /// What memory it lacked, if the kernel has killed it for that.
+    shortage: Option<String>,
     /// What was on its standard error, where that was a pipe.
     said: String,
     /// The last signal that was passed on to it.
@@ -157,6 +164,7 @@ fn wait_for_line(
     command: &mut Command,
     wakeups: Option<&Wakeups>,
 ) -> anyhow::Result<Result<(Child, String), Ended>> {
+    let oom_watch = OomWatch::start();
     let mut server = command.stdout(Stdio::piped()).spawn().context("cannot start the server")?;
     step(if wakeups.is_some() { "supervisor-started-it" } else { "started-it" });
     let (mut line, mut told) = (String::new(), None);
@@ -182,7 +190,9 @@ fn wait_for_line(
         return Ok(Ok((server, line)));
     }
     let status = server.wait().context("cannot wait for the server")?;
-    Ok(Err(Ended { status, said: String::from_utf8_lossy(&said).into_owned(), told }))
+    let is_killed = status.signal() == Some(Signal::SIGKILL as i32);
+    let shortage = if is_killed { oom_watch.shortage() } else { None };
+    Ok(Err(Ended { status, shortage, said: String::from_utf8_lossy(&said).into_owned(), told }))
 }
 
 /// Deletes what the server of this command has added, of which nobody was told; whether there was
@@ -221,9 +231,9 @@ fn supervise_new(life: &Life) -> anyhow::Result<ExitCode> {
     }
     let (server, line) = match wait_for_line(command.stdin(Stdio::null()), Some(&wakeups))? {
         Ok(started) => started,
-        Err(Ended { status, .. }) => {
+        Err(ended) => {
             take_back();
-            return has_failed(status);
+            return has_failed(&ended);
         }
     };
     let description: Description =
@@ -332,12 +342,15 @@ fn recover_with(
     // There is no process, or no pipe, to be had now.
     let heard = wait_for_line(command.stdin(Stdio::null()), Some(wakeups))
         .map_err(|error| NotRecovered::Lacking(format!("{error:#}")))?;
-    let Ended { status, said, told } = match heard {
+    let Ended { status, shortage, said, told } = match heard {
         Ok((server, _)) => return Ok(server.id()),
         Err(ended) => ended,
     };
     if let Some(signal) = told {
         return Err(NotRecovered::Told(signal));
+    }
+    if let Some(shortage) = shortage {
+        return Err(NotRecovered::Lacking(shortage));
     }
     let why = match said.trim_end().lines().last() {
         Some(last) if status.code().is_some() => {

@@ -98,12 +98,54 @@ fn has_capability(status: &str, number: u32) -> bool {
 
 /// The control group of this process, or one above it, that leaves the least.
 fn tightest_group() -> Option<Shortage> {
-    let own = fs::read_to_string("/proc/self/cgroup").ok()?;
-    let group = own.lines().find_map(|line| line.strip_prefix("0::"))?;
-    tightest_of(Path::new("/sys/fs/cgroup"), group)
+    tightest_of(Path::new(ROOT), &own_group()?)
 }
 
-/// `root` is where control groups of version 2 are mounted.
+/// Where control groups of version 2 are mounted.
+const ROOT: &str = "/sys/fs/cgroup";
+
+/// The control group of this process.
+fn own_group() -> Option<String> {
+    let own = fs::read_to_string("/proc/self/cgroup").ok()?;
+    own.lines().find_map(|line| line.strip_prefix("0::")).map(str::to_owned)
+}
+
+/// How many processes of this one's control group the kernel has killed for want of memory.
+fn oom_kills() -> u64 {
+    let group = own_group().unwrap_or_default();
+    let events = Path::new(ROOT).join(group.trim_start_matches('/')).join("memory.events");
+    let events = fs::read_to_string(events).unwrap_or_default();
+    let kills = events.lines().find_map(|line| line.strip_prefix("oom_kill "));
+    kills.and_then(|kills| kills.trim().parse().ok()).unwrap_or(0)
+}
+
+/// Notices that a server which this process has started was killed for want of memory, and so could not
+/// say what it lacks.
+#[derive(Clone, Copy, Debug)]
+pub struct OomWatch {
+    kills: u64,
+}
+
+impl OomWatch {
+    /// To be called before the server is started.
+    #[must_use]
+    pub fn start() -> Self {
+        Self { kills: oom_kills() }
+    }
+
+    /// What the server needs and what there is, in words, if a process of the control group has been
+    /// killed since.
+    #[must_use]
+    pub fn shortage(self) -> Option<String> {
+        let shortage = (oom_kills() > self.kills).then(tightest_group)??;
+        Some(format!(
+            "the server needs {} of memory besides its buffers, but {shortage}",
+            Bytes(PROGRAM)
+        ))
+    }
+}
+
+/// `root` is where control groups are mounted.
 fn tightest_of(root: &Path, group: &str) -> Option<Shortage> {
     let group = Path::new(group.trim_start_matches('/'));
     let groups = group.ancestors().map(|group| root.join(group));
