@@ -18,7 +18,7 @@ const IORING_OP_NOP: u8 = 0;
 const IORING_OP_FSYNC: u8 = 3;
 const IORING_OP_READ_FIXED: u8 = 4;
 const IORING_OP_WRITE_FIXED: u8 = 5;
-const IORING_OP_TIMEOUT: u8 = 11;
+const IORING_OP_TIMEOUT_REMOVE: u8 = 12;
 const IORING_OP_ASYNC_CANCEL: u8 = 14;
 const IORING_OP_FALLOCATE: u8 = 17;
 const IORING_OP_URING_CMD: u8 = 46;
@@ -190,7 +190,7 @@ impl Entry {
         let needed = if discards { IOSQE_ASYNC } else { 0 };
         let known = IOSQE_FIXED_FILE | IOSQE_IO_HARDLINK | IOSQE_CQE_SKIP_SUCCESS;
         assert_eq!(flags & !known, needed, "flags of an entry");
-        let without = [IORING_OP_NOP, IORING_OP_TIMEOUT, IORING_OP_ASYNC_CANCEL];
+        let without = [IORING_OP_NOP, IORING_OP_TIMEOUT_REMOVE, IORING_OP_ASYNC_CANCEL];
         let takes_file = !without.contains(&opcode);
         assert_eq!(flags & IOSQE_FIXED_FILE != 0, takes_file, "files are fixed");
         let (off, addr, len, rw_flags) =
@@ -210,9 +210,9 @@ impl Entry {
                 slot: u16_at(raw, 40),
                 addr,
             }),
-            IORING_OP_TIMEOUT => {
-                assert_eq!((off, rw_flags, flags), (0, 0, 0), "count and flags of a timeout");
-                // Until it is pushed to a ring, the time stands in the place of its address.
+            IORING_OP_TIMEOUT_REMOVE => {
+                assert_eq!((off, rw_flags, flags), (0, 0, 0), "a delay, and no update");
+                // What a ring makes a timeout of.
                 Work::Timeout { ns: addr }
             }
             IORING_OP_ASYNC_CANCEL => Work::Cancel { user_data: addr },

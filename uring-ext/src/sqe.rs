@@ -289,19 +289,19 @@ impl Sqe {
         Self(opcode::Nop::new().build())
     }
 
-    /// `IORING_OP_TIMEOUT`: completes with `-ETIME` after so many nanoseconds. Until the entry is
-    /// pushed to a ring, which has memory for it, the time itself stands where the kernel will look
-    /// for its address. Such an entry is part of no chain.
+    /// `IORING_OP_TIMEOUT`: completes with `-ETIME` after so many nanoseconds. The kernel reads the
+    /// time from memory, which the ring has: until the entry is pushed to one, it is an
+    /// `IORING_OP_TIMEOUT_REMOVE` with the time as the name of what to remove. As part of a chain it
+    /// would stay that, and fail with `ENOENT`.
     #[must_use]
     pub fn delay(ns: u64) -> Self {
-        let ns = std::ptr::without_provenance(usize::try_from(ns).unwrap_or(usize::MAX));
-        Self(opcode::Timeout::new(ns).build())
+        Self(opcode::TimeoutRemove::new(ns).build())
     }
 
     /// Whether this is a [`delay`](Self::delay).
     #[inline]
     pub(crate) fn is_delay(&self) -> bool {
-        self.as_bytes()[0] == opcode::Timeout::CODE
+        self.as_bytes()[0] == opcode::TimeoutRemove::CODE
     }
 
     /// The time of a [`delay`](Self::delay) that has not been pushed, in nanoseconds.
