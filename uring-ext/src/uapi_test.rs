@@ -123,6 +123,12 @@ fn facts() -> Vec<Fact> {
     for (field, offset) in SQE_FIELDS {
         facts.push(Fact(format!("offsetof(struct io_uring_sqe, {field})"), offset));
     }
+    facts.extend(facts_of_io_uring());
+    facts
+}
+
+fn facts_of_io_uring() -> Vec<Fact> {
+    let mut facts = Vec::new();
     for (name, value) in SETUP_FLAGS {
         facts.push(Fact(format!("IORING_SETUP_{name}"), value.into()));
     }

@@ -1,0 +1,101 @@
+//! Why a command was not carried out.
+
+use std::time::Duration;
+
+use super::CONTROL_PATH;
+use crate::Errno;
+
+/// What went wrong with a control command.
+#[non_exhaustive]
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// The node is missing: the driver is not loaded.
+    #[error("{CONTROL_PATH} is missing: the ublk driver is not loaded; run `modprobe ublk_drv`")]
+    NoDriver,
+    /// The same, for a process that could not open the node either.
+    #[error(
+        "run as root: {CONTROL_PATH} is root's; it is missing, too, for the ublk driver is not \
+         loaded: `modprobe ublk_drv` as root"
+    )]
+    NoDriverNorRoot,
+    /// The node may not be opened.
+    #[error("{CONTROL_PATH} may not be opened: run as root")]
+    NoPermission,
+    /// There is no node, or not this driver's, though the driver is loaded.
+    #[error(
+        "{CONTROL_PATH} is missing here, or is something else, though the ublk driver is loaded: this /dev \
+         is not the machine's own, as in a container; it needs the character device {0}"
+    )]
+    NoNode(String),
+    /// The driver does not know the commands that this crate is built on.
+    #[error("the ublk driver of this kernel is too old: Linux 6.5 or newer is needed")]
+    TooOld,
+    /// The kernel has no io_uring, or forbids its use.
+    #[error("io_uring is not allowed ({0}); see the sysctl kernel.io_uring_disabled")]
+    NoIoUring(Errno),
+    /// The node could not be opened, or the control ring not be made.
+    #[error("{what}: {errno}")]
+    Setup {
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        errno: Errno,
+    },
+    /// The driver refused a command.
+    #[error("{command}: {errno}")]
+    Refused {
+        /// The command by its UAPI name.
+        command: &'static str,
+        /// Why it failed.
+        errno: Errno,
+    },
+    /// The driver did not answer in time. The command goes on and may still take effect.
+    #[error("{command}: no answer from the driver within {} s", waited.as_secs())]
+    Timeout {
+        /// The command by its UAPI name.
+        command: &'static str,
+        /// How long was waited.
+        waited: Duration,
+    },
+}
+
+impl ControlError {
+    /// The error number where the driver gave one.
+    #[must_use]
+    pub const fn errno(&self) -> Option<Errno> {
+        match self {
+            Self::Setup { errno, .. } | Self::Refused { errno, .. } => Some(*errno),
+            Self::NoDriver
+            | Self::NoDriverNorRoot
+            | Self::NoNode(_)
+            | Self::NoPermission
+            | Self::TooOld
+            | Self::NoIoUring(_)
+            | Self::Timeout { .. } => None,
+        }
+    }
+}
+
+/// What an error of opening the node means.
+pub(super) fn open_error(errno: Errno, numbers: Option<&str>, is_root: bool) -> ControlError {
+    match errno {
+        // ENXIO and ENODEV: a static node whose driver is not there.
+        Errno::ENOENT | Errno::ENODEV | Errno::ENXIO => match (numbers, is_root) {
+            (Some(numbers), _) => ControlError::NoNode(numbers.to_owned()),
+            (None, true) => ControlError::NoDriver,
+            (None, false) => ControlError::NoDriverNorRoot,
+        },
+        Errno::EACCES | Errno::EPERM => ControlError::NoPermission,
+        errno => ControlError::Setup { what: "cannot open /dev/ublk-control", errno },
+    }
+}
+
+/// What an error of making the control ring means.
+pub(super) fn ring_error(error: libublk::UblkError) -> ControlError {
+    let errno =
+        if let libublk::UblkError::IOError(error) = error { Errno::of(&error) } else { Errno::EIO };
+    match errno {
+        Errno::EPERM | Errno::ENOSYS => ControlError::NoIoUring(errno),
+        errno => ControlError::Setup { what: "cannot make the control ring", errno },
+    }
+}
