@@ -4,21 +4,9 @@
 #![forbid(unsafe_code)]
 
 pub mod backing;
-pub mod delete;
-pub mod inherited;
-pub mod kernel;
-pub mod leftovers;
-pub mod lend;
-pub mod mark;
-pub mod own_files;
-pub mod partitions;
-pub mod processes;
-pub mod program;
-pub mod server;
-pub mod standing;
-pub mod state;
-pub mod stats;
-pub mod steps;
-pub mod supervise;
-pub mod text;
-mod trouble;
+pub mod config;
+pub mod control;
+pub mod device;
+pub mod io_thread;
+pub mod os;
+pub mod socket;

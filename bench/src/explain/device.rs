@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use nix::sys::stat::{major, minor};
-use ublk_target::backing::sysfs::{SysfsDevice, parse_devt};
-use ublk_target::state::Description;
+use ublk_target::backing::sysfs::SysfsDevice;
+use ublk_target::device::description::Description;
+use ublk_target::os::procfs::parse_devt;
 use uring_ext::control::Control;
 
 use super::trace::DeviceNumber;

@@ -24,8 +24,8 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail, ensure};
-use ublk_target::stats::client::Client;
-use ublk_target::stats::protocol::Latency;
+use ublk_target::socket::client::Client;
+use ublk_target::socket::protocol::Latency;
 
 use device::Device;
 use explanation::{Explanation, ServerStage};

@@ -6,7 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use ublk_target::state::is_alive;
+use ublk_target::os::procfs::is_alive;
 
 use super::trace::DeviceNumber;
 

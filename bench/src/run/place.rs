@@ -7,7 +7,8 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use ublk_engine::units::Bytes;
 use ublk_target::backing::sysfs::SysfsDevice;
-use ublk_target::backing::{Backing, BackingProblem, Opening, usage};
+use ublk_target::backing::{Backing, BackingProblem, Opening};
+use ublk_target::os::procfs::split_devt;
 
 use crate::results;
 
@@ -53,7 +54,7 @@ pub fn examine(path: &Path, span: Option<Bytes>, default: Bytes, write: bool) ->
     };
     ensure!(span >= Bytes(16 * MIB), "--span {span} is too little; use at least 16 MiB");
     let is_block = meta.file_type().is_block_device();
-    let sysfs = is_block.then(|| usage::split_devt(meta.rdev()));
+    let sysfs = is_block.then(|| split_devt(meta.rdev()));
     let sysfs = sysfs.and_then(|(major, minor)| SysfsDevice::find(Path::new("/sys"), major, minor));
     let attribute = |name| sysfs.as_ref().and_then(|device| device.attribute_of_disk(name));
     let described = results::Backing {

@@ -16,9 +16,10 @@ use std::rc::Rc;
 use rustix::fs::{AtFlags, CWD, FileType, StatxFlags, statx};
 use uring_ext::block::LoopFile;
 
-use super::Backing;
-use super::sysfs::parse_devt;
-use super::usage::{split_devt, swap_paths, unescape};
+use crate::backing::Backing;
+use crate::backing::usage::swap_paths;
+use crate::os::procfs::parse_devt;
+use crate::os::procfs::{split_devt, unescape};
 
 /// Major and minor number.
 type Number = (u32, u32);

@@ -8,8 +8,8 @@ use rustix::fs::{AtFlags, StatxFlags, statx};
 use serde::{Deserialize, Serialize};
 use ublk_engine::units::Bytes;
 
-use super::sysfs::SysfsDevice;
-use super::{Backing, BackingError, BackingProblem};
+use crate::backing::sysfs::SysfsDevice;
+use crate::backing::{Backing, BackingError, BackingProblem};
 
 /// A backing as it was when its device was added.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,8 +91,8 @@ pub(super) fn of_file(file: &File) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Opening;
     use super::*;
+    use crate::backing::Opening;
 
     #[test]
     fn a_file_is_known_again_and_another_is_not() {

@@ -12,8 +12,9 @@ use nix::fcntl::{FcntlArg, fcntl};
 use rustix::fs::{FlockOperation, flock};
 use uring_ext::Errno;
 
-use super::usage::{self, process_name};
-use super::{BackingProblem, in_use};
+use crate::backing::usage;
+use crate::backing::{BackingProblem, in_use};
+use crate::os::procfs::{self, process_name};
 
 /// Locks a file exclusively, as long as it is open.
 ///
@@ -21,7 +22,7 @@ use super::{BackingProblem, in_use};
 /// [`BackingProblem::InUse`] with those who use it: swap, loop devices of the kernel, and processes of
 /// root's that have it locked.
 pub(super) fn lock(file: &File, read_only: bool) -> Result<(), BackingProblem> {
-    let meta = file.metadata().map_err(super::failed("cannot be looked up"))?;
+    let meta = file.metadata().map_err(crate::backing::failed("cannot be looked up"))?;
     let users = usage::users_of_file(&meta);
     if !users.is_empty() {
         return Err(BackingProblem::InUse(users));
@@ -63,9 +64,9 @@ fn lock_description(file: &File, read_only: bool) -> Result<(), Errno> {
 /// Refuses a file that root's processes have locked, or this one has by another descriptor. Others are
 /// named in the log.
 fn refuse_holders(own: &File, file: &Metadata) -> Result<(), BackingProblem> {
-    let holders = usage::processes().filter(|pid| *pid != std::process::id());
+    let holders = procfs::processes().filter(|pid| *pid != std::process::id());
     let holders = holders.filter(|pid| holds(*pid, file, None));
-    let (roots, others): (Vec<_>, Vec<_>) = holders.partition(|pid| usage::is_roots(*pid));
+    let (roots, others): (Vec<_>, Vec<_>) = holders.partition(|pid| procfs::is_roots(*pid));
     for pid in &others {
         log::warn!(
             "{} ({pid}), which is not root's, has locked the file; it is served all the same",
@@ -96,7 +97,7 @@ fn holds(pid: u32, file: &Metadata, except: Option<&File>) -> bool {
 
 /// Whether a descriptor has a lock on a file.
 fn is_locked(info: &str, file: &Metadata) -> bool {
-    let (major, minor) = usage::split_devt(file.dev());
+    let (major, minor) = procfs::split_devt(file.dev());
     let id = format!("{major:02x}:{minor:02x}:{}", file.ino());
     let mut locks = info.lines().filter_map(|line| line.strip_prefix("lock:"));
     locks.any(|lock| lock.split_whitespace().any(|field| field == id))
@@ -110,7 +111,7 @@ mod tests {
     fn locks_are_read() {
         let file = tempfile::tempfile().unwrap();
         let meta = file.metadata().unwrap();
-        let (major, minor) = usage::split_devt(meta.dev());
+        let (major, minor) = procfs::split_devt(meta.dev());
         let id = format!("{major:02x}:{minor:02x}:{}", meta.ino());
         let lock_of = |kind: &str, id: &str| {
             format!("pos:\t0\nflags:\t02\nlock:\t1: {kind}  ADVISORY  READ -1 {id} 0 EOF\n")

@@ -15,7 +15,7 @@ use nix::unistd::geteuid;
 use rustix::fs::{Mode, OFlags, open, openat, readlinkat};
 use uring_ext::Errno;
 
-use super::{BackingProblem, failed, open_quietly};
+use crate::backing::{BackingProblem, failed, open_quietly};
 
 /// Links on the way, as the kernel bounds them (`MAXSYMLINKS`).
 const MAX_LINKS: u32 = 40;

@@ -10,9 +10,9 @@ use ublk_engine::units::Bytes;
 use uring_ext::nvme::{self, Identity, MAX_BLOCKS};
 use uring_ext::{Errno, nvme::Namespace};
 
-use super::limits::Limits;
-use super::{Backing, BackingProblem, Handle, failed};
-use crate::kernel::KernelVersion;
+use crate::backing::limits::Limits;
+use crate::backing::{Backing, BackingProblem, Handle, failed};
+use crate::os::kernel::KernelVersion;
 
 /// `IORING_SETUP_SQE_MIXED`, which lets such commands stand beside the others.
 const FIRST_KERNEL: KernelVersion = KernelVersion(6, 19);

@@ -3,7 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::limits::{DiscardLimits, Limits};
+use crate::backing::limits::{DiscardLimits, Limits};
+use crate::os::procfs::parse_devt;
 
 /// A block device in sysfs.
 #[derive(Clone, Debug)]
@@ -138,13 +139,6 @@ impl SysfsDevice {
     fn number_or<T: std::str::FromStr>(&self, attribute: &str, default: T) -> T {
         self.text(attribute).and_then(|text| text.parse().ok()).unwrap_or(default)
     }
-}
-
-/// Reads `MAJOR:MINOR`.
-#[must_use]
-pub fn parse_devt(text: &str) -> Option<(u32, u32)> {
-    let (major, minor) = text.trim().split_once(':')?;
-    Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
 fn read(path: &Path) -> Option<String> {

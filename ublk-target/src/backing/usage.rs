@@ -9,8 +9,12 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, FileType, StatxFlags, statx};
 use uring_ext::block::LoopFile;
 
-use super::sysfs::{SysfsDevice, parse_devt};
-use crate::text::printable;
+use crate::backing::sysfs::SysfsDevice;
+use crate::os::procfs::parse_devt;
+use crate::os::procfs::{
+    held_up, is_roots, mounts, parent_of, process_name, processes, split_devt,
+};
+use crate::os::text::printable;
 
 /// The users of the block device `(major, minor)` and of its partitions, in words: mounts, swap,
 /// devices stacked on it. Empty if none of these is known.
@@ -242,11 +246,6 @@ fn openers(is_it: impl Fn(&Node) -> bool) -> Vec<Opener> {
     processes().filter(has_it).map(Opener::of).collect()
 }
 
-pub(super) fn processes() -> impl Iterator<Item = u32> {
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-}
-
 /// The node of a device that a process has open.
 struct Node {
     is_char: bool,
@@ -266,117 +265,6 @@ fn nodes_of(pid: u32) -> impl Iterator<Item = Node> {
     })
 }
 
-/// The name of a process, `?` if it is gone.
-#[must_use]
-pub fn process_name(pid: u32) -> String {
-    fs::read_to_string(format!("/proc/{pid}/comm"))
-        .map_or_else(|_| "?".to_owned(), |name| printable(name.trim()))
-}
-
-/// Why a process does not run until somebody lets it: words that follow "which".
-#[must_use]
-pub fn held_up(pid: u32) -> Option<&'static str> {
-    let state = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    match state.rsplit_once(')')?.1.trim_start().chars().next()? {
-        'T' => return Some("a signal has suspended"),
-        't' => return Some("a debugger has stopped"),
-        _ => {}
-    }
-    let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
-    is_frozen(Path::new("/sys/fs/cgroup"), &groups).then_some("its control group has frozen")
-}
-
-/// Whether the control group of version 2 is frozen that `/proc/PID/cgroup` names.
-fn is_frozen(top: &Path, groups: &str) -> bool {
-    let path = groups.lines().find_map(|line| line.strip_prefix("0::/"));
-    let events =
-        path.and_then(|path| fs::read_to_string(top.join(path).join("cgroup.events")).ok());
-    events.is_some_and(|events| events.lines().any(|line| line == "frozen 1"))
-}
-
-/// Whether root runs a process.
-pub(super) fn is_roots(pid: u32) -> bool {
-    is_of_user(pid, 0)
-}
-
-/// Whether all user ids of a process are this one. Those of another user namespace are shown as the
-/// calling process's has them.
-#[must_use]
-pub fn is_of_user(pid: u32, uid: u32) -> bool {
-    let ids = numbers_of(pid, "Uid:");
-    !ids.is_empty() && ids.iter().all(|id| *id == uid)
-}
-
-fn parent_of(pid: u32) -> Option<u32> {
-    numbers_of(pid, "PPid:").first().copied()
-}
-
-/// The numbers of a line of `/proc/PID/status`.
-fn numbers_of(pid: u32, field: &str) -> Vec<u32> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix(field)).unwrap_or_default();
-    line.split_whitespace().filter_map(|number| number.parse().ok()).collect()
-}
-
-/// Major and minor of a device number.
-#[must_use]
-pub fn split_devt(devt: u64) -> (u32, u32) {
-    (libc::major(devt), libc::minor(devt))
-}
-
-/// Something mounted.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Mount {
-    /// The device number; major 0 for file systems without a device, and those that have several
-    /// (btrfs).
-    pub devt: (u32, u32),
-    /// Where.
-    pub point: PathBuf,
-    /// What was mounted, as whoever did it has named it.
-    pub source: PathBuf,
-}
-
-impl Mount {
-    /// Whether it is one of these block devices that is mounted. `root` is where its namespace begins.
-    fn is_of(&self, numbers: &[(u32, u32)], root: &Path) -> bool {
-        if numbers.contains(&self.devt) {
-            return true;
-        }
-        let Ok(source) = self.source.strip_prefix("/") else { return false };
-        let node = fs::metadata(root.join(source));
-        self.devt.0 == 0
-            && node.is_ok_and(|node| {
-                node.file_type().is_block_device() && numbers.contains(&split_devt(node.rdev()))
-            })
-    }
-}
-
-/// What is mounted in a process's mount namespace, in the order of mounting. `process` is a process id,
-/// or `self`.
-#[must_use]
-pub fn mounts(process: &str) -> Vec<Mount> {
-    parse_mounts(&fs::read_to_string(format!("/proc/{process}/mountinfo")).unwrap_or_default())
-}
-
-fn parse_mounts(mountinfo: &str) -> Vec<Mount> {
-    let parse = |line: &str| {
-        let mut fields = line.split(' ');
-        let devt = parse_devt(fields.nth(2)?)?;
-        let point = PathBuf::from(unescape(fields.nth(1)?));
-        // Options and tags, of which there may be any number; then the type, and the source.
-        let source = fields.skip_while(|field| *field != "-").nth(2).unwrap_or_default();
-        Some(Mount { devt, point, source: PathBuf::from(unescape(source)) })
-    };
-    mountinfo.lines().filter_map(parse).collect()
-}
-
-/// Undoes the octal escapes of blanks and backslashes.
-pub(super) fn unescape(field: &str) -> String {
-    [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
-        .iter()
-        .fold(field.to_owned(), |text, (escape, character)| text.replace(escape, character))
-}
-
 pub(super) fn swap_paths(swaps: &str) -> impl Iterator<Item = &str> {
     swaps.lines().skip(1).filter_map(|line| line.split_whitespace().next())
 }
@@ -384,52 +272,6 @@ pub(super) fn swap_paths(swaps: &str) -> impl Iterator<Item = &str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn what_holds_a_process_up_is_told() {
-        let suspended = std::process::Command::new("sleep").arg("60").spawn();
-        let mut suspended = suspended.unwrap();
-        let pid = suspended.id();
-        assert_eq!(held_up(pid), None);
-        let id = nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap());
-        nix::sys::signal::kill(id, nix::sys::signal::Signal::SIGSTOP).unwrap();
-        let began = std::time::Instant::now();
-        while held_up(pid).is_none() && began.elapsed().as_secs() < 10 {
-            std::thread::yield_now();
-        }
-        let told = Opener::of(pid).to_string();
-        suspended.kill().unwrap();
-        suspended.wait().unwrap();
-        assert_eq!(told, format!("sleep ({pid}, which a signal has suspended)"));
-
-        let top = tempfile::tempdir().unwrap();
-        fs::create_dir(top.path().join("ice")).unwrap();
-        let set = |text| fs::write(top.path().join("ice/cgroup.events"), text).unwrap();
-        set("populated 1\nfrozen 1\n");
-        assert!(is_frozen(top.path(), "1:name=systemd:/x\n0::/ice\n"));
-        assert!(!is_frozen(top.path(), "0::/\n"));
-        set("populated 1\nfrozen 0\n");
-        assert!(!is_frozen(top.path(), "0::/ice\n"));
-    }
-
-    #[test]
-    fn mounts_are_found() {
-        let mountinfo = "22 1 259:0 / / rw,relatime shared:1 - ext4 /dev/root rw\n\
-                         30 22 259:3 / /mnt/a\\040b rw - xfs /dev/nvme1n1p1 rw\n\
-                         31 22 0:20 / /proc rw - proc proc rw\n";
-        let found = parse_mounts(mountinfo);
-        let found: Vec<_> = found
-            .iter()
-            .map(|m| (m.devt, m.point.to_str().unwrap(), m.source.to_str().unwrap()))
-            .collect();
-        let expected = [
-            ((259, 0), "/", "/dev/root"),
-            ((259, 3), "/mnt/a b", "/dev/nvme1n1p1"),
-            ((0, 20), "/proc", "proc"),
-        ];
-        assert_eq!(found, expected);
-        assert!(parse_mounts("garbage\n\n").is_empty());
-    }
 
     #[test]
     fn swap_files_are_found() {

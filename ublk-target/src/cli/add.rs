@@ -2,10 +2,10 @@
 
 use std::process::ExitCode;
 
-use ublk_target::server::config::{DeviceConfig, TargetConfig};
-use ublk_target::server::device::serve;
-use ublk_target::server::on_death::OnDeath;
-use ublk_target::server::recovery;
+use ublk_target::config::on_death::OnDeath;
+use ublk_target::config::{DeviceConfig, TargetConfig};
+use ublk_target::control::recoverable;
+use ublk_target::control::server::serve;
 use uring_ext::control::Control;
 
 use super::Target;
@@ -61,7 +61,7 @@ pub fn config(target: &Target) -> (DeviceConfig, &Device) {
 
 /// Whether a device is there and its server is dead.
 fn is_waiting(id: u32) -> bool {
-    Control::open().is_ok_and(|control| recovery::check(&control, id).is_ok())
+    Control::open().is_ok_and(|control| recoverable::check(&control, id).is_ok())
 }
 
 /// The target, and the options of the device.

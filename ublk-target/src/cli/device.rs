@@ -4,11 +4,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use ublk_target::lend::LendRequest;
-use ublk_target::mark::Nonce;
-use ublk_target::server::busy_poll::BusyWait;
-use ublk_target::server::on_death::OnDeath;
-use ublk_target::server::polling;
+use ublk_target::config::busy_wait::BusyWait;
+use ublk_target::config::lend::LendRequest;
+use ublk_target::config::on_death::OnDeath;
+use ublk_target::config::polling;
+use ublk_target::device::mark::Nonce;
 use uring_ext::ring::Polling;
 
 use super::which;

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use serde_json::{Value, json};
-use ublk_target::kernel;
+use ublk_target::os::kernel;
 use uring_ext::control::Control;
 use uring_ext::feature::{self, Features};
 

@@ -10,9 +10,9 @@ use std::sync::Mutex;
 
 use env_logger::{Builder, Env, Target, WriteStyle};
 use nix::unistd::{dup2_stderr, dup2_stdout};
-use ublk_target::own_files;
-use ublk_target::state::{LOG_DIR, RUN_DIR};
-use ublk_target::text::Printable;
+use ublk_target::device::paths::{LOG_DIR, RUN_DIR};
+use ublk_target::os::own_files;
+use ublk_target::os::text::Printable;
 
 /// A file that is longer becomes `ID.log.1`, in place of an older one of that name.
 const MAX_BYTES: u64 = 4 << 20;

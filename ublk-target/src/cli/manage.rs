@@ -7,10 +7,13 @@ use std::process::ExitCode;
 
 use ublk_engine::units::Bytes;
 use ublk_target::backing::usage;
-use ublk_target::delete::{self, DeleteError, Deletion};
-use ublk_target::standing::{Order, sorted};
-use ublk_target::state::{self, Description, RUN_DIR, device_ids, recorded_ids};
-use ublk_target::{leftovers, processes};
+use ublk_target::control::deletion::{self, DeleteError, Deletion};
+use ublk_target::control::leftovers;
+use ublk_target::device::description::{self, Description, device_ids};
+use ublk_target::device::paths::RUN_DIR;
+use ublk_target::device::processes;
+use ublk_target::device::standing::{Order, sorted};
+use ublk_target::device::state_file::recorded_ids;
 use uring_ext::Errno;
 use uring_ext::control::Control;
 
@@ -66,9 +69,9 @@ fn all_ids() -> BTreeSet<u32> {
 }
 
 /// Gives the driver a command, in place of a process that must not do it itself.
-pub fn command(id: u32, command: delete::Command) -> anyhow::Result<ExitCode> {
-    match delete::command(id, command) {
-        Err(error) if error.errno() == Some(Errno::EBUSY) => Ok(ExitCode::from(delete::IN_USE)),
+pub fn command(id: u32, command: deletion::Command) -> anyhow::Result<ExitCode> {
+    match deletion::command(id, command) {
+        Err(error) if error.errno() == Some(Errno::EBUSY) => Ok(ExitCode::from(deletion::IN_USE)),
         ended => ended.map(|()| ExitCode::SUCCESS).map_err(Into::into),
     }
 }
@@ -87,7 +90,7 @@ pub fn list(list: &List) -> anyhow::Result<ExitCode> {
     let devices: Vec<_> = match list.which.id() {
         Some(id) => {
             let described = Description::of(&control, id);
-            if described.as_ref().is_err_and(state::is_missing) {
+            if described.as_ref().is_err_and(description::is_missing) {
                 anyhow::bail!("there is no ublk device {id}");
             }
             vec![described?]
@@ -96,7 +99,7 @@ pub fn list(list: &List) -> anyhow::Result<ExitCode> {
             let described = |id: u32| match Description::of(&control, id) {
                 Ok(described) => Some(described),
                 // It has gone away meanwhile.
-                Err(error) if state::is_missing(&error) => None,
+                Err(error) if description::is_missing(&error) => None,
                 Err(error) => {
                     say!("device {id}: {error}");
                     code = ExitCode::FAILURE;

@@ -2,7 +2,7 @@
 
 use std::process::{Child, ExitCode, Stdio};
 
-use ublk_target::partitions;
+use ublk_target::device::partitions;
 
 use super::processes::own;
 

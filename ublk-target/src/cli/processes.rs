@@ -18,18 +18,20 @@ use nix::poll::PollTimeout;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, dup2_stderr, dup2_stdout, setsid};
 use sd_notify::NotifyState;
-use ublk_target::delete::{self, Deletion};
-use ublk_target::inherited;
-use ublk_target::lend::Choice;
-use ublk_target::mark::Nonce;
-use ublk_target::program::Program;
-use ublk_target::server::config::DeviceError;
-use ublk_target::server::device::Helpers;
-use ublk_target::server::room::OomWatch;
-use ublk_target::server::signals::{Hangup, Wake, Wakeups};
-use ublk_target::state::{self, Description, RUN_DIR, StateFile};
-use ublk_target::steps::step;
-use ublk_target::supervise::{End, NotRecovered, Policy, supervise};
+use ublk_target::config::lend::Choice;
+use ublk_target::control::deletion::{self, Deletion};
+use ublk_target::control::error::DeviceError;
+use ublk_target::control::helpers::Helpers;
+use ublk_target::control::supervisor::{End, NotRecovered, Policy, supervise};
+use ublk_target::device::description::{self, Description};
+use ublk_target::device::mark::Nonce;
+use ublk_target::device::paths::RUN_DIR;
+use ublk_target::device::program::Program;
+use ublk_target::device::state_file::{self, StateFile};
+use ublk_target::os::inherited;
+use ublk_target::os::memory::OomWatch;
+use ublk_target::os::steps::step;
+use ublk_target::os::wakeups::{Hangup, Wake, Wakeups};
 use uring_ext::control::Control;
 
 use super::device::{Life, Role};
@@ -60,7 +62,7 @@ pub fn live(
         nonce.adopt();
     }
     if let Some(program) = &life.program {
-        state::adopt_program(program);
+        state_file::adopt_program(program);
     }
     if is_in_background {
         if !life.next {
@@ -202,7 +204,7 @@ fn take_back() -> bool {
     let is_its =
         |id: &u32| control.info(*id).is_ok_and(|info| Nonce::of(&info) == Some(Nonce::own()));
     let mut has_taken = false;
-    for id in state::device_ids().into_iter().filter(is_its) {
+    for id in description::device_ids().into_iter().filter(is_its) {
         has_taken = true;
         let progress = &mut |what: &str| say!("{what}");
         let mut deletion =
@@ -369,7 +371,7 @@ fn recover_with(
 /// `life` is this process's own.
 pub fn helpers(life: &Life) -> Helpers<'_> {
     Helpers {
-        stop: Box::new(|id| delete_by(id, delete::Command::Stop)),
+        stop: Box::new(|id| delete_by(id, deletion::Command::Stop)),
         supervise: Box::new(move |id| {
             let own = std::process::id().to_string();
             prepare(&["supervise", "-n", &id.to_string(), "--server", &own]).spawn()
@@ -402,7 +404,7 @@ pub fn quiesce_by(id: u32) -> io::Result<Child> {
 }
 
 /// Starts a process that gives the driver a command which may take long.
-pub fn delete_by(id: u32, command: delete::Command) -> io::Result<Child> {
+pub fn delete_by(id: u32, command: deletion::Command) -> io::Result<Child> {
     let command = command.to_possible_value();
     let command = command.as_ref().map_or("stop", PossibleValue::get_name);
     let mut helper = prepare(&["stop-device", "-n", &id.to_string(), "--command", command]);

@@ -5,10 +5,13 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::ExitCode;
 
-use ublk_target::server::config::DeviceError;
-use ublk_target::server::recovery::{self, CannotRecoverDevice};
-use ublk_target::standing::{Order, sorted};
-use ublk_target::state::{RUN_DIR, device_ids, recorded_ids};
+use ublk_target::control::error::DeviceError;
+use ublk_target::control::recoverable::{self, CannotRecoverDevice};
+use ublk_target::control::recovery;
+use ublk_target::device::description::device_ids;
+use ublk_target::device::paths::RUN_DIR;
+use ublk_target::device::standing::{Order, sorted};
+use ublk_target::device::state_file::recorded_ids;
 use uring_ext::control::Control;
 
 use super::Recover;
@@ -55,7 +58,7 @@ fn recover_all(args: &Recover) -> anyhow::Result<ExitCode> {
     // Those of other programs are not ours to recover.
     let mut waiting = BTreeSet::new();
     for id in device_ids().into_iter().filter(|id| recorded.contains(id)) {
-        match recovery::check(&control, id) {
+        match recoverable::check(&control, id) {
             Ok(_) => {
                 waiting.insert(id);
             }

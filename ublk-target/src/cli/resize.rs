@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use ublk_engine::units::Bytes;
-use ublk_target::delete::users;
-use ublk_target::kernel;
-use ublk_target::state::{self, Description};
-use ublk_target::stats::client::Client;
-use ublk_target::steps::step;
+use ublk_target::control::deletion::users;
+use ublk_target::device::description::{self, Description};
+use ublk_target::os::kernel;
+use ublk_target::os::steps::step;
+use ublk_target::socket::client::Client;
 use uring_ext::control::Control;
 use uring_ext::feature::UPDATE_SIZE;
 
@@ -54,7 +54,7 @@ pub fn resize(args: &Resize) -> anyhow::Result<ExitCode> {
     let (id, control) = (args.which.id(), Control::open()?);
     let _alone = keep_others_out()?;
     let described = Description::of(&control, id);
-    if described.as_ref().is_err_and(state::is_missing) {
+    if described.as_ref().is_err_and(description::is_missing) {
         anyhow::bail!("there is no ublk device {id}");
     }
     let described = described?;

@@ -6,8 +6,8 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use sd_notify::NotifyState;
-use ublk_target::inherited;
-use ublk_target::server::fleet::{self, FleetError, FleetEvent, FleetHooks};
+use ublk_target::control::fleet::{self, FleetError, FleetEvent, FleetHooks};
+use ublk_target::os::inherited;
 
 use super::Serve;
 use super::logging::{self, To};

@@ -11,8 +11,8 @@ use anyhow::Context;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use ublk_target::stats::client::{Client, ClientError};
-use ublk_target::stats::report::Report;
+use ublk_target::socket::client::{Client, ClientError};
+use ublk_target::socket::report::Report;
 
 use super::Stats;
 use super::terminal::say;

@@ -1,6 +1,6 @@
 //! Tables of text.
 
-use ublk_target::text::printable;
+use ublk_target::os::text::printable;
 
 /// Where the cells of a table stand in their columns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

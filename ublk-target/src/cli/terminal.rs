@@ -3,7 +3,7 @@
 use std::fmt::Display;
 use std::io::Write;
 
-use ublk_target::text::Printable;
+use ublk_target::os::text::Printable;
 
 /// Says a line on standard error. Names of others in it cannot command the terminal.
 macro_rules! say {

@@ -10,13 +10,15 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use rustix::fs::{OFlags, fcntl_setfl};
-use ublk_target::kernel;
-use ublk_target::program::Program;
-use ublk_target::server::on_death::OnDeath;
-use ublk_target::server::signals::Watch;
-use ublk_target::state::{self, Description, RUN_DIR, StateFile, device_ids, recorded_ids};
-use ublk_target::stats::client::Client;
-use ublk_target::steps::step;
+use ublk_target::config::on_death::OnDeath;
+use ublk_target::device::description::{self, Description, device_ids};
+use ublk_target::device::paths::{self, RUN_DIR};
+use ublk_target::device::program::Program;
+use ublk_target::device::state_file::{StateFile, recorded_ids};
+use ublk_target::os::kernel;
+use ublk_target::os::process::Watch;
+use ublk_target::os::steps::step;
+use ublk_target::socket::client::Client;
 use uring_ext::control::Control;
 use uring_ext::feature::{Features, QUIESCE};
 
@@ -50,10 +52,12 @@ pub fn upgrade(args: &Upgrade) -> anyhow::Result<ExitCode> {
 
 fn one(control: &Control, id: u32, program: &Program) -> anyhow::Result<()> {
     let info = match control.info(id) {
-        Err(error) if state::is_missing(&error) => anyhow::bail!("there is no ublk device {id}"),
+        Err(error) if description::is_missing(&error) => {
+            anyhow::bail!("there is no ublk device {id}")
+        }
         info => info?,
     };
-    let device = state::block_path(id);
+    let device = paths::block_path(id);
     let on_death = OnDeath::of_flags(info.flags);
     if !on_death.keeps_io() {
         anyhow::bail!(
@@ -103,7 +107,7 @@ fn one(control: &Control, id: u32, program: &Program) -> anyhow::Result<()> {
             program.path().display(),
             device.display(),
             record.program.display(),
-            state::log_path(id).display()
+            paths::log_path(id).display()
         );
     }
     print_line(format_args!(

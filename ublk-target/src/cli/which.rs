@@ -1,7 +1,7 @@
 //! Which device a command is about: `-n ID`, or the device itself.
 
 use clap::Args;
-use ublk_target::state::MAX_ID;
+use ublk_target::device::paths::MAX_ID;
 
 /// One device, or all.
 #[derive(Debug, Args)]

@@ -9,9 +9,9 @@ use clap::Parser;
 use clap::error::{ContextKind, ContextValue};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
-use ublk_target::own_files;
-use ublk_target::server::config::DeviceConfig;
-use ublk_target::server::fleet::FleetConfig;
+use ublk_target::config::DeviceConfig;
+use ublk_target::control::fleet::FleetConfig;
+use ublk_target::os::own_files;
 
 use crate::cli::{Cli, Command, add, one_line};
 

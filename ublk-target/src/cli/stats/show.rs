@@ -1,8 +1,8 @@
 //! Statistics as text.
 
 use ublk_engine::units::Bytes;
-use ublk_target::stats::protocol::{Activity, Borrower, LaneStats, Latency, LentSlot};
-use ublk_target::stats::report::{Rates, Report};
+use ublk_target::socket::protocol::{Activity, Borrower, LaneStats, Latency, LentSlot};
+use ublk_target::socket::report::{Rates, Report};
 
 use crate::cli::table::{Align, table};
 
@@ -167,8 +167,8 @@ fn time(ns: u64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use ublk_target::stats::protocol::{Operation, Requests};
-    use ublk_target::stats::report::{LaneReport, Total};
+    use ublk_target::socket::protocol::{Operation, Requests};
+    use ublk_target::socket::report::{LaneReport, Total};
 
     use super::*;
 

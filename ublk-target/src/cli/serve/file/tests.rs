@@ -2,9 +2,9 @@ use std::time::Duration;
 
 use ublk_engine::lend::LendMode;
 use ublk_engine::units::Bytes;
-use ublk_target::lend::LendRequest;
-use ublk_target::server::config::{ExtentConfig, TargetConfig};
-use ublk_target::server::on_death::OnDeath;
+use ublk_target::config::lend::LendRequest;
+use ublk_target::config::on_death::OnDeath;
+use ublk_target::config::{ExtentConfig, TargetConfig};
 
 use super::*;
 

@@ -1,0 +1,85 @@
+//! What a device is made of.
+
+pub mod busy_wait;
+pub mod lend;
+pub mod on_death;
+pub mod polling;
+mod target;
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use uring_ext::ring::Polling;
+
+use self::busy_wait::BusyWait;
+use self::lend::LendRequest;
+use self::on_death::OnDeath;
+use self::polling::{Unpolled, WrittenPolling};
+
+pub use target::{ExtentConfig, TargetConfig};
+
+/// What a device is made of.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceConfig {
+    /// The id asked for; the driver chooses one otherwise.
+    pub id: Option<u32>,
+    /// Number of queues, 1 to 4,096. The driver takes no more than there are CPUs.
+    pub queues: u16,
+    /// Tags of each queue, 1 to 4,096.
+    pub depth: u16,
+    /// How to lend.
+    pub lend: LendRequest,
+    /// The slot that tag 0 of each queue lends in, the other tags following. Without one, fused
+    /// mode begins at 0, and slot mode takes whichever is free.
+    pub first_slot: Option<u16>,
+    /// Issue the operations of each queue from a lane of their own.
+    pub io_lane: bool,
+    /// How long an operation on a backing may take before it is cancelled.
+    pub io_timeout: Option<Duration>,
+    /// Give NVMe commands to the backings, which are whole namespaces.
+    pub passthru: bool,
+    /// How completions of operations are found.
+    #[serde(with = "WrittenPolling")]
+    pub polling: Polling,
+    /// Whether lanes look for completions for a while before they sleep.
+    #[serde(default)]
+    pub busy_wait: BusyWait,
+    /// What to do where a backing cannot be polled.
+    pub unpolled: Unpolled,
+    /// What becomes of the device when its server dies.
+    pub on_death: OnDeath,
+    /// Bytes of a block, a power of two from 512 to 4,096; those of the backings if it is left out.
+    #[serde(default)]
+    pub block_size: Option<u32>,
+    /// Whether the kernel leaves it to others to look for partitions.
+    // Not written where it is not so: programs that do not know it serve the device as well.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub no_part_scan: bool,
+    /// The target.
+    pub target: TargetConfig,
+}
+
+impl DeviceConfig {
+    /// One queue of 128 tags, the best lend mode, and all else as simple as can be.
+    #[must_use]
+    pub const fn of_target(target: TargetConfig) -> Self {
+        Self {
+            id: None,
+            queues: 1,
+            depth: 128,
+            lend: LendRequest::Auto,
+            first_slot: None,
+            io_lane: false,
+            io_timeout: None,
+            passthru: false,
+            polling: Polling::Off,
+            busy_wait: BusyWait::Auto,
+            unpolled: Unpolled::Refuse,
+            on_death: OnDeath::Fail,
+            block_size: None,
+            no_part_scan: false,
+            target,
+        }
+    }
+}

@@ -1,0 +1,431 @@
+//! One device of a fleet.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use uring_ext::control::Control;
+use uring_ext::feature::{Features, SAFE_STOP_DEV};
+use uring_ext::sys;
+
+use crate::backing::BackingProblem;
+use crate::backing::below::Below;
+use crate::config::DeviceConfig;
+use crate::config::lend::LendRequest;
+use crate::control::deletion::{self, Deletion};
+use crate::control::error::DeviceError;
+use crate::control::fleet::{Fleet, FleetHooks, cpus, id_of};
+use crate::control::plan::{self, Plan};
+use crate::control::recoverable::{self, CannotRecoverDevice};
+use crate::control::recovery;
+use crate::control::server::Server;
+use crate::device::description::{self, Description};
+use crate::device::mark::Nonce;
+use crate::device::paths;
+use crate::device::standing::Recorded;
+use crate::device::state_file::StateFile;
+use crate::os::procfs;
+use crate::socket::control_request::ControlRequest;
+
+/// A device that has been checked and can be started.
+pub(super) struct Preparation {
+    pub config: DeviceConfig,
+    /// What it may have to wait for.
+    below: Below,
+    found: Found,
+}
+
+/// What exists of a device before it is started.
+enum Found {
+    /// Nothing.
+    Nothing(Box<Plan>),
+    /// A device of a dead server, which waits for this one.
+    Waiting(Box<StateFile>),
+    /// What is left of one that has ended with its server.
+    Remains(Box<Plan>),
+}
+
+impl Preparation {
+    /// Finds out how a device is to be begun; opens its backings where it is a new one.
+    pub fn of(
+        config: &DeviceConfig,
+        control: &Control,
+        features: Features,
+    ) -> Result<Self, DeviceError> {
+        if let Some(preparation) = Self::waiting(config, control)? {
+            return Ok(preparation);
+        }
+        // The files of a dead server are let go of some time after its end, and nobody tells.
+        let is_left = control.info(id_of(config)).is_ok();
+        let deadline = Instant::now() + PATIENCE;
+        let plan = loop {
+            match Plan::for_driver(config, features, None) {
+                Err(error) if is_left && is_in_use(&error) && Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                made => break made,
+            }
+        };
+        Self::with(config, plan, control)
+    }
+
+    /// The same with what came of opening its backings. Those of a device that waits for a server are
+    /// opened when it is taken over.
+    pub fn with(
+        config: &DeviceConfig,
+        plan: Result<Plan, DeviceError>,
+        control: &Control,
+    ) -> Result<Self, DeviceError> {
+        if let Some(preparation) = Self::waiting(config, control)? {
+            return Ok(preparation);
+        }
+        let plan = Box::new(plan?);
+        let below = plan.layout.below.clone();
+        let found = match control.info(id_of(config)) {
+            Err(_) => Found::Nothing(plan),
+            Ok(_) => Found::Remains(plan),
+        };
+        Ok(Self { config: config.clone(), below, found })
+    }
+
+    /// Whether it is of a device that waits for a server.
+    pub const fn is_of_waiting(&self) -> bool {
+        matches!(self.found, Found::Waiting(_))
+    }
+
+    /// Sees to it that it waits for no device of a process that serves these, or is to.
+    pub fn check_apart(&self, ids: &BTreeSet<u32>) -> Result<(), DeviceError> {
+        check_apart(id_of(&self.config), &self.below, ids)
+    }
+
+    /// That of a device that there is and that waits for a server.
+    pub fn waiting(config: &DeviceConfig, control: &Control) -> Result<Option<Self>, DeviceError> {
+        let id = id_of(config);
+        let info = match control.info(id) {
+            Err(error) if description::is_missing(&error) => {
+                recoverable::refuse_new_on_unserved(control, &config.target.files())?;
+                return Ok(None);
+            }
+            info => info?,
+        };
+        match recoverable::check(control, id) {
+            Ok(record) => {
+                let paths: Vec<_> = record.backings.iter().map(|it| it.path.clone()).collect();
+                let below = Below::paths(&paths, &Recorded::default());
+                let found = Found::Waiting(Box::new(record));
+                Ok(Some(Self { config: config.clone(), below, found }))
+            }
+            Err(_) if !is_served(&info) && is_dead_ones(&info) => Ok(None),
+            Err(DeviceError::Recover(CannotRecoverDevice::Served { id, server })) => {
+                Err(CannotRecoverDevice::Served { id, server }.into())
+            }
+            Err(_) => Err(DeviceError::IdTaken(id)),
+        }
+    }
+}
+
+/// Sees to it that a device does not wait for another one of these.
+pub(super) fn check_apart(id: u32, below: &Below, ids: &BTreeSet<u32>) -> Result<(), DeviceError> {
+    let mut others = ids.clone();
+    others.remove(&id);
+    below.any_of(&others).map_or(Ok(()), |lower| Err(DeviceError::Beside { upper: id, lower }))
+}
+
+/// Whether somebody else has a backing.
+pub(super) fn is_in_use(error: &DeviceError) -> bool {
+    matches!(error, DeviceError::Backing(it) if matches!(it.problem, BackingProblem::InUse(_)))
+}
+
+/// Whether a device was added as it is wanted. A null device may have been resized since.
+fn is_as_wanted(recorded: &DeviceConfig, wanted: &DeviceConfig) -> bool {
+    let mut target = wanted.target.clone();
+    target.absolute();
+    if let (Some(size), Some(now)) = (target.null_size(), recorded.target.clone().null_size()) {
+        *size = *now;
+    }
+    // What is recorded is the mode chosen, and perhaps the queues given: as many as there are CPUs.
+    let lend = if wanted.lend == LendRequest::Auto { recorded.lend } else { wanted.lend };
+    let cpus = u16::try_from(cpus()).unwrap_or(u16::MAX);
+    let is_same = recorded.queues.min(cpus) == wanted.queues.min(cpus);
+    let queues = if is_same { recorded.queues } else { wanted.queues };
+    *recorded == DeviceConfig { lend, queues, target, ..wanted.clone() }
+}
+
+/// Whether a device has a live server.
+fn is_served(info: &sys::ublksrv_ctrl_dev_info) -> bool {
+    u32::try_from(info.ublksrv_pid).is_ok_and(procfs::is_alive) && description::has_disk(info)
+}
+
+/// Whether a device is one of this program's, without a disk, and nobody has it. Only one process can
+/// have a character device open, so opening it tells, whatever namespace the others are in.
+fn is_dead_ones(info: &sys::ublksrv_ctrl_dev_info) -> bool {
+    let is_ours = Nonce::of(info).is_some();
+    let opened = || File::options().read(true).write(true).open(paths::char_path(info.dev_id));
+    is_ours && !description::has_disk(info) && opened().is_ok()
+}
+
+/// A device that is served.
+pub(super) struct Member {
+    /// As it was asked for.
+    pub config: DeviceConfig,
+    plan: Plan,
+    server: Server,
+}
+
+/// How a device ends that nobody here has ended.
+pub(super) enum End {
+    /// It was stopped.
+    Stopped,
+    /// No lane serves it any more, and it waits for a server.
+    Waits(DeviceError),
+    /// It cannot go on.
+    Failed(DeviceError),
+}
+
+impl Member {
+    /// Has the device made, or takes it over.
+    pub fn begin(
+        preparation: Preparation,
+        fleet: &Fleet,
+        hooks: &FleetHooks<'_>,
+    ) -> Result<(Self, Description), DeviceError> {
+        let Preparation { mut config, found, .. } = preparation;
+        let (plan, mut server) = match found {
+            Found::Nothing(plan) => add(*plan, fleet)?,
+            Found::Remains(plan) => {
+                clear(id_of(&config), fleet, hooks)?;
+                add(*plan, fleet)?
+            }
+            Found::Waiting(record) => {
+                if !is_as_wanted(&record.config, &config) {
+                    let id = record.id;
+                    log::warn!(
+                        "device {id} is taken over as it was added, which is not as the file says; \
+                         a reload changes it when it is unused"
+                    );
+                    config = record.config.clone();
+                }
+                take_over(&record, fleet)?
+            }
+        };
+        match server.describe_live() {
+            Ok(description) => Ok((Self { config, plan, server }, description)),
+            Err(error) => Err(server.take_down().err().unwrap_or(error)),
+        }
+    }
+
+    /// What it may have to wait for by now: others may have come to what it stands on.
+    pub fn below(&self) -> Below {
+        Below::backings(&self.plan.layout.backings, &Recorded::default())
+    }
+
+    /// Does what others ask for, and still wait for.
+    pub fn carry_out_control_requests(&mut self) {
+        while let Some(control_request) = self.server.control_request() {
+            match control_request {
+                ControlRequest::Grow { size, reply } if reply.begin() => {
+                    let grown = self.server.grow(&mut self.plan, size);
+                    reply.send(grown.map_err(|error| error.to_string()));
+                }
+                ControlRequest::Grow { .. } => {
+                    log::warn!("nobody waits any more for a new size; nothing is done");
+                }
+                ControlRequest::Upgrade { program: _, reply } => {
+                    reply.send(Err(NO_UPGRADE.to_owned()));
+                }
+            }
+        }
+    }
+
+    /// Whether the device has come to an end, or has to.
+    pub fn look(&mut self, hooks: &FleetHooks<'_>) -> Option<End> {
+        if self.server.lanes.are_withdrawn() {
+            self.have_rest_taken_back(hooks);
+        }
+        if let Some(error) = self.server.lanes.take_failure() {
+            return Some(End::Failed(error));
+        }
+        if !self.server.lanes.has_ended() {
+            return None;
+        }
+        let info = self.server.control.info(self.server.id);
+        if info.map_or(true, |info| !description::has_disk(&info)) {
+            return Some(End::Stopped);
+        }
+        let is_over = self.server.lanes.have_all_ended();
+        let error = self.server.lanes.failure();
+        if is_over && self.plan.config.on_death.is_recoverable() {
+            return Some(End::Waits(error));
+        }
+        Some(End::Failed(error))
+    }
+
+    /// Somebody has made the device wait for another server while a request was in hand. That one has
+    /// been answered, and its tag is with the driver again, which delivers nothing to it.
+    fn have_rest_taken_back(&self, hooks: &FleetHooks<'_>) {
+        let id = self.server.id;
+        let info = self.server.control.info(id);
+        if !info.is_ok_and(|info| u32::from(info.state) == sys::UBLK_S_DEV_LIVE) {
+            return;
+        }
+        log::warn!("device {id}: somebody has made it wait for another server");
+        // No request is in hand, so that this does not take long.
+        let status = (hooks.quiesce)(id).and_then(|mut process| process.wait());
+        match status {
+            Ok(status) if status.success() => {}
+            Ok(status) => log::error!("device {id}: its deliveries cannot be stopped: {status}"),
+            Err(error) => log::error!("device {id}: its deliveries cannot be stopped: {error}"),
+        }
+    }
+
+    /// Stops the device and takes it down.
+    pub fn stop(self, hooks: &FleetHooks<'_>) -> Result<(), DeviceError> {
+        let stopped = self.server.stop(&|id| (hooks.command)(id, deletion::Command::Stop));
+        let ended = self.server.take_down();
+        stopped.and(ended)
+    }
+
+    /// Has the driver stop the device if nobody has it open; else who uses it, in words. What only
+    /// looks at it, such as udev, is waited for.
+    pub fn stop_unused(&self, hooks: &FleetHooks<'_>, features: Features) -> Result<(), String> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let users = deletion::users(self.server.id);
+            if !users.is_empty() {
+                return Err(users.join(", "));
+            }
+            // Before Linux 7.0 the driver stops it whoever has opened it by now.
+            let can_try = features.has(SAFE_STOP_DEV);
+            let stop = |id| (hooks.command)(id, deletion::Command::StopUnused);
+            if !can_try || self.server.stop(&stop).is_ok() {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                return Err(deletion::UNSEEN.to_owned());
+            }
+            // Nobody tells when a device is closed.
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+/// How long those may take who let go of a device or a backing by themselves.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+const NO_UPGRADE: &str = "the device is one of several of a server (`ublk-target serve`), which \
+                          cannot be upgraded while they are used: kill it with SIGKILL and start \
+                          the new one, which takes the devices over";
+
+impl End {
+    /// Takes the device down; or begins it again, which gives a new one.
+    pub fn carry_out(
+        self,
+        mut member: Member,
+        fleet: &Fleet,
+        hooks: &FleetHooks<'_>,
+    ) -> Option<Member> {
+        let id = member.server.id;
+        match self {
+            Self::Stopped => {
+                log::info!("device {id} was deleted");
+                if let Err(error) = member.server.take_down() {
+                    log::error!("device {id}: {error}");
+                }
+                None
+            }
+            Self::Failed(error) => {
+                log::error!("device {id}: {error}; it is taken down");
+                if let Err(error) = member.stop(hooks) {
+                    log::error!("device {id}: {error}");
+                }
+                None
+            }
+            Self::Waits(error) => {
+                log::error!("device {id}: {error}; it is recovered");
+                let config = member.config.clone();
+                member.server.leave();
+                let _ = member.server.lanes.join();
+                let left = member.server.take_down();
+                drop(member.plan);
+                let again = left
+                    .and_then(|()| Preparation::of(&config, &fleet.control, fleet.features))
+                    .and_then(|preparation| Member::begin(preparation, fleet, hooks));
+                match again {
+                    Ok((member, _)) => Some(member),
+                    Err(error) => {
+                        log::error!("device {id}: {error}");
+                        None
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn server(id: u32, fleet: &Fleet) -> Server {
+    let (control, wakeups) = (fleet.control.clone(), Arc::clone(&fleet.wakeups));
+    let mut server = Server::new(control, wakeups, id, None);
+    server.services = Some(fleet.services.clone());
+    server
+}
+
+fn add(plan: Plan, fleet: &Fleet) -> Result<(Plan, Server), DeviceError> {
+    let added = plan::add(&fleet.control, &plan, plan.config.id)?;
+    let mut server = server(added.dev_id, fleet);
+    match server.go_live(&plan, &added) {
+        Ok(()) => Ok((plan, server)),
+        Err(error) => {
+            let ended = server.take_down();
+            Err(error).or_else(|error| ended.and(Err(error)))
+        }
+    }
+}
+
+fn take_over(record: &StateFile, fleet: &Fleet) -> Result<(Plan, Server), DeviceError> {
+    recoverable::refuse_unserved(&fleet.control, record.id, record)?;
+    let mut server = server(record.id, fleet);
+    server.leave();
+    let mut progress = |what: &str| log::warn!("{what}");
+    let taken = recovery::take_over(&mut server, record, true, &mut progress)?;
+    server.keep();
+    log::info!("device {} is recovered: {}", record.id, taken.times);
+    Ok((taken.plan, server))
+}
+
+/// Deletes what is left of a device.
+fn clear(id: u32, fleet: &Fleet, hooks: &FleetHooks<'_>) -> Result<(), DeviceError> {
+    let progress = &mut |what: &str| log::warn!("{what}");
+    let helper = &*hooks.command;
+    let mut deletion = Deletion { control: &fleet.control, force: false, helper, progress };
+    deletion.delete(id).map_err(|error| DeviceError::Remains { id, error: Box::new(error) })
+}
+
+#[cfg(test)]
+mod tests {
+    use ublk_engine::lend::LendMode;
+    use ublk_engine::units::Bytes;
+
+    use super::*;
+    use crate::config::TargetConfig;
+
+    #[test]
+    fn a_device_that_is_taken_over_is_compared_with_the_file() {
+        let null = |size| DeviceConfig {
+            id: Some(3),
+            ..DeviceConfig::of_target(TargetConfig::Null { size: Bytes(size) })
+        };
+        let recorded = DeviceConfig { lend: LendMode::Fused.into(), ..null(4096) };
+        assert!(is_as_wanted(&recorded, &null(8192)));
+        assert!(is_as_wanted(&recorded, &DeviceConfig { lend: recorded.lend, ..null(4096) }));
+        let others = [
+            DeviceConfig { lend: LendMode::Copy.into(), ..null(4096) },
+            DeviceConfig { depth: 64, ..null(4096) },
+            DeviceConfig { queues: 0, ..null(4096) },
+            DeviceConfig { target: TargetConfig::Loop { file: "/x".into() }, ..null(4096) },
+        ];
+        for other in others {
+            assert!(!is_as_wanted(&recorded, &other), "{other:?}");
+        }
+    }
+}

@@ -1,0 +1,252 @@
+//! Another configuration for a fleet that serves.
+
+use std::collections::BTreeSet;
+
+use uring_ext::feature::Features;
+
+use crate::config::DeviceConfig;
+use crate::control::error::DeviceError;
+use crate::control::fleet::member::{Preparation, check_apart, is_in_use};
+use crate::control::fleet::{Fleet, FleetConfig, FleetEvent, FleetHooks, id_of};
+use crate::control::plan::{self, Plan};
+use crate::control::recoverable::CannotRecoverDevice;
+use crate::os::protection::among_present_mounts;
+
+/// What a configuration changes.
+#[derive(Debug, Default, PartialEq)]
+struct Changes {
+    /// Ids of devices that are not wanted any more.
+    gone: Vec<u32>,
+    /// Devices that are there, but made otherwise.
+    changed: Vec<DeviceConfig>,
+    /// Devices that there are not yet.
+    new: Vec<DeviceConfig>,
+}
+
+impl Changes {
+    fn between(now: &[&DeviceConfig], wanted: &[DeviceConfig]) -> Self {
+        let find = |device: &DeviceConfig| now.iter().find(|it| it.id == device.id);
+        let is_wanted = |id| wanted.iter().any(|it| id_of(it) == id);
+        let is_changed = |device: &&DeviceConfig| find(device).is_some_and(|it| *it != *device);
+        Self {
+            gone: now.iter().map(|it| id_of(it)).filter(|id| !is_wanted(*id)).collect(),
+            changed: wanted.iter().filter(is_changed).cloned().collect(),
+            new: wanted.iter().filter(|device| find(device).is_none()).cloned().collect(),
+        }
+    }
+}
+
+impl Fleet {
+    /// Reads the configuration again and does what it says. One with a fault changes nothing.
+    pub(super) fn reload(&mut self, hooks: &FleetHooks<'_>) {
+        (hooks.tell)(&FleetEvent::Reloading);
+        let made = match self.find_changes(hooks) {
+            Err(faults) => {
+                faults.iter().for_each(|fault| log::error!("{fault}"));
+                log::error!("the configuration has faults; all stays as it was");
+                Vec::new()
+            }
+            Ok(found) => self.carry_out(found, hooks),
+        };
+        (hooks.tell)(&FleetEvent::Reloaded(made, self.members.len()));
+    }
+
+    /// What is to be done, after all of it was looked at: by this program, and by the driver.
+    fn find_changes(&self, hooks: &FleetHooks<'_>) -> Result<Found, Vec<String>> {
+        let now: Vec<_> = self.members.iter().map(|member| &member.config).collect();
+        let features = self.features;
+        // The file and new backings may be on file systems that this process has left.
+        let read = &*hooks.read;
+        let (wanted, plans) = among_present_mounts(|| {
+            let wanted: FleetConfig = read()?;
+            let changes = Changes::between(&now, &wanted.devices);
+            let frees = !changes.gone.is_empty() || !changes.changed.is_empty();
+            let plan = |device: &DeviceConfig| (device.clone(), plan(device, features, frees));
+            let plans: Vec<_> = changes.changed.iter().chain(&changes.new).map(plan).collect();
+            Ok::<_, Vec<String>>((wanted, plans))
+        })?;
+        if wanted.lanes != self.lanes {
+            log::warn!("`lanes` has changed, which takes effect at the next start");
+        }
+        let changes = Changes::between(&now, &wanted.devices);
+        let (mut opened, mut faults) = (Vec::new(), Vec::new());
+        let ids = wanted.devices.iter().map(id_of).chain(self.ids()).collect();
+        for (device, plan) in plans {
+            match self.check(&device, plan, changes.new.contains(&device), &ids) {
+                Ok(preparation) => opened.extend(preparation),
+                // It cannot be added, which is said then, and the others can.
+                Err(DeviceError::Recover(CannotRecoverDevice::Served { .. })) => {}
+                Err(error) => faults.push(format!("device {}: {error}", id_of(&device))),
+            }
+        }
+        if faults.is_empty() { Ok(Found { changes, opened }) } else { Err(faults) }
+    }
+
+    /// What a device is to be begun with, if all that it needs is free already.
+    fn check(
+        &self,
+        device: &DeviceConfig,
+        plan: Planned,
+        is_new: bool,
+        ids: &BTreeSet<u32>,
+    ) -> Result<Option<Preparation>, DeviceError> {
+        if is_new {
+            if let Some(preparation) = Preparation::waiting(device, &self.control)? {
+                self.check_apart(&preparation, ids)?;
+                return Ok(Some(preparation));
+            }
+        }
+        let (plan, is_claimed) = match plan {
+            Planned::Claimed(plan) => (plan, true),
+            Planned::LookedAt(plan) => (plan, false),
+            Planned::Refused(error) => return Err(error),
+        };
+        check_apart(id_of(device), &plan.layout.below, ids)?;
+        plan::try_on(&self.control, &plan)?;
+        if !is_claimed || !is_new {
+            return Ok(None);
+        }
+        Preparation::with(device, Ok(*plan), &self.control).map(Some)
+    }
+
+    /// Takes away what is to go or to change, as far as nobody uses it, then makes what is to come. What
+    /// cannot be made after all is as it was. Returns the ids of those that were made.
+    fn carry_out(&mut self, found: Found, hooks: &FleetHooks<'_>) -> Vec<u32> {
+        let Found { changes, opened } = found;
+        let mut stays = Vec::new();
+        let (mut before, mut made) = (Vec::new(), Vec::new());
+        let changed = changes.changed.iter().map(id_of);
+        for id in changes.gone.iter().copied().chain(changed.clone()) {
+            match self.remove_unused(id, hooks) {
+                Removed::Gone(config) => before.extend(config),
+                Removed::Stays => stays.push(id),
+            }
+            if !stays.contains(&id) && changes.gone.contains(&id) {
+                log::info!("device {id} is deleted");
+            }
+        }
+        let features = self.features;
+        let again = |device: &DeviceConfig| {
+            among_present_mounts(|| Plan::for_driver(device, features, None))
+        };
+        let comes = |device: &&DeviceConfig| !stays.contains(&id_of(device));
+        for device in changes.changed.iter().filter(comes) {
+            let id = id_of(device);
+            let Err(error) = self.add_now(device, again(device), hooks) else {
+                made.push(id);
+                continue;
+            };
+            log::error!("device {id} cannot be changed: {error}");
+            if let Some(old) = before.iter().find(|old| id_of(old) == id) {
+                match self.add_now(old, again(old), hooks) {
+                    Ok(()) => {
+                        made.push(id);
+                        log::error!("device {id} is as it was");
+                    }
+                    Err(error) => log::error!("device {id} is gone: {error}"),
+                }
+            }
+        }
+        let is_opened = |device: &DeviceConfig| opened.iter().any(|it| it.config.id == device.id);
+        let late: Vec<_> = changes.new.iter().filter(|device| !is_opened(device)).collect();
+        let late: Vec<_> = late.into_iter().map(|device| (device, again(device))).collect();
+        made.extend(self.add_all(opened, hooks).iter().map(|description| description.id));
+        for (device, plan) in late {
+            let id = id_of(device);
+            match self.add_now(device, plan, hooks) {
+                Ok(()) => made.push(id),
+                Err(error) => log::error!("device {id} cannot be added: {error}"),
+            }
+        }
+        made
+    }
+
+    fn add_now(
+        &mut self,
+        device: &DeviceConfig,
+        plan: Result<Plan, DeviceError>,
+        hooks: &FleetHooks<'_>,
+    ) -> Result<(), DeviceError> {
+        let preparation = Preparation::with(device, plan, &self.control)?;
+        let ids = self.ids();
+        self.begin(preparation, &ids, hooks).map(drop)
+    }
+
+    /// Deletes a device that nobody uses.
+    fn remove_unused(&mut self, id: u32, hooks: &FleetHooks<'_>) -> Removed {
+        let Some(at) = self.members.iter().position(|it| id_of(&it.config) == id) else {
+            return Removed::Gone(None);
+        };
+        if let Err(users) = self.members[at].stop_unused(hooks, self.features) {
+            log::error!("device {id} is in use and stays as it was: {users}");
+            return Removed::Stays;
+        }
+        let member = self.members.remove(at);
+        let config = member.config.clone();
+        match member.stop(hooks) {
+            Ok(()) => Removed::Gone(Some(config)),
+            Err(error) => {
+                log::error!("device {id}: {error}");
+                Removed::Stays
+            }
+        }
+    }
+}
+
+/// What has come of looking at a configuration.
+struct Found {
+    changes: Changes,
+    /// New devices whose backings are claimed already.
+    opened: Vec<Preparation>,
+}
+
+/// What has become of a device that was to go.
+enum Removed {
+    /// It was made so.
+    Gone(Option<DeviceConfig>),
+    Stays,
+}
+
+/// What has come of planning a device.
+enum Planned {
+    Claimed(Box<Plan>),
+    /// Somebody has its backings, who may be a device that is to go.
+    LookedAt(Box<Plan>),
+    Refused(DeviceError),
+}
+
+/// Plans a device. `frees` says that others go, which may have its backings.
+fn plan(device: &DeviceConfig, features: Features, frees: bool) -> Planned {
+    match Plan::for_driver(device, features, None) {
+        Ok(plan) => Planned::Claimed(Box::new(plan)),
+        Err(error) if frees && is_in_use(&error) => match Plan::look(device, features, None) {
+            Ok(plan) => Planned::LookedAt(Box::new(plan)),
+            Err(error) => Planned::Refused(error),
+        },
+        Err(error) => Planned::Refused(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ublk_engine::units::Bytes;
+
+    use super::*;
+    use crate::config::TargetConfig;
+
+    fn device(id: u32, size: u64) -> DeviceConfig {
+        let target = TargetConfig::Null { size: Bytes(size) };
+        DeviceConfig { id: Some(id), ..DeviceConfig::of_target(target) }
+    }
+
+    #[test]
+    fn devices_are_told_by_their_ids() {
+        let now = [device(0, 1), device(1, 1), device(2, 1)];
+        let wanted = [device(3, 1), device(2, 2), device(1, 1)];
+        let changes = Changes::between(&now.iter().collect::<Vec<_>>(), &wanted);
+        let (changed, new) = (vec![device(2, 2)], vec![device(3, 1)]);
+        assert_eq!(changes, Changes { gone: vec![0], changed, new });
+        let same = Changes::between(&now.iter().collect::<Vec<_>>(), &now);
+        assert_eq!(same, Changes::default());
+    }
+}

@@ -1,0 +1,51 @@
+//! What a server has from its process: helpers, protection, what wakes it.
+
+use std::io;
+use std::path::Path;
+use std::process::Child;
+use std::sync::Arc;
+
+use crate::control::error::DeviceError;
+use crate::device::paths::{LOG_DIR, RUN_DIR};
+use crate::device::program::Program;
+use crate::os::protection::protect;
+use crate::os::wakeups::{Hangup, Wakeups};
+
+/// Processes that do what the server must not do itself, or cannot.
+pub struct Helpers<'a> {
+    /// Starts one that stops a device ([`delete::command`](crate::control::deletion::command)).
+    pub stop: Box<StopHelper<'a>>,
+    /// Starts one that supervises the device of the calling process.
+    pub supervise: Box<dyn Fn(u32) -> io::Result<Child> + 'a>,
+    /// Starts one that makes the I/O of a device wait (see [`quiesce`](crate::control::upgrade::quiesce)).
+    pub quiesce: Box<dyn Fn(u32) -> io::Result<Child> + 'a>,
+    /// Becomes a process of another program that recovers a device, with the supervisor of this
+    /// one. Returns only if it cannot.
+    pub become_next: Box<BecomeNext<'a>>,
+    /// Opens the log of a device again, which SIGHUP asks for. Without it SIGHUP ends the server.
+    pub reopen_log: Option<Box<dyn Fn(u32) + 'a>>,
+}
+
+impl Helpers<'_> {
+    pub(super) fn hangup(&self) -> Hangup {
+        if self.reopen_log.is_some() { Hangup::IsApart } else { Hangup::Ends }
+    }
+}
+
+/// Starts a process that stops a device.
+pub type StopHelper<'a> = dyn Fn(u32) -> io::Result<Child> + 'a;
+
+/// The device, the program, and the supervisor.
+pub type BecomeNext<'a> = dyn Fn(u32, &Program, Option<u32>) -> io::Error + 'a;
+
+/// Makes the calling process, which has one thread, fit to serve devices on these backings.
+pub(super) fn protect_server(backings: &[&Path]) {
+    let own = [Path::new(RUN_DIR), Path::new(LOG_DIR)];
+    protect(&[backings, &own].concat());
+}
+
+/// All that wakes the main thread, to be shared with lanes. Signals are blocked from here on.
+pub(crate) fn ready(hangup: Hangup) -> Result<Arc<Wakeups>, DeviceError> {
+    let wakeups = Wakeups::new(hangup);
+    wakeups.map(Arc::new).map_err(|errno| DeviceError::setup("cannot wait for signals", errno))
+}

@@ -1,0 +1,405 @@
+//! From a configuration to open backings, a planner and limits.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use ublk_engine::engine::{SlotChoice, SlotTable};
+use ublk_engine::lend::LendMode;
+use ublk_engine::plan::{BackingIndex, Planner};
+use ublk_engine::request::Geometry;
+use ublk_engine::target::{
+    AnyTarget, FaultTarget, LinearTarget, LoopTarget, NullTarget, StripeTarget,
+};
+use ublk_engine::units::Bytes;
+use uring_ext::feature::{Features, USER_COPY};
+use uring_ext::iod::page_size;
+use uring_ext::ring::{MAX_BUFFER_SLOTS, Polling};
+
+use crate::backing::below::Below;
+use crate::backing::identity::Known;
+use crate::backing::limits::Limits;
+use crate::backing::{Backing, Opening};
+use crate::config::lend::Choice;
+use crate::config::{DeviceConfig, ExtentConfig, TargetConfig};
+use crate::control::error::{DeviceError, ExtentProblem};
+use crate::control::polling;
+use crate::device::standing::Recorded;
+use crate::os::memory;
+
+/// The greatest request in the copy modes, whose buffers take memory.
+const COPY_MAX_IO: u32 = 512 << 10;
+/// Requests may be as long where buffers are lent, though an operation may not: a request that is
+/// cut is delivered once.
+const LENT_MAX_IO: u32 = 1 << 20;
+/// Buffers of a lane for requests whose own cannot be registered. That is rare, and they wait
+/// for each other.
+const SPARE_BUFFERS: u16 = 2;
+
+/// Target, backings and limits of a device.
+pub(super) struct Layout {
+    pub name: String,
+    pub target: AnyTarget,
+    pub backings: Arc<[Backing]>,
+    /// Of the device.
+    pub limits: Limits,
+    /// Of operations on the backings.
+    backing_limits: Limits,
+    pub size: Bytes,
+    pub buffer_bytes: u32,
+    pub polling: Polling,
+    /// What the backings stand on.
+    pub below: Below,
+}
+
+impl Layout {
+    /// `known` are the backings of a device that is to be recovered. Those that are not claimed are
+    /// only looked at.
+    pub fn open(
+        config: &DeviceConfig,
+        lend: LendMode,
+        known: Option<&[Known]>,
+        claims: bool,
+    ) -> Result<Self, DeviceError> {
+        let how = Opening { passthru: config.passthru, claims, block_size: config.block_size };
+        let Parts { name, target, backings, limits, size } =
+            Opener { how, known }.parts(&config.target)?;
+        // Larger blocks than those of the backings are made of them.
+        let block = config.block_size.unwrap_or(0).max(limits.logical_block);
+        let physical_block = limits.physical_block.max(block);
+        let backing_limits = Limits { logical_block: block, physical_block, ..limits };
+        let size = Bytes(size.0 / u64::from(block) * u64::from(block));
+        let polling = polling::choose(config, &backings)?;
+        let page = u32::try_from(page_size()).unwrap_or(4096);
+        let has_commands = backings.iter().any(|backing| backing.route().is_namespace());
+        let (longest, cap) = match lend {
+            LendMode::Fused | LendMode::Slot if has_commands => (0, u32::MAX),
+            LendMode::Fused | LendMode::Slot => (LENT_MAX_IO, u32::MAX),
+            LendMode::UserCopy | LendMode::Copy => (0, COPY_MAX_IO),
+        };
+        let limits = backing_limits.of_cut_requests(longest);
+        let buffer_bytes = limits.buffer_bytes(cap, page);
+        let below = Below::backings(&backings, &Recorded::default());
+        let backings = backings.into();
+        Ok(Self {
+            name,
+            target,
+            backings,
+            limits,
+            backing_limits,
+            size,
+            buffer_bytes,
+            polling,
+            below,
+        })
+    }
+
+    /// What requests of the device have to keep to.
+    pub fn geometry(&self) -> Geometry {
+        let (size, block) = (self.size.0, self.limits.logical_block);
+        Geometry { size, block, max_bytes: self.buffer_bytes }
+    }
+
+    /// Whether operations are commands to NVMe namespaces.
+    pub fn has_namespace(&self) -> bool {
+        self.backings.iter().any(|backing| backing.route().is_namespace())
+    }
+
+    /// Bytes of each of the server's buffers.
+    pub fn pool_bytes(&self) -> u32 {
+        self.buffer_bytes.max(self.target.scratch_bytes())
+    }
+
+    /// Buffers that do not fit would bring the machine down instead of failing. `program` is what the
+    /// server needs besides.
+    pub fn check_memory(
+        &self,
+        queues: u16,
+        depth: u16,
+        lend: LendMode,
+        slots: &SlotTable,
+        program: u64,
+    ) -> Result<(), DeviceError> {
+        let buffers = u64::from(queues) * u64::from(slots.buffers()) * u64::from(self.pool_bytes());
+        let needed = buffers.saturating_add(program);
+        if let Some(shortage) = memory::shortage(needed, buffers) {
+            let (needed, buffers) = (Bytes(needed), Bytes(buffers));
+            return Err(DeviceError::NoMemory { needed, buffers, shortage });
+        }
+        let needed = buffers;
+        let Some(available) = available_memory() else { return Ok(()) };
+        if needed > available / 2 {
+            let (needed, available) = (Bytes(needed), Bytes(available));
+            return Err(DeviceError::BuffersTooBig { lend, queues, depth, needed, available });
+        }
+        Ok(())
+    }
+
+    /// The same device on backings that have grown since it was added, and what to know these by.
+    pub fn grown(&self, config: &TargetConfig) -> Result<Grown, DeviceError> {
+        let is_null = self.target.is_null();
+        let mut known = self.known();
+        for (known, backing) in known.iter_mut().zip(self.backings.iter()) {
+            // What has shrunk is for those to find who use it.
+            known.size = backing.size_now()?.max(known.size);
+        }
+        let sizes: Vec<_> = known.iter().map(|known| known.size.0).collect();
+        let (target, size) = target_of(config, &sizes, &self.backing_limits)?;
+        let block = u64::from(self.limits.logical_block);
+        let size = Bytes(size.0 / block * block);
+        if !is_null && !target.extends(&self.target) {
+            return Err(DeviceError::WouldMove);
+        }
+        Ok(Grown { target, size, known })
+    }
+
+    /// What to know the backings by later.
+    pub fn known(&self) -> Vec<Known> {
+        let backings = self.backings.iter().filter(|_| !self.target.is_null());
+        backings.map(Backing::known).collect()
+    }
+}
+
+/// A device that has grown.
+pub(super) struct Grown {
+    /// Without what wraps it.
+    pub target: AnyTarget,
+    pub size: Bytes,
+    pub known: Vec<Known>,
+}
+
+/// What a target is made of.
+struct Parts {
+    name: String,
+    target: AnyTarget,
+    backings: Vec<Backing>,
+    limits: Limits,
+    size: Bytes,
+}
+
+/// Opens the backings of a target.
+#[derive(Clone, Copy)]
+struct Opener<'a> {
+    how: Opening,
+    known: Option<&'a [Known]>,
+}
+
+impl Opener<'_> {
+    fn parts(self, config: &TargetConfig) -> Result<Parts, DeviceError> {
+        match config {
+            TargetConfig::Null { .. } if self.how.passthru => Err(DeviceError::NoPassthru),
+            TargetConfig::Null { size } => null(*size),
+            TargetConfig::Loop { .. } => self.of_backings("loop", config),
+            TargetConfig::Linear { .. } => self.of_backings("linear", config),
+            TargetConfig::Stripe { .. } => self.of_backings("stripe", config),
+            TargetConfig::Fault { rules, seed, target } => {
+                let parts = self.parts(target)?;
+                let block = parts.limits.logical_block;
+                let target = FaultTarget::new(rules.clone(), *seed, block, parts.target);
+                let name = format!("fault({})", parts.name);
+                Ok(Parts { name, target: AnyTarget::Fault(Box::new(target)), ..parts })
+            }
+        }
+    }
+
+    fn of_backings(self, name: &str, config: &TargetConfig) -> Result<Parts, DeviceError> {
+        let backings = self.all(&files_of(config)?)?;
+        let sizes: Vec<_> = backings.iter().map(|backing| backing.size().0).collect();
+        let limits = limits_of(config, &backings).ok_or(DeviceError::NoBackings)?;
+        let (target, size) = target_of(config, &sizes, &limits)?;
+        Ok(Parts { name: name.to_owned(), target, backings, limits, size })
+    }
+
+    fn all(self, files: &[PathBuf]) -> Result<Vec<Backing>, DeviceError> {
+        if self.known.is_some_and(|known| known.len() != files.len()) {
+            return Err(DeviceError::BackingsDiffer);
+        }
+        let open = |(index, file): (usize, &PathBuf)| {
+            let backing = Backing::open(file, self.how)?;
+            match self.known {
+                Some(known) => Ok(backing.keep_to(&known[index])?),
+                None => Ok(backing),
+            }
+        };
+        files.iter().enumerate().map(open).collect()
+    }
+}
+
+fn null(size: Bytes) -> Result<Parts, DeviceError> {
+    let (target, size) = null_target(size)?;
+    let backing = Backing::zero()?;
+    let limits = Limits { discard: None, physical_block: 512, io_min: 512, ..*backing.limits() };
+    Ok(Parts { name: "null".to_owned(), target, backings: vec![backing], limits, size })
+}
+
+fn null_target(size: Bytes) -> Result<(AnyTarget, Bytes), DeviceError> {
+    if size.sectors().0 == 0 {
+        return Err(DeviceError::TooSmall(size.0));
+    }
+    Ok((AnyTarget::Null(NullTarget), size))
+}
+
+/// The backings in the order of their index.
+fn files_of(config: &TargetConfig) -> Result<Vec<PathBuf>, DeviceError> {
+    match config {
+        TargetConfig::Null { .. } => Ok(Vec::new()),
+        TargetConfig::Loop { file } => Ok(vec![file.clone()]),
+        // A backing that has several extents is opened once.
+        TargetConfig::Linear { extents } => {
+            let mut files = Vec::new();
+            for file in extents.iter().map(|extent| canonical(&extent.file)) {
+                if !files.contains(&file) {
+                    files.push(file);
+                }
+            }
+            Ok(files)
+        }
+        TargetConfig::Stripe { files, .. } => {
+            let mut known: Vec<PathBuf> = Vec::new();
+            for file in files {
+                if known.contains(&canonical(file)) {
+                    return Err(DeviceError::GivenTwice(file.clone()));
+                }
+                known.push(canonical(file));
+            }
+            Ok(files.clone())
+        }
+        TargetConfig::Fault { target, .. } => files_of(target),
+    }
+}
+
+fn canonical(file: &Path) -> PathBuf {
+    file.canonicalize().unwrap_or_else(|_| file.to_owned())
+}
+
+/// The limits of operations on any of the backings; `None` if there are none.
+fn limits_of(config: &TargetConfig, backings: &[Backing]) -> Option<Limits> {
+    let common = Limits::of_all(backings.iter().map(Backing::limits))?;
+    let limits = match (config, backings) {
+        (TargetConfig::Loop { .. }, [backing]) => *backing.limits(),
+        (TargetConfig::Stripe { chunk, .. }, _) => {
+            let row = chunk.0.checked_mul(backings.len() as u64);
+            Limits {
+                io_min: u32::try_from(chunk.0).unwrap_or(common.io_min).max(common.io_min),
+                io_opt: row.and_then(|row| u32::try_from(row).ok()).unwrap_or(0),
+                ..common
+            }
+        }
+        _ => common,
+    };
+    Some(limits)
+}
+
+/// The target of backings of these sizes in bytes, without what wraps it, and its size.
+fn target_of(
+    config: &TargetConfig,
+    sizes: &[u64],
+    limits: &Limits,
+) -> Result<(AnyTarget, Bytes), DeviceError> {
+    let limit = limits.transfer_limit();
+    match config {
+        TargetConfig::Null { size } => null_target(*size),
+        TargetConfig::Loop { .. } => {
+            let size = sizes.first().copied().unwrap_or_default();
+            Ok((AnyTarget::Loop(LoopTarget::new(size).within(limit)), Bytes(size)))
+        }
+        TargetConfig::Linear { extents } => {
+            let target = LinearTarget::new(placed(extents, sizes, limits.logical_block)?)?;
+            let target = target.within(limit);
+            let size = Bytes(target.size());
+            Ok((AnyTarget::Linear(target), size))
+        }
+        TargetConfig::Stripe { chunk, .. } => {
+            let target = StripeTarget::new(chunk.0, sizes)?.within(limit);
+            let size = Bytes(target.size());
+            Ok((AnyTarget::Stripe(target), size))
+        }
+        TargetConfig::Fault { target, .. } => target_of(target, sizes, limits),
+    }
+}
+
+/// Extents with the index of their backing, their first byte and their length.
+fn placed(
+    extents: &[ExtentConfig],
+    sizes: &[u64],
+    block: u32,
+) -> Result<Vec<(BackingIndex, u64, u64)>, DeviceError> {
+    let mut files: Vec<PathBuf> = Vec::new();
+    let mut placed: Vec<(BackingIndex, u64, u64)> = Vec::new();
+    for extent in extents {
+        let file = canonical(&extent.file);
+        let index = files.iter().position(|known| *known == file).unwrap_or_else(|| {
+            files.push(file);
+            files.len() - 1
+        });
+        let problem = |problem| DeviceError::Extent {
+            file: extent.file.clone(),
+            offset: extent.offset,
+            problem,
+        };
+        let (start, size) = (extent.offset.0, sizes[index]);
+        let left = size.checked_sub(start).filter(|left| *left > 0);
+        let left = left.ok_or_else(|| problem(ExtentProblem::Beyond(size)))?;
+        let bytes = u64::from(block);
+        let len = extent.len.map_or(left / bytes * bytes, |len| len.0);
+        if len > left {
+            return Err(problem(ExtentProblem::Beyond(size)));
+        }
+        if start % bytes != 0 || len % bytes != 0 {
+            return Err(problem(ExtentProblem::Unaligned(block)));
+        }
+        let index = BackingIndex(u16::try_from(index).unwrap_or(u16::MAX));
+        let overlaps = placed.iter().any(|(other, other_start, other_len)| {
+            *other == index && start < other_start + other_len && *other_start < start + len
+        });
+        if overlaps {
+            return Err(problem(ExtentProblem::Overlapping));
+        }
+        placed.push((index, start, len));
+    }
+    Ok(placed)
+}
+
+/// The buffer table of each lane, for a target that wants scratch buffers or does not.
+pub(super) fn slot_table(
+    config: &DeviceConfig,
+    choice: &Choice,
+    target: &AnyTarget,
+) -> Result<SlotTable, DeviceError> {
+    let depth = config.depth;
+    let scratch = if target.scratch_bytes() > 0 { depth } else { 0 };
+    let spare = if Features(choice.flags).has(USER_COPY) { SPARE_BUFFERS } else { 0 };
+    let table = match (choice.mode, config.first_slot) {
+        (LendMode::Slot, None) => {
+            SlotTable { lent: depth, pool: spare, scratch, choice: SlotChoice::AnyFree }
+        }
+        (LendMode::Fused | LendMode::Slot, first) => {
+            let first = first.unwrap_or(0);
+            let lent = first.checked_add(depth).filter(|lent| {
+                let slots = u32::from(*lent) + u32::from(spare) + u32::from(scratch);
+                slots <= MAX_BUFFER_SLOTS
+            });
+            let lent = lent.ok_or(DeviceError::TooManySlots { first, depth })?;
+            SlotTable { lent, pool: spare, scratch, choice: SlotChoice::From(first) }
+        }
+        (lend @ (LendMode::UserCopy | LendMode::Copy), Some(_)) => {
+            return Err(DeviceError::Mismatch {
+                option: "--first-slot",
+                needs: "a mode that lends the request's own buffer",
+                lend,
+                instead: "leave it out, or use `--lend fused` or `--lend slot`",
+            });
+        }
+        (LendMode::UserCopy | LendMode::Copy, None) => {
+            SlotTable { lent: 0, pool: depth, scratch, choice: SlotChoice::From(0) }
+        }
+    };
+    Ok(table)
+}
+
+/// `MemAvailable` in bytes.
+fn available_memory() -> Option<u64> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024)
+}

@@ -1,0 +1,335 @@
+//! What is decided of a device before the driver is asked for anything, and asking it.
+
+use std::time::{Duration, Instant};
+
+use ublk_engine::engine::SlotTable;
+use ublk_engine::lane::fault::Faults;
+use ublk_engine::lend::LendMode;
+use uring_ext::control::Control;
+use uring_ext::feature::{self, Feature, Features};
+use uring_ext::{Errno, sys};
+
+use crate::backing::identity::Known;
+use crate::backing::limits::MAX_BLOCK;
+use crate::config::DeviceConfig;
+use crate::config::lend::{self, Choice};
+use crate::control::error::DeviceError;
+use crate::control::layout::{Layout, slot_table};
+use crate::control::polling;
+use crate::device::description;
+use crate::device::mark::Nonce;
+use crate::device::paths::MAX_ID;
+use crate::os::kernel;
+use crate::os::memory;
+
+/// What is decided before the driver is asked for anything.
+pub(super) struct Plan {
+    pub config: DeviceConfig,
+    pub choice: Choice,
+    pub layout: Layout,
+    pub slots: SlotTable,
+    pub faults: Option<Faults>,
+    /// Servers that the device has had before.
+    pub incarnation: u32,
+}
+
+impl Plan {
+    /// `known` are the backings of a device that is to be recovered.
+    pub fn make(
+        config: &DeviceConfig,
+        control: &Control,
+        known: Option<&[Known]>,
+    ) -> Result<Self, DeviceError> {
+        Self::for_driver(config, kernel::features(control)?, known)
+    }
+
+    /// As [`Plan::make`], for a driver with these features; on any thread.
+    pub fn for_driver(
+        config: &DeviceConfig,
+        features: Features,
+        known: Option<&[Known]>,
+    ) -> Result<Self, DeviceError> {
+        Self::with(config, features, known, true)
+    }
+
+    /// As [`Plan::for_driver`], but the backings are only looked at: nothing is claimed, and they may
+    /// be in use.
+    pub fn look(
+        config: &DeviceConfig,
+        features: Features,
+        known: Option<&[Known]>,
+    ) -> Result<Self, DeviceError> {
+        Self::with(config, features, known, false)
+    }
+
+    fn with(
+        config: &DeviceConfig,
+        features: Features,
+        known: Option<&[Known]>,
+        claims: bool,
+    ) -> Result<Self, DeviceError> {
+        // The greatest number of all stands for any id.
+        if let Some(id) = config.id.filter(|id| *id > MAX_ID) {
+            return Err(DeviceError::IdTooBig(id));
+        }
+        let is_block = |bytes: &u32| (512..=MAX_BLOCK).contains(bytes) && bytes.is_power_of_two();
+        if let Some(bytes) = config.block_size.filter(|bytes| !is_block(bytes)) {
+            return Err(DeviceError::BlockSize(bytes));
+        }
+        let mut choice = config.lend.choose(features)?;
+        choice.flags |= config.on_death.flags(features)?;
+        if config.no_part_scan {
+            choice.flags |= needed("--no-part-scan", feature::NO_AUTO_PART_SCAN, features)?;
+        }
+        if config.io_lane {
+            lend::check_io_lane(features)?;
+            if choice.mode != LendMode::Slot {
+                return Err(DeviceError::Mismatch {
+                    option: "--io-lane",
+                    needs: "registration by command",
+                    lend: choice.mode,
+                    instead: "leave it out, or use `--lend slot`",
+                });
+            }
+        }
+        polling::check(config)?;
+        let faults = faults_asked_for()?;
+        let layout = Layout::open(config, choice.mode, known, claims)?;
+        if let Some(id) = config.id.filter(|id| layout.below.has(*id)) {
+            return Err(DeviceError::OnItself(id));
+        }
+        let slots = slot_table(config, &choice, &layout.target)?;
+        // A device that there is must not be given up for an estimate.
+        let program = if known.is_some() { 0 } else { memory::PROGRAM };
+        layout.check_memory(config.queues, config.depth, choice.mode, &slots, program)?;
+        log::info!("lend mode {}: {}", choice.mode, choice.reason);
+        let mut config = DeviceConfig { lend: choice.mode.into(), ..config.clone() };
+        config.target.absolute();
+        Ok(Self { config, choice, layout, slots, faults, incarnation: 0 })
+    }
+}
+
+/// The faults that `UBLK_TARGET_FAULT` asks for: names, separated by commas.
+#[cfg(feature = "test-hooks")]
+fn faults_asked_for() -> Result<Option<Faults>, DeviceError> {
+    let list = std::env::var("UBLK_TARGET_FAULT").ok();
+    Ok(list.map(|list| Faults::parse(&list)).transpose()?)
+}
+
+/// None can be asked for.
+#[cfg(not(feature = "test-hooks"))]
+const fn faults_asked_for() -> Result<Option<Faults>, DeviceError> {
+    Ok(None)
+}
+
+/// The features that a device is ever asked for with. The driver adds some by itself.
+const SERVED: &[Feature] = &[
+    feature::SUPPORT_ZERO_COPY,
+    feature::USER_RECOVERY,
+    feature::USER_RECOVERY_REISSUE,
+    feature::CMD_IOCTL_ENCODE,
+    feature::USER_COPY,
+    feature::USER_RECOVERY_FAIL_IO,
+    feature::AUTO_BUF_REG,
+    feature::QUIESCE,
+    feature::NO_AUTO_PART_SCAN,
+];
+
+/// The flag of a feature that an option needs.
+fn needed(option: &'static str, feature: Feature, features: Features) -> Result<u64, DeviceError> {
+    if features.has(feature) {
+        return Ok(feature.bit);
+    }
+    let release = kernel::release().unwrap_or_default();
+    Err(DeviceError::Lacks { option, feature, release })
+}
+
+/// The flags that `ADD_DEV` is given: whatever else a driver offers may change what its requests
+/// look like.
+fn asked_for(choice: &Choice) -> u64 {
+    let flags = choice.flags | feature::CMD_IOCTL_ENCODE.bit;
+    let served = SERVED.iter().fold(0, |bits, feature| bits | feature.bit);
+    debug_assert_eq!(flags & !served, 0, "not served");
+    flags & served
+}
+
+/// Has the driver look at a device: adds one of any id, gives it the parameters, and takes it away.
+///
+/// # Errors
+/// Those of [`add`], and of setting the parameters.
+pub(super) fn try_on(control: &Control, plan: &Plan) -> Result<(), DeviceError> {
+    let added = add(control, plan, None)?;
+    let layout = &plan.layout;
+    let params = layout.limits.params(layout.size, layout.buffer_bytes);
+    let taken = control.set_params(added.dev_id, params);
+    control.delete(added.dev_id).and_then(|pending| control.finish(pending))?;
+    Ok(taken?)
+}
+
+/// Has the driver add a device, of this id or any.
+pub(super) fn add(
+    control: &Control,
+    plan: &Plan,
+    id: Option<u32>,
+) -> Result<sys::ublksrv_ctrl_dev_info, DeviceError> {
+    let config = &plan.config;
+    let info = sys::ublksrv_ctrl_dev_info {
+        dev_id: id.unwrap_or(u32::MAX),
+        nr_hw_queues: config.queues,
+        queue_depth: config.depth,
+        max_io_buf_bytes: plan.layout.buffer_bytes,
+        ublksrv_pid: i32::try_from(std::process::id()).unwrap_or(0),
+        flags: asked_for(&plan.choice),
+        ublksrv_flags: Nonce::own().flags(),
+        ..Default::default()
+    };
+    let mut added = control.add(info);
+    // A device that is gone keeps its id for a moment, while the driver takes it apart
+    // (`ublk_cdev_rel`), and nobody tells when that is over.
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while let (Err(error), Some(id)) = (&added, id) {
+        let is_taken = error.errno() == Some(Errno::EEXIST);
+        let is_gone = || control.info(id).is_err_and(|error| description::is_missing(&error));
+        if !is_taken || !is_gone() || Instant::now() > deadline {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+        added = control.add(info);
+    }
+    added.map_err(|error| match (error.errno(), id) {
+        (Some(Errno::EEXIST), Some(id)) => DeviceError::IdTaken(id),
+        (Some(Errno::EACCES | Errno::ENOSPC), _) => DeviceError::NoRoom,
+        _ => DeviceError::Control(error),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+    use ublk_engine::units::Bytes;
+
+    use super::*;
+    use crate::config::TargetConfig;
+    use crate::config::lend::LendRequest;
+    use crate::config::on_death::OnDeath;
+    use crate::device::state_file::StateFile;
+
+    /// A driver of the future offers all that there can be.
+    #[test]
+    fn no_driver_is_asked_for_what_is_not_served() {
+        use LendRequest::{Auto, Copy, Fused, Slot, UserCopy};
+        use OnDeath::{Error, Fail, Reissue, Wait};
+        let all = Features(u64::MAX);
+        for request in [Auto, Fused, Slot, UserCopy, Copy] {
+            for on_death in [Fail, Wait, Reissue, Error] {
+                let mut choice = request.choose(all).unwrap();
+                choice.flags |= on_death.flags(all).unwrap();
+                let flags = Features(asked_for(&choice));
+                assert_eq!(flags.0 & !choice.flags, feature::CMD_IOCTL_ENCODE.bit);
+                assert_eq!(flags.unknown_bits(), 0);
+                for feature in [feature::IO_DESC_SIZE, feature::BATCH_IO, feature::NEED_GET_DATA] {
+                    assert!(!flags.has(feature), "{}", feature.name);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn partitions_are_left_to_others_only_by_drivers_that_can() {
+        let null = DeviceConfig::of_target(TargetConfig::Null { size: Bytes(4096) });
+        let config = DeviceConfig { no_part_scan: true, ..null.clone() };
+        let flag = |config: &DeviceConfig, features: u64| {
+            let plan = Plan::for_driver(config, Features(features), None)?;
+            Ok::<_, DeviceError>(Features(asked_for(&plan.choice)).has(feature::NO_AUTO_PART_SCAN))
+        };
+        assert!(flag(&config, u64::MAX).unwrap() && !flag(&null, u64::MAX).unwrap());
+        let old = !feature::NO_AUTO_PART_SCAN.bit;
+        let refused = flag(&config, old).unwrap_err().to_string();
+        assert!(refused.contains("NO_AUTO_PART_SCAN (Linux 7.0 or newer)"), "{refused}");
+        assert!(!flag(&null, old).unwrap());
+        // The next server knows it, and one that does not know it reads what it does know.
+        let read = |config: &DeviceConfig| {
+            let text = serde_json::to_string(config).unwrap();
+            (text.contains("no_part_scan"), serde_json::from_str::<DeviceConfig>(&text).unwrap())
+        };
+        assert_eq!((read(&config), read(&null)), ((true, config), (false, null)));
+    }
+
+    /// All places in a value where something else may stand.
+    fn places(value: &Value, at: &str, found: &mut Vec<String>) {
+        found.push(at.to_owned());
+        match value {
+            Value::Object(fields) => {
+                fields.iter().for_each(|(name, it)| places(it, &format!("{at}/{name}"), found));
+            }
+            Value::Array(items) => {
+                (0..).zip(items).for_each(|(n, it)| places(it, &format!("{at}/{n}"), found));
+            }
+            Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+        }
+    }
+
+    /// Whatever a state file says that is of the right shape, the next server says what is wrong with
+    /// it, or serves it: it does not panic.
+    #[test]
+    fn any_record_is_planned_or_refused() {
+        let directory = tempfile::tempdir_in(".").unwrap();
+        let files: Vec<_> = (0..3).map(|n| directory.path().join(format!("{n}"))).collect();
+        for file in &files {
+            std::fs::File::create(file).unwrap().set_len(1 << 20).unwrap();
+        }
+        let extents = files.iter().map(|file| crate::config::ExtentConfig {
+            file: file.clone(),
+            offset: Bytes(0),
+            len: Some(Bytes(1 << 19)),
+        });
+        let stripe = TargetConfig::Stripe { chunk: Bytes(65536), files: files.clone() };
+        let fault = TargetConfig::Fault {
+            rules: vec!["p=0.5,error=EIO".parse().unwrap()],
+            seed: 7,
+            target: Box::new(stripe.clone()),
+        };
+        let targets = [
+            TargetConfig::Loop { file: files[0].clone() },
+            TargetConfig::Linear { extents: extents.collect() },
+            TargetConfig::Null { size: Bytes(1 << 20) },
+            stripe,
+            fault,
+        ];
+        let others = [
+            json!(null),
+            json!([]),
+            json!({}),
+            json!(0),
+            json!(1),
+            json!(-1),
+            json!(u64::MAX),
+            json!(1_u64 << 62),
+            json!(""),
+            json!("auto"),
+            json!("/"),
+            json!(true),
+        ];
+        let features = Features(u64::MAX);
+        let (mut planned, mut refused) = (0, 0);
+        for target in targets {
+            let config = DeviceConfig { id: Some(3), ..DeviceConfig::of_target(target) };
+            let plan = Plan::for_driver(&config, features, None).unwrap();
+            let record = StateFile::new(3, "any", plan.layout.known(), config);
+            drop(plan);
+            let good = serde_json::to_value(record).unwrap();
+            let mut at = Vec::new();
+            places(&good, "", &mut at);
+            for (place, other) in at.iter().flat_map(|at| others.iter().map(move |it| (at, it))) {
+                let mut value: Value = good.clone();
+                *value.pointer_mut(place).unwrap() = other.clone();
+                let Ok(record) = serde_json::from_value::<StateFile>(value) else { continue };
+                match Plan::for_driver(&record.config, features, Some(&record.backings)) {
+                    Ok(_) => planned += 1,
+                    Err(_) => refused += 1,
+                }
+            }
+        }
+        assert!(planned > 50 && refused > 50, "{planned} planned, {refused} refused");
+    }
+}

@@ -1,0 +1,77 @@
+//! Whether a device can poll its drives.
+
+use std::path::PathBuf;
+
+use uring_ext::ring::Polling;
+
+use crate::backing::Backing;
+use crate::config::polling::Unpolled;
+use crate::config::{DeviceConfig, TargetConfig};
+use crate::os::kernel::KernelVersion;
+
+/// The first kernel whose driver takes its commands on a ring that polls.
+const FIRST_KERNEL: KernelVersion = KernelVersion(7, 1);
+
+/// Why a device cannot poll.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CannotPoll {
+    /// The driver does not take commands on such a ring.
+    #[error("--poll needs Linux {FIRST_KERNEL}, and this is {0}; leave it out")]
+    TooOld(KernelVersion),
+    /// The target has no drive.
+    #[error("the null target has no drive to poll; leave --poll out")]
+    NoDrive,
+    /// Two lanes would have to poll.
+    #[error("--poll and --io-lane exclude each other; leave one of them out")]
+    IoLane,
+    /// A backing has no queues for it.
+    #[error(
+        "{} has no queues to be polled; give its driver some (nvme.poll_queues=N on the kernel's \
+         command line), or let all backings interrupt with `--unpolled interrupt`", .0.display()
+    )]
+    NoQueues(PathBuf),
+}
+
+/// What can be said before any backing is opened.
+pub(super) fn check(config: &DeviceConfig) -> Result<(), CannotPoll> {
+    if config.polling == Polling::Off {
+        return Ok(());
+    }
+    if is_null(&config.target) {
+        return Err(CannotPoll::NoDrive);
+    }
+    if config.io_lane {
+        return Err(CannotPoll::IoLane);
+    }
+    match KernelVersion::running() {
+        running if running < FIRST_KERNEL => Err(CannotPoll::TooOld(running)),
+        _ => Ok(()),
+    }
+}
+
+fn is_null(target: &TargetConfig) -> bool {
+    match target {
+        TargetConfig::Null { .. } => true,
+        TargetConfig::Fault { target, .. } => is_null(target),
+        TargetConfig::Loop { .. } | TargetConfig::Linear { .. } | TargetConfig::Stripe { .. } => {
+            false
+        }
+    }
+}
+
+/// How to find completions of operations on these backings.
+pub(super) fn choose(config: &DeviceConfig, backings: &[Backing]) -> Result<Polling, CannotPoll> {
+    if config.polling == Polling::Off {
+        return Ok(Polling::Off);
+    }
+    let Some(unpolled) = backings.iter().find(|backing| !backing.can_poll()) else {
+        return Ok(config.polling);
+    };
+    match config.unpolled {
+        Unpolled::Refuse => Err(CannotPoll::NoQueues(unpolled.path().to_owned())),
+        Unpolled::Interrupt => {
+            log::info!("{} cannot be polled: all backings interrupt", unpolled.path().display());
+            Ok(Polling::Off)
+        }
+    }
+}

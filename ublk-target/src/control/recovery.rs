@@ -1,0 +1,239 @@
+//! A device gets a new server in the place of a dead one.
+
+use std::fs::File;
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use uring_ext::control::Control;
+use uring_ext::{Errno, sys};
+
+use crate::backing::usage;
+use crate::backing::{BackingError, BackingProblem};
+use crate::config::lend::Choice;
+use crate::control::error::DeviceError;
+use crate::control::helpers::{Helpers, protect_server, ready};
+use crate::control::plan::Plan;
+use crate::control::recoverable::{
+    CannotRecoverDevice, check, check_limits, config_of, missing, read, refuse_unserved, server_of,
+};
+use crate::control::server::Server;
+use crate::device::description::{self, Description};
+use crate::device::paths::{self, RUN_DIR};
+use crate::device::processes::{Process, Role};
+use crate::device::state_file::StateFile;
+use crate::device::trouble::Trouble;
+use crate::os::steps::step;
+
+/// The longest wait for what is left of the dead server.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How often it is looked at. Nobody tells.
+const PAUSE: Duration = Duration::from_millis(2);
+
+/// Serves a device whose server is dead, as [`serve`](crate::control::server::serve) does one that it has
+/// added. `progress` is told what is waited for, when that takes long. `is_next` says that the
+/// calling process was the server before it became one of another program, so that nobody else will
+/// recover the device if it does not; signals wait until the device is live then.
+///
+/// # Errors
+/// [`DeviceError`]; the device is as it was before.
+pub fn recover(
+    id: u32,
+    supervisor: Option<u32>,
+    is_next: bool,
+    helpers: &Helpers<'_>,
+    progress: &mut dyn FnMut(&str),
+    on_live: impl FnOnce(&Description, &Choice) -> Result<(), DeviceError>,
+) -> Result<(), DeviceError> {
+    let node = Control::open_node()?;
+    // While there is one thread: the control ring has workers of the kernel's. A record that cannot be
+    // read is an error below.
+    let record = StateFile::read(Path::new(RUN_DIR), id);
+    protect_server(&record.as_ref().map_or_else(|_| Vec::new(), |it| it.config.target.files()));
+    let control = Control::with(node)?;
+    let wakeups = ready(helpers.hangup())?;
+    step("signals-blocked");
+    // Its process is alive: it is this one.
+    let record = if is_next { read(&control, id)? } else { check(&control, id)? };
+    if !is_next {
+        refuse_unserved(&control, id, &record)?;
+    }
+    // One that was faster than the supervisor is supervised all the same.
+    let is_supervisor = |pid: &u32| {
+        let is_of_it = |it: Process| it.device.is_none_or(|other| other == id);
+        Process::find(*pid).is_some_and(|it| it.role == Role::Supervisor && is_of_it(it))
+    };
+    // One that has given up is about to end.
+    let has_given_up = Trouble::read(Path::new(RUN_DIR), id).is_some_and(|it| it.given_up);
+    let recorded = record.supervisor.filter(|_| !has_given_up);
+    let supervisor = supervisor.or_else(|| recorded.filter(is_supervisor));
+    let mut server = Server::new(Rc::new(control), wakeups, id, supervisor);
+    server.leave();
+    let taken = take_over(&mut server, &record, !is_next, progress)?;
+    server.keep();
+    // The device was there before whoever asked for its recovery, and stays if he is gone.
+    let served = server.live(taken.plan, helpers, |description, choice| {
+        if let Err(error) = on_live(description, choice) {
+            log::warn!("recovered, but: {error}");
+        }
+        log::info!("recovered: {}", taken.times);
+        Ok(())
+    });
+    let ended = server.take_down();
+    served.and(ended)
+}
+
+/// A device that is the calling process's now.
+pub(super) struct Taken {
+    pub plan: Plan,
+    /// What took how long, in words.
+    pub times: String,
+}
+
+/// Makes a device whose server is gone the calling process's.
+pub(super) fn take_over(
+    server: &mut Server,
+    record: &StateFile,
+    heeds_signals: bool,
+    progress: &mut dyn FnMut(&str),
+) -> Result<Taken, DeviceError> {
+    let (id, began) = (server.id, Instant::now());
+    let mut wait = Wait { began, said: 0, heeds_signals, progress };
+    let cdev = Arc::new(claim(server, &mut wait)?);
+    let claimed = began.elapsed();
+    server.cdev = Some(Arc::clone(&cdev));
+    step("claimed");
+    // Nobody else can have the device from here on, so this is what it is.
+    let info = server.control.info(id)?;
+    let plan = plan(server, record, &info, &mut wait)?;
+    let opened = began.elapsed();
+    step("planned");
+    server.start_lanes(&info, &plan, &cdev)?;
+    step("lanes-up");
+    server.take_charge(&plan)?;
+    let ready = began.elapsed();
+    let end = server.control.end_recovery(id, std::process::id())?;
+    step("start-sent");
+    server.await_recovery(end)?;
+    let live = began.elapsed();
+    let times = format!(
+        "{} ms until the device was let go of, {} to open the backings, {} to start the lanes, {} to be \
+         live",
+        claimed.as_millis(),
+        (opened - claimed).as_millis(),
+        (ready - opened).as_millis(),
+        (live - ready).as_millis()
+    );
+    Ok(Taken { plan, times })
+}
+
+/// A wait for what is left of the dead server.
+struct Wait<'a> {
+    began: Instant,
+    said: u64,
+    heeds_signals: bool,
+    progress: &'a mut dyn FnMut(&str),
+}
+
+impl Wait<'_> {
+    fn pause(&mut self, server: &Server, what: &dyn Fn() -> String) -> Result<(), DeviceError> {
+        let waited = self.began.elapsed();
+        if waited >= PATIENCE {
+            return Err(CannotRecoverDevice::Stuck { what: what(), waited }.into());
+        }
+        if waited.as_secs() / 2 > self.said {
+            self.said = waited.as_secs() / 2;
+            (self.progress)(&format!("waiting for {}", what()));
+        }
+        std::thread::sleep(PAUSE);
+        if self.heeds_signals && server.wakeups.take_signal().is_some() {
+            return Err(DeviceError::NotRecovered);
+        }
+        Ok(())
+    }
+}
+
+/// Waits until the driver has all buffers of the dead server back, and takes the character device:
+/// only one process can have it.
+fn claim(server: &Server, wait: &mut Wait<'_>) -> Result<File, DeviceError> {
+    let id = server.id;
+    let path = paths::char_path(id);
+    let holder = || {
+        let openers = usage::openers_of_char_device(&path);
+        match openers.first() {
+            Some(opener) => format!("{opener} to let go of {}", path.display()),
+            None => format!("the kernel to end the I/O of the dead server of device {id}"),
+        }
+    };
+    loop {
+        match server.control.start_recovery(id) {
+            Ok(()) => match File::options().read(true).write(true).open(&path) {
+                Ok(file) if usage::is_char_device_of(&file, id) => return Ok(file),
+                Ok(_) => return Err(wrong_node(&path)),
+                // Another one was faster.
+                Err(error) if Errno::of(&error) == Errno::EBUSY => {}
+                Err(error) => {
+                    let doing = format!("cannot open {}", path.display());
+                    return Err(DeviceError::setup(doing, Errno::of(&error)));
+                }
+            },
+            Err(error) if error.errno() == Some(Errno::EBUSY) => {
+                // Recovered by another one meanwhile, or stopped.
+                let info = server.control.info(id).map_err(|error| missing(id, error))?;
+                if !description::has_disk(&info) {
+                    return Err(CannotRecoverDevice::NotStarted(id).into());
+                }
+                if let Some(server) = server_of(&info) {
+                    return Err(CannotRecoverDevice::Served { id, server }.into());
+                }
+            }
+            // It has been stopped.
+            Err(error) if error.errno() == Some(Errno::EINVAL) => {
+                return Err(CannotRecoverDevice::NotStarted(id).into());
+            }
+            Err(error) => return Err(missing(id, error)),
+        }
+        wait.pause(server, &holder)?;
+    }
+}
+
+/// Something else is in the place of a character device.
+pub(super) fn wrong_node(path: &Path) -> DeviceError {
+    let doing = format!(
+        "{} is not the driver's character device; remove it, and have `udevadm trigger` or mknod(1) make \
+         the right one",
+        path.display()
+    );
+    DeviceError::setup(doing, Errno::ENODEV)
+}
+
+/// Opens the backings and makes the same device of them. The dead server's files are let go of some
+/// time after its end.
+fn plan(
+    server: &Server,
+    record: &StateFile,
+    info: &sys::ublksrv_ctrl_dev_info,
+    wait: &mut Wait<'_>,
+) -> Result<Plan, DeviceError> {
+    let params = server.control.params(record.id)?;
+    let config = config_of(record, info, &params);
+    let mut plan = loop {
+        match Plan::make(&config, &server.control, Some(&record.backings)) {
+            Err(DeviceError::Backing(BackingError {
+                path,
+                problem: BackingProblem::InUse(users),
+            })) => {
+                let what = || format!("{} to be let go of ({})", path.display(), users.join(", "));
+                wait.pause(server, &what)?;
+            }
+            made => break made?,
+        }
+    };
+    check_limits(&plan, &params, info)?;
+    // Blocks that were asked for, not those that the device has come to.
+    plan.config.block_size = record.config.block_size;
+    plan.layout.buffer_bytes = info.max_io_buf_bytes;
+    plan.incarnation = record.incarnation.wrapping_add(1);
+    Ok(plan)
+}

@@ -1,0 +1,444 @@
+//! A device's life: added, served, stopped, deleted.
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver};
+use std::time::{Duration, Instant};
+
+use nix::poll::PollTimeout;
+use ublk_engine::units::Bytes;
+use uring_ext::control::{Control, Pending};
+use uring_ext::feature::{self, Features};
+use uring_ext::{Errno, sys};
+
+use crate::backing::usage;
+use crate::config::DeviceConfig;
+use crate::config::lend::Choice;
+use crate::control::error::DeviceError;
+use crate::control::helpers::{Helpers, protect_server, ready};
+use crate::control::lanes::{DeviceLanes, LaneSetup};
+use crate::control::plan::{Plan, add};
+use crate::control::recoverable;
+use crate::control::recovery;
+use crate::control::supervision::Supervision;
+use crate::device::description::{self, Description};
+use crate::device::mark::Nonce;
+use crate::device::paths::{self, RUN_DIR};
+use crate::device::state_file::StateFile;
+use crate::io_thread::message::LaneMessage;
+use crate::io_thread::shared::SharedLanes;
+use crate::os::process::Watch;
+use crate::os::steps::step;
+use crate::os::wakeups::{Wake, Wakeups};
+use crate::socket;
+use crate::socket::control_request::{ControlRequest, Petitioner};
+use crate::socket::{Limits, StatsServer, StatsThread};
+
+/// Adds a device, calls `on_live` when it is, and serves it until a signal ends the server or
+/// somebody stops the device. If `on_live` fails, the device is taken back.
+///
+/// # Errors
+/// [`DeviceError`]. Nothing is left of the device, but for one that outlives its server
+/// ([`OnDeath`](crate::config::on_death::OnDeath)) when a lane has failed: that waits for recovery.
+pub fn serve(
+    config: &DeviceConfig,
+    supervisor: Option<u32>,
+    helpers: &Helpers<'_>,
+    on_live: impl FnOnce(&Description, &Choice) -> Result<(), DeviceError>,
+) -> Result<(), DeviceError> {
+    let mut config = config.clone();
+    config.target.begin_at_root();
+    // A path that is wrong would only be told of when the driver is there.
+    let node = Control::open_node().map_err(|error| match config.target.missing_file() {
+        Some(path) => DeviceError::missing(path),
+        None => error.into(),
+    })?;
+    // While there is one thread: the control ring has workers of the kernel's.
+    protect_server(&config.target.files());
+    let control = Control::with(node)?;
+    recoverable::refuse_new_on_unserved(&control, &config.target.files())?;
+    // So that no signal ends the process half-way.
+    let wakeups = ready(helpers.hangup())?;
+    step("signals-blocked");
+    let plan = Plan::make(&config, &control, None)?;
+    step("planned");
+    refuse_signal(&wakeups)?;
+    let added = add(&control, &plan, plan.config.id)?;
+    step("added");
+    let mut server = Server::new(Rc::new(control), wakeups, added.dev_id, supervisor);
+    let is_live = server.go_live(&plan, &added).and_then(|()| refuse_signal(&server.wakeups));
+    let served = is_live.and_then(|()| server.live(plan, helpers, on_live));
+    let ended = server.take_down();
+    served.and(ended)
+}
+
+/// Takes a signal, if one has come, and leaves all else for later.
+///
+/// # Errors
+/// [`DeviceError::Interrupted`] if one has.
+fn refuse_signal(wakeups: &Wakeups) -> Result<(), DeviceError> {
+    wakeups.take_signal().map_or(Ok(()), |_| Err(DeviceError::Interrupted))
+}
+
+/// What the devices of a fleet share.
+#[derive(Clone)]
+pub(super) struct SharedServices {
+    pub lanes: Rc<RefCell<SharedLanes>>,
+    pub stats: Arc<StatsThread>,
+}
+
+/// A device that has been added, and what serves it.
+pub(super) struct Server {
+    pub control: Rc<Control>,
+    pub wakeups: Arc<Wakeups>,
+    pub id: u32,
+    pub lanes: DeviceLanes,
+    pub(super) stats: Option<StatsServer>,
+    pub cdev: Option<Arc<File>>,
+    pub record: Option<StateFile>,
+    pub supervisor: Option<u32>,
+    pub(super) control_requests: Option<Receiver<ControlRequest>>,
+    /// It is to be left to the next server.
+    pub(super) is_left: bool,
+    /// What it shares with other devices of the process.
+    pub services: Option<SharedServices>,
+}
+
+impl Server {
+    pub fn new(
+        control: Rc<Control>,
+        wakeups: Arc<Wakeups>,
+        id: u32,
+        supervisor: Option<u32>,
+    ) -> Self {
+        Self {
+            control,
+            wakeups,
+            id,
+            lanes: DeviceLanes::default(),
+            stats: None,
+            cdev: None,
+            record: None,
+            supervisor,
+            control_requests: None,
+            is_left: false,
+            services: None,
+        }
+    }
+
+    /// Has the driver start the device that it has added.
+    pub fn go_live(
+        &mut self,
+        plan: &Plan,
+        added: &sys::ublksrv_ctrl_dev_info,
+    ) -> Result<(), DeviceError> {
+        let (wanted, given) = (Features(plan.choice.flags), Features(added.flags));
+        if let Some(feature) = feature::ALL.iter().find(|it| wanted.has(**it) && !given.has(**it)) {
+            return Err(DeviceError::TakenBack { feature: feature.name });
+        }
+        if added.nr_hw_queues < plan.config.queues {
+            log::warn!("the driver gives {} queues, one for each CPU", added.nr_hw_queues);
+        }
+        let cdev = Arc::new(self.open_cdev()?);
+        self.cdev = Some(Arc::clone(&cdev));
+        step("opened");
+        self.start_lanes(added, plan, &cdev)?;
+        step("lanes-up");
+        let layout = &plan.layout;
+        self.control.set_params(self.id, layout.limits.params(layout.size, layout.buffer_bytes))?;
+        step("parameters-set");
+        self.take_charge(plan)?;
+        // The driver would start what somebody has deleted meanwhile.
+        if self.is_removed() {
+            return Err(DeviceError::Deleted(self.id));
+        }
+        let start = self.control.start(self.id, std::process::id())?;
+        step("start-sent");
+        self.await_start(start)
+    }
+
+    /// Writes down that the device is this server's, and answers questions about it.
+    pub fn take_charge(&mut self, plan: &Plan) -> Result<(), DeviceError> {
+        let (layout, config) = (&plan.layout, plan.config.clone());
+        let config = DeviceConfig { id: Some(self.id), ..config };
+        let mut record = StateFile::new(self.id, &layout.name, layout.known(), config);
+        record.supervisor = self.supervisor;
+        record.incarnation = plan.incarnation;
+        record.diskseq = description::diskseq(self.id);
+        record.nonce = Nonce::of(&self.control.info(self.id)?);
+        self.record = Some(record);
+        self.write_record()?;
+        step("recorded");
+        self.start_stats()?;
+        step("listening");
+        Ok(())
+    }
+
+    pub fn write_record(&self) -> Result<(), DeviceError> {
+        let Some(record) = &self.record else { return Ok(()) };
+        let written = record.write(Path::new(RUN_DIR));
+        written.map_err(|error| DeviceError::of_io(&format!("cannot write to {RUN_DIR}"), &error))
+    }
+
+    /// Tells the user that the device is live, and serves it.
+    pub fn live(
+        &mut self,
+        plan: Plan,
+        helpers: &Helpers<'_>,
+        on_live: impl FnOnce(&Description, &Choice) -> Result<(), DeviceError>,
+    ) -> Result<(), DeviceError> {
+        let description = self.describe_live()?;
+        on_live(&description, &plan.choice)?;
+        step("announced");
+        self.wait_for_the_end(plan, helpers)
+    }
+
+    /// Writes down which disk it is, and describes it.
+    pub fn describe_live(&mut self) -> Result<Description, DeviceError> {
+        if let Some(record) = self.record.as_mut().filter(|record| record.diskseq.is_none()) {
+            record.diskseq = description::diskseq(self.id);
+            self.write_record()?;
+        }
+        step("live");
+        let description = Description::of(&self.control, self.id)?;
+        log::info!("{} is live", description.device.display());
+        Ok(description)
+    }
+
+    /// Opens the character device. Its node is made by devtmpfs at once, but elsewhere (in
+    /// containers, under a slow udev) it may take a moment.
+    fn open_cdev(&self) -> Result<File, DeviceError> {
+        let path = paths::char_path(self.id);
+        let deadline = Instant::now() + Duration::from_secs(5);
+        loop {
+            match File::options().read(true).write(true).open(&path) {
+                Ok(file) if usage::is_char_device_of(&file, self.id) => return Ok(file),
+                Ok(_) => return Err(recovery::wrong_node(&path)),
+                // Deleted by somebody else.
+                Err(_) if self.is_deleted() => return Err(DeviceError::Deleted(self.id)),
+                Err(error) if Errno::of(&error) == Errno::ENOENT && Instant::now() < deadline => {
+                    if let Wake::Signal(_) = self.wakeups.wait(PollTimeout::from(10_u8)) {
+                        return Err(DeviceError::Interrupted);
+                    }
+                }
+                Err(error) => {
+                    let doing = format!("cannot open {}", path.display());
+                    return Err(DeviceError::setup(doing, Errno::of(&error)));
+                }
+            }
+        }
+    }
+
+    /// Whether the driver has removed the device, which is still open here.
+    pub(super) fn is_removed(&self) -> bool {
+        let node = self.cdev.as_ref().and_then(|cdev| cdev.metadata().ok());
+        node.is_some_and(|node| node.nlink() == 0)
+    }
+
+    pub(super) fn is_deleted(&self) -> bool {
+        let Ok(info) = self.control.info(self.id) else { return true };
+        Nonce::of(&info) != Some(Nonce::own())
+    }
+
+    pub fn start_lanes(
+        &mut self,
+        info: &sys::ublksrv_ctrl_dev_info,
+        plan: &Plan,
+        cdev: &Arc<File>,
+    ) -> Result<(), DeviceError> {
+        let (control, wakeups) = (&*self.control, &self.wakeups);
+        let shared = self.services.as_ref().map(|services| &services.lanes);
+        self.lanes.start(&LaneSetup { control, info, plan, cdev, wakeups, shared })
+    }
+
+    fn start_stats(&mut self) -> Result<(), DeviceError> {
+        let path = socket::socket_path(Path::new(RUN_DIR), self.id);
+        let lanes = self.lanes.handles();
+        let (petitioner, control_requests) = Petitioner::new(Arc::clone(&self.wakeups));
+        self.control_requests = Some(control_requests);
+        let limits = Limits::default();
+        let started = match &self.services {
+            None => StatsServer::start(path.clone(), self.id, lanes, petitioner, limits),
+            Some(services) => {
+                services.stats.listen(path.clone(), self.id, lanes, petitioner, limits)
+            }
+        };
+        let started = started.map_err(|error| {
+            DeviceError::setup(format!("cannot listen on {}", path.display()), Errno::of(&error))
+        });
+        self.stats = Some(started?);
+        Ok(())
+    }
+
+    /// Waits until the device is live. The driver scans for partitions meanwhile, which the
+    /// lanes serve.
+    pub fn await_start(&mut self, start: Pending) -> Result<(), DeviceError> {
+        self.await_driver(start, true)
+    }
+
+    /// As [`Server::await_start`], for a device that has been live before: a signal waits until it
+    /// is so again.
+    pub fn await_recovery(&mut self, end: Pending) -> Result<(), DeviceError> {
+        self.await_driver(end, false)
+    }
+
+    fn await_driver(&mut self, mut start: Pending, heed: bool) -> Result<(), DeviceError> {
+        let began = Instant::now();
+        let mut said = 0;
+        loop {
+            if let Some(answer) = self.control.wait(&mut start, Duration::from_millis(200)) {
+                return answer.map(drop).map_err(DeviceError::Control);
+            }
+            if self.lanes.has_ended() {
+                return Err(self.lanes.failure());
+            }
+            if heed && self.wakeups.take_signal().is_some() {
+                return Err(DeviceError::Interrupted);
+            }
+            if began.elapsed().as_secs() / 10 > said {
+                said += 1;
+                log::warn!("waiting for the driver to start device {}", self.id);
+            }
+        }
+    }
+
+    /// Serves until a signal comes, or the lanes end because the device was stopped.
+    fn wait_for_the_end(
+        &mut self,
+        mut plan: Plan,
+        helpers: &Helpers<'_>,
+    ) -> Result<(), DeviceError> {
+        let mut supervision = Supervision::of(self.supervisor);
+        loop {
+            let pause = supervision.pause();
+            let supervisor = supervision.watch.as_ref().and_then(Watch::fd);
+            let woken = self.wakeups.wait_or_hangup(supervisor, pause);
+            match woken {
+                Wake::Signal(signal) => {
+                    log::info!("{signal}: stopping");
+                    step("stopping");
+                    return self.stop(&*helpers.stop);
+                }
+                Wake::LaneEnded if !self.wakeups.take_undelivered() => break,
+                Wake::LaneEnded | Wake::Undelivered => {
+                    // Stopping a device takes fetches back, too.
+                    if self.is_live() {
+                        log::warn!("somebody has made the device wait for another server");
+                        plan = self.hand_over_to_self(plan)?;
+                    } else if woken == Wake::LaneEnded {
+                        break;
+                    }
+                }
+                Wake::ControlRequest => {
+                    while let Some(control_request) = self.control_request() {
+                        plan = self.carry_out(control_request, plan, helpers)?;
+                    }
+                }
+                Wake::Hangup => {
+                    if let Some(reopen) = &helpers.reopen_log {
+                        reopen(self.id);
+                    }
+                }
+                Wake::Other => supervision.has_died(),
+                Wake::TimedOut => {
+                    self.supervisor = supervision.revive(|| (helpers.supervise)(self.id));
+                    if let Some(record) = &mut self.record {
+                        record.supervisor = self.supervisor;
+                    }
+                    if let Err(error) = self.write_record() {
+                        log::error!("{error}");
+                    }
+                }
+            }
+        }
+        let is_stopped =
+            self.control.info(self.id).map_or(true, |info| !description::has_disk(&info));
+        if is_stopped {
+            return Ok(());
+        }
+        let error = self.lanes.failure();
+        if plan.config.on_death.is_recoverable() {
+            log::error!("{error}; the device waits for recovery");
+            self.is_left = true;
+        }
+        Err(error)
+    }
+
+    /// Carries out what somebody asks for, if he still waits for it.
+    fn carry_out(
+        &mut self,
+        control_request: ControlRequest,
+        mut plan: Plan,
+        helpers: &Helpers<'_>,
+    ) -> Result<Plan, DeviceError> {
+        match control_request {
+            ControlRequest::Grow { size, reply } if reply.begin() => {
+                let grown = self.grow(&mut plan, size);
+                reply.send(grown.map_err(|error| error.to_string()));
+                Ok(plan)
+            }
+            // Stopped meanwhile: nobody can serve it any more.
+            ControlRequest::Upgrade { reply, .. } if !self.is_live() => {
+                reply.send(Err("the device is stopped".to_owned()));
+                Ok(plan)
+            }
+            ControlRequest::Upgrade { program, reply } if reply.begin() => {
+                self.hand_over(plan, &program, reply, helpers)
+            }
+            ControlRequest::Grow { .. } | ControlRequest::Upgrade { .. } => {
+                log::warn!("nobody waits any more for what was asked; nothing is done");
+                Ok(plan)
+            }
+        }
+    }
+
+    /// Whether the device is neither stopped nor without a server, for all the driver knows.
+    fn is_live(&self) -> bool {
+        let info = self.control.info(self.id);
+        info.is_ok_and(|info| u32::from(info.state) == sys::UBLK_S_DEV_LIVE)
+    }
+
+    /// What somebody asks for.
+    pub fn control_request(&self) -> Option<ControlRequest> {
+        self.control_requests.as_ref()?.try_recv().ok()
+    }
+
+    /// Serves the bytes by which the backings have grown; how long the device may be now. `size` is
+    /// that of a null device.
+    pub fn grow(&mut self, plan: &mut Plan, size: Option<Bytes>) -> Result<Bytes, DeviceError> {
+        let mut target = plan.config.target.clone();
+        if let (Some(null_size), Some(size)) = (target.null_size(), size) {
+            *null_size = size.max(*null_size);
+        }
+        let grown = plan.layout.grown(&target)?;
+        // The next server has to know what this one serves.
+        let before = self.record.clone();
+        if let Some(record) = &mut self.record {
+            record.backings.clone_from(&grown.known);
+            record.config.target.clone_from(&target);
+        }
+        if let Err(error) = self.write_record() {
+            self.record = before;
+            return Err(error);
+        }
+        let (reply, done) = mpsc::sync_channel(self.lanes.count());
+        self.lanes.send(|| {
+            let (target, reply) = (Box::new(grown.target.clone()), reply.clone());
+            LaneMessage::Grow { target, size: grown.size.0, reply }
+        });
+        drop(reply);
+        for _ in 0..self.lanes.count() {
+            // Lanes answer between two batches; one that has ended leaves the channel.
+            done.recv().map_err(|_| DeviceError::setup("a lane has ended", Errno::ENODEV))?;
+        }
+        plan.layout.target.replace_innermost(&grown.target);
+        plan.layout.size = grown.size;
+        plan.config.target = target;
+        log::info!("the device may have {}", grown.size);
+        Ok(grown.size)
+    }
+}

@@ -1,0 +1,314 @@
+//! The supervisor: a process without a data path that puts a new server in the place of a dead one.
+//!
+//! It need not be the server's parent: it watches by a process descriptor, so that a supervisor
+//! can be put in the place of a dead one, too (the server does that).
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::poll::PollTimeout;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use uring_ext::control::Control;
+
+use crate::control::error::DeviceError;
+use crate::control::leftovers;
+use crate::device::description;
+use crate::device::paths::RUN_DIR;
+use crate::device::processes;
+use crate::device::trouble::Trouble;
+use crate::os::process::Watch;
+use crate::os::steps::step;
+use crate::os::wakeups::{Wake, Wakeups};
+
+/// How soon, and how often, a server is put in the place of a dead one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// A server that lived so long was sound.
+    pub sound: Duration,
+    /// The pause before the second attempt; it doubles with each further one. There is none before
+    /// the first.
+    pub pause: Duration,
+    /// The longest pause.
+    pub longest_pause: Duration,
+    /// How many servers in a row may fail to become sound. Those that lack what may be there later do
+    /// not count.
+    pub attempts: u32,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            sound: Duration::from_secs(1),
+            pause: Duration::from_millis(50),
+            longest_pause: Duration::from_secs(5),
+            attempts: 10,
+        }
+    }
+}
+
+/// How many servers in a row have failed.
+#[derive(Clone, Copy, Debug)]
+struct Attempts {
+    policy: Policy,
+    failed: u32,
+    /// Of these, those that do not count.
+    lacked: u32,
+}
+
+impl Attempts {
+    /// A server has died, after it had lived for so long. Returns the pause before the next one;
+    /// `None` to give up.
+    fn next(&mut self, lived: Duration) -> Option<Duration> {
+        if lived >= self.policy.sound {
+            (self.failed, self.lacked) = (0, 0);
+            return Some(Duration::ZERO);
+        }
+        self.failed = self.failed.saturating_add(1);
+        if self.failed - self.lacked >= self.policy.attempts {
+            return None;
+        }
+        let doublings = self.failed.saturating_sub(2).min(16);
+        let pause =
+            if self.failed == 1 { Duration::ZERO } else { self.policy.pause * (1 << doublings) };
+        Some(pause.min(self.policy.longest_pause))
+    }
+}
+
+impl Attempts {
+    /// As [`Attempts::next`], after something was lacking that may be there later.
+    fn next_when_lacking(&mut self) -> Duration {
+        self.lacked = self.lacked.saturating_add(1);
+        self.next(Duration::ZERO).unwrap_or(self.policy.longest_pause)
+    }
+}
+
+/// How the supervision ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The device is gone or stopped.
+    Stopped,
+    /// No server stays alive, for this reason: the last one's last words, or how it died. The
+    /// device waits for `recover`.
+    GivenUp(String),
+}
+
+/// Why a device has no new server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NotRecovered {
+    /// A signal came that would end the server, and was passed on to the one that was starting.
+    Told(Signal),
+    /// The server has failed, for this reason.
+    Failed(String),
+    /// It lacks something that may be there later: memory, processes, room in the file system, a backing
+    /// that somebody else has.
+    Lacking(String),
+}
+
+/// Starts a server that recovers a device, and waits until it is live. Returns its process id, or
+/// why there is none. Its supervisor is the calling process.
+pub type Recover<'a> = dyn Fn(u32) -> Result<u32, NotRecovered> + 'a;
+
+/// Supervises a device until it is gone, or no server stays alive. A signal that would end the
+/// server is passed on to it, and SIGHUP, too, after `reopen_log`.
+///
+/// # Errors
+/// [`DeviceError::Setup`] and [`DeviceError::Control`] if there can be no supervision at all.
+pub fn supervise(
+    id: u32,
+    server: u32,
+    policy: Policy,
+    wakeups: &Wakeups,
+    recover: &Recover<'_>,
+    reopen_log: &dyn Fn(),
+) -> Result<End, DeviceError> {
+    let control = Control::open()?;
+    let mut attempts = Attempts { policy, failed: 0, lacked: 0 };
+    let mut pid = server;
+    loop {
+        let began = Instant::now();
+        let watch = Watch::on(pid);
+        let was_told = wait_for_its_end(pid, &watch, wakeups, reopen_log);
+        let mut lived = began.elapsed();
+        let mut why = format!("the server ({pid}) has died");
+        let mut is_lacking = false;
+        loop {
+            if was_told || is_stopped(&control, id) {
+                return Ok(End::Stopped);
+            }
+            let pause =
+                if is_lacking { Some(attempts.next_when_lacking()) } else { attempts.next(lived) };
+            let Some(pause) = pause else {
+                return Ok(give_up(id, &why));
+            };
+            log::warn!("{why}: recovering device {id}");
+            match rest(pause, wakeups, || is_stopped(&control, id)) {
+                Rest::Over => {}
+                Rest::Stopped => return Ok(End::Stopped),
+                Rest::Told(signal) => return Ok(leave(id, signal)),
+            }
+            step("recovering");
+            let asked = Instant::now();
+            match recover(id) {
+                Ok(new) => {
+                    let took = asked.elapsed().as_millis();
+                    log::info!("device {id} has a new server ({new}) after {took} ms");
+                    pid = new;
+                    break;
+                }
+                Err(NotRecovered::Told(signal)) => return Ok(leave(id, signal)),
+                Err(failed @ (NotRecovered::Failed(_) | NotRecovered::Lacking(_))) => {
+                    // Somebody else may have been faster.
+                    if let Some(other) = live_server(&control, id) {
+                        pid = other;
+                        break;
+                    }
+                    is_lacking = matches!(failed, NotRecovered::Lacking(_));
+                    if let NotRecovered::Failed(error) | NotRecovered::Lacking(error) = failed {
+                        tell_trouble(id, &error, false);
+                        (why, lived) = (error, Duration::ZERO);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Ends, though the device has no server.
+fn leave(id: u32, signal: Signal) -> End {
+    log::info!("{signal}: ending; device {id} waits for recovery");
+    End::Stopped
+}
+
+/// How a pause ends.
+enum Rest {
+    Over,
+    Stopped,
+    Told(Signal),
+}
+
+/// Pauses. A device that is deleted meanwhile must not wait for that.
+fn rest(pause: Duration, wakeups: &Wakeups, is_stopped: impl Fn() -> bool) -> Rest {
+    let deadline = Instant::now() + pause;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let slice = left.min(Duration::from_millis(50));
+        let slice = PollTimeout::try_from(slice).unwrap_or(PollTimeout::ZERO);
+        match wakeups.wait(slice) {
+            Wake::Signal(signal) => return Rest::Told(signal),
+            Wake::LaneEnded
+            | Wake::Undelivered
+            | Wake::ControlRequest
+            | Wake::Hangup
+            | Wake::Other
+            | Wake::TimedOut => {}
+        }
+        if left.is_zero() {
+            return Rest::Over;
+        }
+        if is_stopped() {
+            return Rest::Stopped;
+        }
+    }
+}
+
+/// Whether the server was told to end.
+fn wait_for_its_end(pid: u32, watch: &Watch, wakeups: &Wakeups, reopen_log: &dyn Fn()) -> bool {
+    let mut was_told = false;
+    loop {
+        let Some(fd) = watch.fd() else { return was_told };
+        match wakeups.wait_or_hangup(Some(fd), PollTimeout::NONE) {
+            Wake::Signal(signal) => {
+                was_told = true;
+                tell(pid, signal);
+            }
+            Wake::Hangup => {
+                reopen_log();
+                tell(pid, Signal::SIGHUP);
+            }
+            Wake::Other => return was_told,
+            Wake::LaneEnded | Wake::Undelivered | Wake::ControlRequest | Wake::TimedOut => {}
+        }
+    }
+}
+
+fn tell(pid: u32, signal: Signal) {
+    log::info!("{signal}: told the server ({pid})");
+    let told = i32::try_from(pid).map(|pid| kill(Pid::from_raw(pid), signal));
+    if let Ok(Err(errno)) = told {
+        log::warn!("cannot tell the server ({pid}): {errno}");
+    }
+}
+
+fn is_stopped(control: &Control, id: u32) -> bool {
+    match control.info(id) {
+        Ok(info) => !description::has_disk(&info),
+        Err(error) => {
+            if description::is_missing(&error) {
+                // What its server has left, if it was killed at its end.
+                leftovers::remove_files_of(control, id);
+            }
+            description::is_missing(&error)
+        }
+    }
+}
+
+fn live_server(control: &Control, id: u32) -> Option<u32> {
+    let info = control.info(id).ok()?;
+    let pid = u32::try_from(info.ublksrv_pid).ok()?;
+    (description::has_disk(&info) && processes::is_ours(pid)).then_some(pid)
+}
+
+/// Makes it visible that the device has no server, and why.
+fn tell_trouble(id: u32, why: &str, given_up: bool) {
+    let trouble = Trouble { why: why.to_owned(), given_up };
+    // Where there is no room for it, the log has it.
+    if let Err(error) = trouble.write(Path::new(RUN_DIR), id) {
+        log::warn!("cannot write to {RUN_DIR}: {error}");
+    }
+}
+
+/// Makes it visible that nobody looks after the device any more.
+fn give_up(id: u32, why: &str) -> End {
+    log::error!("{why}: given up; `ublk-target recover -n {id}` tries again");
+    tell_trouble(id, why, true);
+    End::GivenUp(why.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn servers_that_keep_dying_are_given_up() {
+        let ms = Duration::from_millis;
+        let policy = Policy { sound: ms(1000), pause: ms(50), longest_pause: ms(300), attempts: 7 };
+        let mut attempts = Attempts { policy, failed: 0, lacked: 0 };
+        let pauses: Vec<_> = std::iter::from_fn(|| attempts.next(ms(10))).collect();
+        assert_eq!(pauses, [0, 50, 100, 200, 300, 300].map(ms));
+    }
+
+    #[test]
+    fn what_may_be_there_later_is_waited_for() {
+        let policy = Policy::default();
+        let mut attempts = Attempts { policy, failed: 0, lacked: 0 };
+        let pauses: Vec<_> = (0..1000).map(|_| attempts.next_when_lacking()).collect();
+        assert!(pauses.is_sorted() && pauses[0] == Duration::ZERO);
+        assert_eq!(pauses[999], policy.longest_pause);
+        // Others count as before.
+        let left = std::iter::from_fn(|| attempts.next(Duration::ZERO)).count();
+        assert_eq!(left, usize::try_from(policy.attempts).unwrap() - 1);
+    }
+
+    #[test]
+    fn a_server_that_served_begins_anew() {
+        let mut attempts = Attempts { policy: Policy::default(), failed: 0, lacked: 0 };
+        for _ in 0..1000 {
+            assert_eq!(attempts.next(Duration::from_secs(1)), Some(Duration::ZERO));
+            for _ in 1..Policy::default().attempts {
+                assert!(attempts.next(Duration::ZERO).is_some());
+            }
+        }
+        assert_eq!(attempts.next(Duration::ZERO), None);
+    }
+}

@@ -1,0 +1,178 @@
+//! A live device passes from one program to the next: its I/O waits meanwhile, and none fails.
+//!
+//! The process stays the same one: its lanes end, it lets go of the device, and becomes a process
+//! of the new program (`execve(2)`) that recovers the device. So its process id, its supervisor and
+//! whatever else watches it go on. If it cannot become one, it recovers the device itself.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use nix::poll::PollTimeout;
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::{Signal, raise};
+use nix::unistd::getppid;
+use uring_ext::Errno;
+use uring_ext::control::{Control, ControlError};
+
+use crate::control::error::DeviceError;
+use crate::control::helpers::Helpers;
+use crate::control::plan::Plan;
+use crate::control::recoverable;
+use crate::control::recovery;
+use crate::control::server::Server;
+use crate::device::paths;
+use crate::device::program::Program;
+use crate::os::process::PidFd;
+use crate::os::steps::step;
+use crate::os::wakeups::Wake;
+use crate::socket::control_request::Reply;
+
+/// How long the driver waits until each queue has a fetch that it can take back. After that, I/O
+/// waits all the same.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Makes the I/O of a device wait for its next server. What is outstanding goes on.
+///
+/// To be called by another process than the server: one that is killed while it waits for itself
+/// would wait for ever.
+///
+/// `server` is the parent of the calling process: without it, the device may be that of another
+/// server by now, which must not be made to wait.
+///
+/// # Errors
+/// Those of the driver; the I/O goes on then.
+pub fn quiesce(id: u32, server: u32) -> Result<(), ControlError> {
+    let control = Control::open()?;
+    // Not vital: the next server notices what comes too late, and serves again.
+    let _ = set_pdeathsig(Signal::SIGKILL);
+    if u32::try_from(getppid().as_raw()) != Ok(server) {
+        return Ok(());
+    }
+    step("quiescing");
+    let mut pending = control.quiesce(id, PATIENCE)?;
+    step("quiesce-sent");
+    loop {
+        match control.wait(&mut pending, Duration::from_secs(10)) {
+            // The queues had no idle tag; their fetches end with their ring.
+            Some(Err(error)) if matches!(error.errno(), Some(Errno::EBUSY | Errno::EINTR)) => {
+                return Ok(());
+            }
+            Some(answer) => return answer.map(drop),
+            None => {}
+        }
+    }
+}
+
+/// What came while deliveries were stopped, and has to be seen later.
+#[derive(Default)]
+struct Came {
+    signal: Option<Signal>,
+    undelivered: bool,
+    lane_ended: bool,
+}
+
+impl Server {
+    /// Becomes a process of another program that serves the device. Returns if that cannot be, with
+    /// the device served again. Whoever asked is told once the driver delivers nothing more, or why
+    /// all stays as it is.
+    pub(super) fn hand_over(
+        &mut self,
+        plan: Plan,
+        program: &Program,
+        reply: Reply<()>,
+        helpers: &Helpers<'_>,
+    ) -> Result<Plan, DeviceError> {
+        log::info!("handing over to {}", program.path().display());
+        step("upgrade-asked");
+        if let Err(error) = self.stop_deliveries(helpers) {
+            log::error!("the device stays with this program: {error}");
+            reply.send(Err(format!("it serves the device on: {error}")));
+            return Ok(plan);
+        }
+        step("upgrade-quiesced");
+        // Before the thread that passes it on ends.
+        reply.send(Ok(()));
+        self.let_device_go(plan);
+        step("upgrade-let-go");
+        let error = (helpers.become_next)(self.id, program, self.supervisor);
+        log::error!(
+            "cannot become {}: {error}; going on with this program",
+            program.path().display()
+        );
+        self.take_back()
+    }
+
+    /// Serves a device again that delivers no more. Another process may have told the driver so, a
+    /// late one of an earlier upgrade for instance: new I/O waits until the device is recovered.
+    pub(super) fn hand_over_to_self(&mut self, plan: Plan) -> Result<Plan, DeviceError> {
+        self.let_device_go(plan);
+        self.take_back()
+    }
+
+    /// From here on the device waits for its next server, whoever that is.
+    fn let_device_go(&mut self, plan: Plan) {
+        self.leave();
+        self.drain();
+        self.let_go();
+        drop(plan);
+    }
+
+    fn take_back(&mut self) -> Result<Plan, DeviceError> {
+        let record = recoverable::read(&self.control, self.id)?;
+        let mut progress = |what: &str| log::warn!("{what}");
+        let taken = recovery::take_over(self, &record, false, &mut progress)?;
+        self.keep();
+        log::info!("{} is live again: {}", paths::block_path(self.id).display(), taken.times);
+        Ok(taken.plan)
+    }
+
+    /// Has the driver deliver nothing more.
+    fn stop_deliveries(&self, helpers: &Helpers<'_>) -> Result<(), DeviceError> {
+        let mut came = Came::default();
+        let stopped = self.quiesce_by_helper(helpers, &mut came);
+        if let Some(signal) = came.signal {
+            // It is seen when the device is live again: a blocked signal outlasts execve(2).
+            let _ = raise(signal);
+        }
+        if stopped.is_err() && came.undelivered {
+            self.wakeups.undelivered();
+        }
+        // The device was stopped meanwhile, and nothing else tells of that again.
+        if stopped.is_err() && came.lane_ended {
+            self.wakeups.lane_ended();
+        }
+        stopped
+    }
+
+    fn quiesce_by_helper(&self, helpers: &Helpers<'_>, came: &mut Came) -> Result<(), DeviceError> {
+        let failed = |error: io::Error| {
+            DeviceError::setup("cannot start a process that makes I/O wait", Errno::of(&error))
+        };
+        let began = Instant::now();
+        loop {
+            let mut process = (helpers.quiesce)(self.id).map_err(failed)?;
+            let pidfd = PidFd::of_child(&process).map_err(failed)?;
+            let status = loop {
+                if let Some(status) = process.try_wait().map_err(failed)? {
+                    break status;
+                }
+                let woken = self.wakeups.wait_or(pidfd.as_fd(), PollTimeout::from(1_000_u16));
+                match woken {
+                    Wake::Signal(signal) => came.signal = Some(signal),
+                    Wake::Undelivered => came.undelivered = true,
+                    Wake::LaneEnded => came.lane_ended = true,
+                    Wake::ControlRequest | Wake::Hangup | Wake::Other | Wake::TimedOut => {}
+                }
+            };
+            match status.code() {
+                Some(0) => return Ok(()),
+                // It has said why.
+                Some(_) => return Err(DeviceError::NotQuiesced),
+                // Killed; whether the driver was asked is not known.
+                None if began.elapsed() < 3 * PATIENCE => {}
+                None => return Err(DeviceError::NotQuiesced),
+            }
+        }
+    }
+}

@@ -1,0 +1,11 @@
+//! Devices from outside: their state files, what the driver says of them, and the processes that see to them.
+
+pub mod description;
+pub mod mark;
+pub mod partitions;
+pub mod paths;
+pub mod processes;
+pub mod program;
+pub mod standing;
+pub mod state_file;
+pub mod trouble;

@@ -1,0 +1,110 @@
+//! Whether the kernel has looked for partitions on a device that has just been started.
+//!
+//! From Linux 7.0 on the driver does so after `START_DEV` has been answered
+//! (`ublk_partition_scan_work`), and gives no sign when it is done. Two things tell: the disk's
+//! attribute `partscan` becomes 1 as the scan begins, and a disk cannot be opened while it is
+//! scanned, since both take the disk's `open_mutex`. Opening waits for the scan, which waits for the
+//! server: so another process than the server does it.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::Path;
+use std::process::Child;
+use std::time::{Duration, Instant};
+
+use crate::device::paths;
+use crate::os::process::PidFd;
+
+/// The longest wait of a server. A scan reads some blocks.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Nobody tells when `partscan` changes.
+const PAUSE: Duration = Duration::from_millis(1);
+
+/// Waits until the kernel has looked for partitions, however long that takes: a process that is not
+/// the device's server may do so. Returns at once where the device is gone.
+///
+/// # Errors
+/// The device cannot be opened.
+pub fn await_scan(id: u32) -> io::Result<()> {
+    let attribute = format!("/sys/block/ublkb{id}/partscan");
+    await_scan_by(Path::new(&attribute), &paths::block_path(id))
+}
+
+fn await_scan_by(attribute: &Path, disk: &Path) -> io::Result<()> {
+    loop {
+        match fs::read_to_string(attribute) {
+            Ok(value) if value.trim() == "0" => std::thread::sleep(PAUSE),
+            Ok(_) => break,
+            // Before Linux 6.10 there is none, and the scan is over when the device is started.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(error),
+        }
+    }
+    match File::open(disk) {
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Waits for a process that does [`await_scan`], for a bounded time; whether it has succeeded.
+///
+/// # Errors
+/// It cannot be waited for.
+pub fn await_process(process: &mut Child, deadline: Instant) -> io::Result<bool> {
+    let pidfd = PidFd::of_child(process)?;
+    loop {
+        if let Some(status) = process.try_wait()? {
+            return Ok(status.success());
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            // It ends when the scan does.
+            process.kill()?;
+            return Ok(false);
+        }
+        let _ = pidfd.has_ended(left + Duration::from_millis(1));
+    }
+}
+
+/// Until when a server waits that begins now.
+#[must_use]
+pub fn deadline() -> Instant {
+    Instant::now() + PATIENCE
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn the_scan_is_awaited_by_its_attribute() {
+        let directory = tempfile::tempdir_in(".").unwrap();
+        let (attribute, disk) = (directory.path().join("partscan"), directory.path().join("disk"));
+        await_scan_by(&attribute, &disk).unwrap();
+        fs::write(&attribute, "0\n").unwrap();
+        let waiting = std::thread::spawn({
+            let (attribute, disk) = (attribute.clone(), disk.clone());
+            move || await_scan_by(&attribute, &disk)
+        });
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(!waiting.is_finished(), "it has not begun");
+        fs::write(directory.path().join("next"), "1\n").unwrap();
+        fs::rename(directory.path().join("next"), &attribute).unwrap();
+        // There is no such disk any more.
+        waiting.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn a_process_is_awaited_for_a_bounded_time() {
+        let start = |what: &str| Command::new("sh").args(["-c", what]).spawn().unwrap();
+        let soon = || Instant::now() + Duration::from_millis(50);
+        assert!(await_process(&mut start("exit 0"), deadline()).unwrap());
+        assert!(!await_process(&mut start("exit 1"), deadline()).unwrap());
+        let mut endless = start("exec sleep 600");
+        assert!(!await_process(&mut endless, soon()).unwrap());
+        assert!(!endless.wait().unwrap().success());
+    }
+}

@@ -1,0 +1,28 @@
+//! Where the things of a device are, by its id.
+
+use std::path::{Path, PathBuf};
+
+/// Where the state files are.
+pub const RUN_DIR: &str = "/run/ublk-target";
+/// Where the logs of servers are.
+pub const LOG_DIR: &str = "/var/log/ublk-target";
+/// The greatest id: the driver's device numbers have 20 bits (`UBLK_MINORS`).
+pub const MAX_ID: u32 = (1 << 20) - 1;
+
+/// The block device of an id.
+#[must_use]
+pub fn block_path(id: u32) -> PathBuf {
+    PathBuf::from(format!("/dev/ublkb{id}"))
+}
+
+/// The character device of an id.
+#[must_use]
+pub fn char_path(id: u32) -> PathBuf {
+    PathBuf::from(format!("/dev/ublkc{id}"))
+}
+
+/// The log of the server of a device.
+#[must_use]
+pub fn log_path(id: u32) -> PathBuf {
+    Path::new(LOG_DIR).join(format!("{id}.log"))
+}

@@ -1,0 +1,74 @@
+//! Why a device has no server, as its supervisor tells.
+//!
+//! The supervisor writes it to a file of its own: the state file is the server's, and one that is started
+//! by hand meanwhile must not lose what it has just recorded.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::os::own_files;
+
+/// What a supervisor says of a device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Trouble {
+    /// Why there is no server: the last one's last words, or how it died.
+    pub why: String,
+    /// No other server is tried.
+    pub given_up: bool,
+}
+
+/// The longest file that is read, in bytes.
+const MAX_BYTES: u64 = 64 << 10;
+
+impl Trouble {
+    fn path(directory: &Path, id: u32) -> PathBuf {
+        directory.join(format!("{id}.trouble"))
+    }
+
+    /// Writes it down, unless it is written already.
+    ///
+    /// # Errors
+    /// Those of the file system; `EPERM` if others can write to the directory.
+    pub fn write(&self, directory: &Path, id: u32) -> io::Result<()> {
+        if Self::read(directory, id).as_ref() == Some(self) {
+            return Ok(());
+        }
+        own_files::directory(directory)?;
+        own_files::replace(&Self::path(directory, id), serde_json::to_string(self)?.as_bytes())
+    }
+
+    /// What was written down of a device, if there is something that makes sense.
+    #[must_use]
+    pub fn read(directory: &Path, id: u32) -> Option<Self> {
+        let file = own_files::regular(&Self::path(directory, id), libc::O_NOFOLLOW).ok()?;
+        serde_json::from_str(&own_files::read_whole(&file, MAX_BYTES).ok()?).ok()
+    }
+
+    /// The device has a server, or is gone.
+    pub fn is_over(directory: &Path, id: u32) {
+        // A missing file is what is wanted; one that stays is not heeded while the device has a server.
+        let _ = fs::remove_file(Self::path(directory, id));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn trouble_is_told_until_it_is_over() {
+        let directory = tempfile::tempdir().unwrap();
+        let run = directory.path().join("run");
+        let trouble = Trouble { why: "it is so".to_owned(), given_up: true };
+        trouble.write(&run, 3).unwrap();
+        assert_eq!(Trouble::read(&run, 3), Some(trouble));
+        assert_eq!(Trouble::read(&run, 4), None);
+        fs::write(run.join("3.trouble"), "{").unwrap();
+        assert_eq!(Trouble::read(&run, 3), None);
+        Trouble::is_over(&run, 3);
+        assert_eq!(fs::read_dir(&run).unwrap().count(), 0);
+    }
+}

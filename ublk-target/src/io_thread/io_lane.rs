@@ -1,0 +1,233 @@
+//! The I/O lane: a second thread and ring that issue a lane's operations, and register the
+//! buffers for them (`UBLK_F_BUF_REG_OFF_DAEMON`, Linux 6.17). It decides nothing: entries come
+//! from the lane, completions go back to it.
+
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
+use std::thread::JoinHandle;
+
+use bufreg::Incarnation;
+use nix::sys::eventfd::EventFd;
+use rtrb::{Consumer, Producer, RingBuffer};
+use smallvec::SmallVec;
+use ublk_engine::lane::event::Event;
+use ublk_engine::lane::{LaneError, backing_file};
+use uring_ext::Errno;
+use uring_ext::pool::BufferPool;
+use uring_ext::ring::{Cqe, Queues, Ring, RingSetup};
+use uring_ext::sqe::{FixedFile, Sqe};
+
+use crate::io_thread::setup::{LaneConfig, failed, make_ring, register_buffers};
+use crate::io_thread::thread::{REAP_BATCH, prepare_thread, spawn_lane};
+use crate::os::wakeups::event_descriptor;
+
+/// The lane's side of its I/O lane.
+pub(crate) struct IoLane {
+    entries: Producer<Sqe>,
+    completions: Consumer<Cqe>,
+    /// The I/O lane's ring.
+    ring: RawFd,
+    incarnation: Incarnation,
+    /// Entries were handed over that it has not been told of.
+    untold: bool,
+    end: Arc<EventFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What the thread works with.
+struct Worker<'ring> {
+    queues: Queues<'ring>,
+    entries: Consumer<Sqe>,
+    completions: Producer<Cqe>,
+    /// Taken from `entries`, not yet queued.
+    chain: SmallVec<[Sqe; 4]>,
+    /// The lane's ring, and what wakes the lane when rings do not work.
+    lane: RawFd,
+    wake: Arc<EventFd>,
+    incarnation: Incarnation,
+    failed: bool,
+}
+
+impl IoLane {
+    /// Starts the thread. `pool` are the lane's buffers, `room` bounds the entries and completions
+    /// on their way, and `lane` is the descriptor of the ring that is told of completions.
+    pub fn start(
+        config: &LaneConfig,
+        pool: Option<BufferPool>,
+        room: usize,
+        lane: RawFd,
+    ) -> Result<Self, LaneError> {
+        let (to_worker, entries) = RingBuffer::new(room);
+        let (completions, from_worker) = RingBuffer::new(room);
+        let end = Arc::new(event_descriptor().map_err(failed("making an event descriptor"))?);
+        let (ready, is_ready) = sync_channel(1);
+        let (config, end_of_worker) = (config.clone(), Arc::clone(&end));
+        let incarnation = config.engine.incarnation;
+        let name = format!("ublkb{}-io{}", config.engine.queue.device, config.engine.queue.qid.0);
+        let thread = spawn_lane(name, move || {
+            prepare_thread(&config);
+            let set_up = set_up(&config, &end_of_worker, pool);
+            let mut ring = match set_up {
+                Ok(ring) => ring,
+                Err(error) => {
+                    let _ = ready.send(Err(error));
+                    return;
+                }
+            };
+            let _ = ready.send(Ok(ring.as_raw_fd()));
+            let queues = ring.queues();
+            let worker = Worker {
+                queues,
+                entries,
+                completions,
+                chain: SmallVec::new(),
+                lane,
+                wake: Arc::clone(&config.wake),
+                incarnation,
+                failed: false,
+            };
+            worker.run(end_file(&config));
+        });
+        let thread = thread.map_err(|error| failed("starting the I/O lane")(Errno::of(&error)))?;
+        let died = Err(failed("starting the I/O lane")(Errno::EIO));
+        let ring = is_ready.recv().unwrap_or(died)?;
+        Ok(Self {
+            entries: to_worker,
+            completions: from_worker,
+            ring,
+            incarnation,
+            untold: false,
+            end,
+            thread: Some(thread),
+        })
+    }
+
+    /// Hands entries over, all or none.
+    ///
+    /// # Errors
+    /// `EBUSY` if there is no room now.
+    pub fn push(&mut self, sqes: &[Sqe]) -> Result<(), Errno> {
+        // At once, so that the other side never sees part of a chain.
+        let chunk = self.entries.write_chunk_uninit(sqes.len()).map_err(|_full| Errno::EBUSY)?;
+        chunk.fill_from_iter(sqes.iter().cloned());
+        self.untold = true;
+        Ok(())
+    }
+
+    /// The message that tells of entries handed over since the last one.
+    pub fn message(&mut self) -> Option<Sqe> {
+        let told = Event::Told.encode(self.incarnation);
+        let unsent = Event::Unsent.encode(self.incarnation);
+        std::mem::take(&mut self.untold).then(|| Sqe::message(self.ring, told).user_data(unsent))
+    }
+
+    /// The next completion.
+    pub fn reap(&mut self) -> Option<Cqe> {
+        self.completions.pop().ok()
+    }
+}
+
+impl Drop for IoLane {
+    fn drop(&mut self) {
+        // It can only fail at 2^64 - 1 ends.
+        let _ = self.end.write(1);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The fixed file, behind the backings, that can be read when the I/O lane is to end.
+fn end_file(config: &LaneConfig) -> FixedFile {
+    backing_file(u16::try_from(config.backings.len()).unwrap_or(u16::MAX))
+}
+
+fn set_up(config: &LaneConfig, end: &EventFd, pool: Option<BufferPool>) -> Result<Ring, LaneError> {
+    let ring = make_ring(config, &[end.as_fd().as_raw_fd()], RingSetup::default())?;
+    register_buffers(config, &ring, pool)?;
+    Ok(ring)
+}
+
+impl Worker<'_> {
+    fn run(mut self, end: FixedFile) {
+        // Nothing that it does carries this number: the lane encodes its events otherwise.
+        const END: u64 = u64::MAX;
+        let watch = Sqe::poll_readable(end).user_data(END);
+        if self.queues.push(&[watch]).is_err() {
+            return;
+        }
+        let told = Event::Told.encode(self.incarnation);
+        let mut batch = [Cqe::default(); REAP_BATCH];
+        loop {
+            if self.queues.submit_and_wait().is_err() {
+                return self.fail(Errno::EIO);
+            }
+            let mut finished = 0;
+            loop {
+                let count = self.queues.reap(&mut batch);
+                for cqe in &batch[..count] {
+                    match cqe.user_data {
+                        END => return,
+                        user_data if user_data == told => {}
+                        _ => {
+                            // There is room for all that can be in flight.
+                            let _ = self.completions.push(*cqe);
+                            finished += 1;
+                        }
+                    }
+                }
+                if count < batch.len() {
+                    break;
+                }
+            }
+            self.take_entries();
+            if finished > 0 {
+                self.tell();
+            }
+            if self.failed {
+                return;
+            }
+        }
+    }
+
+    /// Submits what the lane has handed over, chains whole.
+    fn take_entries(&mut self) {
+        loop {
+            // Nothing is left to do for a chain that there was no room for.
+            let mut is_whole = !self.chain.is_empty();
+            while !is_whole {
+                let Ok(sqe) = self.entries.pop() else { return };
+                let width = sqe.width();
+                is_whole = !sqe.is_linked();
+                self.chain.push(sqe);
+                // The second half of a double entry is handed over with the first.
+                self.chain.extend((1..width).filter_map(|_| self.entries.pop().ok()));
+            }
+            match self.queues.push(&self.chain) {
+                Ok(()) => self.chain.clear(),
+                // No room until the kernel has taken what is queued.
+                Err(Errno::EBUSY) => return,
+                Err(errno) => return self.fail(errno),
+            }
+        }
+    }
+
+    /// Tells the lane that there are completions.
+    fn tell(&mut self) {
+        let told = Event::Told.encode(self.incarnation);
+        let unsent = Event::Unsent.encode(self.incarnation);
+        let message = Sqe::message(self.lane, told).user_data(unsent);
+        if let Err(errno) = self.queues.push(&[message]) {
+            self.fail(errno);
+        }
+    }
+
+    /// The ring is unusable; the lane learns of it as of a failed message of its own.
+    fn fail(&mut self, errno: Errno) {
+        let user_data = Event::Unsent.encode(self.incarnation);
+        let _ = self.completions.push(Cqe { user_data, res: errno.negated() });
+        let _ = self.wake.write(1);
+        self.failed = true;
+    }
+}

@@ -1,0 +1,118 @@
+//! The second ring of a lane whose first one polls: for what a polling ring refuses (flushing,
+//! `fallocate`, waiting for descriptors), and to sleep on while there is nothing to poll.
+
+use std::os::fd::{AsFd, AsRawFd};
+use std::time::Duration;
+
+use nix::sys::eventfd::EventFd;
+use ublk_engine::lane::{LaneError, backing_file};
+use uring_ext::Errno;
+use uring_ext::ring::{Cqe, Queues, Ring, RingSetup};
+use uring_ext::sqe::{FixedFile, Sqe};
+
+use crate::io_thread::setup::{LaneConfig, failed, make_ring};
+use crate::os::wakeups::event_descriptor;
+
+/// What the completion of waiting for the bell carries. No event of a lane looks like that.
+const BELL: u64 = u64::MAX;
+
+/// The ring, and the bell that the polling ring rings.
+#[derive(Debug)]
+pub(crate) struct SideRing {
+    ring: Ring,
+    bell: EventFd,
+    bell_file: FixedFile,
+}
+
+impl SideRing {
+    pub fn new(config: &LaneConfig) -> Result<Self, LaneError> {
+        let bell = event_descriptor().map_err(failed("making an event descriptor"))?;
+        let last_files = [config.wake.as_fd().as_raw_fd(), bell.as_fd().as_raw_fd()];
+        let setup = RingSetup { show_work: true, ..RingSetup::default() };
+        let ring = make_ring(config, &last_files, setup)?;
+        let bell_file = backing_file(u16::try_from(config.backings.len() + 1).unwrap_or(u16::MAX));
+        Ok(Self { ring, bell, bell_file })
+    }
+
+    /// For the thread that made it. `polling` is the lane's first ring.
+    pub fn queues(&mut self, polling: &mut Queues<'_>) -> Result<SideQueues<'_>, LaneError> {
+        let registered = polling.register_event(self.bell.as_fd());
+        registered.map_err(failed("registering an event descriptor"))?;
+        polling.signal(false);
+        let (bell, bell_file) = (&self.bell, self.bell_file);
+        Ok(SideQueues { queues: self.ring.queues(), bell, bell_file, is_watched: false })
+    }
+}
+
+/// Submission and completion side.
+pub(crate) struct SideQueues<'ring> {
+    queues: Queues<'ring>,
+    bell: &'ring EventFd,
+    bell_file: FixedFile,
+    /// The ring waits for the bell.
+    is_watched: bool,
+}
+
+impl SideQueues<'_> {
+    pub fn push(&mut self, sqes: &[Sqe]) -> Result<(), Errno> {
+        self.queues.push(sqes)
+    }
+
+    /// Submits to both rings and looks once for completions on both.
+    pub fn poll(&mut self, polling: &mut Queues<'_>) -> Result<(), Errno> {
+        polling.submit()?;
+        if self.queues.has_queued() || self.queues.has_news() {
+            self.queues.submit()?;
+        }
+        Ok(())
+    }
+
+    /// Submits to both rings and sleeps until one has a completion, but no longer than `limit`.
+    /// Nothing may be in flight that has to be polled for.
+    pub fn sleep(
+        &mut self,
+        polling: &mut Queues<'_>,
+        limit: Option<Duration>,
+    ) -> Result<(), Errno> {
+        if !self.is_watched {
+            let sqe = Sqe::poll_readable(self.bell_file).user_data(BELL);
+            self.queues.push(&[sqe])?;
+            self.is_watched = true;
+        }
+        // The bell is rung by work that finds none before it: what comes from now on rings, if there
+        // is nothing left of what came before.
+        polling.signal(true);
+        polling.submit_and_settle()?;
+        // A kernel that is short of memory has neither taken all entries nor done all work. The side
+        // ring is not asked for news: waiting sees them, and is not misled by a mark of work that was
+        // made after the work had been done, which would stay until there is other work.
+        let slept = if polling.has_queued() || polling.has_news() {
+            self.queues.submit()
+        } else {
+            match limit {
+                None => self.queues.submit_and_wait(),
+                Some(limit) => self.queues.submit_and_wait_for(limit),
+            }
+        };
+        polling.signal(false);
+        // Not having been rung is no error.
+        let _ = self.bell.read();
+        slept?;
+        polling.submit()
+    }
+
+    /// See [`Queues::look`].
+    pub fn look(&mut self) {
+        self.queues.look();
+    }
+
+    /// See [`Queues::take`]. Completions of the bell are its own.
+    pub fn take(&mut self) -> Option<Cqe> {
+        let cqe = self.queues.take()?;
+        if cqe.user_data != BELL {
+            return Some(cqe);
+        }
+        self.is_watched = false;
+        self.queues.take()
+    }
+}

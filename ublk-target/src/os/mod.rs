@@ -1,0 +1,14 @@
+//! What the kernel gives to any process: descriptors, signals, processes, files, limits.
+
+pub mod clock;
+pub mod inherited;
+pub mod kernel;
+pub mod memory;
+pub mod own_files;
+pub mod process;
+pub mod procfs;
+pub mod protection;
+pub mod random;
+pub mod steps;
+pub mod text;
+pub mod wakeups;

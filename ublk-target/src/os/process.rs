@@ -1,0 +1,80 @@
+//! Processes, told from later ones of the same id by a descriptor.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::process::Child;
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
+use rustix::process::{Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
+
+/// A process that exists, or has ended and was not waited for. Readable once it has ended.
+#[derive(Debug)]
+pub struct PidFd(OwnedFd);
+
+impl PidFd {
+    /// The process that has this id now (Linux 5.3).
+    ///
+    /// # Errors
+    /// `ESRCH` if there is none, `EMFILE` at the limit of open files.
+    pub fn open(pid: u32) -> io::Result<Self> {
+        let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+        let pid = pid.ok_or_else(|| io::Error::from_raw_os_error(libc::ESRCH))?;
+        Ok(Self(pidfd_open(pid, PidfdFlags::empty())?))
+    }
+
+    /// A process that this one has started, and not waited for.
+    ///
+    /// # Errors
+    /// `EMFILE` at the limit of open files.
+    pub fn of_child(child: &Child) -> io::Result<Self> {
+        Ok(Self(pidfd_open(Pid::from_child(child), PidfdFlags::empty())?))
+    }
+
+    /// Waits at most `timeout` for its end; whether it has ended.
+    #[must_use]
+    pub fn has_ended(&self, timeout: Duration) -> bool {
+        let mut fds = [PollFd::new(self.as_fd(), PollFlags::POLLIN)];
+        let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
+        matches!(poll(&mut fds, timeout), Ok(1..))
+    }
+
+    /// Sends a signal to this process and no other. One that has ended needs none.
+    pub fn tell(&self, signal: Signal) {
+        if let Some(signal) = rustix::process::Signal::from_named_raw(signal as i32) {
+            // It can only fail because there is no such process any more.
+            let _ = pidfd_send_signal(&self.0, signal);
+        }
+    }
+}
+
+impl AsFd for PidFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// Another process, whose end is to be seen.
+#[derive(Debug)]
+pub struct Watch(Option<PidFd>);
+
+impl Watch {
+    /// Watches a process. One that is gone already is seen to have ended.
+    #[must_use]
+    pub fn on(pid: u32) -> Self {
+        Self(PidFd::open(pid).ok())
+    }
+
+    /// Can be read when the process has ended; `None` if it was gone from the start.
+    #[must_use]
+    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.0.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Waits at most `timeout` for the end of the process; whether it has ended.
+    #[must_use]
+    pub fn has_ended(&self, timeout: Duration) -> bool {
+        self.0.as_ref().is_none_or(|process| process.has_ended(timeout))
+    }
+}

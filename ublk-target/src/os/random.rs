@@ -1,0 +1,12 @@
+//! Random numbers of the kernel's.
+
+use rustix::rand::{GetRandomFlags, getrandom};
+
+/// A number that nobody can guess.
+#[must_use]
+pub fn number() -> u64 {
+    let mut bytes = [0; 8];
+    // The pool is ready once the machine has booted; until then this waits.
+    while getrandom(&mut bytes, GetRandomFlags::empty()) != Ok(bytes.len()) {}
+    u64::from_ne_bytes(bytes)
+}

@@ -1,0 +1,357 @@
+//! The side of those who want to know.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rustix::net::{self, AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use uring_ext::Errno;
+use uring_ext::control::{Control, ControlError};
+
+use crate::backing::usage;
+use crate::device::description::{self, Description};
+use crate::device::paths::RUN_DIR;
+use crate::device::program::Program;
+use crate::os::procfs;
+use crate::socket::protocol::{Answer, Command, MAX_RESPONSE_BYTES, Response, Snapshot, VERSION};
+use crate::socket::socket_path;
+
+/// How long a server may take to answer.
+pub const PATIENCE: Duration = Duration::from_secs(5);
+/// How long it may take to stop the deliveries of its device.
+const TO_STOP_DELIVERIES: Duration = Duration::from_secs(40);
+/// How long a server that lives may be without its socket: it starts, recovers, or becomes another one.
+const TO_LISTEN: Duration = Duration::from_secs(5);
+
+/// Why there are no statistics to be had.
+#[non_exhaustive]
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// There is no such device.
+    #[error("there is no ublk device {0}")]
+    NoDevice(u32),
+    /// The socket is root's.
+    #[error("the statistics of device {0} are for root only: run as root")]
+    NotRoot(u32),
+    /// The server is dead.
+    #[error("the server of device {0} is dead; `ublk-target del -n {0}` cleans up")]
+    Dead(u32),
+    /// The server is dead, and the device can have another one.
+    #[error(
+        "the server of device {0} is dead, and the device waits for another one: \
+         `ublk-target recover -n {0}` gives it one"
+    )]
+    Waits(u32),
+    /// The server does not listen yet, or no more.
+    #[error(
+        "the server of device {id} ({pid}) cannot be asked: it has no socket in {RUN_DIR}; if it has \
+         just been started, recovered or upgraded, try again"
+    )]
+    NoSocket {
+        /// The device.
+        id: u32,
+        /// Its server.
+        pid: u32,
+    },
+    /// Another program serves the device.
+    #[error(
+        "device {id} is served by {name} ({pid}); statistics are only to be had of ublk-target"
+    )]
+    Foreign {
+        /// The device.
+        id: u32,
+        /// Its server's name.
+        name: String,
+        /// Its server.
+        pid: u32,
+    },
+    /// The device went away.
+    #[error("device {0} is gone")]
+    Gone(u32),
+    /// The server does not answer.
+    #[error("{server} does not answer (waited {} s)", waited.as_secs())]
+    Silent {
+        /// The server, in words.
+        server: String,
+        /// How long.
+        waited: Duration,
+    },
+    /// The server said no.
+    #[error("the server of device {id} refuses: {error}")]
+    Refused {
+        /// The device.
+        id: u32,
+        /// Its words.
+        error: String,
+    },
+    /// The answer makes no sense.
+    #[error("the answer of the server of device {id} is not understood: {why}")]
+    Corrupt {
+        /// The device.
+        id: u32,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// The socket does not work.
+    #[error("the server of device {id} cannot be reached: {errno}")]
+    Unreachable {
+        /// The device.
+        id: u32,
+        /// Why.
+        errno: Errno,
+    },
+    /// The driver does not say what the device is.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+}
+
+/// A connection to the server of a device.
+#[derive(Debug)]
+pub struct Client {
+    id: u32,
+    stream: UnixStream,
+    received: Vec<u8>,
+    patience: Duration,
+}
+
+impl Client {
+    /// Connects to the server of the device `id`.
+    ///
+    /// # Errors
+    /// [`ClientError`]: without a socket, the driver is asked why.
+    pub fn connect(id: u32) -> Result<Self, ClientError> {
+        let deadline = Instant::now() + TO_LISTEN;
+        loop {
+            let error = match open(&socket_path(Path::new(RUN_DIR), id), PATIENCE) {
+                Ok(stream) => return Ok(Self::new(id, stream, PATIENCE)),
+                Err(error) => error,
+            };
+            let why = why_not(id, &error);
+            if !matches!(why, ClientError::NoSocket { .. }) || Instant::now() >= deadline {
+                return Err(why);
+            }
+            // Nobody tells when it listens.
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Speaks with the server of the device `id` on a stream of the caller's, which waits for an
+    /// answer as long as `patience`.
+    #[must_use]
+    pub fn new(id: u32, stream: UnixStream, patience: Duration) -> Self {
+        Self { id, stream, received: Vec::new(), patience }
+    }
+
+    /// Asks for what is known now.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn snapshot(&mut self, latencies: bool, slots: bool) -> Result<Snapshot, ClientError> {
+        match self.ask(&Command::Snapshot { latencies, slots })? {
+            Answer::Snapshot(snapshot) if snapshot.lanes.is_empty() => {
+                Err(ClientError::Gone(self.id))
+            }
+            Answer::Snapshot(snapshot) => Ok(snapshot),
+            answer @ (Answer::Size(_) | Answer::Accepted | Answer::Error(_)) => {
+                Err(self.refused(answer))
+            }
+        }
+    }
+
+    /// Has the server take note of backings that have grown; how many bytes the device may have.
+    /// `size` is that of a null device.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn grow(&mut self, size: Option<u64>) -> Result<u64, ClientError> {
+        match self.ask(&Command::Grow { size })? {
+            Answer::Size(bytes) => Ok(bytes),
+            answer @ (Answer::Snapshot(_) | Answer::Accepted | Answer::Error(_)) => {
+                Err(self.refused(answer))
+            }
+        }
+    }
+
+    /// Has the server hand the device over to another program. It has stopped the deliveries when this
+    /// returns, and lets the device go.
+    ///
+    /// # Errors
+    /// [`ClientError`]: the server serves the device on.
+    pub fn upgrade(&mut self, program: &Program) -> Result<(), ClientError> {
+        let (path, file) = (program.path().to_owned(), program.identity());
+        let descriptor = program.as_raw_fd();
+        // One that answers nothing is not waited for as long as one that works at it.
+        if let Err(silent @ ClientError::Silent { .. }) = self.snapshot(false, false) {
+            return Err(silent);
+        }
+        self.patience = self.patience.max(TO_STOP_DELIVERIES);
+        match self.ask(&Command::Upgrade { program: path, file, descriptor })? {
+            Answer::Accepted => Ok(()),
+            answer @ (Answer::Snapshot(_) | Answer::Size(_) | Answer::Error(_)) => {
+                Err(self.refused(answer))
+            }
+        }
+    }
+
+    fn refused(&self, answer: Answer) -> ClientError {
+        match answer {
+            Answer::Error(error) => ClientError::Refused { id: self.id, error },
+            Answer::Snapshot(_) | Answer::Size(_) | Answer::Accepted => {
+                let why = "it answers another question".to_owned();
+                ClientError::Corrupt { id: self.id, why }
+            }
+        }
+    }
+
+    fn ask(&mut self, command: &Command) -> Result<Answer, ClientError> {
+        let line = command.to_line();
+        // A server that refuses may have closed its side already; its word is there to be read.
+        let sent = self.stream.write_all(line.as_bytes());
+        let line = match (self.read_line(), sent) {
+            (Ok(line), _) => line,
+            (Err(ClientError::Gone(_)), Err(error)) => return Err(self.failed(&error)),
+            (Err(error), _) => return Err(error),
+        };
+        parse(&line).map_err(|why| ClientError::Corrupt { id: self.id, why })
+    }
+
+    /// Tells the server that the connection is still wanted. It ends one that says nothing for
+    /// [`Limits::idle`](crate::socket::Limits::idle).
+    ///
+    /// # Errors
+    /// [`ClientError::Gone`].
+    pub fn keep_alive(&mut self) -> Result<(), ClientError> {
+        self.stream.write_all(b"\n").map_err(|error| self.failed(&error))
+    }
+
+    /// What it means if the connection can be read though nothing was asked.
+    #[must_use]
+    pub fn gone(&self) -> ClientError {
+        ClientError::Gone(self.id)
+    }
+
+    fn read_line(&mut self) -> Result<Vec<u8>, ClientError> {
+        let deadline = Instant::now() + self.patience;
+        let mut buffer = vec![0; 64 << 10];
+        let mut searched = 0;
+        loop {
+            let fresh = &self.received[searched..];
+            if let Some(end) = fresh.iter().position(|byte| *byte == b'\n') {
+                return Ok(self.received.drain(..=searched + end).collect());
+            }
+            searched = self.received.len();
+            if searched > MAX_RESPONSE_BYTES {
+                let why = format!("a line of more than {MAX_RESPONSE_BYTES} bytes");
+                return Err(ClientError::Corrupt { id: self.id, why });
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(silent(self.id, self.patience));
+            }
+            let read = self.stream.set_read_timeout(Some(left));
+            match read.and_then(|()| self.stream.read(&mut buffer)) {
+                Ok(0) => return Err(ClientError::Gone(self.id)),
+                Ok(count) => self.received.extend_from_slice(&buffer[..count]),
+                // The time is over, which shows above.
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(self.failed(&error)),
+            }
+        }
+    }
+
+    fn failed(&self, error: &io::Error) -> ClientError {
+        let id = self.id;
+        let kind = error.kind();
+        if matches!(kind, ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) {
+            ClientError::Gone(id)
+        } else if kind == ErrorKind::WouldBlock {
+            silent(id, self.patience)
+        } else {
+            ClientError::Unreachable { id, errno: Errno::of(error) }
+        }
+    }
+}
+
+/// Readable when the device is gone, since the server says nothing unasked.
+impl AsFd for Client {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+fn parse(line: &[u8]) -> Result<Answer, String> {
+    let response: Response = serde_json::from_slice(line).map_err(|error| error.to_string())?;
+    if response.version != VERSION {
+        return Err(format!("it is of version {}, not {VERSION}", response.version));
+    }
+    Ok(response.answer)
+}
+
+/// Connects. The time limit is for the case that the server does not accept, and stays for what is
+/// written later.
+fn open(path: &Path, patience: Duration) -> io::Result<UnixStream> {
+    let flags = SocketFlags::CLOEXEC;
+    let socket = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    let stream = UnixStream::from(socket);
+    stream.set_write_timeout(Some(patience))?;
+    net::connect(&stream, &SocketAddrUnix::new(path)?)?;
+    Ok(stream)
+}
+
+/// Whether there is a socket that nobody listens on.
+pub(super) fn is_deserted(path: &Path) -> bool {
+    let refused = |error: io::Error| error.kind() == ErrorKind::ConnectionRefused;
+    open(path, Duration::from_secs(1)).is_err_and(refused)
+}
+
+/// Whether a process listens for the device `id`: it has a server, though that may be in another pid
+/// namespace and have no process id here.
+#[must_use]
+pub fn is_served(id: u32) -> bool {
+    open(&socket_path(Path::new(RUN_DIR), id), Duration::from_secs(1)).is_ok()
+}
+
+/// Whether a device without a server keeps its clients, and perhaps their I/O, for the next one.
+fn waits(device: &Description) -> bool {
+    matches!(device.state.as_str(), "QUIESCED" | "FAIL_IO")
+}
+
+/// A server that does not answer, and what holds it up, if that is to be seen.
+fn silent(id: u32, waited: Duration) -> ClientError {
+    let mut server = format!("the server of device {id}");
+    if let Some(process) = usage::servers_of(id).first() {
+        server = format!("{server}, {process},");
+    }
+    ClientError::Silent { server, waited }
+}
+
+/// Why the socket of a device could not be connected to.
+fn why_not(id: u32, error: &io::Error) -> ClientError {
+    if error.kind() == ErrorKind::PermissionDenied {
+        return ClientError::NotRoot(id);
+    }
+    if error.kind() == ErrorKind::WouldBlock {
+        return silent(id, PATIENCE);
+    }
+    let described = Control::open().and_then(|control| Description::of(&control, id));
+    let server = match described {
+        Err(error) if description::is_missing(&error) => return ClientError::NoDevice(id),
+        Err(error) => return error.into(),
+        Ok(description) if description.pid.is_none() && waits(&description) => {
+            return ClientError::Waits(id);
+        }
+        Ok(description) => description.pid,
+    };
+    let has_none = matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused);
+    match server.map(|pid| (pid, procfs::process_name(pid))) {
+        None => ClientError::Dead(id),
+        Some((pid, name)) if name != env!("CARGO_PKG_NAME") => {
+            ClientError::Foreign { id, name, pid }
+        }
+        Some((pid, _)) if has_none => ClientError::NoSocket { id, pid },
+        Some(_) => ClientError::Unreachable { id, errno: Errno::of(error) },
+    }
+}
