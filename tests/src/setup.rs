@@ -159,7 +159,7 @@ pub fn ensure_only(packages: &[&str]) -> Result<()> {
     ensure_those(REQUIREMENTS.iter().filter(is_needed).collect())
 }
 
-/// The same, and what single checks need if that is to be had: else it says what.
+/// The same, and what single checks need if it is available; else it says what is missing.
 ///
 /// # Errors
 /// As [`ensure()`].

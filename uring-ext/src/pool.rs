@@ -69,7 +69,7 @@ impl BufferPool {
     /// Maps `count` buffers of `buffer_bytes` each, rounded up to whole pages, and faults them in.
     ///
     /// # Errors
-    /// `ENOMEM` if the memory is not to be had, `EINVAL` for an empty pool or one beyond the
+    /// `ENOMEM` if there is too little memory, `EINVAL` for an empty pool or one beyond the
     /// address space.
     pub fn new(count: u16, buffer_bytes: u32) -> Result<Self, Errno> {
         let buffer_bytes =

@@ -181,7 +181,7 @@ impl Reader {
 struct ServerView(Client);
 
 impl ServerView {
-    /// `None` where there is none to be had: another program's server, or an old one.
+    /// `None` where it is unavailable: another program's server, or an old one.
     fn start(id: u32) -> Option<Self> {
         let mut client = Client::connect(id).ok()?;
         client.snapshot(true, false).ok()?;

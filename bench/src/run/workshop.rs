@@ -227,7 +227,7 @@ impl Drop for Device<'_> {
 struct Stuck(String);
 
 /// Whether an error ends the run, and not only the measuring of a subject: the user wants an end, or
-/// the backing is not to be had any more.
+/// the backing is gone.
 pub fn ends_the_run(error: &anyhow::Error) -> bool {
     error.downcast_ref::<Interrupted>().is_some() || error.downcast_ref::<Stuck>().is_some()
 }

@@ -24,7 +24,7 @@ const MAX_PERCENTILES: usize = 1000;
 /// Greatest figure: more than any machine does, and far from what overflows.
 const MAX_FIGURE: f64 = 1e15;
 
-/// Why there are no results to be had from a file.
+/// Why a file gives no results.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {

@@ -150,7 +150,7 @@ fn cargo(args: &[&str], env: &[(&str, &str)]) -> Ending {
     }
 }
 
-/// The variable by which tests find the kernel's headers, if they are to be had. Tests that need
+/// The variable by which tests find the kernel's headers, if they are installed. Tests that need
 /// them are marked as ignored, for those who run `cargo test`.
 pub fn kernel_headers() -> Option<(&'static str, OsString)> {
     let image = image::ensure_image().ok()?;

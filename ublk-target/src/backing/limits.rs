@@ -188,7 +188,7 @@ impl Limits {
         };
         let params = Params::new(basic).with_dma_alignment(self.dma_alignment).with_segments(
             sys::ublk_param_segment {
-                // Not to be had from sysfs; the block layer's default, and NVMe's.
+                // sysfs does not tell; the block layer's default, and NVMe's.
                 seg_boundary_mask: u64::from(u32::MAX),
                 max_segment_size: self.max_segment_size.max(sys::UBLK_MIN_SEGMENT_SIZE),
                 max_segments: self.max_segments,

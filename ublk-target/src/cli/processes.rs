@@ -341,7 +341,7 @@ fn recover_with(
     } else {
         command.stderr(Stdio::piped());
     }
-    // There is no process, or no pipe, to be had now.
+    // Processes or descriptors have run out for now.
     let heard = wait_for_line(command.stdin(Stdio::null()), Some(wakeups))
         .map_err(|error| NotRecovered::Lacking(format!("{error:#}")))?;
     let Ended { status, shortage, said, told } = match heard {

@@ -48,7 +48,7 @@ pub struct Choice {
     pub is_fallback: bool,
 }
 
-/// What `auto` tries, best first. User copy is not among them: wherever it is to be had, so is
+/// What `auto` tries, best first. User copy is not among them: wherever it is available, so is
 /// copying by the driver, which needs no system call of ours.
 const BEST_FIRST: [LendMode; 3] = [LendMode::Fused, LendMode::Slot, LendMode::Copy];
 
@@ -56,7 +56,7 @@ impl LendRequest {
     /// Chooses the mode for a driver with these features.
     ///
     /// # Errors
-    /// [`CannotLend`] if the mode asked for is not to be had.
+    /// [`CannotLend`] if the mode asked for is unavailable.
     pub fn choose(self, features: Features) -> Result<Choice, CannotLend> {
         let mode = match self {
             Self::Auto => return Ok(best(features)),

@@ -27,7 +27,7 @@ pub enum DeviceError {
     /// A backing cannot be used.
     #[error(transparent)]
     Backing(#[from] BackingError),
-    /// The lend mode is not to be had.
+    /// The lend mode is unavailable.
     #[error(transparent)]
     Lend(#[from] CannotLend),
     /// The driver said no.
@@ -108,7 +108,7 @@ pub enum DeviceError {
         /// The limit.
         shortage: Shortage,
     },
-    /// The slots asked for are not to be had.
+    /// The slots asked for do not exist.
     #[error(
         "tags 0 to {depth} from slot {first} on do not fit a buffer table, which has {max} slots; \
          lower --first-slot or -d", max = uring_ext::ring::MAX_BUFFER_SLOTS
@@ -165,7 +165,7 @@ pub enum DeviceError {
         /// Its name.
         feature: &'static str,
     },
-    /// An extent is not to be had.
+    /// An extent cannot be used.
     #[error("the extent of {} that begins at {offset}: {problem}", file.display())]
     Extent {
         /// The backing.

@@ -63,7 +63,7 @@ pub enum CannotRecoverDevice {
         /// Its server, in words.
         server: String,
     },
-    /// Its state is not to be had.
+    /// Its state file is missing or cannot be used.
     #[error(
         "{problem}; without it nobody knows what device {id} is made of: delete it \
          (`ublk-target del -n {id}`) and add it again"

@@ -25,7 +25,7 @@ const TO_STOP_DELIVERIES: Duration = Duration::from_secs(40);
 /// How long a server that lives may be without its socket: it starts, recovers, or becomes another one.
 const TO_LISTEN: Duration = Duration::from_secs(5);
 
-/// Why there are no statistics to be had.
+/// Why statistics are unavailable.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
@@ -56,9 +56,7 @@ pub enum ClientError {
         pid: u32,
     },
     /// Another program serves the device.
-    #[error(
-        "device {id} is served by {name} ({pid}); statistics are only to be had of ublk-target"
-    )]
+    #[error("device {id} is served by {name} ({pid}); only ublk-target gives statistics")]
     Foreign {
         /// The device.
         id: u32,

@@ -49,7 +49,7 @@ pub enum FleetError {
     /// Some devices cannot be made, each of these for its own reason. Nothing has been made.
     #[error("{}", .0.join("\n"))]
     Faults(Vec<String>),
-    /// What all of them need is not to be had.
+    /// What all of them need is unavailable.
     #[error(transparent)]
     Setup(#[from] DeviceError),
     /// None could be made.
