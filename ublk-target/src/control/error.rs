@@ -300,6 +300,7 @@ impl DeviceError {
             Self::BuffersTooBig { .. }
                 | Self::NoMemory { .. }
                 | Self::LaneMemory { .. }
+                | Self::OnUnserved(_)
                 | Self::Recover(
                     CannotRecoverDevice::Stuck { .. } | CannotRecoverDevice::Below { .. }
                 )
@@ -360,6 +361,7 @@ mod tests {
             DeviceError::NoMemory { needed: bytes, buffers: bytes, shortage: shortage() },
             backing(BackingProblem::InUse(Vec::new())),
             CannotRecoverDevice::Below { id: 1, lower: 0 }.into(),
+            DeviceError::OnUnserved(0),
             backing(BackingProblem::Failed { doing: "opening", errno: Errno::EAGAIN }),
         ];
         for error in passing {

@@ -13,7 +13,7 @@ use crate::os::wakeups::{Hangup, Wakeups};
 
 /// Processes that do what the server must not do itself, or cannot.
 pub struct Helpers<'a> {
-    /// Starts one that stops a device ([`delete::command`](crate::control::deletion::command)).
+    /// Starts one that stops a device ([`deletion::command`](crate::control::deletion::command)).
     pub stop: Box<StopHelper<'a>>,
     /// Starts one that supervises the device of the calling process.
     pub supervise: Box<dyn Fn(u32) -> io::Result<Child> + 'a>,
