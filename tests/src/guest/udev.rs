@@ -1,8 +1,15 @@
 //! Keeps udev from reading devices.
 
-use anyhow::Result;
+use std::time::Duration;
 
-use super::process;
+use anyhow::{Context, Result};
+
+use super::{process, wait_for};
+
+/// How long udevd may take to accept a control message.
+const LIMIT: Duration = Duration::from_secs(60);
+/// How often each message is sent.
+const TIMES: u32 = 3;
 
 /// While it lives, udev does not read devices that appear or were written to, so that every
 /// request is the test's own.
@@ -21,16 +28,27 @@ impl QuietUdev {
     }
 }
 
-/// Tells udevd something, three times.
-///
-/// udevd 257 now and then loses a control message that reached its socket before it had accepted
-/// the connection (`Invalid sender uid 65534, ignoring message` in its log), and
-/// `udevadm control` succeeds all the same.
+/// Sends a control message to udevd until it has been accepted [`TIMES`] times.
 fn tell(what: &str) -> Result<()> {
-    for _ in 0..3 {
-        process::run(&["udevadm", "control", what])?;
-    }
-    Ok(())
+    accepted(TIMES, LIMIT, &["udevadm", "control", what])
+}
+
+/// Runs a command of udev until it has succeeded so many times.
+///
+/// udevd 257 now and then drops a control message that reached its socket before it had accepted
+/// the connection (`Invalid sender uid 65534, ignoring message` in its log). `udevadm` then either
+/// succeeds all the same, or fails with `Broken pipe` as udevd closes the connection.
+fn accepted(times: u32, limit: Duration, argv: &[&str]) -> Result<()> {
+    let mut accepted = 0;
+    let mut refused = String::new();
+    let sent = wait_for(&format!("udev to accept `{}`", argv.join(" ")), limit, || {
+        match process::run(argv) {
+            Ok(_) => accepted += 1,
+            Err(error) => refused = format!("{error:#}"),
+        }
+        Ok((accepted == times).then_some(()))
+    });
+    sent.with_context(|| format!("its last refusal: {refused}"))
 }
 
 /// Waits until udev has dealt with all that has happened so far, its queue started if it was not.
@@ -39,7 +57,7 @@ fn tell(what: &str) -> Result<()> {
 /// When it does not settle within a minute.
 pub fn settle() -> Result<()> {
     tell("--start-exec-queue")?;
-    process::run(&["udevadm", "settle", "--timeout=60"]).map(drop)
+    accepted(1, LIMIT, &["udevadm", "settle", "--timeout=60"])
 }
 
 /// Has udev read its rules again.
@@ -53,5 +71,22 @@ pub fn reload() -> Result<()> {
 impl Drop for QuietUdev {
     fn drop(&mut self) {
         let _ = tell("--start-exec-queue");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refused_command_is_given_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let count = directory.path().join("count");
+        // Fails at every other call.
+        let script = format!("echo >> {0}; test $(($(wc -l < {0}) % 2)) = 0", count.display());
+        accepted(2, Duration::from_secs(60), &["sh", "-c", &script]).unwrap();
+        assert_eq!(std::fs::read_to_string(&count).unwrap().lines().count(), 4);
+        let error = accepted(1, Duration::ZERO, &["sh", "-c", "echo why; false"]).unwrap_err();
+        assert!(format!("{error:#}").contains("why"), "{error:#}");
     }
 }
