@@ -63,6 +63,8 @@ faults! {
     CancelRuns = "cancel EALREADY", 0;
     /// An operation to be cancelled is not found.
     CancelMisses = "cancel ENOENT", 0;
+    /// Another queue of the ring has the spare buffer.
+    SpareTaken = "spare buffer of the ring taken", 0;
     /// All operations are cancelled by a message of the control plane.
     CancelAll = "everything cancelled", 2;
     /// A completion overtakes another.

@@ -193,10 +193,21 @@ impl Setup {
             place: TableRange {
                 first_file: rng.pick(&[0, 0, 1, 700]),
                 first_slot: rng.pick(&[0, 0, 1, 9000]),
+                spare: None,
             },
         };
         let polled = !setup.io_lane && rng.chance(256);
-        Self { polled, short_results: rng.pick(&ShortResults::ALL), ..setup }
+        let short_results = rng.pick(&ShortResults::ALL);
+        Self { polled, short_results, ..setup }.with_shared_spare(&mut rng)
+    }
+
+    /// Some queues share their spare buffer with others.
+    fn with_shared_spare(mut self, rng: &mut Rng) -> Self {
+        if self.lend.is_zero_copy() && self.slots.pool > 0 && rng.chance(400) {
+            self.slots.pool = 1;
+            self.place.spare = Some(12_000);
+        }
+        self
     }
 
     /// How likely a fault is, out of 1024 chances.

@@ -1,5 +1,6 @@
 //! A ring whose tables other queues share: entries as if this one had them to itself.
 
+use ublk_engine::engine::SlotTable;
 use ublk_engine::lane::TableRange;
 
 use crate::command::URING_CMD128;
@@ -20,7 +21,7 @@ const UBLK_U_IO_UNREGISTER_IO_BUF: u32 = 0xc010_7524;
 /// # Panics
 /// If it names a file or a slot of another queue.
 #[must_use]
-pub fn rebased(raw: &[u8; 64], place: TableRange) -> [u8; 64] {
+pub fn rebased(raw: &[u8; 64], place: TableRange, slots: &SlotTable) -> [u8; 64] {
     let mut own = *raw;
     let (opcode, flags) = (raw[0], raw[1]);
     if flags & IOSQE_FIXED_FILE != 0 {
@@ -39,9 +40,20 @@ pub fn rebased(raw: &[u8; 64], place: TableRange) -> [u8; 64] {
         _ => None,
     };
     if let Some(at) = slot_at {
-        let slot = u16_at(raw, at).checked_sub(place.first_slot);
-        let slot = slot.unwrap_or_else(|| panic!("a slot of another queue"));
+        let slot = own_slot(u16_at(raw, at), place, slots);
         own[at..at + 2].copy_from_slice(&slot.to_ne_bytes());
     }
     own
+}
+
+/// A slot of the ring as the queue's engine knows it.
+fn own_slot(slot: u16, place: TableRange, slots: &SlotTable) -> u16 {
+    if Some(slot) == place.spare {
+        return slots.lent;
+    }
+    let own = slot.checked_sub(place.first_slot);
+    let own = own.unwrap_or_else(|| panic!("a slot of another queue"));
+    // The queue has no slot of its own for a spare buffer that is shared.
+    let shared = if place.spare.is_some() { slots.pool } else { 0 };
+    if own < slots.lent { own } else { own + shared }
 }

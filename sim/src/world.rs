@@ -6,7 +6,7 @@ use std::rc::Rc;
 use ublk_engine::engine::{EngineConfig, QueueIdentity, Recorder};
 use ublk_engine::lane::event::Event;
 use ublk_engine::lane::fault::Faults;
-use ublk_engine::lane::{Handled, Lane, PortConfig};
+use ublk_engine::lane::{Lane, PortConfig};
 use ublk_engine::units::Qid;
 use uring_ext::Errno;
 use uring_ext::ring::Cqe;
@@ -14,7 +14,7 @@ use uring_ext::ring::Cqe;
 use crate::check::View;
 use crate::ending::Outcome;
 use crate::fault::Fault;
-use crate::kernel::{Kernel, Phase, QID, SimIo};
+use crate::kernel::{Kernel, Phase, QID, SimIo, SpareHolder};
 use crate::layout;
 use crate::mapping::Mapping;
 use crate::noise::Past;
@@ -35,7 +35,9 @@ pub struct Options {
 /// A run.
 pub struct World {
     pub(crate) kernel: Rc<RefCell<Kernel>>,
-    pub(crate) lane: Lane<Mapping, SimIo>,
+    pub(crate) lane: Lane<Mapping>,
+    /// The lane's view of the kernel.
+    pub(crate) io: SimIo,
     /// Completions that were handled in this life.
     pub(crate) past: Past,
     /// Completions of earlier lives.
@@ -68,6 +70,7 @@ enum Step {
     Kill,
     LetTimePass,
     Replace,
+    ReturnSpare,
 }
 
 /// Plays a seed.
@@ -93,7 +96,7 @@ pub fn play_setup(seed: u64, setup: Setup, options: &Options) -> Outcome {
     world.outcome()
 }
 
-fn lane(kernel: &Rc<RefCell<Kernel>>) -> Lane<Mapping, SimIo> {
+fn lane(kernel: &Rc<RefCell<Kernel>>, io: &mut SimIo) -> Lane<Mapping> {
     let model = kernel.borrow();
     let setup = &model.setup;
     let config = EngineConfig {
@@ -110,11 +113,11 @@ fn lane(kernel: &Rc<RefCell<Kernel>>) -> Lane<Mapping, SimIo> {
     let (routes, polled, place) = (setup.routes.as_slice().into(), setup.polled, setup.place);
     let port = PortConfig { routes, polled, faults, place };
     drop(model);
-    let mut lane = Lane::new(mapping, config, port, SimIo(Rc::clone(kernel)));
+    let mut lane = Lane::new(mapping, config, port);
     if measure {
         lane.engine_mut().measure(Some(Box::new(Recorder::new())));
     }
-    lane.fetch_all();
+    lane.fetch_all(io);
     lane
 }
 
@@ -123,10 +126,12 @@ impl World {
         let trace = Trace::new(options.trace);
         trace.note(|| format!("{setup:#?}"));
         let kernel = Rc::new(RefCell::new(Kernel::new(seed, setup, trace)));
-        let lane = lane(&kernel);
+        let mut io = SimIo(Rc::clone(&kernel));
+        let lane = lane(&kernel, &mut io);
         Self {
             kernel,
             lane,
+            io,
             past: Past::default(),
             ghosts: Vec::new(),
             delivered: 0,
@@ -183,6 +188,7 @@ impl World {
             (Step::Unstick, hostile),
             (Step::LetTimePass, if_any(setup.deadline.is_some(), 1)),
             (Step::Replace, if_any(setup.swaps, 1)),
+            (Step::ReturnSpare, if_any(kernel.spare == SpareHolder::Others, 12)),
         ];
         let rare = kernel.rng.next();
         if setup.hostile && !kernel.closing {
@@ -252,7 +258,7 @@ impl World {
                 drop(kernel);
                 self.tell(now);
                 self.kernel.borrow_mut().presume_cancelled(true);
-                self.lane.cancel_all();
+                self.lane.cancel_all(&mut self.io);
             }
             Step::Kill => {
                 drop(kernel);
@@ -261,6 +267,14 @@ impl World {
             Step::Replace => {
                 drop(kernel);
                 self.replace_planner();
+            }
+            Step::ReturnSpare => {
+                let (is_wanted, now) = (kernel.others_give_spare(), kernel.now);
+                drop(kernel);
+                if is_wanted {
+                    self.tell(now);
+                    self.lane.serve_waiting(&mut self.io);
+                }
             }
         }
     }
@@ -299,7 +313,7 @@ impl World {
         let now = self.kernel.borrow().now;
         self.tell(now);
         self.kernel.borrow_mut().presume_cancelled(false);
-        self.lane.before_submit();
+        self.lane.before_submit(&mut self.io);
     }
 
     /// The lane reaps a completion, not always the oldest.
@@ -332,7 +346,7 @@ impl World {
         let now = kernel.now;
         drop(kernel);
         self.tell(now);
-        assert_eq!(self.lane.handle(cqe), Handled::Done, "nobody sends messages");
+        self.lane.handle(cqe, &mut self.io);
         if self.is_counted(cqe) {
             self.past.note(cqe);
         }
@@ -347,6 +361,6 @@ impl World {
         self.answered_before = kernel.answered;
         drop(kernel);
         (self.noise, self.delivered) = (0, 0);
-        self.lane = lane(&self.kernel);
+        self.lane = lane(&self.kernel, &mut self.io);
     }
 }

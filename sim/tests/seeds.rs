@@ -50,7 +50,13 @@ fn a_sound_kernel_sees_no_error() {
         campaign.play(seed, &options).unwrap_or_else(|failure| panic!("{failure:?}"));
     }
     assert_eq!(campaign.total.succeeded, campaign.total.requests);
-    let only = [Fault::Reordered, Fault::QueueFull, Fault::PlannedShort, Fault::Replaced];
+    let only = [
+        Fault::Reordered,
+        Fault::QueueFull,
+        Fault::PlannedShort,
+        Fault::Replaced,
+        Fault::SpareTaken,
+    ];
     for fault in Fault::ALL.iter().filter(|fault| !only.contains(fault)) {
         assert_eq!(campaign.total.tally.count(*fault), 0, "{}", fault.name());
     }

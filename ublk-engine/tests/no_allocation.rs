@@ -56,7 +56,8 @@ const ROUNDS: u64 = 300;
 
 /// A lane, and what its kernel has in hand.
 struct Play<P> {
-    lane: Lane<P, Memory>,
+    lane: Lane<P>,
+    io: Memory,
     /// By tag: what the completion of its fetch will carry, while the driver has it.
     fetches: [Option<u64>; DEPTH as usize],
     /// Operations that do not complete.
@@ -77,7 +78,7 @@ impl<P: Planner> Play<P> {
             deadline: Some(DEADLINE),
         };
         let room = usize::from(DEPTH) * 32;
-        let io = Memory {
+        let mut io = Memory {
             ranges: Ranges::new(DEPTH * 8).unwrap(),
             pool: BufferPool::new(slots.buffers().max(1), BUFFER_BYTES).unwrap(),
             queue: VecDeque::with_capacity(room),
@@ -90,12 +91,12 @@ impl<P: Planner> Play<P> {
         let command = Route::Namespace { namespace, deallocates_zeroes: true };
         let routes = [Route::File(DiscardCall::BlockCommand), command].into();
         let port = PortConfig { routes, ..PortConfig::default() };
-        let mut lane = Lane::new(planner, config, port, io);
+        let mut lane = Lane::new(planner, config, port);
         lane.engine_mut().measure(Some(Box::new(Recorder::new())));
-        lane.fetch_all();
+        lane.fetch_all(&mut io);
         let held = Vec::with_capacity(room);
         let fetches = [None; DEPTH as usize];
-        Self { lane, fetches, held, unregistered: false, answers: 0 }
+        Self { lane, io, fetches, held, unregistered: false, answers: 0 }
     }
 
     /// Delivers a request of each kind to the tags that the driver has.
@@ -121,19 +122,19 @@ impl<P: Planner> Play<P> {
             // Now and then one beyond the end.
             let start_sector = if (round + u64::from(tag)) % 23 == 0 { 1 << 40 } else { 32 };
             let nr_sectors = 1 + u32::from(tag) % 20;
-            self.lane.io().iods[usize::from(tag)] = IoDesc { op_flags, nr_sectors, start_sector };
-            self.lane.handle(Cqe { user_data, res: 0 });
+            self.io.iods[usize::from(tag)] = IoDesc { op_flags, nr_sectors, start_sector };
+            self.lane.handle(Cqe { user_data, res: 0 }, &mut self.io);
             // Again, and one of an earlier life: both change nothing.
-            self.lane.handle(Cqe { user_data, res: 0 });
-            self.lane.handle(Cqe { user_data: 1 << 48, res: 0 });
+            self.lane.handle(Cqe { user_data, res: 0 }, &mut self.io);
+            self.lane.handle(Cqe { user_data: 1 << 48, res: 0 }, &mut self.io);
         }
     }
 
     /// Has the kernel carry out everything that it can.
     fn serve(&mut self, turn: &mut u64) {
         loop {
-            self.lane.before_submit();
-            let Some(entry) = self.lane.io().queue.pop_front() else { return };
+            self.lane.before_submit(&mut self.io);
+            let Some(entry) = self.io.queue.pop_front() else { return };
             *turn += 1;
             self.carry_out(entry, *turn);
         }
@@ -193,16 +194,15 @@ impl<P: Planner> Play<P> {
 
     fn complete(&mut self, entry: Entry, res: i32) {
         if !(entry.skip_success && res >= 0) {
-            self.lane.handle(Cqe { user_data: entry.user_data, res });
+            self.lane.handle(Cqe { user_data: entry.user_data, res }, &mut self.io);
         }
     }
 
     fn let_deadlines_pass(&mut self) {
-        let io = self.lane.io();
-        io.now += 2 * DEADLINE;
-        let now = io.now;
+        self.io.now += 2 * DEADLINE;
+        let now = self.io.now;
         self.lane.set_now(now);
-        self.lane.before_submit();
+        self.lane.before_submit(&mut self.io);
     }
 
     fn round(&mut self, round: u64, turn: &mut u64) {
@@ -302,12 +302,11 @@ fn a_ring_that_takes_nothing_makes_nobody_allocate() {
     for tag in 0..DEPTH {
         let user_data = play.fetches[usize::from(tag)].take().unwrap();
         let op_flags = sys::UBLK_IO_OP_READ;
-        play.lane.io().iods[usize::from(tag)] =
-            IoDesc { op_flags, nr_sectors: 20, start_sector: 0 };
-        play.lane.handle(Cqe { user_data, res: 0 });
+        play.io.iods[usize::from(tag)] = IoDesc { op_flags, nr_sectors: 20, start_sector: 0 };
+        play.lane.handle(Cqe { user_data, res: 0 }, &mut play.io);
     }
-    inflight.extend(play.lane.io().queue.drain(..));
-    play.lane.io().full = true;
+    inflight.extend(play.io.queue.drain(..));
+    play.io.full = true;
     play.let_deadlines_pass();
     for entry in inflight.drain(..) {
         play.complete(entry, entry.len);
@@ -317,7 +316,7 @@ fn a_ring_that_takes_nothing_makes_nobody_allocate() {
     let (waiting, per_tag) = (play.lane.backlog(), 7 + (3 + 2 * 4) + 7);
     assert_eq!(waiting, usize::from(DEPTH) * per_tag);
     assert_eq!(allocations() - before, 0);
-    play.lane.io().full = false;
+    play.io.full = false;
     play.serve(&mut turn);
     while let Some(entry) = play.held.pop() {
         play.complete(entry, entry.len);

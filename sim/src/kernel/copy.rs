@@ -5,6 +5,7 @@ use uring_ext::Errno;
 use uring_ext::pool::Direction;
 use uring_ext::sys;
 
+use super::spare::SpareHolder;
 use super::{Kernel, Phase};
 use crate::GARBAGE;
 use crate::entry::Work;
@@ -29,6 +30,8 @@ impl Kernel {
         assert_eq!(model.iod.op(), expected, "direction of a copy");
         assert!(from < to && to as usize <= model.len, "copy of {from}..{to}");
         assert!(buffer < self.setup.slots.pool, "pool buffer {buffer}");
+        let is_spare = self.setup.place.spare.is_some();
+        assert!(!is_spare || self.spare == SpareHolder::Lane, "the spare buffer is another's");
         self.assert_nothing_uses(buffer);
         if let Some(errno) = self.copy_failure(tag) {
             return errno.negated();

@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use bufreg::Incarnation;
 use uring_ext::ring::Cqe;
 
+use super::spare::SpareHolder;
 use super::{Buffer, Kernel, Phase};
 use crate::fault::Fault;
 use crate::setup::Recovery;
@@ -31,6 +32,7 @@ impl Kernel {
         }
         (self.broken, self.breakage_told) = (None, false);
         (self.backlogged, self.refused) = (false, false);
+        (self.spare, self.is_spare_wanted) = (SpareHolder::Nobody, false);
         self.incarnation = Incarnation::next(self.incarnation);
         self.begin_shadow();
         self.posted.drain(..).map(|posted| posted.cqe)

@@ -15,6 +15,7 @@ mod oracle;
 mod part;
 mod ring;
 mod snapshot;
+mod spare;
 mod table;
 mod verdict;
 
@@ -48,6 +49,7 @@ pub use driver::{Phase, TagModel};
 pub use flight::Flight;
 use oracle::Oracle;
 pub use part::{Ended, Part, Wanted, Workers};
+pub(crate) use spare::SpareHolder;
 pub use table::Buffer;
 pub use verdict::Blame;
 
@@ -124,6 +126,10 @@ pub struct Kernel {
     pool: Vec<Box<[u8]>>,
     addresses: Addresses,
     oracle: Oracle,
+    /// Who has the spare buffer, where queues share one.
+    pub(crate) spare: SpareHolder,
+    /// The lane waits for it.
+    is_spare_wanted: bool,
     /// What it is in a stack of devices, if it is in one.
     pub part: Option<Part>,
     /// Decides as the planner's faults do, which depend on the requests only.
@@ -177,6 +183,8 @@ impl Kernel {
             pool,
             addresses: Addresses::of_process(),
             oracle,
+            spare: SpareHolder::Nobody,
+            is_spare_wanted: false,
             part: None,
             shadow: None,
         };
@@ -270,6 +278,14 @@ impl LaneIo for SimIo {
         let addr = pool::range(place, namespace, offset, len);
         self.0.borrow_mut().set_range(Range { addr: addr.get(), at: offset, len });
         addr
+    }
+
+    fn take_spare(&mut self) -> bool {
+        self.0.borrow_mut().take_spare()
+    }
+
+    fn give_spare(&mut self) {
+        self.0.borrow_mut().give_spare();
     }
 
     fn now(&mut self) -> u64 {

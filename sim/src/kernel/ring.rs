@@ -43,7 +43,7 @@ impl Kernel {
         let mut rest = sqes;
         while let Some((sqe, others)) = rest.split_first() {
             rest = &others[sqe.width() - 1..];
-            let first = rebased(sqe.as_bytes(), self.setup.place);
+            let first = rebased(sqe.as_bytes(), self.setup.place, &self.setup.slots);
             let decoded = match sqe.width() {
                 1 => Entry::decode(&first, QID),
                 _ => Entry::decode_double(&first, others[0].as_bytes(), &self.ranges),

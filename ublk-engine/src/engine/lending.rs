@@ -164,7 +164,7 @@ impl<P: Planner> Engine<P> {
         let owner = self.owner(tag);
         let lease = match self.config.lend {
             LendMode::UserCopy => self.registry.reserve(self.tag_slot(tag), owner, self.now).ok(),
-            LendMode::Fused | LendMode::Slot | LendMode::Copy => self.reserve_pooled(tag),
+            LendMode::Fused | LendMode::Slot | LendMode::Copy => self.reserve_spare(tag, port),
         };
         match lease {
             Some(lease) => self.copy_in(tag, lease, port),
@@ -176,18 +176,40 @@ impl<P: Planner> Engine<P> {
         }
     }
 
-    fn reserve_pooled(&mut self, tag: Tag) -> Option<Lease<Reserved>> {
+    /// A buffer of the pool for a request that could not be lent, if the queue has one free and,
+    /// where queues share it, it is this queue's turn.
+    fn reserve_spare(&mut self, tag: Tag, port: &mut impl Port) -> Option<Lease<Reserved>> {
         let owner = self.owner(tag);
         let slots = &self.config.slots;
         let mut pool = slots.lent..slots.lent.saturating_add(slots.pool);
-        pool.find_map(|slot| self.registry.reserve(SlotIndex(slot), owner, self.now).ok())
+        let lease =
+            pool.find_map(|slot| self.registry.reserve(SlotIndex(slot), owner, self.now).ok())?;
+        if port.take_spare() {
+            return Some(lease);
+        }
+        self.registry.cancel(lease);
+        None
+    }
+
+    fn give_spare(&self, port: &mut impl Port) {
+        match self.config.lend {
+            LendMode::Fused | LendMode::Slot => port.give_spare(),
+            // Each tag has a buffer of its own.
+            LendMode::UserCopy | LendMode::Copy => {}
+        }
+    }
+
+    /// It is this queue's turn to [take](Port::take_spare) the spare buffer.
+    pub fn spare_returned(&mut self, port: &mut impl Port) {
+        self.serve_waiting(port);
+        self.serve_deferred(port);
     }
 
     /// Goes on with requests that wait for a buffer of the pool, as long as there is one.
     #[inline]
     pub(super) fn serve_waiting(&mut self, port: &mut impl Port) {
         while let Some(tag) = self.waiting.front().copied() {
-            let Some(lease) = self.reserve_pooled(tag) else { return };
+            let Some(lease) = self.reserve_spare(tag, port) else { return };
             self.waiting.pop_front();
             self.tags[tag.index()].phase = Phase::Running;
             self.copy_in(tag, lease, port);
@@ -210,6 +232,7 @@ impl<P: Planner> Engine<P> {
             }
             Err(errno) => {
                 self.registry.cancel(lease);
+                self.give_spare(port);
                 self.commit(tag, Err(errno), port);
             }
         }
@@ -269,6 +292,7 @@ impl<P: Planner> Engine<P> {
                     }
                 }
                 self.registry.release(lease);
+                self.give_spare(port);
             }
         }
         self.answer(tag, port);

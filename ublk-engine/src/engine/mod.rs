@@ -90,6 +90,13 @@ pub trait Port {
     }
     /// Asks for the end of an operation.
     fn cancel(&mut self, key: OpKey, op: &Op);
+    /// Takes the spare buffer, where queues share one; `false` if it is not to be used now. The
+    /// engine then calls again as soon as [`Engine::spare_returned`] is called.
+    fn take_spare(&mut self) -> bool {
+        true
+    }
+    /// Gives the spare buffer back.
+    fn give_spare(&mut self) {}
     /// Nanoseconds of a monotonic clock. Asked only while latencies are measured.
     fn now(&mut self) -> u64;
 }

@@ -16,14 +16,14 @@ use uring_ext::iod::IoDesc;
 use uring_ext::nvme::{Namespace, Outcome, RangeAddr};
 use uring_ext::pool::{Direction, PoolAddr};
 use uring_ext::ring::Cqe;
-use uring_ext::sqe::{FixedFile, Sqe};
+use uring_ext::sqe::Sqe;
 
-use crate::engine::{Engine, EngineConfig, OpKey};
+use crate::engine::{Engine, EngineConfig};
 use crate::plan::{BackingIndex, Planner};
 use crate::units::Tag;
 use event::{Common, Event};
 use fault::Injected;
-use port::RingPort;
+use port::{PortState, RingPort};
 
 /// Which ring an entry is for. They are the same one unless the lane issues its operations from a
 /// lane of their own.
@@ -61,6 +61,13 @@ pub trait LaneIo {
         let _ = (backing, end);
         false
     }
+    /// Takes the spare buffer that the queues of a ring share; `false` if another queue has it or
+    /// asked for it before. [`Lane::serve_waiting`] is called when it is this queue's turn.
+    fn take_spare(&mut self) -> bool {
+        true
+    }
+    /// Gives the spare buffer back.
+    fn give_spare(&mut self) {}
     /// Nanoseconds of the monotonic clock.
     fn now(&mut self) -> u64;
 }
@@ -89,37 +96,21 @@ pub enum LaneError {
     Ring(Errno),
 }
 
-/// What a completion was, beyond what the lane has dealt with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Handled {
-    /// It is dealt with.
-    Done,
-    /// Somebody has a message for the lane.
-    Wake,
-    /// The lane's other ring has completions.
-    Told,
-}
-
-/// The engine, its port, and the meaning of completions.
-pub struct Lane<P, Io> {
+/// The engine of a queue, its port, and the meaning of completions. The kernel side is passed in at
+/// each call: the ring may serve many queues.
+pub struct Lane<P> {
     engine: Engine<P>,
-    port: RingPort<Io>,
+    port: PortState,
     common: Common,
     refused: Option<LaneError>,
 }
 
-impl<P: Planner, Io> Lane<P, Io> {
+impl<P: Planner> Lane<P> {
     /// A lane that has not fetched yet.
-    pub fn new(planner: P, config: EngineConfig, port: PortConfig, io: Io) -> Self {
-        let port = RingPort::new(io, &config, port);
+    pub fn new(planner: P, config: EngineConfig, port: PortConfig) -> Self {
+        let port = PortState::new(&config, port);
         let common = Common::of(config.incarnation);
         Self { engine: Engine::new(planner, config), port, common, refused: None }
-    }
-
-    /// The same lane on another kernel side. Allocates nothing.
-    pub fn with_io<Other>(self, change: impl FnOnce(Io) -> Other) -> Lane<P, Other> {
-        let Self { engine, port, common, refused } = self;
-        Lane { engine, port: port.with_io(change), common, refused }
     }
 
     /// The engine.
@@ -131,12 +122,10 @@ impl<P: Planner, Io> Lane<P, Io> {
     pub fn injected(&self) -> Injected {
         self.port.faults.map_or_else(Injected::default, |faults| faults.injected())
     }
-}
 
-impl<P: Planner, Io: LaneIo> Lane<P, Io> {
     /// Hands all tags to the driver, with the next submission.
-    pub fn fetch_all(&mut self) {
-        self.engine.fetch_all(&mut self.port);
+    pub fn fetch_all(&mut self, io: &mut impl LaneIo) {
+        self.engine.fetch_all(&mut RingPort { state: &mut self.port, io });
     }
 
     /// Tells the time, in nanoseconds of the monotonic clock, before completions are handled.
@@ -144,31 +133,29 @@ impl<P: Planner, Io: LaneIo> Lane<P, Io> {
         self.engine.set_now(now);
     }
 
-    /// Deals with a completion.
+    /// Deals with a completion of the queue.
     #[inline(always)]
-    pub fn handle(&mut self, cqe: Cqe) -> Handled {
-        let (engine, port) = (&mut self.engine, &mut self.port);
+    pub fn handle(&mut self, cqe: Cqe, io: &mut impl LaneIo) {
+        let (engine, mut port) = (&mut self.engine, RingPort { state: &mut self.port, io });
         if let Some(key) = self.common.op(cqe.user_data) {
-            engine.completed(key, cqe.res, port);
-            return Handled::Done;
+            return engine.completed(key, cqe.res, &mut port);
         }
         match self.common.fetched(cqe.user_data) {
             Some(key) if cqe.res >= 0 && key.tag.0 < engine.config().queue.depth => {
                 let iod = port.io.iod(key.tag);
-                engine.delivered(key, iod, port);
-                Handled::Done
+                engine.delivered(key, iod, &mut port);
             }
-            Some(_) | None => self.handle_other(cqe),
+            Some(_) | None => self.handle_other(cqe, io),
         }
     }
 
     /// Deals with what is neither a delivery nor the end of an operation on a file.
     #[inline(never)]
-    fn handle_other(&mut self, Cqe { user_data, res }: Cqe) -> Handled {
-        let (engine, port) = (&mut self.engine, &mut self.port);
+    fn handle_other(&mut self, Cqe { user_data, res }: Cqe, io: &mut impl LaneIo) {
+        let (engine, mut port) = (&mut self.engine, RingPort { state: &mut self.port, io });
+        let port = &mut port;
         let Some(event) = Event::decode(user_data, engine.config().incarnation) else {
-            engine.note_stale();
-            return Handled::Done;
+            return engine.note_stale();
         };
         match event {
             Event::Fetched(key) => match Errno::from_result(res) {
@@ -184,40 +171,36 @@ impl<P: Planner, Io: LaneIo> Lane<P, Io> {
             Event::Unregistered(key) => engine.unregistered(key, res, port),
             // What it achieved shows in the operation's own completion.
             Event::Cancelled => {}
-            Event::Wake => return Handled::Wake,
-            Event::Told => return Handled::Told,
-            Event::Unsent => {
-                let errno = Errno::from_result(res).err().unwrap_or(Errno::EIO);
-                port.failure.get_or_insert(errno);
-            }
-            Event::Op(key) => self.completed(key, res),
+            // These are the thread's, and carry its own number.
+            Event::Wake | Event::Told | Event::Unsent => engine.note_stale(),
+            Event::Op(key) => engine.completed(key, res, port),
             Event::Command(key) => match port.outcome(engine.backing_of(key), res) {
                 // Commands are carried out as a whole or not at all.
                 Outcome::Done => {
                     let res = engine.whole(key);
-                    self.completed(key, res);
+                    engine.completed(key, res, port);
                 }
-                Outcome::Failed(errno) => self.completed(key, errno.negated()),
+                Outcome::Failed(errno) => engine.completed(key, errno.negated(), port),
                 Outcome::Again { errno, pause_ns } => {
                     engine.asked_again(key, errno, pause_ns, port);
                 }
             },
-            Event::Injected(key) => self.completed(key, Errno::EAGAIN.negated()),
+            Event::Injected(key) => engine.completed(key, Errno::EAGAIN.negated(), port),
         }
-        Handled::Done
-    }
-
-    #[inline(never)]
-    fn completed(&mut self, key: OpKey, res: i32) {
-        self.engine.completed(key, res, &mut self.port);
     }
 
     /// Before each submission: pushes what there was no room for, and looks after deadlines.
-    pub fn before_submit(&mut self) {
+    pub fn before_submit(&mut self, io: &mut impl LaneIo) {
+        let mut port = RingPort { state: &mut self.port, io };
         if self.engine.config().deadline.is_some() {
-            self.engine.check_deadlines(&mut self.port);
+            self.engine.check_deadlines(&mut port);
         }
-        self.port.drain_backlog();
+        port.drain_backlog();
+    }
+
+    /// Goes on with requests that wait for the spare buffer, which another queue has given back.
+    pub fn serve_waiting(&mut self, io: &mut impl LaneIo) {
+        self.engine.spare_returned(&mut RingPort { state: &mut self.port, io });
     }
 
     /// Why the lane must not go on.
@@ -235,24 +218,13 @@ impl<P: Planner, Io: LaneIo> Lane<P, Io> {
         self.port.backlog()
     }
 
-    /// Asks for a [`Handled::Wake`] when a fixed file can be read.
-    pub fn watch(&mut self, file: FixedFile) {
-        let wake = Event::Wake.encode(self.engine.config().incarnation);
-        self.port.push(RingRole::Side, &[Sqe::poll_readable(file).user_data(wake)]);
-    }
-
     /// Cancels all operations in flight.
-    pub fn cancel_all(&mut self) {
-        self.engine.cancel_all(&mut self.port);
+    pub fn cancel_all(&mut self, io: &mut impl LaneIo) {
+        self.engine.cancel_all(&mut RingPort { state: &mut self.port, io });
     }
 
     /// The engine, to measure latencies.
     pub fn engine_mut(&mut self) -> &mut Engine<P> {
         &mut self.engine
-    }
-
-    /// The kernel side.
-    pub fn io(&mut self) -> &mut Io {
-        &mut self.port.io
     }
 }

@@ -63,9 +63,8 @@ impl OpEntry {
     }
 }
 
-/// The engine's decisions as entries of a ring.
-pub(super) struct RingPort<Io> {
-    pub io: Io,
+/// What a queue's port knows and keeps between calls.
+pub(super) struct PortState {
     qid: u16,
     place: TableRange,
     incarnation: Incarnation,
@@ -86,15 +85,20 @@ pub(super) struct RingPort<Io> {
     pub failure: Option<Errno>,
 }
 
-impl<Io> RingPort<Io> {
-    pub fn new(io: Io, config: &EngineConfig, port: PortConfig) -> Self {
+/// The engine's decisions as entries of a ring, for the time of one call.
+pub(super) struct RingPort<'a, Io> {
+    pub state: &'a mut PortState,
+    pub io: &'a mut Io,
+}
+
+impl PortState {
+    pub fn new(config: &EngineConfig, port: PortConfig) -> Self {
         let PortConfig { routes, polled, faults, place } = port;
         let places = if routes.iter().any(|route| route.is_namespace()) { 2 } else { 1 };
         // A command or a chain for every tag; or a window of operations and their cancelling, and
         // the cancelling of the window before, whose operations have completed meanwhile.
         let room = usize::from(config.queue.depth) * WINDOW_OPS * (2 + places) + 8;
         Self {
-            io,
             qid: config.queue.qid.0,
             place,
             incarnation: config.incarnation,
@@ -111,46 +115,26 @@ impl<Io> RingPort<Io> {
         }
     }
 
-    /// The same port on another kernel side.
-    pub fn with_io<Other>(self, change: impl FnOnce(Io) -> Other) -> RingPort<Other> {
-        RingPort {
-            io: change(self.io),
-            qid: self.qid,
-            place: self.place,
-            incarnation: self.incarnation,
-            lend: self.lend,
-            slots: self.slots,
-            block: self.block,
-            routes: self.routes,
-            polled: self.polled,
-            faults: self.faults,
-            misregisters: self.misregisters,
-            is_plain: self.is_plain,
-            backlog: self.backlog,
-            failure: self.failure,
-        }
-    }
-
     /// How many entries wait for room.
     pub fn backlog(&self) -> usize {
         self.backlog.len()
     }
 }
 
-impl<Io: LaneIo> RingPort<Io> {
+impl<Io: LaneIo> RingPort<'_, Io> {
     /// Pushes what the ring had no room for, as far as it has now.
     pub fn drain_backlog(&mut self) {
-        while let Some((role, _)) = self.backlog.front() {
+        while let Some((role, _)) = self.state.backlog.front() {
             let role = *role;
             // A chain goes whole or not at all.
-            let group = first_group(&self.backlog);
+            let group = first_group(&self.state.backlog);
             let sqes: smallvec::SmallVec<[Sqe; 4]> =
-                self.backlog.iter().take(group).map(|(_, sqe)| sqe.clone()).collect();
+                self.state.backlog.iter().take(group).map(|(_, sqe)| sqe.clone()).collect();
             match self.io.push(role, &sqes) {
-                Ok(()) => drop(self.backlog.drain(..group)),
+                Ok(()) => drop(self.state.backlog.drain(..group)),
                 Err(Errno::EBUSY) => return,
                 Err(errno) => {
-                    self.failure.get_or_insert(errno);
+                    self.state.failure.get_or_insert(errno);
                     return;
                 }
             }
@@ -160,8 +144,11 @@ impl<Io: LaneIo> RingPort<Io> {
     /// Pushes entries of the lane's own.
     #[inline(always)]
     pub fn push(&mut self, role: RingRole, sqes: &[Sqe]) {
-        let pushed =
-            if self.backlog.is_empty() { self.io.push(role, sqes) } else { Err(Errno::EBUSY) };
+        let pushed = if self.state.backlog.is_empty() {
+            self.io.push(role, sqes)
+        } else {
+            Err(Errno::EBUSY)
+        };
         if let Err(errno) = pushed {
             self.not_pushed(role, sqes, errno);
         }
@@ -170,22 +157,22 @@ impl<Io: LaneIo> RingPort<Io> {
     #[cold]
     fn not_pushed(&mut self, role: RingRole, sqes: &[Sqe], errno: Errno) {
         if errno == Errno::EBUSY {
-            self.backlog.extend(sqes.iter().map(|sqe| (role, sqe.clone())));
+            self.state.backlog.extend(sqes.iter().map(|sqe| (role, sqe.clone())));
         } else {
-            self.failure.get_or_insert(errno);
+            self.state.failure.get_or_insert(errno);
         }
     }
 
     #[inline]
     fn named(&self, sqe: Sqe, event: Event) -> Sqe {
-        sqe.user_data(event.encode(self.incarnation))
+        sqe.user_data(event.encode(self.state.incarnation))
     }
 
     #[inline(always)]
     fn delivery(&self, tag: Tag, slot: SlotIndex) -> Delivery {
-        match self.lend {
-            LendMode::Fused if !self.misregisters => {
-                Delivery::AutoRegister { slot: self.place.slot(slot) }
+        match self.state.lend {
+            LendMode::Fused if !self.state.misregisters => {
+                Delivery::AutoRegister { slot: self.state.place.slot(slot) }
             }
             LendMode::Fused => Delivery::AutoRegister { slot: NO_SLOT },
             LendMode::Slot | LendMode::UserCopy => Delivery::ByServer,
@@ -195,35 +182,41 @@ impl<Io: LaneIo> RingPort<Io> {
 
     #[inline]
     fn buffer(&self, slot: SlotIndex, offset: u32) -> FixedBuffer {
-        let pooled = slot.0.checked_sub(self.slots.lent);
-        let slot = self.place.slot(slot);
-        match pooled {
-            Some(index) => FixedBuffer::Pool { slot, addr: self.io.pool_addr(index, offset) },
-            None => FixedBuffer::Lent { slot, offset },
+        let (place, slots) = (self.state.place, &self.state.slots);
+        match slot.0.checked_sub(slots.lent) {
+            Some(index) => FixedBuffer::Pool {
+                slot: place.pool_slot(slots, index),
+                addr: self.io.pool_addr(index, offset),
+            },
+            None => FixedBuffer::Lent { slot: place.slot(slot), offset },
         }
     }
 
     fn register_sqe(&self, key: TagKey, slot: SlotIndex) -> Sqe {
-        let beyond = self.faults.is_some_and(|faults| faults.register);
-        let slot = if beyond { NO_SLOT } else { self.place.slot(slot) };
-        let sqe = Sqe::register_buffer(self.place.cdev(), self.qid, key.tag.0, slot);
+        let beyond = self.state.faults.is_some_and(|faults| faults.register);
+        let slot = if beyond { NO_SLOT } else { self.state.place.slot(slot) };
+        let sqe = Sqe::register_buffer(self.state.place.cdev(), self.state.qid, key.tag.0, slot);
         self.named(sqe, Event::Registered(key))
     }
 
     fn unregister_sqe(&self, key: TagKey, slot: SlotIndex) -> Sqe {
-        let sqe =
-            Sqe::unregister_buffer(self.place.cdev(), self.qid, key.tag.0, self.place.slot(slot));
+        let sqe = Sqe::unregister_buffer(
+            self.state.place.cdev(),
+            self.state.qid,
+            key.tag.0,
+            self.state.place.slot(slot),
+        );
         self.named(sqe, Event::Unregistered(key))
     }
 
     #[inline(never)]
     fn op_entry(&mut self, key: OpKey, op: &Op, slot: Option<SlotIndex>) -> OpEntry {
         let mut op = *op;
-        let route = self.routes[usize::from(op.backing.0)];
-        if let Some(faults) = &mut self.faults {
+        let route = self.state.routes[usize::from(op.backing.0)];
+        if let Some(faults) = &mut self.state.faults {
             // Commands are carried out as a whole or not at all.
             let may_be_short = op.has_data() && !route.is_namespace();
-            match faults.next(may_be_short.then_some(op.len), self.block) {
+            match faults.next(may_be_short.then_some(op.len), self.state.block) {
                 Fault::None => {}
                 Fault::Short(len) => op.len = len,
                 Fault::Again => {
@@ -243,7 +236,7 @@ impl<Io: LaneIo> RingPort<Io> {
                 OpEntry::Double(sqes).map(|sqe| self.named(sqe, Event::Command(key)))
             }
             Route::File(_) | Route::Namespace { .. } => OpEntry::Single([
-                self.named(file_sqe(&op, buffer, route, self.place), Event::Op(key))
+                self.named(file_sqe(&op, buffer, route, self.state.place), Event::Op(key))
             ]),
         }
     }
@@ -256,7 +249,7 @@ impl<Io: LaneIo> RingPort<Io> {
         namespace: Namespace,
         deallocates_zeroes: bool,
     ) -> [Sqe; 2] {
-        let file = self.place.backing_file(op.backing.0);
+        let file = self.state.place.backing_file(op.backing.0);
         let len = u32::try_from(op.len).unwrap_or(u32::MAX);
         match op.kind {
             OpKind::Read | OpKind::ReadScratch => namespace.read(file, buffer, len, op.offset),
@@ -283,7 +276,7 @@ impl<Io: LaneIo> RingPort<Io> {
     /// What the result of a command to a backing stands for. Of one that nobody waits for any more
     /// that does not matter.
     pub fn outcome(&self, backing: Option<BackingIndex>, res: i32) -> Outcome {
-        let route = backing.and_then(|backing| self.routes.get(usize::from(backing.0)));
+        let route = backing.and_then(|backing| self.state.routes.get(usize::from(backing.0)));
         match route {
             Some(Route::Namespace { namespace, .. }) => namespace.outcome(res),
             Some(Route::File(_)) | None => Outcome::Failed(Errno::EIO),
@@ -292,7 +285,7 @@ impl<Io: LaneIo> RingPort<Io> {
 
     /// The ring that an operation goes to.
     fn role(&self, op: &Op) -> RingRole {
-        if self.polled && !op.has_data() { RingRole::Side } else { RingRole::Io }
+        if self.state.polled && !op.has_data() { RingRole::Side } else { RingRole::Io }
     }
 }
 
@@ -334,16 +327,27 @@ fn file_sqe(op: &Op, buffer: FixedBuffer, route: Route, place: TableRange) -> Sq
     }
 }
 
-impl<Io: LaneIo> Port for RingPort<Io> {
+impl<Io: LaneIo> Port for RingPort<'_, Io> {
     fn fetch(&mut self, key: TagKey, slot: SlotIndex) {
-        let sqe = Sqe::fetch(self.place.cdev(), self.qid, key.tag.0, self.delivery(key.tag, slot));
+        let sqe = Sqe::fetch(
+            self.state.place.cdev(),
+            self.state.qid,
+            key.tag.0,
+            self.delivery(key.tag, slot),
+        );
         self.push(RingRole::Fetch, &[self.named(sqe, Event::Fetched(key))]);
     }
 
     #[inline]
     fn commit(&mut self, key: TagKey, answer: Answer, slot: SlotIndex) {
         let (delivery, result) = (self.delivery(key.tag, slot), answer.result());
-        let sqe = Sqe::commit_and_fetch(self.place.cdev(), self.qid, key.tag.0, result, delivery);
+        let sqe = Sqe::commit_and_fetch(
+            self.state.place.cdev(),
+            self.state.qid,
+            key.tag.0,
+            result,
+            delivery,
+        );
         self.push(RingRole::Fetch, &[self.named(sqe, Event::Fetched(key))]);
     }
 
@@ -357,8 +361,8 @@ impl<Io: LaneIo> Port for RingPort<Io> {
 
     #[inline(always)]
     fn submit(&mut self, key: OpKey, op: &Op, slot: Option<SlotIndex>) {
-        if let (Some(slot), true, Ok(len)) = (slot, self.is_plain, u32::try_from(op.len)) {
-            let file = self.place.backing_file(op.backing.0);
+        if let (Some(slot), true, Ok(len)) = (slot, self.state.is_plain, u32::try_from(op.len)) {
+            let file = self.state.place.backing_file(op.backing.0);
             let buffer = self.buffer(slot, op.buf_offset);
             let sqe = match op.kind {
                 OpKind::Read => Sqe::read_fixed(file, buffer, len, op.offset),
@@ -388,7 +392,7 @@ impl<Io: LaneIo> Port for RingPort<Io> {
     }
 
     fn copy(&mut self, tag: Tag, slot: SlotIndex, direction: Direction, from: u32, to: u32) -> i32 {
-        self.io.copy(tag, slot.0 - self.slots.lent, direction, from, to)
+        self.io.copy(tag, slot.0 - self.state.slots.lent, direction, from, to)
     }
 
     fn explain(&mut self, op: &Op, errno: Errno) -> Errno {
@@ -402,15 +406,23 @@ impl<Io: LaneIo> Port for RingPort<Io> {
     fn cancel(&mut self, key: OpKey, op: &Op) {
         let role = self.role(op);
         // A polling ring refuses to cancel, and a drive that polls has no way to.
-        if self.polled && role == RingRole::Io {
+        if self.state.polled && role == RingRole::Io {
             return;
         }
-        let event = match self.routes[usize::from(op.backing.0)] {
+        let event = match self.state.routes[usize::from(op.backing.0)] {
             Route::Namespace { .. } if op.kind != OpKind::Delay => Event::Command(key),
             Route::File(_) | Route::Namespace { .. } => Event::Op(key),
         };
-        let sqe = Sqe::cancel(event.encode(self.incarnation));
+        let sqe = Sqe::cancel(event.encode(self.state.incarnation));
         self.push(role, &[self.named(sqe, Event::Cancelled)]);
+    }
+
+    fn take_spare(&mut self) -> bool {
+        self.io.take_spare()
+    }
+
+    fn give_spare(&mut self) {
+        self.io.give_spare();
     }
 
     fn now(&mut self) -> u64 {

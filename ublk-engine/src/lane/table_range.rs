@@ -4,6 +4,8 @@ use bufreg::SlotIndex;
 use uring_ext::ring::MAX_BUFFER_SLOTS;
 use uring_ext::sqe::FixedFile;
 
+use crate::engine::SlotTable;
+
 /// The fixed file of a backing, where the ring serves one queue: the character device is the first
 /// one, the backings follow.
 #[must_use]
@@ -22,6 +24,9 @@ pub struct TableRange {
     pub first_file: u32,
     /// The slot of the ring that is slot 0 of the queue.
     pub first_slot: u16,
+    /// The slot of the ring with the spare buffer that its queues share. It stands for the pool of a
+    /// queue, which then has no slots of its own for it.
+    pub spare: Option<u16>,
 }
 
 impl TableRange {
@@ -43,5 +48,14 @@ impl TableRange {
     #[inline]
     pub(super) const fn slot(self, slot: SlotIndex) -> u16 {
         self.first_slot + slot.0
+    }
+
+    /// The slot of the ring that has this buffer of the server.
+    pub(super) const fn pool_slot(self, slots: &SlotTable, index: u16) -> u16 {
+        match self.spare {
+            Some(spare) if index < slots.pool => spare,
+            Some(_) => self.first_slot + slots.lent + index - slots.pool,
+            None => self.first_slot + slots.lent + index,
+        }
     }
 }

@@ -4,16 +4,12 @@ use std::cell::RefCell;
 use std::fs::File;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use bufreg::Incarnation;
-use nix::sys::eventfd::EventFd;
-use ublk_engine::engine::{EngineConfig, QueueIdentity, SlotTable};
+use ublk_engine::engine::{EngineConfig, QueueIdentity};
 use ublk_engine::lane::LaneError;
 use ublk_engine::lane::fault::Injected;
-use ublk_engine::lend::LendMode;
 use ublk_engine::units::Qid;
 use uring_ext::control::Control;
 use uring_ext::ring::Polling;
@@ -22,11 +18,9 @@ use uring_ext::{Errno, sys};
 use crate::config::busy_wait::BusyWait;
 use crate::control::error::DeviceError;
 use crate::control::plan::Plan;
-use crate::io_thread::lane;
+use crate::io_thread::lanes::{self, SharedLanes, StationHandle};
 use crate::io_thread::message::{LaneHandle, LaneMessage};
 use crate::io_thread::setup::{LaneConfig, LaneReport};
-use crate::io_thread::shared::{SharedLanes, StationHandle};
-use crate::io_thread::thread::spawn_lane;
 use crate::os::steps::step;
 use crate::os::wakeups::Wakeups;
 
@@ -51,13 +45,7 @@ pub(super) struct DeviceLanes {
 
 struct Queue {
     handle: LaneHandle,
-    served_by: ServedBy,
-}
-
-/// Who serves a queue.
-enum ServedBy {
-    Thread(JoinHandle<Result<LaneReport, LaneError>>),
-    Station(Box<StationHandle>),
+    station: Box<StationHandle>,
 }
 
 impl DeviceLanes {
@@ -71,60 +59,24 @@ impl DeviceLanes {
             || setup.plan.layout.backings.iter().any(|backing| backing.route().is_namespace());
         let shared_lanes = setup.shared.filter(|_| !is_alone).cloned();
         self.shared_lanes.clone_from(&shared_lanes);
-        let mut waiting = Vec::new();
         for qid in (0..setup.info.nr_hw_queues).map(Qid) {
-            match &shared_lanes {
-                None => waiting.push((qid, self.start_thread(setup, qid)?)),
-                Some(shared) => {
-                    let started = start_station(setup, qid, &mut shared.borrow_mut());
-                    let (handle, station) =
-                        started.map_err(|error| DeviceError::of_lane(qid, error))?;
-                    let served_by = ServedBy::Station(Box::new(station));
-                    self.queues.push(Queue { handle, served_by });
+            let started = match &shared_lanes {
+                None => {
+                    let id = setup.info.dev_id;
+                    let cpus = setup.control.queue_affinity(id, qid.0).unwrap_or_default();
+                    lanes::start_own(setup.lane(qid, cpus))
                 }
-            }
-        }
-        for (qid, is_ready) in waiting {
-            // A closed channel is a lane that panicked.
-            let died = Err(LaneError::Ring(Errno::EIO));
-            is_ready.recv().unwrap_or(died).map_err(|error| DeviceError::of_lane(qid, error))?;
-            step("lane-up");
+                Some(shared) => shared.borrow_mut().start(&setup.lane(qid, Vec::new())),
+            };
+            let (handle, station) = started.map_err(|error| DeviceError::of_lane(qid, error))?;
+            self.queues.push(Queue { handle, station: Box::new(station) });
         }
         for queue in &self.queues {
-            let qid = queue.handle.qid;
-            if let ServedBy::Station(station) = &queue.served_by {
-                station.await_ready().map_err(|error| DeviceError::of_lane(qid, error))?;
-                step("lane-up");
-            }
+            let is_ready = queue.station.await_ready();
+            is_ready.map_err(|error| DeviceError::of_lane(queue.handle.qid, error))?;
+            step("lane-up");
         }
         Ok(())
-    }
-
-    fn start_thread(
-        &mut self,
-        setup: &LaneSetup<'_>,
-        qid: Qid,
-    ) -> Result<Receiver<Result<(), LaneError>>, DeviceError> {
-        let (handle, inbox, wake) = LaneHandle::new(qid, setup.info.queue_depth)
-            .map_err(|errno| DeviceError::setup("cannot make a lane", errno))?;
-        let id = setup.info.dev_id;
-        let cpus = setup.control.queue_affinity(id, qid.0).unwrap_or_default();
-        let config = setup.lane(qid, wake, cpus);
-        let (ready, is_ready) = mpsc::sync_channel(1);
-        let wakeups = Arc::clone(setup.wakeups);
-        let thread = spawn_lane(format!("ublkb{id}-q{}", qid.0), move || {
-            let served = lane::serve(&config, inbox, &ready);
-            // The files go before the end is announced.
-            drop(config);
-            wakeups.lane_ended();
-            served
-        });
-        let thread = thread.map_err(|error| {
-            let (doing, errno) = ("starting its thread", Errno::of(&error));
-            DeviceError::of_lane(qid, LaneError::Setup { doing, errno })
-        })?;
-        self.queues.push(Queue { handle, served_by: ServedBy::Thread(thread) });
-        Ok(is_ready)
     }
 
     /// How others talk to the lanes.
@@ -145,38 +97,33 @@ impl DeviceLanes {
 
     /// Whether one of them has ended.
     pub fn has_ended(&mut self) -> bool {
-        self.queues.iter_mut().any(|queue| queue.served_by.has_ended())
+        self.queues.iter_mut().any(|queue| queue.station.has_ended())
     }
 
     /// Whether all of them have ended.
     pub fn have_all_ended(&mut self) -> bool {
-        self.queues.iter_mut().all(|queue| queue.served_by.has_ended())
+        self.queues.iter_mut().all(|queue| queue.station.has_ended())
     }
 
     /// Whether the driver has taken back some fetches of a lane that shares its ring, and no request of
     /// it is in hand: the others have to be taken back, too, before the device can have another server.
     pub fn are_withdrawn(&mut self) -> bool {
-        self.queues.iter_mut().any(|queue| match &mut queue.served_by {
-            ServedBy::Thread(_) => false,
-            ServedBy::Station(station) => station.is_withdrawn() && !station.has_ended(),
-        })
+        let mut stations = self.queues.iter_mut().map(|queue| &mut queue.station);
+        stations.any(|station| station.is_withdrawn() && !station.has_ended())
     }
 
     /// Why a lane cannot go on that shares its ring, and so has to be ended: once.
     pub fn take_failure(&self) -> Option<DeviceError> {
-        let mut failures = self.queues.iter().filter_map(|queue| match &queue.served_by {
-            ServedBy::Thread(_) => None,
-            ServedBy::Station(station) => {
-                let error = station.take_failure()?;
-                Some(DeviceError::Lane { qid: queue.handle.qid, error })
-            }
+        let mut failures = self.queues.iter().filter_map(|queue| {
+            let error = queue.station.take_failure()?;
+            Some(DeviceError::Lane { qid: queue.handle.qid, error })
         });
         failures.next()
     }
 
     /// The error of the first lane that has ended with one.
     pub fn failure(&mut self) -> DeviceError {
-        let ended = self.queues.iter_mut().position(|queue| queue.served_by.has_ended());
+        let ended = self.queues.iter_mut().position(|queue| queue.station.has_ended());
         let Some(queue) = ended.map(|index| self.queues.swap_remove(index)) else {
             return DeviceError::setup("a lane ended early", Errno::EIO);
         };
@@ -199,40 +146,15 @@ impl DeviceLanes {
     }
 
     fn join_one(&self, queue: Queue) -> Result<LaneReport, LaneError> {
-        match (queue.served_by, &self.shared_lanes) {
-            (ServedBy::Thread(thread), _) => {
-                thread.join().unwrap_or(Err(LaneError::Ring(Errno::EIO)))
-            }
-            (ServedBy::Station(station), Some(shared)) => shared.borrow_mut().join(*station),
-            (ServedBy::Station(_), None) => Err(LaneError::Ring(Errno::EIO)),
+        match &self.shared_lanes {
+            Some(shared) => shared.borrow_mut().join(*queue.station),
+            None => queue.station.join(),
         }
     }
 }
 
-fn start_station(
-    setup: &LaneSetup<'_>,
-    qid: Qid,
-    shared: &mut SharedLanes,
-) -> Result<(LaneHandle, StationHandle), LaneError> {
-    let (plan, depth) = (setup.plan, setup.info.queue_depth);
-    let slots = frugal(&plan.slots, plan.choice.mode);
-    let (holding, wake) = shared.hold(plan.layout.backings.len(), &slots, depth)?;
-    let mut config = setup.lane(qid, wake, Vec::new());
-    config.engine.slots = slots;
-    shared.start(holding, &config)
-}
-
-/// With one spare buffer in the modes that lend: those are most of the memory of a device, and hardly
-/// ever used.
-fn frugal(slots: &SlotTable, mode: LendMode) -> SlotTable {
-    match mode {
-        LendMode::Fused | LendMode::Slot => SlotTable { pool: slots.pool.min(1), ..*slots },
-        LendMode::UserCopy | LendMode::Copy => *slots,
-    }
-}
-
 impl LaneSetup<'_> {
-    fn lane(&self, qid: Qid, wake: Arc<EventFd>, cpus: Vec<usize>) -> LaneConfig {
+    fn lane(&self, qid: Qid, cpus: Vec<usize>) -> LaneConfig {
         let (info, plan) = (self.info, self.plan);
         LaneConfig {
             engine: EngineConfig {
@@ -252,17 +174,7 @@ impl LaneSetup<'_> {
             cdev: Arc::clone(self.cdev),
             backings: Arc::clone(&plan.layout.backings),
             cpus,
-            wake,
             wakeups: Arc::clone(self.wakeups),
-        }
-    }
-}
-
-impl ServedBy {
-    fn has_ended(&mut self) -> bool {
-        match self {
-            Self::Thread(thread) => thread.is_finished(),
-            Self::Station(station) => station.has_ended(),
         }
     }
 }

@@ -31,9 +31,9 @@ const COPY_MAX_IO: u32 = 512 << 10;
 /// Requests may be as long where buffers are lent, though an operation may not: a request that is
 /// cut is delivered once.
 const LENT_MAX_IO: u32 = 1 << 20;
-/// Buffers of a lane for requests whose own cannot be registered. That is rare, and they wait
-/// for each other.
-const SPARE_BUFFERS: u16 = 2;
+/// Buffers of a lane for requests whose own cannot be registered. That is rare, and the queues of a
+/// lane wait for each other.
+const SPARE_BUFFERS: u16 = 1;
 
 /// Target, backings and limits of a device.
 pub(super) struct Layout {

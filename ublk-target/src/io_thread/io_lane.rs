@@ -2,24 +2,25 @@
 //! buffers for them (`UBLK_F_BUF_REG_OFF_DAEMON`, Linux 6.17). It decides nothing: entries come
 //! from the lane, completions go back to it.
 
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::thread::JoinHandle;
 
-use bufreg::Incarnation;
 use nix::sys::eventfd::EventFd;
 use rtrb::{Consumer, Producer, RingBuffer};
 use smallvec::SmallVec;
+use ublk_engine::lane::LaneError;
 use ublk_engine::lane::event::Event;
-use ublk_engine::lane::{LaneError, backing_file};
 use uring_ext::Errno;
 use uring_ext::pool::BufferPool;
-use uring_ext::ring::{Cqe, Queues, Ring, RingSetup};
+use uring_ext::ring::{Cqe, Queues, Ring};
 use uring_ext::sqe::{FixedFile, Sqe};
 
-use crate::io_thread::setup::{LaneConfig, failed, make_ring, register_buffers};
-use crate::io_thread::thread::{REAP_BATCH, prepare_thread, spawn_lane};
+use crate::io_thread::event_loop::REAP_BATCH;
+use crate::io_thread::setup::{EVENT, LaneConfig, RingNeeds, failed};
+use crate::io_thread::spawn::{prepare_thread, spawn_lane};
+use crate::io_thread::station::{Berth, OWN};
 use crate::os::wakeups::event_descriptor;
 
 /// The lane's side of its I/O lane.
@@ -28,7 +29,6 @@ pub(crate) struct IoLane {
     completions: Consumer<Cqe>,
     /// The I/O lane's ring.
     ring: RawFd,
-    incarnation: Incarnation,
     /// Entries were handed over that it has not been told of.
     untold: bool,
     end: Arc<EventFd>,
@@ -45,30 +45,29 @@ struct Worker<'ring> {
     /// The lane's ring, and what wakes the lane when rings do not work.
     lane: RawFd,
     wake: Arc<EventFd>,
-    incarnation: Incarnation,
     failed: bool,
 }
 
 impl IoLane {
-    /// Starts the thread. `pool` are the lane's buffers, `room` bounds the entries and completions
-    /// on their way, and `lane` is the descriptor of the ring that is told of completions.
+    /// Starts the thread, whose ring has the station's files and buffers. `lane` is the descriptor
+    /// of the ring that is told of completions, and `wake` is written to if that cannot be done.
     pub fn start(
         config: &LaneConfig,
-        pool: Option<BufferPool>,
-        room: usize,
+        tables: IoTables,
         lane: RawFd,
+        wake: &Arc<EventFd>,
     ) -> Result<Self, LaneError> {
+        // For the entries and completions on their way.
+        let room = config.entries_in_flight();
         let (to_worker, entries) = RingBuffer::new(room);
         let (completions, from_worker) = RingBuffer::new(room);
         let end = Arc::new(event_descriptor().map_err(failed("making an event descriptor"))?);
         let (ready, is_ready) = sync_channel(1);
-        let (config, end_of_worker) = (config.clone(), Arc::clone(&end));
-        let incarnation = config.engine.incarnation;
+        let (config, end_of_worker, wake) = (config.clone(), Arc::clone(&end), Arc::clone(wake));
         let name = format!("ublkb{}-io{}", config.engine.queue.device, config.engine.queue.qid.0);
         let thread = spawn_lane(name, move || {
             prepare_thread(&config);
-            let set_up = set_up(&config, &end_of_worker, pool);
-            let mut ring = match set_up {
+            let mut ring = match set_up(&config, &end_of_worker, &tables) {
                 Ok(ring) => ring,
                 Err(error) => {
                     let _ = ready.send(Err(error));
@@ -76,18 +75,8 @@ impl IoLane {
                 }
             };
             let _ = ready.send(Ok(ring.as_raw_fd()));
-            let queues = ring.queues();
-            let worker = Worker {
-                queues,
-                entries,
-                completions,
-                chain: SmallVec::new(),
-                lane,
-                wake: Arc::clone(&config.wake),
-                incarnation,
-                failed: false,
-            };
-            worker.run(end_file(&config));
+            let (queues, chain) = (ring.queues(), SmallVec::new());
+            Worker { queues, entries, completions, chain, lane, wake, failed: false }.run();
         });
         let thread = thread.map_err(|error| failed("starting the I/O lane")(Errno::of(&error)))?;
         let died = Err(failed("starting the I/O lane")(Errno::EIO));
@@ -96,7 +85,6 @@ impl IoLane {
             entries: to_worker,
             completions: from_worker,
             ring,
-            incarnation,
             untold: false,
             end,
             thread: Some(thread),
@@ -117,8 +105,7 @@ impl IoLane {
 
     /// The message that tells of entries handed over since the last one.
     pub fn message(&mut self) -> Option<Sqe> {
-        let told = Event::Told.encode(self.incarnation);
-        let unsent = Event::Unsent.encode(self.incarnation);
+        let [told, unsent] = [Event::Told, Event::Unsent].map(|event| event.encode(OWN));
         std::mem::take(&mut self.untold).then(|| Sqe::message(self.ring, told).user_data(unsent))
     }
 
@@ -138,26 +125,40 @@ impl Drop for IoLane {
     }
 }
 
-/// The fixed file, behind the backings, that can be read when the I/O lane is to end.
-fn end_file(config: &LaneConfig) -> FixedFile {
-    backing_file(u16::try_from(config.backings.len()).unwrap_or(u16::MAX))
+/// What the ring of an I/O lane has in its tables.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct IoTables {
+    /// Where the station is.
+    pub berth: Berth,
+    /// The station's own buffers.
+    pub pool: Option<BufferPool>,
 }
 
-fn set_up(config: &LaneConfig, end: &EventFd, pool: Option<BufferPool>) -> Result<Ring, LaneError> {
-    let ring = make_ring(config, &[end.as_fd().as_raw_fd()], RingSetup::default())?;
-    register_buffers(config, &ring, pool)?;
+fn set_up(config: &LaneConfig, end: &EventFd, tables: &IoTables) -> Result<Ring, LaneError> {
+    let needs = RingNeeds::of_queue(config);
+    let mut ring = needs.make(end)?;
+    needs.make_slots(&ring)?;
+    let Berth { first_file, first_slot, spare, .. } = tables.berth;
+    let mut queues = ring.queues();
+    let set = queues.set_files(FixedFile(first_file), &config.files());
+    set.map_err(failed("registering files"))?;
+    let own = tables.pool.map(|pool| (first_slot + config.engine.slots.lent, pool));
+    for (first, pool) in own.into_iter().chain(spare.map(|spare| (spare.slot, spare.pool))) {
+        queues.set_buffers(first, &pool).map_err(failed("registering buffers"))?;
+    }
+    drop(queues);
     Ok(ring)
 }
 
 impl Worker<'_> {
-    fn run(mut self, end: FixedFile) {
+    fn run(mut self) {
         // Nothing that it does carries this number: the lane encodes its events otherwise.
         const END: u64 = u64::MAX;
-        let watch = Sqe::poll_readable(end).user_data(END);
+        let watch = Sqe::poll_readable(EVENT).user_data(END);
         if self.queues.push(&[watch]).is_err() {
             return;
         }
-        let told = Event::Told.encode(self.incarnation);
+        let told = Event::Told.encode(OWN);
         let mut batch = [Cqe::default(); REAP_BATCH];
         loop {
             if self.queues.submit_and_wait().is_err() {
@@ -215,8 +216,7 @@ impl Worker<'_> {
 
     /// Tells the lane that there are completions.
     fn tell(&mut self) {
-        let told = Event::Told.encode(self.incarnation);
-        let unsent = Event::Unsent.encode(self.incarnation);
+        let [told, unsent] = [Event::Told, Event::Unsent].map(|event| event.encode(OWN));
         let message = Sqe::message(self.lane, told).user_data(unsent);
         if let Err(errno) = self.queues.push(&[message]) {
             self.fail(errno);
@@ -225,7 +225,7 @@ impl Worker<'_> {
 
     /// The ring is unusable; the lane learns of it as of a failed message of its own.
     fn fail(&mut self, errno: Errno) {
-        let user_data = Event::Unsent.encode(self.incarnation);
+        let user_data = Event::Unsent.encode(OWN);
         let _ = self.completions.push(Cqe { user_data, res: errno.negated() });
         let _ = self.wake.write(1);
         self.failed = true;

@@ -7,12 +7,12 @@ use bufreg::{Borrower, Leak, Lent, MAX_BORROWS, SlotIndex};
 use nix::sys::eventfd::EventFd;
 use ublk_engine::engine::{Engine, EngineStats, Holdings, Recorder};
 use ublk_engine::lane::fault::Injected;
+use ublk_engine::lane::{Lane, LaneIo};
 use ublk_engine::plan::{Op, Planner, WINDOW_OPS};
 use ublk_engine::target::AnyTarget;
 use ublk_engine::units::{Qid, Tag};
-use uring_ext::Errno;
 
-use crate::os::wakeups::event_descriptor;
+use crate::os::clock::precise_now;
 
 /// What a lane is asked for. Memory for the answer comes with the question, so that the lane
 /// allocates none.
@@ -140,8 +140,33 @@ impl LaneSnapshot {
     }
 }
 
-/// An event descriptor that never blocks.
-///
+/// Does what a message asks for. Returns whether the lane is to come to an end.
+pub(crate) fn attend(
+    lane: &mut Lane<AnyTarget>,
+    io: &mut impl LaneIo,
+    message: LaneMessage,
+) -> bool {
+    match message {
+        LaneMessage::Snapshot { mut snapshot, reply } => {
+            snapshot.take(lane.engine(), lane.injected(), precise_now());
+            // Whoever asked may have gone.
+            let _ = reply.try_send(snapshot);
+        }
+        LaneMessage::Measure { recorder, reply } => {
+            // The old one is freed by whoever sent the new one.
+            let _ = reply.try_send(lane.engine_mut().measure(recorder));
+        }
+        LaneMessage::CancelAll => lane.cancel_all(io),
+        LaneMessage::Grow { target, size, reply } => {
+            let change = |own: &mut AnyTarget| own.replace_innermost(&target);
+            lane.engine_mut().grow(size, change);
+            let _ = reply.try_send(());
+        }
+        LaneMessage::Drain => return true,
+    }
+    false
+}
+
 /// How others talk to a lane.
 #[derive(Clone, Debug)]
 pub struct LaneHandle {
@@ -154,18 +179,8 @@ pub struct LaneHandle {
 }
 
 impl LaneHandle {
-    /// A handle, and the lane's end of it.
-    ///
-    /// # Errors
-    /// `EMFILE` at the limit of open files.
-    pub fn new(qid: Qid, depth: u16) -> Result<(Self, Receiver<LaneMessage>, Arc<EventFd>), Errno> {
-        let wake = Arc::new(event_descriptor()?);
-        let (handle, inbox) = Self::on(qid, depth, &wake);
-        Ok((handle, inbox, wake))
-    }
-
     /// A handle of a queue whose lane is woken by `wake`, and the lane's end of it.
-    pub(crate) fn on(qid: Qid, depth: u16, wake: &Arc<EventFd>) -> (Self, Receiver<LaneMessage>) {
+    pub(crate) fn new(qid: Qid, depth: u16, wake: &Arc<EventFd>) -> (Self, Receiver<LaneMessage>) {
         let (messages, inbox) = channel();
         (Self { qid, depth, messages, wake: Arc::clone(wake) }, inbox)
     }

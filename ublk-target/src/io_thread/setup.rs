@@ -1,7 +1,7 @@
 //! What a lane is made for, and its ring.
 
 use std::fs::File;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
 use nix::sys::eventfd::EventFd;
@@ -11,8 +11,8 @@ use ublk_engine::lane::{Lane, LaneError};
 use ublk_engine::plan::WINDOW_OPS;
 use ublk_engine::target::AnyTarget;
 use uring_ext::Errno;
-use uring_ext::pool::BufferPool;
 use uring_ext::ring::{Polling, Ring, RingSetup};
+use uring_ext::sqe::FixedFile;
 
 use crate::backing::Backing;
 use crate::config::busy_wait::BusyWait;
@@ -41,8 +41,6 @@ pub struct LaneConfig {
     pub backings: Arc<[Backing]>,
     /// CPUs that the lane may run on; empty for any.
     pub cpus: Vec<usize>,
-    /// Written to after a message was sent.
-    pub wake: Arc<EventFd>,
     /// Told when the driver takes fetches back.
     pub wakeups: Arc<Wakeups>,
 }
@@ -62,7 +60,7 @@ pub struct LaneReport {
 
 impl LaneReport {
     /// What a lane has done until now.
-    pub(crate) fn of<Io>(lane: &Lane<AnyTarget, Io>) -> Self {
+    pub(crate) fn of(lane: &Lane<AnyTarget>) -> Self {
         let engine = lane.engine();
         Self {
             stats: *engine.stats(),
@@ -73,57 +71,102 @@ impl LaneReport {
     }
 }
 
-/// How the lane may wait. One whose ring polls has its own way.
 /// Part of the set-up of a lane failed.
 pub(crate) fn failed(doing: &'static str) -> impl Fn(Errno) -> LaneError {
     move |errno| LaneError::Setup { doing, errno }
 }
 
-pub(crate) fn has_namespace(config: &LaneConfig) -> bool {
-    config.backings.iter().any(|backing| backing.route().is_namespace())
-}
-
-/// A commit, and a full window with its cancelling, of every tag.
-pub(crate) fn entries_in_flight(config: &LaneConfig) -> usize {
-    usize::from(config.engine.queue.depth) * (2 * WINDOW_OPS + 2)
-}
-
-/// A ring with the device, the backings and some more files as its fixed files. Its queues never
-/// overflow.
-pub(crate) fn make_ring(
-    config: &LaneConfig,
-    last_files: &[RawFd],
-    setup: RingSetup,
-) -> Result<Ring, LaneError> {
-    let depth = u32::from(config.engine.queue.depth);
-    let completions = u32::try_from(entries_in_flight(config)).unwrap_or(u32::MAX);
-    // A chain has three entries.
-    let setup = RingSetup {
-        sq_entries: 3 * depth,
-        cq_entries: completions + 8,
-        mixed_sizes: has_namespace(config),
-        ..setup
-    };
-    let mut ring = Ring::new(&setup).map_err(failed("making the ring"))?;
-    let backings = config.backings.iter().map(AsRawFd::as_raw_fd);
-    let files: Vec<_> = std::iter::once(config.cdev.as_raw_fd())
-        .chain(backings)
-        .chain(last_files.iter().copied())
-        .collect();
-    ring.register_files(&files).map_err(failed("registering files"))?;
-    Ok(ring)
-}
-
-/// Registers the buffer table: empty slots, and behind them the buffers of the server.
-pub(crate) fn register_buffers(
-    config: &LaneConfig,
-    ring: &Ring,
-    pool: Option<BufferPool>,
-) -> Result<(), LaneError> {
-    let lent = config.engine.slots.lent;
-    match pool {
-        None => ring.register_slots(lent.into()),
-        Some(pool) => ring.register_slots_and_pool(lent, &pool),
+impl LaneConfig {
+    pub(crate) fn has_namespace(&self) -> bool {
+        self.backings.iter().any(|backing| backing.route().is_namespace())
     }
-    .map_err(failed("registering the buffer table"))
+
+    /// A commit, and a full window with its cancelling, of every tag.
+    pub(crate) fn entries_in_flight(&self) -> usize {
+        usize::from(self.engine.queue.depth) * (2 * WINDOW_OPS + 2)
+    }
+
+    /// Whether the pool of the queue is the spare buffer of its lane.
+    pub(crate) fn shares_spare(&self) -> bool {
+        self.engine.lend.is_zero_copy() && self.engine.slots.pool > 0
+    }
+
+    /// How many buffers the queue has to itself.
+    pub(crate) fn own_buffers(&self) -> u16 {
+        let slots = &self.engine.slots;
+        if self.shares_spare() { slots.scratch } else { slots.buffers() }
+    }
+
+    /// How many slots the queue has to itself.
+    pub(crate) fn own_slots(&self) -> u16 {
+        self.engine.slots.lent.saturating_add(self.own_buffers())
+    }
+}
+
+/// The fixed file of a ring's own event descriptor.
+pub(crate) const EVENT: FixedFile = FixedFile(0);
+
+/// What a ring is made for. Its tables of files and buffers are empty at first.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RingNeeds {
+    /// Entries that are submitted at a time.
+    pub sq_entries: u32,
+    /// Completions that the queue holds.
+    pub cq_entries: u32,
+    /// Fixed files.
+    pub files: u16,
+    /// Slots of the buffer table.
+    pub slots: u16,
+    /// It takes NVMe commands.
+    pub mixed_sizes: bool,
+    /// How completions are found.
+    pub polling: Polling,
+    /// It shows when the kernel has work for its thread.
+    pub show_work: bool,
+}
+
+impl RingNeeds {
+    /// A ring of one queue. Its completion queue never overflows. The queue's files follow
+    /// [`EVENT`], and behind them is room for one more.
+    pub fn of_queue(config: &LaneConfig) -> Self {
+        let completions = u32::try_from(config.entries_in_flight()).unwrap_or(u32::MAX);
+        let spare = u16::from(config.shares_spare());
+        Self {
+            // A chain has three entries.
+            sq_entries: 3 * u32::from(config.engine.queue.depth),
+            cq_entries: completions + 8,
+            files: u16::try_from(config.backings.len() + 3).unwrap_or(u16::MAX),
+            slots: config.own_slots().saturating_add(spare),
+            mixed_sizes: config.has_namespace(),
+            polling: Polling::Off,
+            show_work: false,
+        }
+    }
+
+    /// Makes the ring, with the table of files. `event` is its [`EVENT`].
+    ///
+    /// # Errors
+    /// [`LaneError::Setup`].
+    pub fn make(&self, event: &EventFd) -> Result<Ring, LaneError> {
+        let setup = RingSetup {
+            sq_entries: self.sq_entries,
+            cq_entries: self.cq_entries,
+            mixed_sizes: self.mixed_sizes,
+            polling: self.polling,
+            show_work: self.show_work,
+        };
+        let mut ring = Ring::new(&setup).map_err(failed("making the ring"))?;
+        ring.register_places_of_files(self.files).map_err(failed("registering files"))?;
+        let set = ring.queues().set_files(EVENT, &[event.as_fd().as_raw_fd()]);
+        set.map_err(failed("registering files"))?;
+        Ok(ring)
+    }
+
+    /// Registers the buffer table of a ring that issues operations.
+    ///
+    /// # Errors
+    /// [`LaneError::Setup`].
+    pub fn make_slots(&self, ring: &Ring) -> Result<(), LaneError> {
+        ring.register_slots(self.slots.into()).map_err(failed("registering the buffer table"))
+    }
 }

@@ -1,16 +1,16 @@
 //! The second ring of a lane whose first one polls: for what a polling ring refuses (flushing,
 //! `fallocate`, waiting for descriptors), and to sleep on while there is nothing to poll.
 
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::time::Duration;
 
 use nix::sys::eventfd::EventFd;
-use ublk_engine::lane::{LaneError, backing_file};
+use ublk_engine::lane::LaneError;
 use uring_ext::Errno;
-use uring_ext::ring::{Cqe, Queues, Ring, RingSetup};
+use uring_ext::ring::{Cqe, Polling, Queues, Ring};
 use uring_ext::sqe::{FixedFile, Sqe};
 
-use crate::io_thread::setup::{LaneConfig, failed, make_ring};
+use crate::io_thread::setup::{RingNeeds, failed};
 use crate::os::wakeups::event_descriptor;
 
 /// What the completion of waiting for the bell carries. No event of a lane looks like that.
@@ -25,12 +25,14 @@ pub(crate) struct SideRing {
 }
 
 impl SideRing {
-    pub fn new(config: &LaneConfig) -> Result<Self, LaneError> {
+    /// A ring like the polling one; its last fixed file is the bell.
+    pub fn new(needs: &RingNeeds, wake: &EventFd) -> Result<Self, LaneError> {
         let bell = event_descriptor().map_err(failed("making an event descriptor"))?;
-        let last_files = [config.wake.as_fd().as_raw_fd(), bell.as_fd().as_raw_fd()];
-        let setup = RingSetup { show_work: true, ..RingSetup::default() };
-        let ring = make_ring(config, &last_files, setup)?;
-        let bell_file = backing_file(u16::try_from(config.backings.len() + 1).unwrap_or(u16::MAX));
+        let needs = RingNeeds { polling: Polling::Off, show_work: true, ..*needs };
+        let mut ring = needs.make(wake)?;
+        let bell_file = FixedFile(u32::from(needs.files) - 1);
+        let set = ring.queues().set_files(bell_file, &[bell.as_fd().as_raw_fd()]);
+        set.map_err(failed("registering files"))?;
         Ok(Self { ring, bell, bell_file })
     }
 
@@ -56,6 +58,11 @@ pub(crate) struct SideQueues<'ring> {
 impl SideQueues<'_> {
     pub fn push(&mut self, sqes: &[Sqe]) -> Result<(), Errno> {
         self.queues.push(sqes)
+    }
+
+    /// See [`Queues::set_files`].
+    pub fn set_files(&mut self, first: FixedFile, files: &[RawFd]) -> Result<(), Errno> {
+        self.queues.set_files(first, files)
     }
 
     /// Submits to both rings and looks once for completions on both.

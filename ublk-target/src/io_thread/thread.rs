@@ -1,51 +1,136 @@
-//! Threads that serve requests.
+//! The threads of lanes: their rings, and the loop on them.
 
-use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::thread::JoinHandle;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender};
 
-use crate::io_thread::setup::LaneConfig;
+use nix::sys::eventfd::EventFd;
+use ublk_engine::lane::LaneError;
+use uring_ext::ring::{Polling, Ring};
 
-/// Completions taken at a time, so that submissions are never held up for long.
-pub(crate) const REAP_BATCH: usize = 64;
+use crate::config::busy_wait::BusyWait;
+use crate::io_thread::event_loop::{EventLoop, Leaving};
+use crate::io_thread::idle_policy::may_look;
+use crate::io_thread::io_lane::{IoLane, IoTables};
+use crate::io_thread::rings::Rings;
+use crate::io_thread::setup::{EVENT, LaneConfig, RingNeeds};
+use crate::io_thread::side_ring::SideRing;
+use crate::io_thread::spare::SpareBuffer;
+use crate::io_thread::spawn::{prepare_lane_thread, prepare_thread};
+use crate::io_thread::station::{Arrival, Berth, StationChannels, own_pool, spare_pool};
 
-/// Starts a thread that serves requests. Should it panic, the process ends: what the thread had in hand
-/// nobody else can answer, and the driver only learns from the end of the process that there is no
-/// server any more. The device then fares as after any death of its server.
+/// Serves one queue on a thread and rings of its own, until the device is stopped or the lane is
+/// drained.
 ///
 /// # Errors
-/// `EAGAIN` at the limit of threads.
-pub(crate) fn spawn_lane<T: Send + 'static>(
-    name: String,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> io::Result<JoinHandle<T>> {
-    let guarded = move || {
-        // The panic has been reported by now.
-        catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
-            log::error!("a lane has panicked, which ends the server");
-            std::process::abort()
-        })
+/// [`LaneError`]. One of the set-up is also sent to `channels.ready`.
+pub(crate) fn serve_one(
+    config: LaneConfig,
+    wake: Arc<EventFd>,
+    channels: StationChannels,
+) -> Result<(), LaneError> {
+    prepare_thread(&config);
+    let ready = channels.ready.clone();
+    let OwnRings { mut ring, mut side, io_lane, arrival } = OwnRings::new(&config, &wake, channels)
+        .inspect_err(|error| {
+            // The receiver may have given up on another lane's error.
+            let _ = ready.send(Err(*error));
+        })?;
+    let busy_wait = busy_wait(&config);
+    // Its files are the station's now.
+    drop(config);
+    let (ended, left) = {
+        let mut queues = ring.queues();
+        let side = side.as_mut().map(|side| side.queues(&mut queues)).transpose();
+        let side = side.inspect_err(|error| {
+            let _ = ready.send(Err(*error));
+        })?;
+        let rings = Rings::new(queues, side, io_lane);
+        let mut lane = EventLoop::alone(rings, wake, busy_wait);
+        let begun = lane.watch().and_then(|()| lane.take_in(arrival));
+        let ended = begun.and_then(|()| lane.run());
+        (ended, lane.end_all(ended.err()))
     };
-    std::thread::Builder::new().name(name).spawn(guarded)
+    // The rings' files go before the end is announced.
+    drop((ring, side));
+    left.into_iter().for_each(Leaving::announce);
+    ended
 }
 
-/// Properties of any lane's thread. None of them is vital, so a failure is logged and no more.
-pub(crate) fn prepare_lane_thread() {
-    // Allocations that this thread causes in the kernel must not wait for writeback, which may
-    // need this thread (`prctl(2)`, Linux 5.6).
-    if let Err(errno) = uring_ext::task::set_io_flusher() {
-        log::warn!("a lane: PR_SET_IO_FLUSHER: {errno}");
-    }
-}
-
-/// Properties of the thread of a queue.
-pub(crate) fn prepare_thread(config: &LaneConfig) {
+/// Serves the stations that arrive, with so many fixed files and slots, until nobody can send any
+/// more and all have ended.
+///
+/// # Errors
+/// [`LaneError`]. One of the set-up is also sent to `ready`.
+pub(crate) fn serve_many(
+    arrivals: Receiver<Arrival>,
+    wake: Arc<EventFd>,
+    needs: &RingNeeds,
+    ready: &SyncSender<Result<(), LaneError>>,
+) -> Result<(), LaneError> {
     prepare_lane_thread();
-    let mut set = nix::sched::CpuSet::new();
-    let known = config.cpus.iter().filter(|cpu| set.set(**cpu).is_ok()).count();
-    if known > 0 {
-        if let Err(errno) = nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set) {
-            log::warn!("lane {}: cannot set its CPUs: {errno}", config.engine.queue.qid.0);
-        }
+    let needs = RingNeeds { show_work: may_look(BusyWait::Auto), ..*needs };
+    let made = needs.make(&wake).and_then(|ring| needs.make_slots(&ring).map(|()| ring));
+    let mut ring = made.inspect_err(|error| {
+        let _ = ready.send(Err(*error));
+    })?;
+    let (ended, left) = {
+        let rings = Rings::new(ring.queues(), None, None);
+        let mut lane = EventLoop::shared(rings, arrivals, wake);
+        let watched = lane.watch();
+        let _ = ready.send(watched);
+        let ended = watched.and_then(|()| lane.run());
+        (ended, lane.end_all(ended.err()))
+    };
+    drop(ring);
+    left.into_iter().for_each(Leaving::announce);
+    ended
+}
+
+/// The rings of a lane of one queue, and the queue's station.
+struct OwnRings {
+    ring: Ring,
+    side: Option<SideRing>,
+    io_lane: Option<IoLane>,
+    arrival: Arrival,
+}
+
+impl OwnRings {
+    fn new(
+        config: &LaneConfig,
+        wake: &Arc<EventFd>,
+        channels: StationChannels,
+    ) -> Result<Self, LaneError> {
+        let polling = config.polling;
+        let show_work = may_look(busy_wait(config));
+        let needs = RingNeeds { polling, show_work, ..RingNeeds::of_queue(config) };
+        let ring = needs.make(wake)?;
+        let side = (polling != Polling::Off).then(|| SideRing::new(&needs, wake)).transpose()?;
+        let pool = own_pool(config)?;
+        // The spare buffer is behind the slots of the queue.
+        let spare = if config.shares_spare() {
+            let pool = spare_pool(config.buffer_bytes)?;
+            Some(SpareBuffer { index: 0, slot: config.own_slots(), pool })
+        } else {
+            None
+        };
+        let berth = Berth { name: 1, first_file: EVENT.0 + 1, first_slot: 0, spare };
+        // The buffer table belongs to the ring that issues the operations.
+        let io_lane = if config.io_lane {
+            let tables = IoTables { berth, pool };
+            Some(IoLane::start(config, tables, ring.as_raw_fd(), wake)?)
+        } else {
+            needs.make_slots(&ring)?;
+            None
+        };
+        let qid = config.engine.queue.qid.0;
+        log::debug!("lane {qid}: ring {:?}, {polling:?}", ring.mode());
+        let arrival = Arrival::new(config, berth, pool, channels)?;
+        Ok(Self { ring, side, io_lane, arrival })
     }
+}
+
+/// How a lane of one queue may wait. If its ring polls, the ring decides that.
+fn busy_wait(config: &LaneConfig) -> BusyWait {
+    if config.polling == Polling::Off { config.busy_wait } else { BusyWait::Off }
 }

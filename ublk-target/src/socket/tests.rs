@@ -15,7 +15,7 @@ use ublk_engine::request::RequestKind;
 use ublk_engine::units::Qid;
 
 use crate::io_thread::message::{LaneHandle, LaneMessage, LaneSnapshot};
-use crate::os::wakeups::{Hangup, Wakeups};
+use crate::os::wakeups::{Hangup, Wakeups, event_descriptor};
 use crate::socket::client::{Client, ClientError};
 use crate::socket::control_request::Petitioner;
 use crate::socket::protocol::{Answer, Command, MAX_REQUEST_BYTES};
@@ -40,7 +40,8 @@ type Seen = Arc<Mutex<Vec<&'static str>>>;
 
 /// A thread that answers like a lane. Whenever it is asked for a snapshot, it serves a read.
 fn fake_lane(qid: u16, manner: Manner) -> (LaneHandle, Seen) {
-    let (handle, inbox, _wake) = LaneHandle::new(Qid(qid), 4096).unwrap();
+    let wake = Arc::new(event_descriptor().unwrap());
+    let (handle, inbox) = LaneHandle::new(Qid(qid), 4096, &wake);
     let seen = Seen::default();
     let noted = Arc::clone(&seen);
     std::thread::spawn(move || {

@@ -14,7 +14,6 @@ use std::time::{Duration, Instant};
 use io_uring::{CompletionQueue, IoUring, SubmissionQueue, Submitter, types};
 
 use crate::Errno;
-use crate::pool::BufferPool;
 use crate::sqe::Sqe;
 
 /// The greatest buffer table of a ring (`IORING_MAX_REG_BUFFERS`, `io_uring/rsrc.h`).
@@ -81,17 +80,6 @@ impl Ring {
         self.mode
     }
 
-    /// Registers the table of fixed files.
-    ///
-    /// # Errors
-    /// `EBADF` for a closed file, `EMFILE` beyond the limit of open files.
-    pub fn register_files(&mut self, files: &[RawFd]) -> Result<(), Errno> {
-        let registered = self.ring.ring.submitter().register_files(files);
-        registered.map_err(|error| Errno::of(&error))?;
-        self.ring.files = files.len();
-        Ok(())
-    }
-
     /// Registers a table of fixed files that are all missing yet; see [`Queues::set_files`].
     ///
     /// # Errors
@@ -109,22 +97,6 @@ impl Ring {
     /// `EINVAL` beyond [`MAX_BUFFER_SLOTS`], `ENOMEM`.
     pub fn register_slots(&self, slots: u32) -> Result<(), Errno> {
         self.ring.ring.submitter().register_buffers_sparse(slots).map_err(|error| Errno::of(&error))
-    }
-
-    /// Registers a buffer table of `slots` empty slots, to be filled by the driver, and behind them
-    /// the buffers of a pool.
-    ///
-    /// # Errors
-    /// `EINVAL` beyond [`MAX_BUFFER_SLOTS`], `ENOMEM` where the locked-memory limit does not
-    /// suffice.
-    pub fn register_slots_and_pool(&self, slots: u16, pool: &BufferPool) -> Result<(), Errno> {
-        // An entry without an address stays empty (`io_sqe_buffers_register`, Linux 5.13).
-        let empty = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
-        let mut iovecs = vec![empty; usize::from(slots)];
-        iovecs.extend(pool.iovecs());
-        // SAFETY: pool memory is never unmapped, so it outlives any ring.
-        let registered = unsafe { self.ring.ring.submitter().register_buffers(&iovecs) };
-        registered.map_err(|error| Errno::of(&error))
     }
 
     /// The two queues and the submitter, for the thread that made the ring. Registers the ring's

@@ -28,9 +28,11 @@ fn pool_buffers_move_bytes_through_fixed_files() {
     file.write_all(&[7_u8; 8192]).unwrap();
     let mut ring = ring(4, 8);
     let pool = BufferPool::new(2, 4096).unwrap();
-    ring.register_files(&[file.as_raw_fd()]).unwrap();
-    ring.register_slots_and_pool(1, &pool).unwrap();
+    ring.register_places_of_files(1).unwrap();
+    ring.register_slots(3).unwrap();
     let mut queues = ring.queues();
+    queues.set_files(FixedFile(0), &[file.as_raw_fd()]).unwrap();
+    queues.set_buffers(1, &pool).unwrap();
     let buffer = FixedBuffer::Pool { slot: 2, addr: pool.addr(1, 0) };
     assert_eq!(run(&mut queues, Sqe::read_fixed(FixedFile(0), buffer, 4096, 0), 1), 4096);
     let write = Sqe::write_fixed(FixedFile(0), buffer, 4096, 8192, true);
@@ -107,9 +109,10 @@ fn a_table_that_changes_in_part_is_an_error() {
 fn an_empty_slot_is_an_error_of_the_operation() {
     let file = tempfile();
     let mut ring = ring(4, 8);
-    ring.register_files(&[file.as_raw_fd()]).unwrap();
+    ring.register_places_of_files(1).unwrap();
     ring.register_slots(4).unwrap();
     let mut queues = ring.queues();
+    queues.set_files(FixedFile(0), &[file.as_raw_fd()]).unwrap();
     let lent = FixedBuffer::Lent { slot: 2, offset: 0 };
     let res = run(&mut queues, Sqe::read_fixed(FixedFile(0), lent, 4096, 0), 1);
     assert_eq!(res, -libc::EFAULT);
@@ -119,8 +122,9 @@ fn an_empty_slot_is_an_error_of_the_operation() {
 fn a_full_queue_is_submitted_and_nothing_is_lost() {
     let file = tempfile();
     let mut ring = ring(2, 64);
-    ring.register_files(&[file.as_raw_fd()]).unwrap();
+    ring.register_places_of_files(1).unwrap();
     let mut queues = ring.queues();
+    queues.set_files(FixedFile(0), &[file.as_raw_fd()]).unwrap();
     for user_data in 0..20 {
         queues.push(&[Sqe::datasync(FixedFile(0)).user_data(user_data)]).unwrap();
     }

@@ -25,7 +25,7 @@ use crate::control::helpers::{protect_server, ready};
 use crate::control::recoverable::CannotRecoverDevice;
 use crate::control::server::SharedServices;
 use crate::device::description::Description;
-use crate::io_thread::shared::SharedLanes;
+use crate::io_thread::lanes::SharedLanes;
 use crate::os::kernel;
 use crate::os::steps::step;
 use crate::os::wakeups::{Hangup, Wake, Wakeups};

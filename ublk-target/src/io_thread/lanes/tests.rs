@@ -5,15 +5,17 @@ use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bufreg::Incarnation;
 use nix::poll::PollTimeout;
-use ublk_engine::engine::{QueueIdentity, SlotChoice};
+use ublk_engine::engine::{EngineConfig, QueueIdentity, SlotChoice, SlotTable};
 use ublk_engine::lend::LendMode;
 use ublk_engine::request::Geometry;
-use ublk_engine::target::NullTarget;
+use ublk_engine::target::{AnyTarget, NullTarget};
 use ublk_engine::units::Qid;
 use uring_ext::ring::Polling;
 
 use super::*;
+use crate::backing::Backing;
 use crate::config::busy_wait::BusyWait;
 use crate::os::wakeups::{Hangup, Wakeups};
 
@@ -42,10 +44,8 @@ impl Rig {
         SlotTable { lent, pool, scratch: 0, choice: SlotChoice::From(0) }
     }
 
-    fn start(&mut self, device: u32, lend: LendMode) -> StationHandle {
-        let slots = Self::slots(lend);
-        let (holding, wake) = self.lanes.hold(self.backings.len(), &slots, DEPTH).unwrap();
-        let config = LaneConfig {
+    fn config(&self, device: u32, lend: LendMode, slots: SlotTable) -> LaneConfig {
+        LaneConfig {
             engine: EngineConfig {
                 queue: QueueIdentity { device, qid: Qid(0), depth: DEPTH },
                 incarnation: Incarnation(3),
@@ -63,21 +63,34 @@ impl Rig {
             cdev: Arc::clone(&self.cdev),
             backings: Arc::clone(&self.backings),
             cpus: Vec::new(),
-            wake,
             wakeups: Arc::clone(&self.wakeups),
-        };
-        self.lanes.start(holding, &config).unwrap().1
+        }
+    }
+
+    fn start(&mut self, device: u32, lend: LendMode) -> StationHandle {
+        let config = self.config(device, lend, Self::slots(lend));
+        self.lanes.start(&config).unwrap().1
+    }
+
+    /// A place for a queue that lends in so many slots.
+    fn hold(&mut self, lent: u16) -> Result<Holding, LaneError> {
+        let slots = SlotTable { lent, ..Self::slots(LendMode::Fused) };
+        self.lanes.hold(&self.config(0, LendMode::Fused, slots))
     }
 
     /// Waits until a station has ended by itself, and takes back what it had.
     fn join(&mut self, mut station: StationHandle) -> Result<LaneReport, LaneError> {
         station.await_ready().unwrap();
+        self.await_end(&mut station);
+        self.lanes.join(station)
+    }
+
+    fn await_end(&self, station: &mut StationHandle) {
         let deadline = Instant::now() + Duration::from_secs(60);
         while !station.has_ended() {
             assert!(Instant::now() < deadline, "it does not end");
             let _ = self.wakeups.wait(PollTimeout::from(100_u8));
         }
-        self.lanes.join(station)
     }
 
     fn lane(&self, index: usize) -> &SharedLane {
@@ -106,34 +119,32 @@ fn stations_come_and_go_and_leave_their_places() {
         let lane = rig.lane(lane);
         assert_eq!((lane.stations, lane.tags), (0, 0));
         assert!(lane.files.has(u32::from(rig.lanes.files) - 1));
-        assert!(lane.slots.has(SLOTS.into()));
+        // All but that of the spare buffer, which they have shared.
+        assert!(lane.slots.has(u32::from(SLOTS) - 1));
+        assert_eq!(lane.spares.len(), 1);
         assert_eq!(lane.names.len(), usize::from(NAMES) - 1);
     }
     // Buffers are used again: there are as many as were in use at once.
-    assert_eq!(rig.lanes.pools.len(), 16);
+    assert_eq!(rig.lanes.pools.len(), 4);
 }
 
 #[test]
 fn a_lane_without_room_is_left_alone() {
     let mut rig = Rig::new(1);
-    let slots = |lent| SlotTable { lent, ..Rig::slots(LendMode::Fused) };
-    let (first, _) = rig.lanes.hold(1, &slots(SLOTS - 10), DEPTH).unwrap();
-    let refused = rig.lanes.hold(1, &slots(16), DEPTH).unwrap_err();
+    let first = rig.hold(SLOTS - 10).unwrap();
+    let refused = rig.hold(16).unwrap_err();
     assert!(refused.to_string().starts_with("finding a lane with room: ENOSPC"), "{refused}");
     rig.lanes.give_back(first);
-    assert!(rig.lanes.hold(1, &slots(16), DEPTH).is_ok());
+    assert!(rig.hold(16).is_ok());
 }
 
 #[test]
 fn an_empty_lane_is_taken_before_another_is_started() {
     let mut rig = Rig::new(2);
-    let slots = Rig::slots(LendMode::Fused);
-    let mut hold = || rig.lanes.hold(1, &slots, DEPTH).unwrap().0;
-    let first = hold();
+    let first = rig.hold(16).unwrap();
     let lane = first.lane;
     rig.lanes.give_back(first);
-    let mut hold = || rig.lanes.hold(1, &slots, DEPTH).unwrap().0;
-    let (again, other, third) = (hold(), hold(), hold());
+    let [again, other, third] = [(); 3].map(|()| rig.hold(16).unwrap());
     assert_eq!(again.lane, lane);
     assert_ne!(other.lane, lane);
     assert!([lane, other.lane].contains(&third.lane));
@@ -159,4 +170,52 @@ fn a_station_that_cannot_arrive_leaves_its_place() {
     assert_eq!(rig.lanes.pools.len(), 1);
     rig.lanes.lanes[0].as_mut().unwrap().files = Runs::new(1..100);
     assert!(rig.join(first).is_err());
+}
+
+#[test]
+fn a_lane_of_one_queue_ends_with_it() {
+    let rig = Rig::new(1);
+    for lend in [LendMode::Fused, LendMode::Slot, LendMode::Copy] {
+        for io_lane in [false, true] {
+            let config = LaneConfig { io_lane, ..rig.config(0, lend, Rig::slots(lend)) };
+            let (_, mut station) = start_own(config).unwrap();
+            station.await_ready().unwrap();
+            rig.await_end(&mut station);
+            let (is_withdrawn, failure) = (station.is_withdrawn(), station.take_failure());
+            assert!(!is_withdrawn && failure.is_none(), "nobody has to end it");
+            let refused = station.join().unwrap_err();
+            assert!(matches!(refused, LaneError::Refused { .. }), "{lend}: {refused}");
+            assert_eq!(Arc::strong_count(&rig.cdev), 1, "its files have gone");
+        }
+    }
+    assert_eq!(rig.lanes.count(), 0);
+    // What cannot be set up is told, and not only that it has ended.
+    let slots = SlotTable { lent: u16::MAX, ..Rig::slots(LendMode::Fused) };
+    let (_, mut station) = start_own(rig.config(0, LendMode::Fused, slots)).unwrap();
+    let refused = station.await_ready().unwrap_err();
+    assert!(refused.to_string().starts_with("registering the buffer table: EINVAL"), "{refused}");
+    while !station.has_ended() {
+        std::thread::yield_now();
+    }
+    assert_eq!(station.join().unwrap_err(), refused);
+}
+
+#[test]
+fn a_device_with_longer_requests_brings_a_longer_spare_buffer() {
+    let mut rig = Rig::new(1);
+    let hold = |rig: &mut Rig, buffer_bytes| {
+        let slots = Rig::slots(LendMode::Slot);
+        let config = LaneConfig { buffer_bytes, ..rig.config(0, LendMode::Slot, slots) };
+        rig.lanes.hold(&config).unwrap().spare.unwrap()
+    };
+    let table = [(8192, 0), (4096, 0), (8192, 0), (16_384, 1), (8192, 0), (12_288, 1)];
+    for (bytes, index) in table {
+        let spare = hold(&mut rig, bytes);
+        assert_eq!(spare.index, index, "{bytes}");
+        assert_eq!(spare.pool.count(), 1);
+    }
+    assert_eq!(rig.lane(0).spares.len(), 2);
+    // One that copies has buffers of its own.
+    let copies = rig.config(0, LendMode::Copy, Rig::slots(LendMode::Copy));
+    assert!(rig.lanes.hold(&copies).unwrap().spare.is_none());
 }

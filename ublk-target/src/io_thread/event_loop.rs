@@ -1,0 +1,468 @@
+//! The loop that serves queues: one thread's rings, and the stations on them.
+//!
+//! A lane of its own has one station for life; stations of a shared lane come and go. Each
+//! completion says by its incarnation which station it is for; number 0 is the lane's own. The loop
+//! is: look after the stations that something has happened to, submit and wait, reap, let the
+//! engines decide. Nothing in it allocates, locks, logs or blocks: what a station is made of comes
+//! with it, and goes with it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError};
+use std::time::Duration;
+
+use nix::sys::eventfd::EventFd;
+use slab::Slab;
+use ublk_engine::lane::event::Event;
+use ublk_engine::lane::{Lane, LaneError, TableRange};
+use ublk_engine::target::AnyTarget;
+use uring_ext::Errno;
+use uring_ext::ring::Cqe;
+use uring_ext::sqe::Sqe;
+
+use crate::config::busy_wait::BusyWait;
+use crate::io_thread::idle_policy::IdlePolicy;
+use crate::io_thread::message::{LaneMessage, attend};
+use crate::io_thread::rings::{Rings, StationIo};
+use crate::io_thread::setup::EVENT;
+use crate::io_thread::spare::{MAX_SPARES, Spare, SpareBuffer};
+use crate::io_thread::station::{Arrival, Ended, MAX_STATIONS, NAMES, OWN, Parts, StationChannels};
+use crate::os::clock::{coarse_now, precise_now};
+use crate::os::wakeups::Wakeups;
+
+/// Completions taken at a time, so that submissions are never held up for long.
+pub(crate) const REAP_BATCH: usize = 64;
+/// No station has this key.
+const NOBODY: u16 = u16::MAX;
+
+/// A queue that the lane serves.
+struct Station {
+    lane: Lane<AnyTarget>,
+    parts: Parts,
+    place: TableRange,
+    inbox: Receiver<LaneMessage>,
+    ready: SyncSender<Result<(), LaneError>>,
+    end: SyncSender<Ended>,
+    wakeups: Arc<Wakeups>,
+    looks: bool,
+    is_withdrawn: Arc<AtomicBool>,
+    /// Reads and writes in flight when it was looked at last.
+    in_flight: usize,
+    /// Something has happened to it since it was looked at.
+    is_due: bool,
+    /// Why it has to end, as soon as the driver has taken its fetches back.
+    failure: Option<LaneError>,
+}
+
+/// What is left of a station, and who is to know.
+pub(crate) struct Leaving {
+    ended: Ended,
+    end: SyncSender<Ended>,
+    wakeups: Arc<Wakeups>,
+}
+
+/// A lane's loop.
+pub(crate) struct EventLoop<'ring> {
+    rings: Rings<'ring>,
+    stations: Slab<Station>,
+    /// Key of the station of each name.
+    at: Box<[u16; NAMES as usize]>,
+    /// Names of the stations that are due.
+    due: Vec<u16>,
+    /// Where stations come from, as long as somebody can send any.
+    arrivals: Option<Receiver<Arrival>>,
+    wake: Arc<EventFd>,
+    /// When completions were reaped last.
+    now: u64,
+    /// A station measures latencies, which takes a better clock.
+    measures: bool,
+    idle_policy: IdlePolicy,
+    /// Reads and writes in flight, of all stations together.
+    in_flight: usize,
+    /// The lane is of one station, and ends with it.
+    is_alone: bool,
+    /// The lane ends once no request is in hand.
+    is_draining: bool,
+    /// Stations of a lane that is alone, until its rings have gone.
+    left: Vec<Leaving>,
+}
+
+impl<'ring> EventLoop<'ring> {
+    /// The loop of a lane that serves the stations that arrive. The calling thread's.
+    pub fn shared(rings: Rings<'ring>, arrivals: Receiver<Arrival>, wake: Arc<EventFd>) -> Self {
+        Self::new(rings, Some(arrivals), wake, BusyWait::Auto, MAX_STATIONS)
+    }
+
+    /// The loop of a lane of one station, which [arrives](EventLoop::take_in) before it runs.
+    pub fn alone(rings: Rings<'ring>, wake: Arc<EventFd>, busy_wait: BusyWait) -> Self {
+        Self::new(rings, None, wake, busy_wait, 1)
+    }
+
+    fn new(
+        rings: Rings<'ring>,
+        arrivals: Option<Receiver<Arrival>>,
+        wake: Arc<EventFd>,
+        busy_wait: BusyWait,
+        stations: usize,
+    ) -> Self {
+        let is_alone = arrivals.is_none();
+        Self {
+            rings,
+            stations: Slab::with_capacity(stations),
+            at: Box::new([NOBODY; NAMES as usize]),
+            due: Vec::with_capacity(stations),
+            arrivals,
+            wake,
+            now: coarse_now(),
+            measures: false,
+            idle_policy: IdlePolicy::new(busy_wait),
+            in_flight: 0,
+            is_alone,
+            is_draining: false,
+            left: Vec::with_capacity(1),
+        }
+    }
+
+    /// Serves until nobody can send stations any more and all have ended, or the lane is drained.
+    ///
+    /// # Errors
+    /// [`LaneError::Ring`] if the ring does not work any more. Those of the station if it has the
+    /// lane to itself.
+    pub fn run(&mut self) -> Result<(), LaneError> {
+        while self.arrivals.is_some() || !self.stations.is_empty() {
+            self.look_after_due()?;
+            let is_idle = self.is_draining && self.is_idle();
+            let in_flight = self.in_flight;
+            self.submit_and_wait(is_idle)?;
+            self.idle_policy.ended(in_flight);
+            let reaped = self.reap()?;
+            // All deliveries that were under way have been seen: there was a submission after the
+            // driver had stopped delivering, and it has brought nothing.
+            if is_idle && reaped == 0 {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn submit_and_wait(&mut self, is_idle: bool) -> Result<(), LaneError> {
+        if is_idle {
+            return self.rings.submit_and_wait(Some(Duration::ZERO), self.in_flight);
+        }
+        let look_for = self.idle_policy.look_for();
+        if look_for > 0 && self.rings.submit_and_look(look_for)? {
+            return Ok(());
+        }
+        self.rings.submit_and_wait(self.patience(), self.in_flight)
+    }
+
+    /// Deals with all completions that are there; returns how many there were. Submissions are not
+    /// held up for long: every [`REAP_BATCH`] the kernel is asked for more.
+    fn reap(&mut self) -> Result<usize, LaneError> {
+        let mut reaped = 0;
+        loop {
+            self.rings.look();
+            // While nobody measures, coarse time does: it costs no system call and no clock read.
+            self.now = if self.measures { precise_now() } else { coarse_now() };
+            let mut count = 0;
+            while count < REAP_BATCH {
+                let Some(cqe) = self.rings.take() else { break };
+                count += 1;
+                self.handle(cqe)?;
+            }
+            self.rings.look();
+            reaped += count;
+            if count < REAP_BATCH {
+                return Ok(reaped);
+            }
+        }
+    }
+
+    /// Whether no request is in hand and every commit is on its way.
+    fn is_idle(&self) -> bool {
+        let mut stations = self.stations.iter().map(|(_, station)| &station.lane);
+        stations.all(|lane| lane.engine().holdings().requests == 0 && lane.backlog() == 0)
+    }
+
+    /// How long there may be nothing to do. Stations with deadlines are always due.
+    fn patience(&self) -> Option<Duration> {
+        let keys = self.due.iter().map(|name| usize::from(self.at[usize::from(*name)]));
+        let due = keys.filter_map(|key| self.stations.get(key));
+        due.filter_map(|station| station.lane.engine().patience()).min()
+    }
+
+    #[inline(always)]
+    fn handle(&mut self, cqe: Cqe) -> Result<(), LaneError> {
+        let name = Event::whose(cqe.user_data);
+        let Some(station) = self.stations.get_mut(usize::from(self.at[usize::from(name)])) else {
+            return self.handle_own(cqe);
+        };
+        station.lane.set_now(self.now);
+        let mut io = StationIo { rings: &mut self.rings, parts: &mut station.parts };
+        station.lane.handle(cqe, &mut io);
+        if !station.is_due {
+            station.is_due = true;
+            self.due.push(name);
+        }
+        Ok(())
+    }
+
+    /// Deals with a completion of the lane's own.
+    #[cold]
+    fn handle_own(&mut self, cqe: Cqe) -> Result<(), LaneError> {
+        match Event::decode(cqe.user_data, OWN) {
+            Some(Event::Wake) => self.read_messages(),
+            Some(Event::Told) => self.take_of_io_lane(),
+            Some(Event::Unsent) => {
+                Err(LaneError::Ring(Errno::from_result(cqe.res).err().unwrap_or(Errno::EIO)))
+            }
+            // What comes late for a station that has gone is for nobody.
+            Some(
+                Event::Fetched(_)
+                | Event::Op(_)
+                | Event::Command(_)
+                | Event::Registered(_)
+                | Event::Unregistered(_)
+                | Event::Cancelled
+                | Event::Injected(_),
+            )
+            | None => Ok(()),
+        }
+    }
+
+    fn take_of_io_lane(&mut self) -> Result<(), LaneError> {
+        while let Some(cqe) = self.rings.take_of_io_lane() {
+            self.handle(cqe)?;
+        }
+        Ok(())
+    }
+
+    /// Looks at the stations that something has happened to, before what they have decided is
+    /// submitted.
+    fn look_after_due(&mut self) -> Result<(), LaneError> {
+        if self.rings.is_spare_wanted {
+            self.pass_spares_on();
+        }
+        let mut at = 0;
+        while let Some(name) = self.due.get(at).copied() {
+            match self.look_after(name)? {
+                Standing::Idle => {
+                    self.due.swap_remove(at);
+                }
+                Standing::Due => at += 1,
+                Standing::Over => {
+                    self.due.swap_remove(at);
+                    self.end(name);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn look_after(&mut self, name: u16) -> Result<Standing, LaneError> {
+        let key = usize::from(self.at[usize::from(name)]);
+        let Some(station) = self.stations.get_mut(key) else { return Ok(Standing::Idle) };
+        let mut io = StationIo { rings: &mut self.rings, parts: &mut station.parts };
+        station.lane.set_now(self.now);
+        station.lane.before_submit(&mut io);
+        if let Err(error) = station.lane.check() {
+            if self.is_alone {
+                return Err(error);
+            }
+            if station.failure.is_none() {
+                station.failure = Some(error);
+                let _ = station.ready.try_send(Err(error));
+                station.wakeups.lane_ended();
+            }
+        }
+        let engine = station.lane.engine();
+        let before = std::mem::replace(&mut station.in_flight, engine.transfers_in_flight());
+        self.in_flight = self.in_flight - before + station.in_flight;
+        if engine.is_finished() {
+            return Ok(Standing::Over);
+        }
+        // Somebody has made the device wait for another server while a request was in hand. On a
+        // shared ring the other fetches stay with the driver, which delivers no more.
+        if engine.has_ended_tags()
+            && !station.is_withdrawn.load(Ordering::Relaxed)
+            && (self.is_alone || engine.holdings().requests == 0)
+        {
+            station.is_withdrawn.store(true, Ordering::Release);
+            station.wakeups.undelivered();
+        }
+        station.is_due = engine.config().deadline.is_some() || station.lane.backlog() > 0;
+        Ok(if station.is_due { Standing::Due } else { Standing::Idle })
+    }
+
+    /// Gives spare buffers that are free to the stations that wait for them.
+    #[cold]
+    fn pass_spares_on(&mut self) {
+        for index in 0..MAX_SPARES {
+            while let Some(name) = self.rings.spares[index].as_mut().and_then(Spare::next_turn) {
+                let key = usize::from(self.at[usize::from(name)]);
+                let Some(station) = self.stations.get_mut(key) else { continue };
+                let mut io = StationIo { rings: &mut self.rings, parts: &mut station.parts };
+                station.lane.set_now(self.now);
+                station.lane.serve_waiting(&mut io);
+                if !station.is_due {
+                    station.is_due = true;
+                    self.due.push(name);
+                }
+            }
+        }
+        self.rings.is_spare_wanted = self.rings.spares.iter().flatten().any(Spare::is_wanted);
+    }
+
+    /// Asks to be woken by the next message.
+    pub fn watch(&mut self) -> Result<(), LaneError> {
+        self.rings.push_own(Sqe::poll_readable(EVENT).user_data(Event::Wake.encode(OWN)))
+    }
+
+    fn read_messages(&mut self) -> Result<(), LaneError> {
+        // Nothing to read is no error: the descriptor only wakes.
+        let _ = self.wake.read();
+        self.watch()?;
+        // The I/O lane wakes its lane so when its ring has failed.
+        self.take_of_io_lane()?;
+        for (_, station) in &mut self.stations {
+            while let Ok(message) = station.inbox.try_recv() {
+                let mut io = StationIo { rings: &mut self.rings, parts: &mut station.parts };
+                // Nobody has a station of a shared lane drained: its fetches would stay with the
+                // ring.
+                self.is_draining |= attend(&mut station.lane, &mut io, message) && self.is_alone;
+                if !station.is_due {
+                    station.is_due = true;
+                    self.due.push(station.parts.name);
+                }
+            }
+        }
+        while let Some(arrivals) = &self.arrivals {
+            match arrivals.try_recv() {
+                Ok(arrival) => self.take_in(arrival)?,
+                Err(TryRecvError::Empty) => break,
+                Err(TryRecvError::Disconnected) => self.arrivals = None,
+            }
+        }
+        let mut stations = self.stations.iter();
+        self.measures = stations.any(|(_, station)| station.lane.engine().recorder().is_some());
+        Ok(())
+    }
+
+    /// Hands the tags of a new station to the driver.
+    pub fn take_in(&mut self, arrival: Arrival) -> Result<(), LaneError> {
+        let filled = self.fill_tables(&arrival);
+        let Arrival { lane, parts, place, channels, wakeups, looks, .. } = arrival;
+        let StationChannels { inbox, ready, end, is_withdrawn } = channels;
+        let name = parts.name;
+        let mut station = Station {
+            lane,
+            parts,
+            place,
+            inbox,
+            ready,
+            end,
+            wakeups,
+            looks,
+            is_withdrawn,
+            in_flight: 0,
+            is_due: false,
+            failure: filled.err(),
+        };
+        if let Err(error) = filled {
+            let _ = station.ready.send(Err(error));
+            self.let_go(station);
+            return Ok(());
+        }
+        let mut io = StationIo { rings: &mut self.rings, parts: &mut station.parts };
+        station.lane.fetch_all(&mut io);
+        station.lane.before_submit(&mut io);
+        let fetched = self.rings.submit();
+        let _ = station.ready.send(fetched.and_then(|()| station.lane.check()));
+        station.is_due = true;
+        self.due.push(name);
+        let key = self.stations.insert(station);
+        self.at[usize::from(name)] = u16::try_from(key).unwrap_or(NOBODY);
+        self.allow_looks();
+        fetched
+    }
+
+    /// Ends a station that has nothing in flight.
+    fn end(&mut self, name: u16) {
+        let key = std::mem::replace(&mut self.at[usize::from(name)], NOBODY);
+        let Some(station) = self.stations.try_remove(key.into()) else { return };
+        self.in_flight -= station.in_flight;
+        self.rings.spares.iter_mut().flatten().for_each(|spare| spare.forget(name));
+        self.allow_looks();
+        self.let_go(station);
+    }
+
+    /// Empties a station's places of the tables, and sends it back: they are free again then.
+    fn let_go(&mut self, station: Station) {
+        if self.is_alone {
+            // The tables go with the rings.
+            return self.left.push(station.leave());
+        }
+        self.empty_tables(&station);
+        station.leave().announce();
+    }
+
+    /// One station is enough to have the lane do without busy waits.
+    fn allow_looks(&mut self) {
+        let are_allowed = self.stations.iter().all(|(_, station)| station.looks);
+        self.idle_policy.allow(are_allowed);
+    }
+
+    /// The end of the lane: what is left of its stations. If it ends for an error, so do they.
+    pub fn end_all(mut self, error: Option<LaneError>) -> Vec<Leaving> {
+        let mut left = std::mem::take(&mut self.left);
+        for mut station in self.stations.drain() {
+            station.failure = station.failure.or(error);
+            left.push(station.leave());
+        }
+        left
+    }
+
+    fn fill_tables(&mut self, arrival: &Arrival) -> Result<(), LaneError> {
+        self.rings.set_files(arrival.place.cdev(), &arrival.files)?;
+        if let Some(SpareBuffer { index, slot, pool }) = arrival.spare {
+            if self.rings.spares[index].is_none() {
+                self.rings.set_buffers(slot, &pool)?;
+                self.rings.spares[index] = Some(Spare::new(pool));
+            }
+        }
+        let Some(pool) = &arrival.parts.pool else { return Ok(()) };
+        let lent = arrival.lane.engine().config().slots.lent;
+        self.rings.set_buffers(arrival.place.first_slot + lent, pool)
+    }
+
+    /// The kernel can only refuse places that are beyond the tables.
+    fn empty_tables(&mut self, station: &Station) {
+        let (place, parts) = (station.place, &station.parts);
+        let lent = station.lane.engine().config().slots.lent;
+        let own = parts.pool.as_ref().map_or(0, |pool| pool.count());
+        let _ = self.rings.queues.clear_files(place.cdev(), parts.backings.len() + 1);
+        let _ = self.rings.queues.clear_buffers(place.first_slot + lent, own);
+    }
+}
+
+impl Station {
+    fn leave(self) -> Leaving {
+        let ended = Ended { lane: self.lane, parts: self.parts, error: self.failure };
+        Leaving { ended, end: self.end, wakeups: self.wakeups }
+    }
+}
+
+impl Leaving {
+    pub fn announce(self) {
+        // There is room for the only one.
+        let _ = self.end.try_send(self.ended);
+        self.wakeups.lane_ended();
+    }
+}
+
+/// What is to be done about a station.
+enum Standing {
+    Idle,
+    Due,
+    Over,
+}

@@ -1,0 +1,415 @@
+//! Lanes: which one a queue goes to, and what it has there. A lane is of one queue alone, or shared
+//! by queues of many devices.
+
+mod runs;
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel, sync_channel};
+use std::thread::JoinHandle;
+
+use nix::sys::eventfd::EventFd;
+use nix::sys::resource::{Resource, getrlimit};
+use ublk_engine::lane::LaneError;
+use uring_ext::Errno;
+use uring_ext::pool::BufferPool;
+use uring_ext::ring::{MAX_BUFFER_SLOTS, Polling};
+
+use crate::io_thread::message::LaneHandle;
+use crate::io_thread::setup::{EVENT, LaneConfig, LaneReport, RingNeeds, failed};
+use crate::io_thread::spare::{MAX_SPARES, SpareBuffer};
+use crate::io_thread::spawn::spawn_lane;
+use crate::io_thread::station::{
+    Arrival, Berth, Ended, MAX_STATIONS, NAMES, StationChannels, spare_pool,
+};
+use crate::io_thread::thread;
+use crate::os::wakeups::event_descriptor;
+use runs::Runs;
+
+/// Entries that a shared lane submits at a time; what does not fit is submitted earlier.
+const SQ_ENTRIES: u32 = 1024;
+/// Completions that the queue of a shared lane holds: one for each slot of the greatest buffer
+/// table. A tag with one operation in flight has one of either; should more than these come in a
+/// single call, the kernel keeps the rest until there is room.
+const CQ_ENTRIES: u32 = 16 << 10;
+/// Fixed files of a lane, if a process may have as many open (`io_sqe_files_register`).
+const MAX_FILES: u16 = 1 << 14;
+/// Slots of a lane's buffer table.
+const SLOTS: u16 = 1 << 14;
+const _: () = assert!(MAX_BUFFER_SLOTS == 1 << 14);
+/// The lanes of a process, which its devices share.
+#[derive(Debug)]
+pub(crate) struct SharedLanes {
+    /// How many there are at most.
+    limit: usize,
+    /// Fixed files of each.
+    files: u16,
+    /// One that has failed leaves its place empty.
+    lanes: Vec<Option<SharedLane>>,
+    /// Buffers that stations have left: their memory is never given back, so the next ones use it.
+    pools: Vec<(u32, BufferPool)>,
+}
+
+/// A lane, and what of it is taken.
+#[derive(Debug)]
+struct SharedLane {
+    arrivals: Sender<Arrival>,
+    wake: Arc<EventFd>,
+    thread: JoinHandle<Result<(), LaneError>>,
+    files: Runs,
+    slots: Runs,
+    /// Names that nobody has, the one longest unused first: what comes late for a station that has
+    /// gone meets no other for long.
+    names: VecDeque<u16>,
+    /// Its spare buffers, which it keeps.
+    spares: Vec<Spare>,
+    stations: usize,
+    tags: u32,
+}
+
+/// A spare buffer, as its lane's stations are given it.
+#[derive(Debug)]
+struct Spare {
+    bytes: u32,
+    buffer: SpareBuffer,
+}
+
+/// What a station has of its lane.
+#[derive(Debug)]
+struct Holding {
+    lane: usize,
+    files: Range<u32>,
+    slots: Range<u32>,
+    name: u16,
+    spare: Option<SpareBuffer>,
+    tags: u32,
+}
+
+/// A queue's station, as others see it.
+pub(crate) struct StationHandle {
+    served_by: ServedBy,
+    buffer_bytes: u32,
+    ready: Receiver<Result<(), LaneError>>,
+    end: Receiver<Ended>,
+    ended: Option<Ended>,
+    is_withdrawn: Arc<AtomicBool>,
+}
+
+/// Which lane a station is in.
+enum ServedBy {
+    /// One of its own.
+    Own(JoinHandle<Result<(), LaneError>>),
+    /// One that it shares.
+    Shared(Holding),
+}
+
+impl SharedLanes {
+    /// Up to `limit` lanes, none of which is started before it is needed.
+    pub fn new(limit: usize) -> Self {
+        let open = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft);
+        let files = u16::try_from(open).unwrap_or(MAX_FILES).min(MAX_FILES);
+        let (lanes, pools) = (Vec::new(), Vec::new());
+        Self { limit: limit.max(1), files, lanes, pools }
+    }
+
+    /// Starts a station for a queue, in the lane that has least to do.
+    ///
+    /// # Errors
+    /// Those of starting a lane; `ENOSPC` if no lane has room; `EMFILE`, `ENOMEM` and the like.
+    pub fn start(&mut self, config: &LaneConfig) -> Result<(LaneHandle, StationHandle), LaneError> {
+        let holding = self.hold(config)?;
+        let Some(Some(lane)) = self.lanes.get(holding.lane) else { return Err(no_room()) };
+        let (wake, arrivals) = (Arc::clone(&lane.wake), lane.arrivals.clone());
+        let (handle, station, channels) = channels(config, &wake);
+        let berth = Berth {
+            name: holding.name,
+            first_file: holding.files.start,
+            first_slot: u16::try_from(holding.slots.start).unwrap_or(0),
+            spare: holding.spare,
+        };
+        let pool = self.pool(config.own_buffers(), config.buffer_bytes);
+        let arrival = pool.and_then(|pool| Arrival::new(config, berth, pool, channels));
+        let arrival = match arrival {
+            Ok(arrival) => arrival,
+            Err(error) => {
+                self.give_back(holding);
+                return Err(error);
+            }
+        };
+        // One that has ended leaves the channels, and is found so.
+        let _ = arrivals.send(arrival);
+        let _ = wake.write(1);
+        Ok((handle, station.in_lane(ServedBy::Shared(holding))))
+    }
+
+    fn pool(&mut self, count: u16, bytes: u32) -> Result<Option<BufferPool>, LaneError> {
+        if count == 0 {
+            return Ok(None);
+        }
+        let left = self.pools.iter().position(|(size, it)| (*size, it.count()) == (bytes, count));
+        match left {
+            Some(at) => Ok(Some(self.pools.swap_remove(at).1)),
+            None => BufferPool::new(count, bytes).map(Some).map_err(failed("allocating buffers")),
+        }
+    }
+
+    /// A place in the lane that has least to do.
+    fn hold(&mut self, config: &LaneConfig) -> Result<Holding, LaneError> {
+        let files = u32::try_from(config.backings.len() + 1).unwrap_or(u32::MAX);
+        let (slots, tags) = (config.own_slots().into(), config.engine.queue.depth.into());
+        let spare = config.shares_spare().then_some(config.buffer_bytes);
+        let is_any_empty = self.lanes.iter().flatten().any(|lane| lane.stations == 0);
+        if !is_any_empty && self.count() < self.limit {
+            self.start_lane()?;
+        }
+        let lanes = self.lanes.iter_mut().enumerate();
+        let fitting = lanes.filter_map(|(index, lane)| Some((index, lane.as_mut()?)));
+        let fitting = fitting.filter(|(_, lane)| lane.fits(files, slots, spare));
+        let Some((index, lane)) = fitting.min_by_key(|(_, lane)| lane.tags) else {
+            return Err(no_room());
+        };
+        let spare = spare.map(|bytes| lane.spare(bytes)).transpose()?;
+        let (Some(files), Some(slots), Some(name)) =
+            (lane.files.take(files), lane.slots.take(slots), lane.names.pop_front())
+        else {
+            return Err(no_room());
+        };
+        lane.stations += 1;
+        lane.tags += tags;
+        Ok(Holding { lane: index, files, slots, name, spare, tags })
+    }
+
+    fn start_lane(&mut self) -> Result<(), LaneError> {
+        let free = self.lanes.iter().position(Option::is_none);
+        let index = free.unwrap_or(self.lanes.len());
+        let wake = Arc::new(event_descriptor().map_err(failed("making an event descriptor"))?);
+        let (arrivals, inbox) = channel();
+        let (ready, is_ready) = sync_channel(1);
+        let needs = RingNeeds {
+            sq_entries: SQ_ENTRIES,
+            cq_entries: CQ_ENTRIES,
+            files: self.files,
+            slots: SLOTS,
+            mixed_sizes: false,
+            polling: Polling::Off,
+            show_work: false,
+        };
+        let own = Arc::clone(&wake);
+        let thread = spawn_lane(format!("ublk-lane{index}"), move || {
+            thread::serve_many(inbox, own, &needs, &ready)
+        });
+        let thread = thread.map_err(|error| failed("starting a lane")(Errno::of(&error)))?;
+        is_ready.recv().unwrap_or(Err(GONE))?;
+        let lane = SharedLane {
+            arrivals,
+            wake,
+            thread,
+            // The first file is the lane's own.
+            files: Runs::new(EVENT.0 + 1..self.files.into()),
+            slots: Runs::new(0..SLOTS.into()),
+            names: (1..NAMES).collect(),
+            spares: Vec::new(),
+            stations: 0,
+            tags: 0,
+        };
+        match free {
+            Some(index) => self.lanes[index] = Some(lane),
+            None => self.lanes.push(Some(lane)),
+        }
+        Ok(())
+    }
+
+    /// How many lanes there are.
+    pub fn count(&self) -> usize {
+        self.lanes.iter().flatten().count()
+    }
+
+    /// Takes back what a station had, and returns what it did. Waits for its end.
+    pub fn join(&mut self, station: StationHandle) -> Result<LaneReport, LaneError> {
+        let StationHandle { served_by, buffer_bytes, end, ended, .. } = station;
+        let ended = ended.or_else(|| end.recv().ok());
+        let holding = match served_by {
+            ServedBy::Own(thread) => return ended_alone(thread, ended),
+            ServedBy::Shared(holding) => holding,
+        };
+        let Some(Ended { lane, parts, error }) = ended else {
+            // Its lane has gone with all that was there.
+            self.forget_ended_lanes();
+            return Err(GONE);
+        };
+        let report = LaneReport::of(&lane);
+        // What is in quarantine may still be used by an operation, and its end still come.
+        if report.quarantined == 0 {
+            self.pools.extend(parts.pool.map(|pool| (buffer_bytes, pool)));
+            drop(parts);
+            self.give_back(holding);
+        }
+        self.forget_ended_lanes();
+        error.map_or(Ok(report), Err)
+    }
+
+    fn give_back(&mut self, holding: Holding) {
+        let Some(Some(lane)) = self.lanes.get_mut(holding.lane) else { return };
+        lane.files.give_back(holding.files);
+        lane.slots.give_back(holding.slots);
+        lane.names.push_back(holding.name);
+        lane.stations -= 1;
+        lane.tags -= holding.tags;
+    }
+
+    fn forget_ended_lanes(&mut self) {
+        for (index, place) in self.lanes.iter_mut().enumerate() {
+            if let Some(lane) = place.take_if(|lane| lane.thread.is_finished()) {
+                let ended = lane.thread.join().unwrap_or(Err(GONE));
+                log::error!("lane {index} has ended: {ended:?}");
+            }
+        }
+    }
+}
+
+impl SharedLane {
+    fn fits(&self, files: u32, slots: u32, spare: Option<u32>) -> bool {
+        let is_spare_here = spare.is_none_or(|bytes| {
+            let is_long_enough = |spare: &Spare| spare.bytes >= bytes;
+            self.spares.iter().any(is_long_enough) || self.spares.len() < MAX_SPARES
+        });
+        // One more for a spare buffer.
+        let slots = slots + u32::from(spare.is_some());
+        self.stations < MAX_STATIONS
+            && self.files.has(files)
+            && self.slots.has(slots)
+            && is_spare_here
+    }
+
+    /// The shortest spare buffer that has room for `bytes`; a new one if there is none.
+    fn spare(&mut self, bytes: u32) -> Result<SpareBuffer, LaneError> {
+        let fitting = self.spares.iter().filter(|spare| spare.bytes >= bytes);
+        if let Some(spare) = fitting.min_by_key(|spare| spare.bytes) {
+            return Ok(spare.buffer);
+        }
+        let pool = spare_pool(bytes)?;
+        let slot = self.slots.take(1).ok_or_else(no_room)?;
+        let slot = u16::try_from(slot.start).unwrap_or(u16::MAX);
+        let buffer = SpareBuffer { index: self.spares.len(), slot, pool };
+        self.spares.push(Spare { bytes, buffer });
+        Ok(buffer)
+    }
+}
+
+/// A [`StationHandle`] whose station has no lane yet.
+struct Unserved {
+    buffer_bytes: u32,
+    ready: Receiver<Result<(), LaneError>>,
+    end: Receiver<Ended>,
+    is_withdrawn: Arc<AtomicBool>,
+}
+
+/// How a queue's station and others will talk to each other: the ends of others, and the station's.
+fn channels(config: &LaneConfig, wake: &Arc<EventFd>) -> (LaneHandle, Unserved, StationChannels) {
+    let (ready, is_ready) = sync_channel(1);
+    let (end, has_ended) = sync_channel(1);
+    let queue = config.engine.queue;
+    let (handle, inbox) = LaneHandle::new(queue.qid, queue.depth, wake);
+    let is_withdrawn = Arc::new(AtomicBool::new(false));
+    let station = Unserved {
+        buffer_bytes: config.buffer_bytes,
+        ready: is_ready,
+        end: has_ended,
+        is_withdrawn: Arc::clone(&is_withdrawn),
+    };
+    (handle, station, StationChannels { inbox, ready, end, is_withdrawn })
+}
+
+impl Unserved {
+    fn in_lane(self, served_by: ServedBy) -> StationHandle {
+        let Self { buffer_bytes, ready, end, is_withdrawn } = self;
+        StationHandle { served_by, buffer_bytes, ready, end, ended: None, is_withdrawn }
+    }
+}
+
+/// Starts a lane of its own for a queue.
+///
+/// # Errors
+/// `EMFILE` at the limit of open files, `EAGAIN` at that of threads.
+pub(crate) fn start_own(config: LaneConfig) -> Result<(LaneHandle, StationHandle), LaneError> {
+    let wake = Arc::new(event_descriptor().map_err(failed("making an event descriptor"))?);
+    let (handle, station, channels) = channels(&config, &wake);
+    let queue = config.engine.queue;
+    let name = format!("ublkb{}-q{}", queue.device, queue.qid.0);
+    let thread = spawn_lane(name, move || thread::serve_one(config, wake, channels));
+    let thread = thread.map_err(|error| failed("starting its thread")(Errno::of(&error)))?;
+    Ok((handle, station.in_lane(ServedBy::Own(thread))))
+}
+
+/// Waits for the end of a lane of one queue, and returns what it did.
+fn ended_alone(
+    thread: JoinHandle<Result<(), LaneError>>,
+    ended: Option<Ended>,
+) -> Result<LaneReport, LaneError> {
+    let served = thread.join().unwrap_or(Err(GONE));
+    match ended {
+        Some(Ended { lane, error, .. }) => error.map_or_else(|| Ok(LaneReport::of(&lane)), Err),
+        // It was not set up.
+        None => Err(served.err().unwrap_or(GONE)),
+    }
+}
+
+/// A lane has gone without a word.
+const GONE: LaneError = LaneError::Ring(Errno::EIO);
+
+impl StationHandle {
+    /// Waits until all tags are with the driver.
+    pub fn await_ready(&self) -> Result<(), LaneError> {
+        // A closed channel is a lane that has ended.
+        self.ready.recv().unwrap_or(Err(GONE))
+    }
+
+    /// Waits for the end of a station that has a lane of its own, and returns what it did.
+    pub fn join(self) -> Result<LaneReport, LaneError> {
+        let ended = self.ended.or_else(|| self.end.recv().ok());
+        match self.served_by {
+            ServedBy::Own(thread) => ended_alone(thread, ended),
+            ServedBy::Shared(_) => Err(GONE),
+        }
+    }
+
+    /// Whether it has ended.
+    pub fn has_ended(&mut self) -> bool {
+        if self.ended.is_some() {
+            return true;
+        }
+        match self.end.try_recv() {
+            Ok(ended) => self.ended = Some(ended),
+            // Its lane has gone.
+            Err(TryRecvError::Disconnected) => return true,
+            Err(TryRecvError::Empty) => return false,
+        }
+        true
+    }
+
+    /// Whether its lane is shared.
+    pub const fn is_shared(&self) -> bool {
+        matches!(self.served_by, ServedBy::Shared(_))
+    }
+
+    /// Whether the driver has taken back some of its fetches, and the others stay with it, as the
+    /// ring of a shared lane goes on.
+    pub fn is_withdrawn(&self) -> bool {
+        self.is_shared() && self.is_withdrawn.load(Ordering::Acquire)
+    }
+
+    /// Why the driver refused one of its tags, if it did and nobody has asked before. A lane of its
+    /// own ends for that.
+    pub fn take_failure(&self) -> Option<LaneError> {
+        self.ready.try_recv().ok()?.err().filter(|_| self.is_shared())
+    }
+}
+
+fn no_room() -> LaneError {
+    LaneError::Setup { doing: "finding a lane with room", errno: Errno::ENOSPC }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,130 @@
+//! The spare buffer of a lane: for requests whose buffer the driver could not lend. The stations of
+//! a lane share it, since it is hardly ever used.
+//!
+//! A station that has it needs nothing else to come to an end, and one that waits for it holds
+//! nothing. They have it in the order in which they asked.
+
+use std::collections::VecDeque;
+
+use uring_ext::pool::BufferPool;
+
+use crate::io_thread::station::MAX_STATIONS;
+
+/// Spare buffers that a lane may have. A device with longer requests than those before it brings a
+/// longer one.
+pub(crate) const MAX_SPARES: usize = 16;
+
+/// Where a spare buffer is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SpareBuffer {
+    /// Its number in the lane.
+    pub index: usize,
+    /// Its slot in the ring's table.
+    pub slot: u16,
+    /// Its memory.
+    pub pool: BufferPool,
+}
+
+/// A spare buffer, who has it, and who waits for it. Stations go by their names.
+#[derive(Debug)]
+pub(crate) struct Spare {
+    pub pool: BufferPool,
+    holder: Option<u16>,
+    waiting: VecDeque<u16>,
+    /// It was taken off `waiting`, and may take the buffer before all others.
+    turn: Option<u16>,
+}
+
+impl Spare {
+    /// A free one.
+    pub fn new(pool: BufferPool) -> Self {
+        Self { pool, holder: None, waiting: VecDeque::with_capacity(MAX_STATIONS), turn: None }
+    }
+
+    /// Takes the buffer; `false` if another station has it or asked before.
+    pub fn take(&mut self, name: u16) -> bool {
+        let is_first = match self.turn {
+            Some(turn) => turn == name,
+            None => self.waiting.is_empty(),
+        };
+        if self.holder.is_none() && is_first {
+            self.holder = Some(name);
+            return true;
+        }
+        if !self.waiting.contains(&name) {
+            self.waiting.push_back(name);
+        }
+        false
+    }
+
+    /// Gives the buffer back.
+    pub fn give(&mut self, name: u16) {
+        if self.holder == Some(name) {
+            self.holder = None;
+        }
+    }
+
+    /// The station whose turn it is, until the next call. `None` if somebody has the buffer, or
+    /// nobody waits.
+    pub fn next_turn(&mut self) -> Option<u16> {
+        self.turn = None;
+        if self.holder.is_none() {
+            self.turn = self.waiting.pop_front();
+        }
+        self.turn
+    }
+
+    /// Whether a station waits.
+    pub fn is_wanted(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
+    /// The station has gone. A buffer that it had stays taken: an operation may still use it.
+    pub fn forget(&mut self, name: u16) {
+        self.waiting.retain(|other| *other != name);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spare() -> Spare {
+        Spare::new(BufferPool::new(1, 4096).unwrap())
+    }
+
+    #[test]
+    fn stations_have_it_in_the_order_in_which_they_asked() {
+        let mut spare = spare();
+        assert!(spare.take(1) && !spare.is_wanted());
+        assert!(!spare.take(2) && !spare.take(3) && !spare.take(2));
+        assert_eq!(spare.next_turn(), None, "it is taken");
+        spare.give(1);
+        assert!(spare.is_wanted());
+        assert!(!spare.take(1), "whoever has had it goes behind those who wait");
+        assert_eq!(spare.next_turn(), Some(2));
+        assert!(!spare.take(3) && spare.take(2));
+        spare.give(2);
+        assert!(spare.take(2), "it is still its turn: nobody was asked since");
+        spare.give(2);
+        // One that does not want it any more.
+        assert_eq!(spare.next_turn(), Some(3));
+        assert_eq!(spare.next_turn(), Some(1));
+        assert!(spare.take(1));
+        spare.give(1);
+        assert_eq!(spare.next_turn(), None);
+        assert!(spare.take(2), "nobody waits");
+    }
+
+    #[test]
+    fn a_station_that_has_gone_is_not_waited_for() {
+        let mut spare = spare();
+        assert!(spare.take(1) && !spare.take(2) && !spare.take(3));
+        spare.forget(2);
+        spare.give(1);
+        assert_eq!(spare.next_turn(), Some(3));
+        assert!(spare.take(3));
+        spare.forget(3);
+        assert!(!spare.take(1), "an operation of it may use the buffer");
+    }
+}
