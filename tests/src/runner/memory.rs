@@ -108,9 +108,9 @@ fn check(long: bool) -> Result<Vec<TestResult>, Ending> {
     let headers = host::kernel_headers();
     // The clients and servers of `stats` wait for each other with real limits, which threads that
     // take turns at a thirtieth of the speed miss; there is nothing unsafe about them.
-    // Those of shared lanes wait in `io_uring_enter(2)`, during which the checker (3.19) lets no
+    // Those of lanes wait in `io_uring_enter(2)`, during which the checker (3.19) lets no
     // other thread run: they would wait for ever.
-    let mut args = vec!["--skip", "socket::tests", "--skip", "io_thread::shared::tests"];
+    let mut args = vec!["--skip", "socket::tests", "--skip", "io_thread::lanes::tests"];
     // Nor process descriptors (before 3.21).
     args.extend(["--skip", "partitions::tests::a_process_is_awaited"]);
     args.extend(["--skip", "upgrade::tests::a_program_that_is_asked"]);
