@@ -30,7 +30,7 @@ use crate::io_thread::station::{Arrival, Ended, MAX_STATIONS, NAMES, OWN, Parts,
 use crate::os::clock::{coarse_now, precise_now};
 use crate::os::wakeups::Wakeups;
 
-/// Completions taken at a time, so that submissions are never held up for long.
+/// Completions that are taken off the queue before the kernel is told so.
 pub(crate) const REAP_BATCH: usize = 64;
 /// No station has this key.
 const NOBODY: u16 = u16::MAX;
@@ -156,8 +156,8 @@ impl<'ring> EventLoop<'ring> {
         self.rings.submit_and_wait(self.patience(), self.in_flight)
     }
 
-    /// Deals with all completions that are there; returns how many there were. Submissions are not
-    /// held up for long: every [`REAP_BATCH`] the kernel is asked for more.
+    /// Deals with all completions that are there, in batches; returns how many there were. The kernel
+    /// is told of each batch, so that it has room for more.
     fn reap(&mut self) -> Result<usize, LaneError> {
         let mut reaped = 0;
         loop {
