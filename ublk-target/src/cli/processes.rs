@@ -20,7 +20,7 @@ use nix::unistd::{Pid, dup2_stderr, dup2_stdout, setsid};
 use sd_notify::NotifyState;
 use ublk_target::config::lend::Choice;
 use ublk_target::control::deletion::{self, Deletion};
-use ublk_target::control::error::DeviceError;
+use ublk_target::control::error::{AnnounceError, ServerError, SetupError};
 use ublk_target::control::helpers::Helpers;
 use ublk_target::control::supervisor::{End, NotRecovered, Policy, supervise};
 use ublk_target::device::description::{self, Description};
@@ -43,7 +43,7 @@ use super::terminal::say;
 pub fn live(
     life: &Life,
     verbose: u8,
-    serve: impl FnOnce(&Life) -> Result<(), DeviceError>,
+    serve: impl FnOnce(&Life) -> Result<(), ServerError>,
 ) -> anyhow::Result<ExitCode> {
     let role = match (life.role, life.foreground, life.supervise) {
         (Some(role), _, _) => role,
@@ -423,12 +423,12 @@ pub fn announce(
     life: &Life,
     description: &Description,
     choice: Option<&Choice>,
-) -> Result<(), DeviceError> {
+) -> Result<(), AnnounceError> {
     if let Some(choice) = choice.filter(|choice| choice.is_fallback) {
         say!("note: lend mode {}: {}", choice.mode, choice.reason);
     }
     let line = if life.json {
-        serde_json::to_string(description).map_err(|_| DeviceError::Abandoned)?
+        serde_json::to_string(description).map_err(|_| AnnounceError::Abandoned)?
     } else {
         description.device.display().to_string()
     };
@@ -445,7 +445,7 @@ pub fn announce(
     let away = std::env::set_current_dir("/");
     let logged = away.and_then(|()| logging::to_file_of(description.id));
     let (mut user, problem) =
-        logged.map_err(|error| DeviceError::of_io("cannot leave the terminal", &error))?;
+        logged.map_err(|error| SetupError::of_io("cannot leave the terminal", &error))?;
     if let Some(problem) = problem {
         // Standard error is the log by now, if there is any.
         log::warn!("{problem}");
@@ -472,6 +472,6 @@ pub fn announce_late(life: &Life, description: &Description) {
     let _ = dup2_stdout(io::stdin()).and_then(|()| dup2_stderr(io::stdin()));
 }
 
-fn say(user: &mut impl Write, line: &str) -> Result<(), DeviceError> {
-    writeln!(user, "{line}").and_then(|()| user.flush()).map_err(|_| DeviceError::Abandoned)
+fn say(user: &mut impl Write, line: &str) -> Result<(), AnnounceError> {
+    writeln!(user, "{line}").and_then(|()| user.flush()).map_err(|_| AnnounceError::Abandoned)
 }

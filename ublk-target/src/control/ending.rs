@@ -7,7 +7,7 @@ use std::time::Instant;
 use nix::poll::PollTimeout;
 use uring_ext::Errno;
 
-use crate::control::error::DeviceError;
+use crate::control::error::{ServeError, SetupError};
 use crate::control::helpers::StopHelper;
 use crate::control::server::Server;
 use crate::device::description;
@@ -43,9 +43,9 @@ impl Server {
     /// Another process does it. A server that is killed while a command of its own waits for
     /// outstanding I/O would wait for itself, for ever: the command keeps its files open, so the
     /// driver never learns of its death and fails no I/O.
-    pub fn stop(&self, stop: &StopHelper<'_>) -> Result<(), DeviceError> {
+    pub fn stop(&self, stop: &StopHelper<'_>) -> Result<(), ServeError> {
         let failed = |error: std::io::Error| {
-            DeviceError::setup("cannot start a process that stops the device", Errno::of(&error))
+            SetupError::new("cannot start a process that stops the device", Errno::of(&error))
         };
         let mut process = stop(self.id).map_err(failed)?;
         let pidfd = PidFd::of_child(&process).map_err(failed)?;
@@ -56,7 +56,7 @@ impl Server {
             match process.try_wait().map_err(failed)? {
                 Some(status) if status.success() => return Ok(()),
                 // It has said why.
-                Some(_) => return Err(DeviceError::NotStopped),
+                Some(_) => return Err(ServeError::NotStopped),
                 None => {}
             }
             let woken = self.wakeups.wait_or(pidfd.as_fd(), PollTimeout::from(10_000_u16));
@@ -82,7 +82,7 @@ impl Server {
     /// Deletes the device and waits for the lanes, whose fetches thereby end. The character
     /// device stays open until the deletion is under way, so that the id cannot have passed to
     /// another device. A device that is left to the next server is only let go of.
-    pub fn take_down(mut self) -> Result<(), DeviceError> {
+    pub fn take_down(mut self) -> Result<(), ServeError> {
         let mut result = Ok(());
         if self.is_left {
             self.control_requests = None;
@@ -102,12 +102,10 @@ impl Server {
         let deleted = self.control.delete(self.id).and_then(|pending| self.control.finish(pending));
         step("deleted");
         match deleted {
-            Err(error) if !description::is_missing(&error) => {
-                result = Err(DeviceError::Control(error))
-            }
+            Err(error) if !description::is_missing(&error) => result = Err(error.into()),
             Ok(_) | Err(_) => {}
         }
-        result = result.and(self.lanes.join());
+        result = result.and(self.lanes.join().map_err(ServeError::from));
         // Whoever asks for something now is not answered any more, and must not be waited for.
         self.control_requests = None;
         // It tells of the lanes until they have ended. The id is still this device's, so that no

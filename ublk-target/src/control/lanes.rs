@@ -20,7 +20,7 @@ use uring_ext::ring::Polling;
 use uring_ext::{Errno, sys};
 
 use crate::config::busy_wait::BusyWait;
-use crate::control::error::DeviceError;
+use crate::control::error::{QueueError, SetupError};
 use crate::control::plan::Plan;
 use crate::io_thread::lane;
 use crate::io_thread::message::{LaneHandle, LaneMessage};
@@ -62,7 +62,7 @@ enum ServedBy {
 
 impl DeviceLanes {
     /// Starts to serve all queues. What was started is there even if not all could be.
-    pub fn start(&mut self, setup: &LaneSetup<'_>) -> Result<(), DeviceError> {
+    pub fn start(&mut self, setup: &LaneSetup<'_>) -> Result<(), QueueError> {
         // A ring that polls, takes double entries or has a second one is of one device; and so is a
         // lane that is told how to wait.
         let is_alone = setup.plan.config.io_lane
@@ -78,7 +78,7 @@ impl DeviceLanes {
                 Some(shared) => {
                     let started = start_station(setup, qid, &mut shared.borrow_mut());
                     let (handle, station) =
-                        started.map_err(|error| DeviceError::of_lane(qid, error))?;
+                        started.map_err(|error| QueueError::of_lane(qid, error))?;
                     let served_by = ServedBy::Station(Box::new(station));
                     self.queues.push(Queue { handle, served_by });
                 }
@@ -87,13 +87,13 @@ impl DeviceLanes {
         for (qid, is_ready) in waiting {
             // A closed channel is a lane that panicked.
             let died = Err(LaneError::Ring(Errno::EIO));
-            is_ready.recv().unwrap_or(died).map_err(|error| DeviceError::of_lane(qid, error))?;
+            is_ready.recv().unwrap_or(died).map_err(|error| QueueError::of_lane(qid, error))?;
             step("lane-up");
         }
         for queue in &self.queues {
             let qid = queue.handle.qid;
             if let ServedBy::Station(station) = &queue.served_by {
-                station.await_ready().map_err(|error| DeviceError::of_lane(qid, error))?;
+                station.await_ready().map_err(|error| QueueError::of_lane(qid, error))?;
                 step("lane-up");
             }
         }
@@ -104,9 +104,9 @@ impl DeviceLanes {
         &mut self,
         setup: &LaneSetup<'_>,
         qid: Qid,
-    ) -> Result<Receiver<Result<(), LaneError>>, DeviceError> {
+    ) -> Result<Receiver<Result<(), LaneError>>, QueueError> {
         let (handle, inbox, wake) = LaneHandle::new(qid, setup.info.queue_depth)
-            .map_err(|errno| DeviceError::setup("cannot make a lane", errno))?;
+            .map_err(|errno| SetupError::new("cannot make a lane", errno))?;
         let id = setup.info.dev_id;
         let cpus = setup.control.queue_affinity(id, qid.0).unwrap_or_default();
         let config = setup.lane(qid, wake, cpus);
@@ -121,7 +121,7 @@ impl DeviceLanes {
         });
         let thread = thread.map_err(|error| {
             let (doing, errno) = ("starting its thread", Errno::of(&error));
-            DeviceError::of_lane(qid, LaneError::Setup { doing, errno })
+            QueueError::of_lane(qid, LaneError::Setup { doing, errno })
         })?;
         self.queues.push(Queue { handle, served_by: ServedBy::Thread(thread) });
         Ok(is_ready)
@@ -163,36 +163,36 @@ impl DeviceLanes {
     }
 
     /// Why a lane cannot go on that shares its ring, and so has to be ended: once.
-    pub fn take_failure(&self) -> Option<DeviceError> {
+    pub fn take_failure(&self) -> Option<QueueError> {
         let mut failures = self.queues.iter().filter_map(|queue| match &queue.served_by {
             ServedBy::Thread(_) => None,
             ServedBy::Station(station) => {
                 let error = station.take_failure()?;
-                Some(DeviceError::Lane { qid: queue.handle.qid, error })
+                Some(QueueError::Lane { qid: queue.handle.qid, error })
             }
         });
         failures.next()
     }
 
     /// The error of the first lane that has ended with one.
-    pub fn failure(&mut self) -> DeviceError {
+    pub fn failure(&mut self) -> QueueError {
         let ended = self.queues.iter_mut().position(|queue| queue.served_by.has_ended());
         let Some(queue) = ended.map(|index| self.queues.swap_remove(index)) else {
-            return DeviceError::setup("a lane ended early", Errno::EIO);
+            return SetupError::new("a lane ended early", Errno::EIO).into();
         };
         let qid = queue.handle.qid;
         let error = self.join_one(queue).err().unwrap_or(LaneError::Ring(Errno::ENODEV));
-        DeviceError::Lane { qid, error }
+        QueueError::Lane { qid, error }
     }
 
     /// Waits for the end of all, and logs what they did.
-    pub fn join(&mut self) -> Result<(), DeviceError> {
+    pub fn join(&mut self) -> Result<(), QueueError> {
         let mut result = Ok(());
         for queue in std::mem::take(&mut self.queues) {
             let qid = queue.handle.qid;
             match self.join_one(queue) {
                 Ok(report) => report_lane(qid, &report),
-                Err(error) => result = result.and(Err(DeviceError::Lane { qid, error })),
+                Err(error) => result = result.and(Err(QueueError::Lane { qid, error })),
             }
         }
         result

@@ -12,11 +12,11 @@ use uring_ext::{Errno, sys};
 use crate::backing::usage;
 use crate::backing::{BackingError, BackingProblem};
 use crate::config::lend::Choice;
-use crate::control::error::DeviceError;
+use crate::control::error::{AnnounceError, LayoutError, PlanError, RecoverError, SetupError};
 use crate::control::helpers::{Helpers, protect_server, ready};
 use crate::control::plan::Plan;
 use crate::control::recoverable::{
-    CannotRecoverDevice, check, check_limits, config_of, missing, read, refuse_unserved, server_of,
+    check, check_limits, config_of, missing, read, refuse_unserved, server_of,
 };
 use crate::control::server::Server;
 use crate::device::description::{self, Description};
@@ -24,6 +24,7 @@ use crate::device::paths::{self, RUN_DIR};
 use crate::device::processes::{Process, Role};
 use crate::device::state_file::StateFile;
 use crate::device::trouble::Trouble;
+use crate::os::kernel;
 use crate::os::steps::step;
 
 /// The longest wait for what is left of the dead server.
@@ -37,15 +38,15 @@ const PAUSE: Duration = Duration::from_millis(2);
 /// recover the device if it does not; signals wait until the device is live then.
 ///
 /// # Errors
-/// [`DeviceError`]; the device is as it was before.
+/// [`RecoverError`]; the device is as it was before.
 pub fn recover(
     id: u32,
     supervisor: Option<u32>,
     is_next: bool,
     helpers: &Helpers<'_>,
     progress: &mut dyn FnMut(&str),
-    on_live: impl FnOnce(&Description, &Choice) -> Result<(), DeviceError>,
-) -> Result<(), DeviceError> {
+    on_live: impl FnOnce(&Description, &Choice) -> Result<(), AnnounceError>,
+) -> Result<(), RecoverError> {
     let node = Control::open_node()?;
     // While there is one thread: the control ring has workers of the kernel's. A record that cannot be
     // read is an error below.
@@ -81,7 +82,7 @@ pub fn recover(
         Ok(())
     });
     let ended = server.take_down();
-    served.and(ended)
+    Ok(served.and(ended)?)
 }
 
 /// A device that is the calling process's now.
@@ -97,7 +98,7 @@ pub(super) fn take_over(
     record: &StateFile,
     heeds_signals: bool,
     progress: &mut dyn FnMut(&str),
-) -> Result<Taken, DeviceError> {
+) -> Result<Taken, RecoverError> {
     let (id, began) = (server.id, Instant::now());
     let mut wait = Wait { began, said: 0, heeds_signals, progress };
     let cdev = Arc::new(claim(server, &mut wait)?);
@@ -137,10 +138,10 @@ struct Wait<'a> {
 }
 
 impl Wait<'_> {
-    fn pause(&mut self, server: &Server, what: &dyn Fn() -> String) -> Result<(), DeviceError> {
+    fn pause(&mut self, server: &Server, what: &dyn Fn() -> String) -> Result<(), RecoverError> {
         let waited = self.began.elapsed();
         if waited >= PATIENCE {
-            return Err(CannotRecoverDevice::Stuck { what: what(), waited }.into());
+            return Err(RecoverError::Stuck { what: what(), waited });
         }
         if waited.as_secs() / 2 > self.said {
             self.said = waited.as_secs() / 2;
@@ -148,7 +149,7 @@ impl Wait<'_> {
         }
         std::thread::sleep(PAUSE);
         if self.heeds_signals && server.wakeups.take_signal().is_some() {
-            return Err(DeviceError::NotRecovered);
+            return Err(RecoverError::NotRecovered);
         }
         Ok(())
     }
@@ -156,7 +157,7 @@ impl Wait<'_> {
 
 /// Waits until the driver has all buffers of the dead server back, and takes the character device:
 /// only one process can have it.
-fn claim(server: &Server, wait: &mut Wait<'_>) -> Result<File, DeviceError> {
+fn claim(server: &Server, wait: &mut Wait<'_>) -> Result<File, RecoverError> {
     let id = server.id;
     let path = paths::char_path(id);
     let holder = || {
@@ -170,27 +171,27 @@ fn claim(server: &Server, wait: &mut Wait<'_>) -> Result<File, DeviceError> {
         match server.control.start_recovery(id) {
             Ok(()) => match File::options().read(true).write(true).open(&path) {
                 Ok(file) if usage::is_char_device_of(&file, id) => return Ok(file),
-                Ok(_) => return Err(wrong_node(&path)),
+                Ok(_) => return Err(wrong_node(&path).into()),
                 // Another one was faster.
                 Err(error) if Errno::of(&error) == Errno::EBUSY => {}
                 Err(error) => {
                     let doing = format!("cannot open {}", path.display());
-                    return Err(DeviceError::setup(doing, Errno::of(&error)));
+                    return Err(SetupError::new(doing, Errno::of(&error)).into());
                 }
             },
             Err(error) if error.errno() == Some(Errno::EBUSY) => {
                 // Recovered by another one meanwhile, or stopped.
                 let info = server.control.info(id).map_err(|error| missing(id, error))?;
                 if !description::has_disk(&info) {
-                    return Err(CannotRecoverDevice::NotStarted(id).into());
+                    return Err(RecoverError::NotStarted(id));
                 }
                 if let Some(server) = server_of(&info) {
-                    return Err(CannotRecoverDevice::Served { id, server }.into());
+                    return Err(RecoverError::Served { id, server });
                 }
             }
             // It has been stopped.
             Err(error) if error.errno() == Some(Errno::EINVAL) => {
-                return Err(CannotRecoverDevice::NotStarted(id).into());
+                return Err(RecoverError::NotStarted(id));
             }
             Err(error) => return Err(missing(id, error)),
         }
@@ -199,13 +200,13 @@ fn claim(server: &Server, wait: &mut Wait<'_>) -> Result<File, DeviceError> {
 }
 
 /// Something else is in the place of a character device.
-pub(super) fn wrong_node(path: &Path) -> DeviceError {
+pub(super) fn wrong_node(path: &Path) -> SetupError {
     let doing = format!(
         "{} is not the driver's character device; remove it, and have `udevadm trigger` or mknod(1) make \
          the right one",
         path.display()
     );
-    DeviceError::setup(doing, Errno::ENODEV)
+    SetupError::new(doing, Errno::ENODEV)
 }
 
 /// Opens the backings and makes the same device of them. The dead server's files are let go of some
@@ -215,15 +216,16 @@ fn plan(
     record: &StateFile,
     info: &sys::ublksrv_ctrl_dev_info,
     wait: &mut Wait<'_>,
-) -> Result<Plan, DeviceError> {
+) -> Result<Plan, RecoverError> {
     let params = server.control.params(record.id)?;
     let config = config_of(record, info, &params);
+    let features = kernel::features(&server.control)?;
     let mut plan = loop {
-        match Plan::make(&config, &server.control, Some(&record.backings)) {
-            Err(DeviceError::Backing(BackingError {
+        match Plan::for_driver(&config, features, Some(&record.backings)) {
+            Err(PlanError::Layout(LayoutError::Backing(BackingError {
                 path,
                 problem: BackingProblem::InUse(users),
-            })) => {
+            }))) => {
                 let what = || format!("{} to be let go of ({})", path.display(), users.join(", "));
                 wait.pause(server, &what)?;
             }

@@ -9,9 +9,8 @@ use std::time::{Duration, Instant};
 use nix::poll::PollTimeout;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use uring_ext::control::Control;
+use uring_ext::control::{Control, ControlError};
 
-use crate::control::error::DeviceError;
 use crate::control::leftovers;
 use crate::device::description;
 use crate::device::paths::RUN_DIR;
@@ -113,7 +112,7 @@ pub type Recover<'a> = dyn Fn(u32) -> Result<u32, NotRecovered> + 'a;
 /// server is passed on to it, and SIGHUP, too, after `reopen_log`.
 ///
 /// # Errors
-/// [`DeviceError::Setup`] and [`DeviceError::Control`] if there can be no supervision at all.
+/// [`ControlError`] if there can be no supervision at all.
 pub fn supervise(
     id: u32,
     server: u32,
@@ -121,7 +120,7 @@ pub fn supervise(
     wakeups: &Wakeups,
     recover: &Recover<'_>,
     reopen_log: &dyn Fn(),
-) -> Result<End, DeviceError> {
+) -> Result<End, ControlError> {
     let control = Control::open()?;
     let mut attempts = Attempts { policy, failed: 0, lacked: 0 };
     let mut pid = server;

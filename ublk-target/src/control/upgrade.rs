@@ -15,7 +15,7 @@ use nix::unistd::getppid;
 use uring_ext::Errno;
 use uring_ext::control::{Control, ControlError};
 
-use crate::control::error::DeviceError;
+use crate::control::error::{ServeError, SetupError};
 use crate::control::helpers::Helpers;
 use crate::control::plan::Plan;
 use crate::control::recoverable;
@@ -82,7 +82,7 @@ impl Server {
         program: &Program,
         reply: Reply<()>,
         helpers: &Helpers<'_>,
-    ) -> Result<Plan, DeviceError> {
+    ) -> Result<Plan, ServeError> {
         log::info!("handing over to {}", program.path().display());
         step("upgrade-asked");
         if let Err(error) = self.stop_deliveries(helpers) {
@@ -105,7 +105,7 @@ impl Server {
 
     /// Serves a device again that delivers no more. Another process may have told the driver so, a
     /// late one of an earlier upgrade for instance: new I/O waits until the device is recovered.
-    pub(super) fn hand_over_to_self(&mut self, plan: Plan) -> Result<Plan, DeviceError> {
+    pub(super) fn hand_over_to_self(&mut self, plan: Plan) -> Result<Plan, ServeError> {
         self.let_device_go(plan);
         self.take_back()
     }
@@ -118,7 +118,7 @@ impl Server {
         drop(plan);
     }
 
-    fn take_back(&mut self) -> Result<Plan, DeviceError> {
+    fn take_back(&mut self) -> Result<Plan, ServeError> {
         let record = recoverable::read(&self.control, self.id)?;
         let mut progress = |what: &str| log::warn!("{what}");
         let taken = recovery::take_over(self, &record, false, &mut progress)?;
@@ -128,7 +128,7 @@ impl Server {
     }
 
     /// Has the driver deliver nothing more.
-    fn stop_deliveries(&self, helpers: &Helpers<'_>) -> Result<(), DeviceError> {
+    fn stop_deliveries(&self, helpers: &Helpers<'_>) -> Result<(), ServeError> {
         let mut came = Came::default();
         let stopped = self.quiesce_by_helper(helpers, &mut came);
         if let Some(signal) = came.signal {
@@ -145,9 +145,9 @@ impl Server {
         stopped
     }
 
-    fn quiesce_by_helper(&self, helpers: &Helpers<'_>, came: &mut Came) -> Result<(), DeviceError> {
+    fn quiesce_by_helper(&self, helpers: &Helpers<'_>, came: &mut Came) -> Result<(), ServeError> {
         let failed = |error: io::Error| {
-            DeviceError::setup("cannot start a process that makes I/O wait", Errno::of(&error))
+            SetupError::new("cannot start a process that makes I/O wait", Errno::of(&error))
         };
         let began = Instant::now();
         loop {
@@ -168,10 +168,10 @@ impl Server {
             match status.code() {
                 Some(0) => return Ok(()),
                 // It has said why.
-                Some(_) => return Err(DeviceError::NotQuiesced),
+                Some(_) => return Err(ServeError::NotQuiesced),
                 // Killed; whether the driver was asked is not known.
                 None if began.elapsed() < 3 * PATIENCE => {}
-                None => return Err(DeviceError::NotQuiesced),
+                None => return Err(ServeError::NotQuiesced),
             }
         }
     }

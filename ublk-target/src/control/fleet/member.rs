@@ -9,15 +9,15 @@ use uring_ext::control::Control;
 use uring_ext::feature::{Features, SAFE_STOP_DEV};
 use uring_ext::sys;
 
-use crate::backing::BackingProblem;
 use crate::backing::below::Below;
 use crate::config::DeviceConfig;
 use crate::config::lend::LendRequest;
 use crate::control::deletion::{self, Deletion};
-use crate::control::error::DeviceError;
+use crate::control::error::{AddError, PlanError, QueueError, RecoverError, ServeError};
+use crate::control::fleet::error::MemberError;
 use crate::control::fleet::{Fleet, FleetHooks, cpus, id_of};
 use crate::control::plan::{self, Plan};
-use crate::control::recoverable::{self, CannotRecoverDevice};
+use crate::control::recoverable;
 use crate::control::recovery;
 use crate::control::server::Server;
 use crate::device::description::{self, Description};
@@ -52,7 +52,7 @@ impl Preparation {
         config: &DeviceConfig,
         control: &Control,
         features: Features,
-    ) -> Result<Self, DeviceError> {
+    ) -> Result<Self, MemberError> {
         if let Some(preparation) = Self::waiting(config, control)? {
             return Ok(preparation);
         }
@@ -61,7 +61,7 @@ impl Preparation {
         let deadline = Instant::now() + PATIENCE;
         let plan = loop {
             match Plan::for_driver(config, features, None) {
-                Err(error) if is_left && is_in_use(&error) && Instant::now() < deadline => {
+                Err(error) if is_left && error.is_in_use() && Instant::now() < deadline => {
                     std::thread::sleep(Duration::from_millis(10));
                 }
                 made => break made,
@@ -74,9 +74,9 @@ impl Preparation {
     /// opened when it is taken over.
     pub fn with(
         config: &DeviceConfig,
-        plan: Result<Plan, DeviceError>,
+        plan: Result<Plan, PlanError>,
         control: &Control,
-    ) -> Result<Self, DeviceError> {
+    ) -> Result<Self, MemberError> {
         if let Some(preparation) = Self::waiting(config, control)? {
             return Ok(preparation);
         }
@@ -95,19 +95,19 @@ impl Preparation {
     }
 
     /// Sees to it that it waits for no device of a process that serves these, or is to.
-    pub fn check_apart(&self, ids: &BTreeSet<u32>) -> Result<(), DeviceError> {
+    pub fn check_apart(&self, ids: &BTreeSet<u32>) -> Result<(), MemberError> {
         check_apart(id_of(&self.config), &self.below, ids)
     }
 
     /// That of a device that there is and that waits for a server.
-    pub fn waiting(config: &DeviceConfig, control: &Control) -> Result<Option<Self>, DeviceError> {
+    pub fn waiting(config: &DeviceConfig, control: &Control) -> Result<Option<Self>, MemberError> {
         let id = id_of(config);
         let info = match control.info(id) {
             Err(error) if description::is_missing(&error) => {
                 recoverable::refuse_new_on_unserved(control, &config.target.files())?;
                 return Ok(None);
             }
-            info => info?,
+            info => info.map_err(AddError::from)?,
         };
         match recoverable::check(control, id) {
             Ok(record) => {
@@ -117,24 +117,17 @@ impl Preparation {
                 Ok(Some(Self { config: config.clone(), below, found }))
             }
             Err(_) if !is_served(&info) && is_dead_ones(&info) => Ok(None),
-            Err(DeviceError::Recover(CannotRecoverDevice::Served { id, server })) => {
-                Err(CannotRecoverDevice::Served { id, server }.into())
-            }
-            Err(_) => Err(DeviceError::IdTaken(id)),
+            Err(error @ RecoverError::Served { .. }) => Err(error.into()),
+            Err(_) => Err(AddError::IdTaken(id).into()),
         }
     }
 }
 
 /// Sees to it that a device does not wait for another one of these.
-pub(super) fn check_apart(id: u32, below: &Below, ids: &BTreeSet<u32>) -> Result<(), DeviceError> {
+pub(super) fn check_apart(id: u32, below: &Below, ids: &BTreeSet<u32>) -> Result<(), MemberError> {
     let mut others = ids.clone();
     others.remove(&id);
-    below.any_of(&others).map_or(Ok(()), |lower| Err(DeviceError::Beside { upper: id, lower }))
-}
-
-/// Whether somebody else has a backing.
-pub(super) fn is_in_use(error: &DeviceError) -> bool {
-    matches!(error, DeviceError::Backing(it) if matches!(it.problem, BackingProblem::InUse(_)))
+    below.any_of(&others).map_or(Ok(()), |lower| Err(MemberError::Beside { upper: id, lower }))
 }
 
 /// Whether a device was added as it is wanted. A null device may have been resized since.
@@ -178,9 +171,9 @@ pub(super) enum End {
     /// It was stopped.
     Stopped,
     /// No lane serves it any more, and it waits for a server.
-    Waits(DeviceError),
+    Waits(QueueError),
     /// It cannot go on.
-    Failed(DeviceError),
+    Failed(QueueError),
 }
 
 impl Member {
@@ -189,7 +182,7 @@ impl Member {
         preparation: Preparation,
         fleet: &Fleet,
         hooks: &FleetHooks<'_>,
-    ) -> Result<(Self, Description), DeviceError> {
+    ) -> Result<(Self, Description), MemberError> {
         let Preparation { mut config, found, .. } = preparation;
         let (plan, mut server) = match found {
             Found::Nothing(plan) => add(*plan, fleet)?,
@@ -211,7 +204,7 @@ impl Member {
         };
         match server.describe_live() {
             Ok(description) => Ok((Self { config, plan, server }, description)),
-            Err(error) => Err(server.take_down().err().unwrap_or(error)),
+            Err(error) => Err(server.take_down().err().unwrap_or(error).into()),
         }
     }
 
@@ -280,7 +273,7 @@ impl Member {
     }
 
     /// Stops the device and takes it down.
-    pub fn stop(self, hooks: &FleetHooks<'_>) -> Result<(), DeviceError> {
+    pub fn stop(self, hooks: &FleetHooks<'_>) -> Result<(), ServeError> {
         let stopped = self.server.stop(&|id| (hooks.command)(id, deletion::Command::Stop));
         let ended = self.server.take_down();
         stopped.and(ended)
@@ -349,6 +342,7 @@ impl End {
                 let left = member.server.take_down();
                 drop(member.plan);
                 let again = left
+                    .map_err(MemberError::from)
                     .and_then(|()| Preparation::of(&config, &fleet.control, fleet.features))
                     .and_then(|preparation| Member::begin(preparation, fleet, hooks));
                 match again {
@@ -370,19 +364,19 @@ fn server(id: u32, fleet: &Fleet) -> Server {
     server
 }
 
-fn add(plan: Plan, fleet: &Fleet) -> Result<(Plan, Server), DeviceError> {
+fn add(plan: Plan, fleet: &Fleet) -> Result<(Plan, Server), AddError> {
     let added = plan::add(&fleet.control, &plan, plan.config.id)?;
     let mut server = server(added.dev_id, fleet);
     match server.go_live(&plan, &added) {
         Ok(()) => Ok((plan, server)),
         Err(error) => {
-            let ended = server.take_down();
-            Err(error).or_else(|error| ended.and(Err(error)))
+            server.take_down()?;
+            Err(error)
         }
     }
 }
 
-fn take_over(record: &StateFile, fleet: &Fleet) -> Result<(Plan, Server), DeviceError> {
+fn take_over(record: &StateFile, fleet: &Fleet) -> Result<(Plan, Server), RecoverError> {
     recoverable::refuse_unserved(&fleet.control, record.id, record)?;
     let mut server = server(record.id, fleet);
     server.leave();
@@ -394,11 +388,11 @@ fn take_over(record: &StateFile, fleet: &Fleet) -> Result<(Plan, Server), Device
 }
 
 /// Deletes what is left of a device.
-fn clear(id: u32, fleet: &Fleet, hooks: &FleetHooks<'_>) -> Result<(), DeviceError> {
+fn clear(id: u32, fleet: &Fleet, hooks: &FleetHooks<'_>) -> Result<(), MemberError> {
     let progress = &mut |what: &str| log::warn!("{what}");
     let helper = &*hooks.command;
     let mut deletion = Deletion { control: &fleet.control, force: false, helper, progress };
-    deletion.delete(id).map_err(|error| DeviceError::Remains { id, error: Box::new(error) })
+    deletion.delete(id).map_err(|error| MemberError::Remains { id, error })
 }
 
 #[cfg(test)]
