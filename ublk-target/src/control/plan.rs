@@ -1,6 +1,7 @@
 //! What is decided of a device before the driver is asked for anything, and asking it.
 
-use std::time::{Duration, Instant};
+use std::ops::ControlFlow;
+use std::time::Duration;
 
 use ublk_engine::engine::SlotTable;
 use ublk_engine::lane::fault::Faults;
@@ -21,6 +22,7 @@ use crate::device::mark::Nonce;
 use crate::device::paths::MAX_ID;
 use crate::os::kernel;
 use crate::os::memory;
+use crate::os::wait::Wait;
 
 /// What is decided before the driver is asked for anything.
 pub(super) struct Plan {
@@ -175,19 +177,17 @@ pub(super) fn add(
         ublksrv_flags: Nonce::own().flags(),
         ..Default::default()
     };
-    let mut added = control.add(info);
     // A device that is gone keeps its id for a moment, while the driver takes it apart
     // (`ublk_cdev_rel`), and nobody tells when that is over.
-    let deadline = Instant::now() + Duration::from_secs(5);
-    while let (Err(error), Some(id)) = (&added, id) {
-        let is_taken = error.errno() == Some(Errno::EEXIST);
-        let is_gone = || control.info(id).is_err_and(|error| description::is_missing(&error));
-        if !is_taken || !is_gone() || Instant::now() > deadline {
-            break;
+    let is_gone = |id| control.info(id).is_err_and(|error| description::is_missing(&error));
+    let mut wait = Wait::at_most(Duration::from_secs(5)).every(Duration::from_millis(5));
+    let added = wait.until(|| match control.add(info) {
+        Err(error) if error.errno() == Some(Errno::EEXIST) && id.is_some_and(is_gone) => {
+            ControlFlow::Continue(error)
         }
-        std::thread::sleep(Duration::from_millis(5));
-        added = control.add(info);
-    }
+        added => ControlFlow::Break(added),
+    });
+    let added = added.unwrap_or_else(|unmet| Err(unmet.reason));
     added.map_err(|error| match (error.errno(), id) {
         (Some(Errno::EEXIST), Some(id)) => AddError::IdTaken(id),
         (Some(Errno::EACCES | Errno::ENOSPC), _) => AddError::NoRoom,

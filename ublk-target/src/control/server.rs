@@ -2,14 +2,14 @@
 
 use std::cell::RefCell;
 use std::fs::File;
+use std::ops::ControlFlow;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use nix::poll::PollTimeout;
 use ublk_engine::units::Bytes;
 use uring_ext::control::{Control, Pending};
 use uring_ext::feature::{self, Features};
@@ -36,6 +36,7 @@ use crate::io_thread::shared::SharedLanes;
 use crate::os::kernel;
 use crate::os::process::Watch;
 use crate::os::steps::step;
+use crate::os::wait::{Wait, Words};
 use crate::os::wakeups::{Wake, Wakeups};
 use crate::socket;
 use crate::socket::control_request::{ControlRequest, Petitioner};
@@ -216,24 +217,29 @@ impl Server {
     /// containers, under a slow udev) it may take a moment.
     fn open_cdev(&self) -> Result<File, AddError> {
         let path = paths::char_path(self.id);
-        let deadline = Instant::now() + Duration::from_secs(5);
-        loop {
-            match File::options().read(true).write(true).open(&path) {
-                Ok(file) if usage::is_char_device_of(&file, self.id) => return Ok(file),
-                Ok(_) => return Err(recovery::wrong_node(&path).into()),
-                // Deleted by somebody else.
-                Err(_) if self.is_deleted() => return Err(AddError::Deleted(self.id)),
-                Err(error) if Errno::of(&error) == Errno::ENOENT && Instant::now() < deadline => {
-                    if let Wake::Signal(_) = self.wakeups.wait(PollTimeout::from(10_u8)) {
-                        return Err(AddError::Interrupted);
-                    }
+        let failed = |errno| SetupError::new(format!("cannot open {}", path.display()), errno);
+        let wait = Wait::at_most(Duration::from_secs(5)).every(Duration::from_millis(10));
+        let opened = wait.or_signal(&self.wakeups).until(|| {
+            let error = match File::options().read(true).write(true).open(&path) {
+                Ok(file) if usage::is_char_device_of(&file, self.id) => {
+                    return ControlFlow::Break(Ok(file));
                 }
-                Err(error) => {
-                    let doing = format!("cannot open {}", path.display());
-                    return Err(SetupError::new(doing, Errno::of(&error)).into());
-                }
+                Ok(_) => return ControlFlow::Break(Err(recovery::wrong_node(&path).into())),
+                Err(error) => Errno::of(&error),
+            };
+            if self.is_deleted() {
+                // By somebody else.
+                return ControlFlow::Break(Err(AddError::Deleted(self.id)));
             }
-        }
+            match error {
+                Errno::ENOENT => ControlFlow::Continue(error),
+                _ => ControlFlow::Break(Err(failed(error).into())),
+            }
+        });
+        opened.unwrap_or_else(|unmet| match unmet.signal {
+            Some(_) => Err(AddError::Interrupted),
+            None => Err(failed(unmet.reason).into()),
+        })
     }
 
     /// Whether the driver has removed the device, which is still open here.
@@ -292,23 +298,29 @@ impl Server {
 
     /// Whether the device is live; a signal ends the wait if it is heeded.
     fn await_driver(&mut self, mut start: Pending, heed: bool) -> Result<bool, ServeError> {
-        let began = Instant::now();
-        let mut said = 0;
-        loop {
-            if let Some(answer) = self.control.wait(&mut start, Duration::from_millis(200)) {
-                answer?;
-                return Ok(true);
+        let (id, control, lanes) = (self.id, &self.control, &mut self.lanes);
+        let words = Duration::from_secs(10);
+        // It waits as it looks.
+        let mut wait = Wait::endless().every(Duration::ZERO).telling(words, words, |what, _| {
+            log::warn!("waiting for {what}");
+        });
+        if heed {
+            wait = wait.or_signal(&self.wakeups);
+        }
+        let what = Words(|| format!("the driver to start device {id}"));
+        let started = wait.until(|| {
+            if let Some(answer) = control.wait(&mut start, Duration::from_millis(200)) {
+                return ControlFlow::Break(answer.map(drop).map_err(ServeError::from));
             }
-            if self.lanes.has_ended() {
-                return Err(self.lanes.failure().into());
+            if lanes.has_ended() {
+                return ControlFlow::Break(Err(lanes.failure().into()));
             }
-            if heed && self.wakeups.take_signal().is_some() {
-                return Ok(false);
-            }
-            if began.elapsed().as_secs() / 10 > said {
-                said += 1;
-                log::warn!("waiting for the driver to start device {}", self.id);
-            }
+            ControlFlow::Continue(&what)
+        });
+        match started {
+            Ok(started) => started.map(|()| true),
+            // Nothing but a signal ends the wait.
+            Err(_) => Ok(false),
         }
     }
 

@@ -9,6 +9,7 @@
 use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::time::Duration;
 
@@ -80,18 +81,25 @@ impl Process {
             started: procfs::stat(pid)?.started,
             pidfd,
         };
-        (!process.has_ended(Duration::ZERO)).then_some(process)
+        (!process.has_ended()).then_some(process)
     }
 
-    /// Waits at most `timeout` for its end; whether it has ended.
+    /// Whether it has ended.
     #[must_use]
-    pub fn has_ended(&self, timeout: Duration) -> bool {
-        self.pidfd.has_ended(timeout)
+    pub fn has_ended(&self) -> bool {
+        self.pidfd.has_ended(Duration::ZERO)
     }
 
     /// Sends a signal to this process and no other. One that has ended needs none.
     pub fn tell(&self, signal: Signal) {
         self.pidfd.tell(signal);
+    }
+}
+
+/// Can be read when the process has ended.
+impl AsFd for Process {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
     }
 }
 

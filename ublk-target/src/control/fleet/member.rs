@@ -2,8 +2,9 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
+use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use uring_ext::control::Control;
 use uring_ext::feature::{Features, SAFE_STOP_DEV};
@@ -26,6 +27,7 @@ use crate::device::paths;
 use crate::device::standing::Recorded;
 use crate::device::state_file::StateFile;
 use crate::os::procfs;
+use crate::os::wait::Wait;
 use crate::socket::control_request::ControlRequest;
 
 /// A device that has been checked and can be started.
@@ -58,16 +60,12 @@ impl Preparation {
         }
         // The files of a dead server are let go of some time after its end, and nobody tells.
         let is_left = control.info(id_of(config)).is_ok();
-        let deadline = Instant::now() + PATIENCE;
-        let plan = loop {
-            match Plan::for_driver(config, features, None) {
-                Err(error) if is_left && error.is_in_use() && Instant::now() < deadline => {
-                    std::thread::sleep(Duration::from_millis(10));
-                }
-                made => break made,
-            }
-        };
-        Self::with(config, plan, control)
+        let mut wait = Wait::at_most(PATIENCE).every(Duration::from_millis(10));
+        let plan = wait.until(|| match Plan::for_driver(config, features, None) {
+            Err(error) if is_left && error.is_in_use() => ControlFlow::Continue(error),
+            made => ControlFlow::Break(made),
+        });
+        Self::with(config, plan.unwrap_or_else(|unmet| Err(unmet.reason)), control)
     }
 
     /// The same with what came of opening its backings. Those of a device that waits for a server are
@@ -282,24 +280,22 @@ impl Member {
     /// Has the driver stop the device if nobody has it open; else who uses it, in words. What only
     /// looks at it, such as udev, is waited for.
     pub fn stop_unused(&self, hooks: &FleetHooks<'_>, features: Features) -> Result<(), String> {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
+        // Nobody tells when a device is closed.
+        let stopped = Wait::at_most(PATIENCE).every(Duration::from_millis(10)).until(|| {
             let users = deletion::users(self.server.id);
             if !users.is_empty() {
-                return Err(users.join(", "));
+                return ControlFlow::Break(Err(users.join(", ")));
             }
             // Before Linux 7.0 the driver stops it whoever has opened it by now.
             let can_try = features.has(SAFE_STOP_DEV);
             let stop = |id| (hooks.command)(id, deletion::Command::StopUnused);
             if !can_try || self.server.stop(&stop).is_ok() {
-                return Ok(());
+                ControlFlow::Break(Ok(()))
+            } else {
+                ControlFlow::Continue(deletion::UNSEEN)
             }
-            if Instant::now() > deadline {
-                return Err(deletion::UNSEEN.to_owned());
-            }
-            // Nobody tells when a device is closed.
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        });
+        stopped.unwrap_or_else(|unmet| Err(unmet.reason.to_owned()))
     }
 }
 
