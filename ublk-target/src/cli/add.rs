@@ -22,7 +22,7 @@ pub fn add(target: &Target, verbose: u8) -> anyhow::Result<ExitCode> {
              or error)"
         );
     }
-    processes::live(&device.life, verbose, |life: &Life| {
+    processes::live(&device.life, None, verbose, |life: &Life| {
         let waiting = device.id.filter(|_| device.or_recover).filter(|id| is_waiting(*id));
         if let Some(id) = waiting {
             return Ok(super::recover::serve(id, life)?);

@@ -10,6 +10,7 @@ mod partitions;
 mod processes;
 mod recover;
 mod resize;
+mod role;
 mod serve;
 mod sight;
 mod stats;

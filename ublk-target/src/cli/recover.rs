@@ -29,7 +29,7 @@ pub fn recover(args: &Recover, verbose: u8) -> anyhow::Result<ExitCode> {
         same.args((0..verbose).map(|_| "-v")).args(options(&args.life));
         return Err(same.exec().into());
     }
-    processes::live(&args.life, verbose, |life| Ok(serve(id, life)?))
+    processes::live(&args.life, Some(id), verbose, |life| Ok(serve(id, life)?))
 }
 
 /// Serves a device whose server is dead.
