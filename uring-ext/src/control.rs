@@ -4,16 +4,17 @@
 //! refuses features that we need, hides error numbers behind retries, and waits without bound.
 
 mod error;
+mod in_flight;
+mod pending;
 
-use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
+use std::marker::PhantomData;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use io_uring::{IoUring, opcode, squeue, types};
-use libublk::{sys, ublk_init_ctrl_task_ring, with_ctrl_ring_mut};
+use libublk::{sys, ublk_init_ctrl_task_ring};
 
 use crate::Errno;
 use crate::feature::Features;
@@ -21,6 +22,9 @@ use crate::params::Params;
 
 pub use error::ControlError;
 use error::{open_error, ring_error};
+use in_flight::Answer;
+pub use pending::Pending;
+use pending::{await_answer, submit};
 
 /// The node of the driver.
 pub const CONTROL_PATH: &str = "/dev/ublk-control";
@@ -31,7 +35,7 @@ const CONTROL_NUMBERS: &str = "/sys/class/misc/ublk-control/dev";
 ///
 /// # Safety
 /// The type is `repr(C)`, has no padding, and any bytes are a valid value.
-unsafe trait Plain: Copy + 'static {}
+unsafe trait Plain: Copy + Send + 'static {}
 // SAFETY: bound from the UAPI, integers only; its fields add up to its size.
 unsafe impl Plain for sys::ublksrv_ctrl_dev_info {}
 // SAFETY: integers only, padding explicit.
@@ -44,35 +48,13 @@ unsafe impl Plain for [u64; CPU_MASK_WORDS] {}
 /// Words of a CPU mask: 8,192 CPUs, the greatest number that Linux is built for.
 const CPU_MASK_WORDS: usize = 128;
 
-/// A command under way. Dropping it before its answer abandons the answer, not the command.
-#[derive(Debug)]
-#[must_use]
-pub struct Pending<T: 'static = ()> {
-    command: &'static str,
-    token: u64,
-    started: Instant,
-    /// Kernel-visible memory of the command; leaked if the answer is not awaited.
-    buffer: Option<Box<T>>,
-}
-
-impl<T> Drop for Pending<T> {
-    fn drop(&mut self) {
-        if let Some(buffer) = self.buffer.take() {
-            Box::leak(buffer);
-        }
-    }
-}
-
 /// An open `/dev/ublk-control`. Belongs to the thread that opened it: its ring is the thread's.
 #[derive(Debug)]
 pub struct Control {
     file: File,
-    next_token: Cell<u64>,
-    /// Answers that came while another command was awaited.
-    answers: RefCell<HashMap<u64, i32>>,
     /// The longest wait of the plain commands.
     patience: Duration,
-    _thread: std::marker::PhantomData<*const ()>,
+    _thread: PhantomData<*const ()>,
 }
 
 impl Control {
@@ -116,13 +98,7 @@ impl Control {
             Ok(())
         })
         .map_err(ring_error)?;
-        Ok(Self {
-            file,
-            next_token: Cell::new(1),
-            answers: RefCell::default(),
-            patience: Duration::from_secs(30),
-            _thread: std::marker::PhantomData,
-        })
+        Ok(Self { file, patience: Duration::from_secs(30), _thread: PhantomData })
     }
 
     /// The driver's features (Linux 6.5).
@@ -288,103 +264,49 @@ impl Control {
     ///
     /// # Errors
     /// The driver's.
-    pub fn wait<T>(
+    pub fn wait(
         &self,
-        pending: &mut Pending<T>,
+        pending: &mut Pending,
         timeout: Duration,
     ) -> Option<Result<u32, ControlError>> {
-        let deadline = Instant::now() + timeout;
-        loop {
-            self.reap();
-            if let Some(res) = self.answers.borrow_mut().remove(&pending.token) {
-                let command = pending.command;
-                return Some(
-                    Errno::from_result(res)
-                        .map_err(|errno| ControlError::Refused { command, errno }),
-                );
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return None;
-            }
-            let timespec = types::Timespec::from(left);
-            let args = types::SubmitArgs::new().timespec(&timespec);
-            // A signal or the time-out ends the wait early; the loop decides what that means.
-            let _ = with_ctrl_ring_mut(|ring| ring.submitter().submit_with_args(1, &args));
-        }
+        let Answer { res, .. } = await_answer(pending, timeout)?;
+        Some(pending.result(res))
     }
 
     /// Waits for an answer as long as the plain commands do.
     ///
     /// # Errors
     /// The driver's, or [`ControlError::Timeout`].
-    pub fn finish<T>(&self, mut pending: Pending<T>) -> Result<u32, ControlError> {
+    pub fn finish(&self, mut pending: Pending) -> Result<u32, ControlError> {
         let answer = self.wait(&mut pending, self.patience);
-        // On a time-out the buffer is leaked by the drop of `pending`.
-        answer.unwrap_or_else(|| {
-            Err(ControlError::Timeout {
-                command: pending.command,
-                waited: pending.started.elapsed(),
-            })
-        })
+        answer.unwrap_or_else(|| Err(pending.late()))
     }
 
     fn exchange<T: Plain>(&self, command: Command, id: u32, value: T) -> Result<T, ControlError> {
         let mut pending = self.send(command, id, Some(Box::new(value)))?;
-        match self.wait(&mut pending, self.patience) {
-            Some(answer) => {
-                // The driver has answered, so it no longer uses the memory.
-                let buffer = pending.buffer.take();
-                answer.map(|_| buffer.map_or(value, |filled| *filled))
-            }
-            None => Err(ControlError::Timeout {
-                command: pending.command,
-                waited: pending.started.elapsed(),
-            }),
-        }
+        let Some(Answer { res, buffer }) = await_answer(&mut pending, self.patience) else {
+            return Err(pending.late());
+        };
+        pending.result(res)?;
+        let filled = buffer.and_then(|buffer| buffer.downcast::<T>().ok());
+        Ok(filled.map_or(value, |filled| *filled))
     }
 
-    fn send<T: 'static>(
+    fn send<T: Send + 'static>(
         &self,
         command: Command,
         id: u32,
-        mut buffer: Option<Box<T>>,
-    ) -> Result<Pending<T>, ControlError> {
-        let token = self.next_token.replace(self.next_token.get() + 1);
-        let address = buffer
-            .as_deref_mut()
-            .map_or(0, |value| std::ptr::from_mut(value).expose_provenance() as u64);
+        buffer: Option<Box<T>>,
+    ) -> Result<Pending, ControlError> {
         let length = if buffer.is_some() { size_of::<T>() } else { 0 };
-        let bytes = ctrl_cmd(id, u16::try_from(length).unwrap_or(u16::MAX), address, command.data);
-        let sqe = opcode::UringCmd80::new(types::Fd(self.file.as_raw_fd()), command.op)
-            .cmd(bytes)
-            .build()
-            .user_data(token);
-        let sent = with_ctrl_ring_mut(|ring| {
-            // SAFETY: the buffer is boxed, plain data, and is either kept until the answer came
-            // or leaked; the node stays open while the ring can submit.
-            let pushed = unsafe { ring.submission().push(&sqe) };
-            pushed.map_err(|_full| Errno::EBUSY)?;
-            ring.submit().map_err(|error| Errno::of(&error))
-        });
-        let pending = Pending { command: command.name, token, started: Instant::now(), buffer };
-        match sent {
-            Ok(_) => Ok(pending),
-            Err(errno) => Err(ControlError::Refused { command: command.name, errno }),
-        }
-    }
-
-    fn reap(&self) {
-        let mut answers = self.answers.borrow_mut();
-        with_ctrl_ring_mut(|ring| {
-            for cqe in ring.completion() {
-                answers.insert(cqe.user_data(), cqe.result());
-            }
-        });
+        let length = u16::try_from(length).unwrap_or(u16::MAX);
+        submit(command.name, buffer, |address| {
+            let bytes = ctrl_cmd(id, length, address, command.data);
+            opcode::UringCmd80::new(types::Fd(self.file.as_raw_fd()), command.op).cmd(bytes).build()
+        })
     }
 }
 
-/// What an error of opening the node means. The driver has told the node's numbers, if it is loaded.
 /// Whether a file is the character device with these numbers, as sysfs writes them.
 fn is_node(file: &File, numbers: &str) -> bool {
     let Ok(meta) = file.metadata() else { return false };

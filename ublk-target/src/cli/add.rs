@@ -22,17 +22,19 @@ pub fn add(target: &Target, verbose: u8) -> anyhow::Result<ExitCode> {
              or error)"
         );
     }
-    processes::live(&device.life, verbose, |life: &Life| {
+    processes::live(&device.life, None, verbose, |life: &Life| {
         let waiting = device.id.filter(|_| device.or_recover).filter(|id| is_waiting(*id));
         if let Some(id) = waiting {
-            return super::recover::serve(id, life);
+            return Ok(super::recover::serve(id, life)?);
         }
-        serve(&config, life.supervisor, &processes::helpers(life), |description, choice| {
+        let helpers = processes::helpers(life);
+        let served = serve(&config, life.supervisor, &helpers, |description, choice| {
             if !config.no_part_scan {
                 partitions::await_all(std::iter::once(description.id));
             }
             announce(life, description, Some(choice))
-        })
+        });
+        Ok(served?)
     })
 }
 

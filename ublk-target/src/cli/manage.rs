@@ -11,13 +11,14 @@ use ublk_target::control::deletion::{self, DeleteError, Deletion};
 use ublk_target::control::leftovers;
 use ublk_target::device::description::{self, Description, device_ids};
 use ublk_target::device::paths::RUN_DIR;
-use ublk_target::device::processes;
+use ublk_target::device::processes::{self, Role};
 use ublk_target::device::standing::{Order, sorted};
 use ublk_target::device::state_file::recorded_ids;
 use uring_ext::Errno;
 use uring_ext::control::Control;
 
 use super::processes::delete_by;
+use super::role;
 use super::table::{Align, table};
 use super::terminal::say;
 use super::{Del, List};
@@ -70,6 +71,7 @@ fn all_ids() -> BTreeSet<u32> {
 
 /// Gives the driver a command, in place of a process that must not do it itself.
 pub fn command(id: u32, command: deletion::Command) -> anyhow::Result<ExitCode> {
+    let _file = role::say_of_device(Role::Helper, Some(id));
     match deletion::command(id, command) {
         Err(error) if error.errno() == Some(Errno::EBUSY) => Ok(ExitCode::from(deletion::IN_USE)),
         ended => ended.map(|()| ExitCode::SUCCESS).map_err(Into::into),

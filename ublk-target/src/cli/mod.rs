@@ -10,6 +10,7 @@ mod partitions;
 mod processes;
 mod recover;
 mod resize;
+mod role;
 mod serve;
 mod sight;
 mod stats;
@@ -22,7 +23,7 @@ use std::process::ExitCode;
 
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
-use ublk_target::control::error::DeviceError;
+use ublk_target::control::error::RecoverError;
 use ublk_target::control::recoverable;
 use uring_ext::control::Control;
 
@@ -106,7 +107,7 @@ fn carry_out(command: &Command, verbose: u8) -> anyhow::Result<ExitCode> {
         }
         Command::CheckState { id } => {
             to_terminal();
-            let control = Control::open().map_err(DeviceError::from);
+            let control = Control::open().map_err(RecoverError::from);
             let checked = control.and_then(|control| recoverable::check_upgrade(&control, *id));
             checked.map_err(Into::into).and_then(|()| {
                 terminal::print_line(format_args!("{}", upgrade::can_serve(*id)))?;

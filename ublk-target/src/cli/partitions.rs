@@ -14,10 +14,10 @@ pub fn await_scan(id: u32) -> anyhow::Result<ExitCode> {
 
 /// Has another process wait for each of the devices, for a bounded time.
 pub fn await_all(ids: impl Iterator<Item = u32>) {
-    let deadline = partitions::deadline();
+    let mut wait = partitions::wait();
     let started: Vec<_> = ids.map(|id| (id, start(id))).collect();
     for (id, process) in started {
-        match process.and_then(|mut process| partitions::await_process(&mut process, deadline)) {
+        match process.and_then(|mut process| partitions::await_process(&mut process, &mut wait)) {
             Ok(true) => {}
             Ok(false) => {
                 log::warn!("the kernel has not yet looked for partitions on device {id}");

@@ -20,13 +20,14 @@ use nix::unistd::{Pid, dup2_stderr, dup2_stdout, setsid};
 use sd_notify::NotifyState;
 use ublk_target::config::lend::Choice;
 use ublk_target::control::deletion::{self, Deletion};
-use ublk_target::control::error::DeviceError;
+use ublk_target::control::error::{AnnounceError, ServerError, SetupError};
 use ublk_target::control::helpers::Helpers;
 use ublk_target::control::supervisor::{End, NotRecovered, Policy, supervise};
 use ublk_target::device::description::{self, Description};
 use ublk_target::device::mark::Nonce;
 use ublk_target::device::paths::RUN_DIR;
 use ublk_target::device::program::Program;
+use ublk_target::device::role_file;
 use ublk_target::device::state_file::{self, StateFile};
 use ublk_target::os::inherited;
 use ublk_target::os::memory::OomWatch;
@@ -36,14 +37,16 @@ use uring_ext::control::Control;
 
 use super::device::{Life, Role};
 use super::logging::{self, To};
+use super::role;
 use super::terminal::say;
 
 /// Lives as the role of this process wants it: serves, supervises one that serves, or starts one of
-/// these and waits until the device is live.
+/// these and waits until the device is live. `device` is the one that it is about, if that is known.
 pub fn live(
     life: &Life,
+    device: Option<u32>,
     verbose: u8,
-    serve: impl FnOnce(&Life) -> Result<(), DeviceError>,
+    serve: impl FnOnce(&Life) -> Result<(), ServerError>,
 ) -> anyhow::Result<ExitCode> {
     let role = match (life.role, life.foreground, life.supervise) {
         (Some(role), _, _) => role,
@@ -64,6 +67,7 @@ pub fn live(
     if let Some(program) = &life.program {
         state_file::adopt_program(program);
     }
+    let _file = role::say(role, device, life);
     if is_in_background {
         if !life.next {
             setsid().context("cannot leave the session")?;
@@ -200,6 +204,7 @@ fn wait_for_line(
 /// Deletes what the server of this command has added, of which nobody was told; whether there was
 /// anything. A device that it has recovered has another mark.
 fn take_back() -> bool {
+    role_file::sweep(Path::new(RUN_DIR));
     let Ok(control) = Control::open() else { return false };
     let is_its =
         |id: &u32| control.info(*id).is_ok_and(|info| Nonce::of(&info) == Some(Nonce::own()));
@@ -255,6 +260,7 @@ fn supervise_new(life: &Life) -> anyhow::Result<ExitCode> {
 pub fn supervise_device(id: u32, server: u32, verbose: u8) -> anyhow::Result<ExitCode> {
     logging::start(verbose, "info", To::File);
     inherited::shed();
+    let _file = role::say_of_device(role_file::Role::Supervisor, Some(id));
     setsid().context("cannot leave the session")?;
     std::env::set_current_dir("/")?;
     if let (_, Some(problem)) = logging::to_file_of(id)? {
@@ -423,12 +429,12 @@ pub fn announce(
     life: &Life,
     description: &Description,
     choice: Option<&Choice>,
-) -> Result<(), DeviceError> {
+) -> Result<(), AnnounceError> {
     if let Some(choice) = choice.filter(|choice| choice.is_fallback) {
         say!("note: lend mode {}: {}", choice.mode, choice.reason);
     }
     let line = if life.json {
-        serde_json::to_string(description).map_err(|_| DeviceError::Abandoned)?
+        serde_json::to_string(description).map_err(|_| AnnounceError::Abandoned)?
     } else {
         description.device.display().to_string()
     };
@@ -445,7 +451,7 @@ pub fn announce(
     let away = std::env::set_current_dir("/");
     let logged = away.and_then(|()| logging::to_file_of(description.id));
     let (mut user, problem) =
-        logged.map_err(|error| DeviceError::of_io("cannot leave the terminal", &error))?;
+        logged.map_err(|error| SetupError::of_io("cannot leave the terminal", &error))?;
     if let Some(problem) = problem {
         // Standard error is the log by now, if there is any.
         log::warn!("{problem}");
@@ -472,6 +478,6 @@ pub fn announce_late(life: &Life, description: &Description) {
     let _ = dup2_stdout(io::stdin()).and_then(|()| dup2_stderr(io::stdin()));
 }
 
-fn say(user: &mut impl Write, line: &str) -> Result<(), DeviceError> {
-    writeln!(user, "{line}").and_then(|()| user.flush()).map_err(|_| DeviceError::Abandoned)
+fn say(user: &mut impl Write, line: &str) -> Result<(), AnnounceError> {
+    writeln!(user, "{line}").and_then(|()| user.flush()).map_err(|_| AnnounceError::Abandoned)
 }

@@ -5,8 +5,8 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::ExitCode;
 
-use ublk_target::control::error::DeviceError;
-use ublk_target::control::recoverable::{self, CannotRecoverDevice};
+use ublk_target::control::error::{AnnounceError, RecoverError};
+use ublk_target::control::recoverable;
 use ublk_target::control::recovery;
 use ublk_target::device::description::device_ids;
 use ublk_target::device::paths::RUN_DIR;
@@ -29,17 +29,17 @@ pub fn recover(args: &Recover, verbose: u8) -> anyhow::Result<ExitCode> {
         same.args((0..verbose).map(|_| "-v")).args(options(&args.life));
         return Err(same.exec().into());
     }
-    processes::live(&args.life, verbose, |life| serve(id, life))
+    processes::live(&args.life, Some(id), verbose, |life| Ok(serve(id, life)?))
 }
 
 /// Serves a device whose server is dead.
-pub fn serve(id: u32, life: &Life) -> Result<(), DeviceError> {
+pub fn serve(id: u32, life: &Life) -> Result<(), RecoverError> {
     let mut progress = |what: &str| say!("{what} …");
     let helpers = processes::helpers(life);
     let on_live = |description: &_, choice: &_| {
         announce(life, description, Some(choice)).inspect_err(|error| {
             // Where whoever asked is gone, the log is there already.
-            if !matches!(error, DeviceError::Abandoned) {
+            if !matches!(error, AnnounceError::Abandoned) {
                 announce_late(life, description);
             }
         })
@@ -62,12 +62,12 @@ fn recover_all(args: &Recover) -> anyhow::Result<ExitCode> {
             Ok(_) => {
                 waiting.insert(id);
             }
-            Err(DeviceError::Recover(
-                CannotRecoverDevice::Served { .. }
-                | CannotRecoverDevice::NoDevice(_)
-                | CannotRecoverDevice::NotRecoverable(_)
-                | CannotRecoverDevice::NotStarted(_),
-            )) => {}
+            Err(
+                RecoverError::Served { .. }
+                | RecoverError::NoDevice(_)
+                | RecoverError::NotRecoverable(_)
+                | RecoverError::NotStarted(_),
+            ) => {}
             Err(error) => {
                 say!("{error}");
                 code = ExitCode::FAILURE;

@@ -1,9 +1,10 @@
 //! `resize`.
 
+use std::fmt::Display;
 use std::fs::File;
+use std::ops::ControlFlow;
 use std::process::ExitCode;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -12,6 +13,7 @@ use ublk_target::control::deletion::users;
 use ublk_target::device::description::{self, Description};
 use ublk_target::os::kernel;
 use ublk_target::os::steps::step;
+use ublk_target::os::wait::Wait;
 use ublk_target::socket::client::Client;
 use uring_ext::control::Control;
 use uring_ext::feature::UPDATE_SIZE;
@@ -26,25 +28,27 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// until the driver knows the new size, or a device could shrink unasked. The node is root's, and
 /// nothing else locks it.
 fn keep_others_out() -> anyhow::Result<Flock<File>> {
-    let (began, mut said) = (Instant::now(), false);
-    let mut node = Control::open_node()?;
-    loop {
-        match Flock::lock(node, FlockArg::LockExclusiveNonblock) {
-            Ok(locked) => return Ok(locked),
-            Err((file, Errno::EWOULDBLOCK)) => node = file,
-            Err((_, errno)) => anyhow::bail!("cannot lock the driver's control node: {errno}"),
+    let tell = |what: &dyn Display, _| say!("waiting for {what} …");
+    let mut wait = Wait::at_most(PATIENCE).every(Duration::from_millis(5));
+    wait = wait.telling_once(Duration::ZERO, tell);
+    let mut node = Some(Control::open_node()?);
+    let locked = wait.until(|| {
+        let file = match node.take().map(|file| Flock::lock(file, FlockArg::LockExclusiveNonblock))
+        {
+            Some(Err((file, Errno::EWOULDBLOCK))) => file,
+            Some(Ok(locked)) => return ControlFlow::Break(Ok(locked)),
+            Some(Err((_, errno))) => return ControlFlow::Break(Err(errno)),
+            None => return ControlFlow::Break(Err(Errno::EBADF)),
+        };
+        node = Some(file);
+        ControlFlow::Continue("another command that resizes a device")
+    });
+    match locked {
+        Ok(Ok(locked)) => Ok(locked),
+        Ok(Err(errno)) => anyhow::bail!("cannot lock the driver's control node: {errno}"),
+        Err(_) => {
+            anyhow::bail!("another `ublk-target resize` has not ended for {} s", PATIENCE.as_secs())
         }
-        if !said {
-            say!("waiting for another command that resizes a device …");
-            said = true;
-        }
-        if began.elapsed() > PATIENCE {
-            anyhow::bail!(
-                "another `ublk-target resize` has not ended for {} s",
-                PATIENCE.as_secs()
-            );
-        }
-        thread::sleep(Duration::from_millis(5));
     }
 }
 

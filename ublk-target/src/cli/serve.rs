@@ -7,12 +7,14 @@ use std::process::ExitCode;
 
 use sd_notify::NotifyState;
 use ublk_target::control::fleet::{self, FleetError, FleetEvent, FleetHooks};
+use ublk_target::device::role_file::Role;
 use ublk_target::os::inherited;
 
 use super::Serve;
 use super::logging::{self, To};
 use super::partitions;
 use super::processes::{delete_by, quiesce_by};
+use super::role;
 use super::terminal::{print_line, say};
 
 /// Serves the devices of a file.
@@ -34,6 +36,7 @@ pub fn serve(args: &Serve, verbose: u8) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     inherited::shed();
+    let _file = role::say_of_device(Role::Fleet, None);
     let hooks = FleetHooks {
         read: Box::new(|| file::read(&path)),
         command: Box::new(delete_by),

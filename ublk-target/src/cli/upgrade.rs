@@ -1,7 +1,9 @@
 //! `upgrade`.
 
+use std::fmt::Display;
 use std::fs;
 use std::io::Read;
+use std::ops::ControlFlow;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -18,6 +20,7 @@ use ublk_target::device::state_file::{StateFile, recorded_ids};
 use ublk_target::os::kernel;
 use ublk_target::os::process::Watch;
 use ublk_target::os::steps::step;
+use ublk_target::os::wait::{Wait, Words};
 use ublk_target::socket::client::Client;
 use uring_ext::control::Control;
 use uring_ext::feature::{Features, QUIESCE};
@@ -168,18 +171,18 @@ struct Checked {
 /// status; others that it has started may still have its pipes open.
 fn ended(mut child: Child, patience: Duration, path: &str) -> anyhow::Result<Option<Checked>> {
     let watch = Watch::on(child.id());
-    let (began, mut said) = (Instant::now(), false);
-    while !watch.has_ended(Duration::from_millis(100)) {
-        if began.elapsed() >= patience {
-            // It may have ended now.
-            let _ = child.kill();
-            child.wait()?;
-            return Ok(None);
-        }
-        if !said && began.elapsed() >= Duration::from_secs(2) {
-            say!("waiting for {path} to look at the device …");
-            said = true;
-        }
+    let tell = |what: &dyn Display, _| say!("waiting for {what} …");
+    let mut wait = Wait::at_most(patience).telling_once(Duration::from_secs(2), tell);
+    let what = Words(|| format!("{path} to look at the device"));
+    let has_ended = wait.until_or(watch.fd(), || match watch.has_ended(Duration::ZERO) {
+        true => ControlFlow::Break(()),
+        false => ControlFlow::Continue(&what),
+    });
+    if has_ended.is_err() {
+        // It may have ended now.
+        let _ = child.kill();
+        child.wait()?;
+        return Ok(None);
     }
     let out = child.stdout.take().map_or_else(|| Ok(String::new()), said_so_far)?;
     let err = child.stderr.take().map_or_else(|| Ok(String::new()), said_so_far)?;
@@ -205,56 +208,69 @@ fn await_next(
     began: Instant,
     programs: &[&Program],
 ) -> anyhow::Result<(StateFile, Option<fs::Metadata>)> {
-    let mut said = 0;
     let is_hidden = server.fd().is_none() && has_answered;
     let mut programs = programs.iter();
-    loop {
-        if let Ok(record) = StateFile::read(Path::new(RUN_DIR), id) {
-            let described = Description::of(control, id)?;
-            // What the record has is its id in its own pid namespace.
-            let next = described.pid.filter(|_| described.state == "LIVE");
-            // It may be dead again before the driver knows.
-            let next = next.and_then(|pid| fs::metadata(format!("/proc/{pid}/exe")).ok());
-            let is_there = next.is_some() || is_hidden && described.state == "LIVE";
-            if is_there && record.incarnation != before {
-                return Ok((record, next));
-            }
+    let mut attempt = || {
+        let next = next_server(control, id, before, is_hidden)?;
+        // One that cannot be seen, in another pid namespace, has answered, and may live.
+        if next.is_none() && !is_hidden && server.has_ended(Duration::ZERO) {
+            recover_by(id, programs.next())?;
         }
-        // One that cannot be seen, in another pid namespace, has answered, and may live. Nobody tells
-        // when a server is live.
-        if is_hidden {
-            std::thread::sleep(Duration::from_millis(2));
-        } else if server.has_ended(Duration::from_millis(2)) {
-            let Some(program) = programs.next() else {
-                anyhow::bail!(
-                    "the server of device {id} has died, and no other one could recover it; \
-                     `ublk-target recover -n {id}` tries again"
-                );
-            };
-            say!("the server of device {id} has died: recovering it");
-            let recovered = program
-                .command()
-                .args(["recover", "-n", &id.to_string()])
-                .stdout(Stdio::null())
-                .status();
-            // A supervisor may have been faster; then the state shows it.
-            if let Err(error) = recovered {
-                say!("{}: {error}", program.path().display());
-            }
-        }
-        let waited = began.elapsed();
-        if waited > PATIENCE {
-            anyhow::bail!(
-                "device {id} has had no new server for {} s, probably since I/O is outstanding on its \
-                 backings; it goes on when that ends",
-                waited.as_secs()
-            );
-        }
-        if waited.as_secs() / 2 > said {
-            said = waited.as_secs() / 2;
-            say!("waiting for the outstanding I/O of device {id} …");
-        }
+        Ok(next)
+    };
+    let tell = |what: &dyn Display, _| say!("waiting for {what} …");
+    let words = Duration::from_secs(2);
+    // Nobody tells when a server is live.
+    let mut wait = Wait::at_most(PATIENCE).since(began).every(Duration::from_millis(2));
+    wait = wait.telling(words, words, tell);
+    let what = Words(|| format!("the outstanding I/O of device {id}"));
+    let found = wait.until_or(server.fd(), || match attempt() {
+        Ok(None) => ControlFlow::Continue(&what),
+        Ok(Some(next)) => ControlFlow::Break(Ok(next)),
+        Err(error) => ControlFlow::Break(Err(error)),
+    });
+    found.unwrap_or_else(|unmet| {
+        Err(anyhow::anyhow!(
+            "device {id} has had no new server for {} s, probably since I/O is outstanding on its \
+             backings; it goes on when that ends",
+            unmet.waited.as_secs()
+        ))
+    })
+}
+
+/// The next server of a device, if it is there: what it has written down, and the file of its program.
+fn next_server(
+    control: &Control,
+    id: u32,
+    before: u32,
+    is_hidden: bool,
+) -> anyhow::Result<Option<(StateFile, Option<fs::Metadata>)>> {
+    let Ok(record) = StateFile::read(Path::new(RUN_DIR), id) else { return Ok(None) };
+    let described = Description::of(control, id)?;
+    // What the record has is its id in its own pid namespace.
+    let next = described.pid.filter(|_| described.state == "LIVE");
+    // It may be dead again before the driver knows.
+    let next = next.and_then(|pid| fs::metadata(format!("/proc/{pid}/exe")).ok());
+    let is_there = next.is_some() || is_hidden && described.state == "LIVE";
+    Ok((is_there && record.incarnation != before).then_some((record, next)))
+}
+
+/// Has a program recover a device whose server has died.
+fn recover_by(id: u32, program: Option<&&Program>) -> anyhow::Result<()> {
+    let Some(program) = program else {
+        anyhow::bail!(
+            "the server of device {id} has died, and no other one could recover it; \
+             `ublk-target recover -n {id}` tries again"
+        );
+    };
+    say!("the server of device {id} has died: recovering it");
+    let recovered =
+        program.command().args(["recover", "-n", &id.to_string()]).stdout(Stdio::null()).status();
+    // A supervisor may have been faster; then the state shows it.
+    if let Err(error) = recovered {
+        say!("{}: {error}", program.path().display());
     }
+    Ok(())
 }
 
 #[cfg(test)]

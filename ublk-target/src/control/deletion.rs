@@ -5,8 +5,11 @@
 //! commands given by the process that the user waits for, but by a helper: a command that waits for
 //! outstanding I/O cannot be taken back, and keeps its process from ending.
 
+use std::fmt;
 use std::io;
-use std::process::{Child, ExitStatus};
+use std::ops::ControlFlow;
+use std::os::fd::AsFd;
+use std::process::Child;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
@@ -20,8 +23,10 @@ use crate::control::leftovers;
 use crate::device::description;
 use crate::device::paths;
 use crate::device::processes::{self, Process, Role};
+use crate::os::process::Watch;
 use crate::os::procfs;
 use crate::os::steps::step;
+use crate::os::wait::{Unmet, Wait, Words};
 
 pub use crate::control::device_to_delete::users;
 
@@ -191,19 +196,21 @@ impl Deletion<'_> {
         let id = device.id;
         let can_try = self.control.features().is_ok_and(|features| features.has(SAFE_STOP_DEV));
         let what = format!("the outstanding I/O of {device}");
-        let began = Instant::now();
-        loop {
+        let mut attempt = || {
             let gently = !self.force && self.await_users(device)?;
             let command = if gently && can_try { Command::StopUnused } else { Command::Stop };
-            if self.run(device, command, &what)? {
-                return Ok(());
-            }
-            // Opened since it was looked at; or by who cannot be seen from here, and does not let go.
-            if began.elapsed() >= TO_LET_GO {
-                return Err(DeleteError::InUse { id, users: vec![UNSEEN.to_owned()] });
-            }
-            std::thread::sleep(Duration::from_millis(10));
-        }
+            self.run(device, command, &what)
+        };
+        let stopped =
+            Wait::at_most(TO_LET_GO).every(Duration::from_millis(10)).until(|| match attempt() {
+                Ok(false) => ControlFlow::Continue(UNSEEN),
+                Ok(true) => ControlFlow::Break(Ok(())),
+                Err(error) => ControlFlow::Break(Err(error)),
+            });
+        // Opened since it was looked at; or by who cannot be seen from here, and does not let go.
+        stopped.unwrap_or_else(|unmet| {
+            Err(DeleteError::InUse { id, users: vec![unmet.reason.to_owned()] })
+        })
     }
 
     /// Refuses a device that somebody uses. Workers of udev are no users: they look at a device that
@@ -213,20 +220,19 @@ impl Deletion<'_> {
         let Some((major, minor)) = device.number else { return Ok(true) };
         let (id, control) = (device.id, self.control);
         let what = format!("udev to let go of {device}");
-        wait_with(&what, self.progress, |slice| {
+        // Nobody tells when a device is closed.
+        patient(self.progress).every(Duration::from_millis(10)).until(|| {
             let (users, is_open) = users_of((major, minor));
             if !users.is_empty() {
-                return Some(Err(DeleteError::InUse { id, users }));
+                return ControlFlow::Break(Err(DeleteError::InUse { id, users }));
             }
             if !is_open {
-                return Some(Ok(true));
+                return ControlFlow::Break(Ok(true));
             }
             if !device.is_served(control) {
-                return Some(Ok(false));
+                return ControlFlow::Break(Ok(false));
             }
-            // Nobody tells when a device is closed.
-            std::thread::sleep(slice.min(Duration::from_millis(10)));
-            None
+            ControlFlow::Continue(&what)
         })?
     }
 
@@ -240,13 +246,19 @@ impl Deletion<'_> {
     ) -> Result<bool, DeleteError> {
         let failed = |error: io::Error| DeleteError::NoHelper(Errno::of(&error));
         let mut helper = (self.helper)(device.id, command).map_err(failed)?;
-        let began = Instant::now();
+        let watch = Watch::on(helper.id());
         let (force, processes) = (self.force, &device.processes);
-        let ended = wait_with(what, self.progress, |slice| {
+        let mut wait = patient(self.progress);
+        let began = Instant::now();
+        let ended = wait.until_or(watch.fd(), || {
             if force && began.elapsed() > BEFORE_KILL {
                 kill(processes);
             }
-            await_child(&mut helper, slice)
+            match helper.try_wait() {
+                Ok(None) => ControlFlow::Continue(what),
+                Ok(Some(status)) => ControlFlow::Break(Ok(status)),
+                Err(error) => ControlFlow::Break(Err(error)),
+            }
         });
         if ended.is_err() {
             // It ends when the command does, and not before.
@@ -270,22 +282,23 @@ impl Deletion<'_> {
     ) -> Result<(), DeleteError> {
         let (control, force, began) = (self.control, self.force, Instant::now());
         for process in processes {
-            loop {
-                if process.has_ended(Duration::ZERO) {
-                    break;
-                }
+            while !process.has_ended() {
                 // A server that was about to start a device still can.
                 let restarted = removed.filter(|device| device.is_started(control));
                 if let Some(device) = restarted {
                     self.run(device, Command::Stop, "the driver to stop it again")?;
                 }
-                wait_with(&format!("{process} to end"), self.progress, |slice| {
+                let what = Words(|| format!("{process} to end"));
+                patient(self.progress).until_or(Some(process.as_fd()), || {
                     if force && began.elapsed() > BEFORE_KILL {
                         kill(processes);
                     }
-                    let has_ended = process.has_ended(slice);
                     let is_started = removed.is_some_and(|device| device.is_started(control));
-                    (has_ended || is_started).then_some(())
+                    if process.has_ended() || is_started {
+                        ControlFlow::Break(())
+                    } else {
+                        ControlFlow::Continue(&what)
+                    }
                 })?;
             }
         }
@@ -296,24 +309,23 @@ impl Deletion<'_> {
     fn await_removal(&mut self, device: &DeviceToDelete) -> Result<(), DeleteError> {
         let control = self.control;
         let force = self.force;
-        let began = Instant::now();
         let what = format!("{}, to let go of device {}", device.holders(), device.id);
-        let users = wait_with(&what, self.progress, |slice| {
+        let began = Instant::now();
+        // The driver tells nobody when it has let go of an id.
+        let users = patient(self.progress).every(Duration::from_millis(5)).until(|| {
             match device.is_gone(control) {
-                Err(error) => return Some(Err(error)),
-                Ok(true) => return Some(Ok(Vec::new())),
+                Err(error) => return ControlFlow::Break(Err(error)),
+                Ok(true) => return ControlFlow::Break(Ok(Vec::new())),
                 Ok(false) => {}
             }
             let is_used = force && began.elapsed() > TO_LET_GO;
             if is_used && usage::servers_of(device.id).is_empty() {
                 let users = device.users();
                 if !users.is_empty() {
-                    return Some(Ok(users));
+                    return ControlFlow::Break(Ok(users));
                 }
             }
-            // The driver tells nobody when it has let go of an id.
-            std::thread::sleep(slice.min(Duration::from_millis(5)));
-            None
+            ControlFlow::Continue(&what)
         })??;
         if !users.is_empty() {
             let users = users.join(", ");
@@ -333,65 +345,17 @@ fn kill(processes: &[Process]) {
     }
 }
 
-fn await_child(child: &mut Child, timeout: Duration) -> Option<io::Result<ExitStatus>> {
-    let deadline = Instant::now() + timeout;
-    loop {
-        match child.try_wait() {
-            Ok(Some(status)) => return Some(Ok(status)),
-            Ok(None) if Instant::now() >= deadline => return None,
-            Ok(None) => std::thread::sleep(Duration::from_millis(2)),
-            Err(error) => return Some(Err(error)),
-        }
-    }
+/// A wait that tells `progress` when it takes long, and that gives up after [`PATIENCE`].
+fn patient<'a>(progress: &'a mut dyn FnMut(&str)) -> Wait<'a> {
+    Wait::at_most(PATIENCE).every(Duration::from_millis(100)).telling(
+        Duration::from_secs(2),
+        Duration::from_secs(10),
+        move |what, _| progress(&format!("waiting for {what} …")),
+    )
 }
 
-/// Calls `attempt` with slices of time until it gives a result; tells `progress` when that takes
-/// long, and gives up after [`PATIENCE`].
-fn wait_with<T>(
-    what: &str,
-    progress: &mut dyn FnMut(&str),
-    mut attempt: impl FnMut(Duration) -> Option<T>,
-) -> Result<T, DeleteError> {
-    let began = Instant::now();
-    let mut next_word = Duration::from_secs(2);
-    loop {
-        if let Some(result) = attempt(Duration::from_millis(100)) {
-            return Ok(result);
-        }
-        let waited = began.elapsed();
-        if waited >= PATIENCE {
-            return Err(DeleteError::Stuck { what: what.to_owned(), waited });
-        }
-        if waited >= next_word {
-            progress(&format!("waiting for {what} …"));
-            next_word += Duration::from_secs(10);
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_wait_ends_with_its_condition() {
-        let mut left = 3;
-        let waited = wait_with("it", &mut |_| {}, |_| {
-            left -= 1;
-            (left == 0).then_some(7)
-        });
-        assert_eq!(waited.unwrap(), 7);
-    }
-
-    #[test]
-    fn a_child_is_waited_for_as_long_as_asked() {
-        let sleep = |seconds: &str| std::process::Command::new("sleep").arg(seconds).spawn();
-        let mut short = sleep("0").unwrap();
-        let status = await_child(&mut short, Duration::from_secs(60)).unwrap().unwrap();
-        assert!(status.success());
-        let mut long = sleep("60").unwrap();
-        assert!(await_child(&mut long, Duration::from_millis(10)).is_none());
-        long.kill().unwrap();
-        long.wait().unwrap();
+impl<R: fmt::Display> From<Unmet<R>> for DeleteError {
+    fn from(unmet: Unmet<R>) -> Self {
+        Self::Stuck { what: unmet.reason.to_string(), waited: unmet.waited }
     }
 }

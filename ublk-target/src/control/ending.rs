@@ -1,13 +1,13 @@
 //! How a server ends: it stops the device, deletes it, or leaves it to the next one.
 
+use std::ops::ControlFlow;
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::time::Instant;
+use std::time::Duration;
 
-use nix::poll::PollTimeout;
 use uring_ext::Errno;
 
-use crate::control::error::DeviceError;
+use crate::control::error::{ServeError, SetupError};
 use crate::control::helpers::StopHelper;
 use crate::control::server::Server;
 use crate::device::description;
@@ -16,7 +16,7 @@ use crate::device::state_file::StateFile;
 use crate::io_thread::message::LaneMessage;
 use crate::os::process::PidFd;
 use crate::os::steps::step;
-use crate::os::wakeups::Wake;
+use crate::os::wait::{Wait, Words};
 
 impl Server {
     /// Has the lanes end as soon as they have no request in hand, and waits for that.
@@ -43,24 +43,30 @@ impl Server {
     /// Another process does it. A server that is killed while a command of its own waits for
     /// outstanding I/O would wait for itself, for ever: the command keeps its files open, so the
     /// driver never learns of its death and fails no I/O.
-    pub fn stop(&self, stop: &StopHelper<'_>) -> Result<(), DeviceError> {
+    pub fn stop(&self, stop: &StopHelper<'_>) -> Result<(), ServeError> {
         let failed = |error: std::io::Error| {
-            DeviceError::setup("cannot start a process that stops the device", Errno::of(&error))
+            SetupError::new("cannot start a process that stops the device", Errno::of(&error))
         };
         let mut process = stop(self.id).map_err(failed)?;
         let pidfd = PidFd::of_child(&process).map_err(failed)?;
         let mut cancelled = false;
-        let began = Instant::now();
-        let mut said = 0;
-        loop {
-            match process.try_wait().map_err(failed)? {
-                Some(status) if status.success() => return Ok(()),
-                // It has said why.
-                Some(_) => return Err(DeviceError::NotStopped),
-                None => {}
-            }
-            let woken = self.wakeups.wait_or(pidfd.as_fd(), PollTimeout::from(10_000_u16));
-            if let Wake::Signal(signal) = woken {
+        let words = Duration::from_secs(10);
+        let mut wait = Wait::endless().or_signal(&self.wakeups).telling(words, words, |what, _| {
+            log::warn!("waiting for {what}");
+        });
+        let path = paths::block_path(self.id);
+        let what = Words(|| format!("the outstanding I/O of {}", path.display()));
+        let status = loop {
+            let ended = wait.until_or(Some(pidfd.as_fd()), || match process.try_wait() {
+                Ok(None) => ControlFlow::Continue(&what),
+                Ok(Some(status)) => ControlFlow::Break(Ok(status)),
+                Err(error) => ControlFlow::Break(Err(error)),
+            });
+            let signal = match ended {
+                Ok(status) => break status.map_err(failed)?,
+                Err(unmet) => unmet.signal,
+            };
+            if let Some(signal) = signal {
                 if cancelled {
                     log::error!("{signal} again: ending with I/O outstanding");
                     std::process::exit(1);
@@ -69,20 +75,15 @@ impl Server {
                 cancelled = true;
                 self.lanes.send(|| LaneMessage::CancelAll);
             }
-            if began.elapsed().as_secs() / 10 > said {
-                said += 1;
-                log::warn!(
-                    "waiting for the outstanding I/O of {}",
-                    paths::block_path(self.id).display()
-                );
-            }
-        }
+        };
+        // It has said why.
+        if status.success() { Ok(()) } else { Err(ServeError::NotStopped) }
     }
 
     /// Deletes the device and waits for the lanes, whose fetches thereby end. The character
     /// device stays open until the deletion is under way, so that the id cannot have passed to
     /// another device. A device that is left to the next server is only let go of.
-    pub fn take_down(mut self) -> Result<(), DeviceError> {
+    pub fn take_down(mut self) -> Result<(), ServeError> {
         let mut result = Ok(());
         if self.is_left {
             self.control_requests = None;
@@ -102,12 +103,10 @@ impl Server {
         let deleted = self.control.delete(self.id).and_then(|pending| self.control.finish(pending));
         step("deleted");
         match deleted {
-            Err(error) if !description::is_missing(&error) => {
-                result = Err(DeviceError::Control(error))
-            }
+            Err(error) if !description::is_missing(&error) => result = Err(error.into()),
             Ok(_) | Err(_) => {}
         }
-        result = result.and(self.lanes.join());
+        result = result.and(self.lanes.join().map_err(ServeError::from));
         // Whoever asks for something now is not answered any more, and must not be waited for.
         self.control_requests = None;
         // It tells of the lanes until they have ended. The id is still this device's, so that no

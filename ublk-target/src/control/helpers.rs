@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Child;
 use std::sync::Arc;
 
-use crate::control::error::DeviceError;
+use crate::control::error::SetupError;
 use crate::device::paths::{LOG_DIR, RUN_DIR};
 use crate::device::program::Program;
 use crate::os::protection::protect;
@@ -45,7 +45,7 @@ pub(super) fn protect_server(backings: &[&Path]) {
 }
 
 /// All that wakes the main thread, to be shared with lanes. Signals are blocked from here on.
-pub(crate) fn ready(hangup: Hangup) -> Result<Arc<Wakeups>, DeviceError> {
+pub(crate) fn ready(hangup: Hangup) -> Result<Arc<Wakeups>, SetupError> {
     let wakeups = Wakeups::new(hangup);
-    wakeups.map(Arc::new).map_err(|errno| DeviceError::setup("cannot wait for signals", errno))
+    wakeups.map(Arc::new).map_err(|errno| SetupError::new("cannot wait for signals", errno))
 }

@@ -16,7 +16,7 @@ use uring_ext::ring::Polling;
 use uring_ext::{Errno, sys};
 
 use crate::config::busy_wait::BusyWait;
-use crate::control::error::DeviceError;
+use crate::control::error::{QueueError, SetupError};
 use crate::control::plan::Plan;
 use crate::io_thread::lanes::{self, SharedLanes, StationHandle};
 use crate::io_thread::message::{LaneHandle, LaneMessage};
@@ -50,7 +50,7 @@ struct Queue {
 
 impl DeviceLanes {
     /// Starts to serve all queues. What was started is there even if not all could be.
-    pub fn start(&mut self, setup: &LaneSetup<'_>) -> Result<(), DeviceError> {
+    pub fn start(&mut self, setup: &LaneSetup<'_>) -> Result<(), QueueError> {
         // A ring that polls, takes double entries or has a second one is of one device; and so is a
         // lane that is told how to wait.
         let is_alone = setup.plan.config.io_lane
@@ -68,12 +68,12 @@ impl DeviceLanes {
                 }
                 Some(shared) => shared.borrow_mut().start(&setup.lane(qid, Vec::new())),
             };
-            let (handle, station) = started.map_err(|error| DeviceError::of_lane(qid, error))?;
+            let (handle, station) = started.map_err(|error| QueueError::of_lane(qid, error))?;
             self.queues.push(Queue { handle, station: Box::new(station) });
         }
         for queue in &self.queues {
             let is_ready = queue.station.await_ready();
-            is_ready.map_err(|error| DeviceError::of_lane(queue.handle.qid, error))?;
+            is_ready.map_err(|error| QueueError::of_lane(queue.handle.qid, error))?;
             step("lane-up");
         }
         Ok(())
@@ -113,33 +113,33 @@ impl DeviceLanes {
     }
 
     /// Why a lane cannot go on that shares its ring, and so has to be ended: once.
-    pub fn take_failure(&self) -> Option<DeviceError> {
+    pub fn take_failure(&self) -> Option<QueueError> {
         let mut failures = self.queues.iter().filter_map(|queue| {
             let error = queue.station.take_failure()?;
-            Some(DeviceError::Lane { qid: queue.handle.qid, error })
+            Some(QueueError::Lane { qid: queue.handle.qid, error })
         });
         failures.next()
     }
 
     /// The error of the first lane that has ended with one.
-    pub fn failure(&mut self) -> DeviceError {
+    pub fn failure(&mut self) -> QueueError {
         let ended = self.queues.iter_mut().position(|queue| queue.station.has_ended());
         let Some(queue) = ended.map(|index| self.queues.swap_remove(index)) else {
-            return DeviceError::setup("a lane ended early", Errno::EIO);
+            return SetupError::new("a lane ended early", Errno::EIO).into();
         };
         let qid = queue.handle.qid;
         let error = self.join_one(queue).err().unwrap_or(LaneError::Ring(Errno::ENODEV));
-        DeviceError::Lane { qid, error }
+        QueueError::Lane { qid, error }
     }
 
     /// Waits for the end of all, and logs what they did.
-    pub fn join(&mut self) -> Result<(), DeviceError> {
+    pub fn join(&mut self) -> Result<(), QueueError> {
         let mut result = Ok(());
         for queue in std::mem::take(&mut self.queues) {
             let qid = queue.handle.qid;
             match self.join_one(queue) {
                 Ok(report) => report_lane(qid, &report),
-                Err(error) => result = result.and(Err(DeviceError::Lane { qid, error })),
+                Err(error) => result = result.and(Err(QueueError::Lane { qid, error })),
             }
         }
         result

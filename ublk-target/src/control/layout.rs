@@ -21,7 +21,7 @@ use crate::backing::limits::Limits;
 use crate::backing::{Backing, Opening};
 use crate::config::lend::Choice;
 use crate::config::{DeviceConfig, ExtentConfig, TargetConfig};
-use crate::control::error::{DeviceError, ExtentProblem};
+use crate::control::error::{ExtentProblem, LayoutError, PlanError};
 use crate::control::polling;
 use crate::device::standing::Recorded;
 use crate::os::memory;
@@ -59,7 +59,7 @@ impl Layout {
         lend: LendMode,
         known: Option<&[Known]>,
         claims: bool,
-    ) -> Result<Self, DeviceError> {
+    ) -> Result<Self, LayoutError> {
         let how = Opening { passthru: config.passthru, claims, block_size: config.block_size };
         let Parts { name, target, backings, limits, size } =
             Opener { how, known }.parts(&config.target)?;
@@ -118,24 +118,24 @@ impl Layout {
         lend: LendMode,
         slots: &SlotTable,
         program: u64,
-    ) -> Result<(), DeviceError> {
+    ) -> Result<(), PlanError> {
         let buffers = u64::from(queues) * u64::from(slots.buffers()) * u64::from(self.pool_bytes());
         let needed = buffers.saturating_add(program);
         if let Some(shortage) = memory::shortage(needed, buffers) {
             let (needed, buffers) = (Bytes(needed), Bytes(buffers));
-            return Err(DeviceError::NoMemory { needed, buffers, shortage });
+            return Err(PlanError::NoMemory { needed, buffers, shortage });
         }
         let needed = buffers;
         let Some(available) = available_memory() else { return Ok(()) };
         if needed > available / 2 {
             let (needed, available) = (Bytes(needed), Bytes(available));
-            return Err(DeviceError::BuffersTooBig { lend, queues, depth, needed, available });
+            return Err(PlanError::BuffersTooBig { lend, queues, depth, needed, available });
         }
         Ok(())
     }
 
     /// The same device on backings that have grown since it was added, and what to know these by.
-    pub fn grown(&self, config: &TargetConfig) -> Result<Grown, DeviceError> {
+    pub fn grown(&self, config: &TargetConfig) -> Result<Grown, LayoutError> {
         let is_null = self.target.is_null();
         let mut known = self.known();
         for (known, backing) in known.iter_mut().zip(self.backings.iter()) {
@@ -147,7 +147,7 @@ impl Layout {
         let block = u64::from(self.limits.logical_block);
         let size = Bytes(size.0 / block * block);
         if !is_null && !target.extends(&self.target) {
-            return Err(DeviceError::WouldMove);
+            return Err(LayoutError::WouldMove);
         }
         Ok(Grown { target, size, known })
     }
@@ -184,9 +184,9 @@ struct Opener<'a> {
 }
 
 impl Opener<'_> {
-    fn parts(self, config: &TargetConfig) -> Result<Parts, DeviceError> {
+    fn parts(self, config: &TargetConfig) -> Result<Parts, LayoutError> {
         match config {
-            TargetConfig::Null { .. } if self.how.passthru => Err(DeviceError::NoPassthru),
+            TargetConfig::Null { .. } if self.how.passthru => Err(LayoutError::NoPassthru),
             TargetConfig::Null { size } => null(*size),
             TargetConfig::Loop { .. } => self.of_backings("loop", config),
             TargetConfig::Linear { .. } => self.of_backings("linear", config),
@@ -201,17 +201,17 @@ impl Opener<'_> {
         }
     }
 
-    fn of_backings(self, name: &str, config: &TargetConfig) -> Result<Parts, DeviceError> {
+    fn of_backings(self, name: &str, config: &TargetConfig) -> Result<Parts, LayoutError> {
         let backings = self.all(&files_of(config)?)?;
         let sizes: Vec<_> = backings.iter().map(|backing| backing.size().0).collect();
-        let limits = limits_of(config, &backings).ok_or(DeviceError::NoBackings)?;
+        let limits = limits_of(config, &backings).ok_or(LayoutError::NoBackings)?;
         let (target, size) = target_of(config, &sizes, &limits)?;
         Ok(Parts { name: name.to_owned(), target, backings, limits, size })
     }
 
-    fn all(self, files: &[PathBuf]) -> Result<Vec<Backing>, DeviceError> {
+    fn all(self, files: &[PathBuf]) -> Result<Vec<Backing>, LayoutError> {
         if self.known.is_some_and(|known| known.len() != files.len()) {
-            return Err(DeviceError::BackingsDiffer);
+            return Err(LayoutError::BackingsDiffer);
         }
         let open = |(index, file): (usize, &PathBuf)| {
             let backing = Backing::open(file, self.how)?;
@@ -224,22 +224,22 @@ impl Opener<'_> {
     }
 }
 
-fn null(size: Bytes) -> Result<Parts, DeviceError> {
+fn null(size: Bytes) -> Result<Parts, LayoutError> {
     let (target, size) = null_target(size)?;
     let backing = Backing::zero()?;
     let limits = Limits { discard: None, physical_block: 512, io_min: 512, ..*backing.limits() };
     Ok(Parts { name: "null".to_owned(), target, backings: vec![backing], limits, size })
 }
 
-fn null_target(size: Bytes) -> Result<(AnyTarget, Bytes), DeviceError> {
+fn null_target(size: Bytes) -> Result<(AnyTarget, Bytes), LayoutError> {
     if size.sectors().0 == 0 {
-        return Err(DeviceError::TooSmall(size.0));
+        return Err(LayoutError::TooSmall(size.0));
     }
     Ok((AnyTarget::Null(NullTarget), size))
 }
 
 /// The backings in the order of their index.
-fn files_of(config: &TargetConfig) -> Result<Vec<PathBuf>, DeviceError> {
+fn files_of(config: &TargetConfig) -> Result<Vec<PathBuf>, LayoutError> {
     match config {
         TargetConfig::Null { .. } => Ok(Vec::new()),
         TargetConfig::Loop { file } => Ok(vec![file.clone()]),
@@ -257,7 +257,7 @@ fn files_of(config: &TargetConfig) -> Result<Vec<PathBuf>, DeviceError> {
             let mut known: Vec<PathBuf> = Vec::new();
             for file in files {
                 if known.contains(&canonical(file)) {
-                    return Err(DeviceError::GivenTwice(file.clone()));
+                    return Err(LayoutError::GivenTwice(file.clone()));
                 }
                 known.push(canonical(file));
             }
@@ -294,7 +294,7 @@ fn target_of(
     config: &TargetConfig,
     sizes: &[u64],
     limits: &Limits,
-) -> Result<(AnyTarget, Bytes), DeviceError> {
+) -> Result<(AnyTarget, Bytes), LayoutError> {
     let limit = limits.transfer_limit();
     match config {
         TargetConfig::Null { size } => null_target(*size),
@@ -322,7 +322,7 @@ fn placed(
     extents: &[ExtentConfig],
     sizes: &[u64],
     block: u32,
-) -> Result<Vec<(BackingIndex, u64, u64)>, DeviceError> {
+) -> Result<Vec<(BackingIndex, u64, u64)>, LayoutError> {
     let mut files: Vec<PathBuf> = Vec::new();
     let mut placed: Vec<(BackingIndex, u64, u64)> = Vec::new();
     for extent in extents {
@@ -331,7 +331,7 @@ fn placed(
             files.push(file);
             files.len() - 1
         });
-        let problem = |problem| DeviceError::Extent {
+        let problem = |problem| LayoutError::Extent {
             file: extent.file.clone(),
             offset: extent.offset,
             problem,
@@ -364,7 +364,7 @@ pub(super) fn slot_table(
     config: &DeviceConfig,
     choice: &Choice,
     target: &AnyTarget,
-) -> Result<SlotTable, DeviceError> {
+) -> Result<SlotTable, PlanError> {
     let depth = config.depth;
     let scratch = if target.scratch_bytes() > 0 { depth } else { 0 };
     let spare = if Features(choice.flags).has(USER_COPY) { SPARE_BUFFERS } else { 0 };
@@ -378,11 +378,11 @@ pub(super) fn slot_table(
                 let slots = u32::from(*lent) + u32::from(spare) + u32::from(scratch);
                 slots <= MAX_BUFFER_SLOTS
             });
-            let lent = lent.ok_or(DeviceError::TooManySlots { first, depth })?;
+            let lent = lent.ok_or(PlanError::TooManySlots { first, depth })?;
             SlotTable { lent, pool: spare, scratch, choice: SlotChoice::From(first) }
         }
         (lend @ (LendMode::UserCopy | LendMode::Copy), Some(_)) => {
-            return Err(DeviceError::Mismatch {
+            return Err(PlanError::Mismatch {
                 option: "--first-slot",
                 needs: "a mode that lends the request's own buffer",
                 lend,

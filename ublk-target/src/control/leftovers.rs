@@ -14,6 +14,7 @@ use uring_ext::control::Control;
 use crate::device::description;
 use crate::device::paths::RUN_DIR;
 use crate::device::processes::{self, Process, Role};
+use crate::device::role_file;
 use crate::os::own_files;
 use crate::os::procfs;
 use crate::socket;
@@ -68,11 +69,13 @@ fn is_gone(control: &Control, id: u32) -> bool {
 /// Removes the files that belong to no device; returns them.
 #[must_use]
 pub fn remove_files(control: &Control) -> Vec<PathBuf> {
+    role_file::sweep(Path::new(RUN_DIR));
     remove(control, Path::new(RUN_DIR), |_| true)
 }
 
 /// Removes the files of a device that is gone.
 pub fn remove_files_of(control: &Control, id: u32) {
+    role_file::sweep(Path::new(RUN_DIR));
     let _ = remove(control, Path::new(RUN_DIR), |name| {
         name.split_once('.').is_some_and(|(of, _)| of.parse() == Ok(id))
     });

@@ -1,6 +1,7 @@
 //! What is decided of a device before the driver is asked for anything, and asking it.
 
-use std::time::{Duration, Instant};
+use std::ops::ControlFlow;
+use std::time::Duration;
 
 use ublk_engine::engine::SlotTable;
 use ublk_engine::lane::fault::Faults;
@@ -13,7 +14,7 @@ use crate::backing::identity::Known;
 use crate::backing::limits::MAX_BLOCK;
 use crate::config::DeviceConfig;
 use crate::config::lend::{self, Choice};
-use crate::control::error::DeviceError;
+use crate::control::error::{AddError, LayoutError, PlanError};
 use crate::control::layout::{Layout, slot_table};
 use crate::control::polling;
 use crate::device::description;
@@ -21,6 +22,7 @@ use crate::device::mark::Nonce;
 use crate::device::paths::MAX_ID;
 use crate::os::kernel;
 use crate::os::memory;
+use crate::os::wait::Wait;
 
 /// What is decided before the driver is asked for anything.
 pub(super) struct Plan {
@@ -34,21 +36,13 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    /// `known` are the backings of a device that is to be recovered.
-    pub fn make(
-        config: &DeviceConfig,
-        control: &Control,
-        known: Option<&[Known]>,
-    ) -> Result<Self, DeviceError> {
-        Self::for_driver(config, kernel::features(control)?, known)
-    }
-
-    /// As [`Plan::make`], for a driver with these features; on any thread.
+    /// For a driver with these features; on any thread. `known` are the backings of a device that is to be
+    /// recovered.
     pub fn for_driver(
         config: &DeviceConfig,
         features: Features,
         known: Option<&[Known]>,
-    ) -> Result<Self, DeviceError> {
+    ) -> Result<Self, PlanError> {
         Self::with(config, features, known, true)
     }
 
@@ -58,7 +52,7 @@ impl Plan {
         config: &DeviceConfig,
         features: Features,
         known: Option<&[Known]>,
-    ) -> Result<Self, DeviceError> {
+    ) -> Result<Self, PlanError> {
         Self::with(config, features, known, false)
     }
 
@@ -67,14 +61,14 @@ impl Plan {
         features: Features,
         known: Option<&[Known]>,
         claims: bool,
-    ) -> Result<Self, DeviceError> {
+    ) -> Result<Self, PlanError> {
         // The greatest number of all stands for any id.
         if let Some(id) = config.id.filter(|id| *id > MAX_ID) {
-            return Err(DeviceError::IdTooBig(id));
+            return Err(PlanError::IdTooBig(id));
         }
         let is_block = |bytes: &u32| (512..=MAX_BLOCK).contains(bytes) && bytes.is_power_of_two();
         if let Some(bytes) = config.block_size.filter(|bytes| !is_block(bytes)) {
-            return Err(DeviceError::BlockSize(bytes));
+            return Err(PlanError::BlockSize(bytes));
         }
         let mut choice = config.lend.choose(features)?;
         choice.flags |= config.on_death.flags(features)?;
@@ -84,7 +78,7 @@ impl Plan {
         if config.io_lane {
             lend::check_io_lane(features)?;
             if choice.mode != LendMode::Slot {
-                return Err(DeviceError::Mismatch {
+                return Err(PlanError::Mismatch {
                     option: "--io-lane",
                     needs: "registration by command",
                     lend: choice.mode,
@@ -92,11 +86,11 @@ impl Plan {
                 });
             }
         }
-        polling::check(config)?;
+        polling::check(config).map_err(LayoutError::from)?;
         let faults = faults_asked_for()?;
         let layout = Layout::open(config, choice.mode, known, claims)?;
         if let Some(id) = config.id.filter(|id| layout.below.has(*id)) {
-            return Err(DeviceError::OnItself(id));
+            return Err(PlanError::OnItself(id));
         }
         let slots = slot_table(config, &choice, &layout.target)?;
         // A device that there is must not be given up for an estimate.
@@ -111,14 +105,14 @@ impl Plan {
 
 /// The faults that `UBLK_TARGET_FAULT` asks for: names, separated by commas.
 #[cfg(feature = "test-hooks")]
-fn faults_asked_for() -> Result<Option<Faults>, DeviceError> {
+fn faults_asked_for() -> Result<Option<Faults>, PlanError> {
     let list = std::env::var("UBLK_TARGET_FAULT").ok();
     Ok(list.map(|list| Faults::parse(&list)).transpose()?)
 }
 
 /// None can be asked for.
 #[cfg(not(feature = "test-hooks"))]
-const fn faults_asked_for() -> Result<Option<Faults>, DeviceError> {
+const fn faults_asked_for() -> Result<Option<Faults>, PlanError> {
     Ok(None)
 }
 
@@ -136,12 +130,12 @@ const SERVED: &[Feature] = &[
 ];
 
 /// The flag of a feature that an option needs.
-fn needed(option: &'static str, feature: Feature, features: Features) -> Result<u64, DeviceError> {
+fn needed(option: &'static str, feature: Feature, features: Features) -> Result<u64, PlanError> {
     if features.has(feature) {
         return Ok(feature.bit);
     }
     let release = kernel::release().unwrap_or_default();
-    Err(DeviceError::Lacks { option, feature, release })
+    Err(PlanError::Lacks { option, feature, release })
 }
 
 /// The flags that `ADD_DEV` is given: whatever else a driver offers may change what its requests
@@ -157,7 +151,7 @@ fn asked_for(choice: &Choice) -> u64 {
 ///
 /// # Errors
 /// Those of [`add`], and of setting the parameters.
-pub(super) fn try_on(control: &Control, plan: &Plan) -> Result<(), DeviceError> {
+pub(super) fn try_on(control: &Control, plan: &Plan) -> Result<(), AddError> {
     let added = add(control, plan, None)?;
     let layout = &plan.layout;
     let params = layout.limits.params(layout.size, layout.buffer_bytes);
@@ -171,7 +165,7 @@ pub(super) fn add(
     control: &Control,
     plan: &Plan,
     id: Option<u32>,
-) -> Result<sys::ublksrv_ctrl_dev_info, DeviceError> {
+) -> Result<sys::ublksrv_ctrl_dev_info, AddError> {
     let config = &plan.config;
     let info = sys::ublksrv_ctrl_dev_info {
         dev_id: id.unwrap_or(u32::MAX),
@@ -183,23 +177,21 @@ pub(super) fn add(
         ublksrv_flags: Nonce::own().flags(),
         ..Default::default()
     };
-    let mut added = control.add(info);
     // A device that is gone keeps its id for a moment, while the driver takes it apart
     // (`ublk_cdev_rel`), and nobody tells when that is over.
-    let deadline = Instant::now() + Duration::from_secs(5);
-    while let (Err(error), Some(id)) = (&added, id) {
-        let is_taken = error.errno() == Some(Errno::EEXIST);
-        let is_gone = || control.info(id).is_err_and(|error| description::is_missing(&error));
-        if !is_taken || !is_gone() || Instant::now() > deadline {
-            break;
+    let is_gone = |id| control.info(id).is_err_and(|error| description::is_missing(&error));
+    let mut wait = Wait::at_most(Duration::from_secs(5)).every(Duration::from_millis(5));
+    let added = wait.until(|| match control.add(info) {
+        Err(error) if error.errno() == Some(Errno::EEXIST) && id.is_some_and(is_gone) => {
+            ControlFlow::Continue(error)
         }
-        std::thread::sleep(Duration::from_millis(5));
-        added = control.add(info);
-    }
+        added => ControlFlow::Break(added),
+    });
+    let added = added.unwrap_or_else(|unmet| Err(unmet.reason));
     added.map_err(|error| match (error.errno(), id) {
-        (Some(Errno::EEXIST), Some(id)) => DeviceError::IdTaken(id),
-        (Some(Errno::EACCES | Errno::ENOSPC), _) => DeviceError::NoRoom,
-        _ => DeviceError::Control(error),
+        (Some(Errno::EEXIST), Some(id)) => AddError::IdTaken(id),
+        (Some(Errno::EACCES | Errno::ENOSPC), _) => AddError::NoRoom,
+        _ => AddError::Control(error),
     })
 }
 
@@ -240,7 +232,7 @@ mod tests {
         let config = DeviceConfig { no_part_scan: true, ..null.clone() };
         let flag = |config: &DeviceConfig, features: u64| {
             let plan = Plan::for_driver(config, Features(features), None)?;
-            Ok::<_, DeviceError>(Features(asked_for(&plan.choice)).has(feature::NO_AUTO_PART_SCAN))
+            Ok::<_, PlanError>(Features(asked_for(&plan.choice)).has(feature::NO_AUTO_PART_SCAN))
         };
         assert!(flag(&config, u64::MAX).unwrap() && !flag(&null, u64::MAX).unwrap());
         let old = !feature::NO_AUTO_PART_SCAN.bit;

@@ -1,7 +1,6 @@
 //! Whether a device can have another server: what is known of it, and what its backings are now.
 
 use std::path::Path;
-use std::time::Duration;
 
 use ublk_engine::lend::LendMode;
 use ublk_engine::units::{Bytes, Sectors};
@@ -14,118 +13,37 @@ use crate::backing::below::Below;
 use crate::backing::usage::Opener;
 use crate::config::DeviceConfig;
 use crate::config::on_death::OnDeath;
-use crate::control::error::DeviceError;
+use crate::control::error::{AddError, PlanError, RecoverError};
 use crate::control::plan::Plan;
 use crate::device::description;
 use crate::device::mark::Nonce;
 use crate::device::paths::RUN_DIR;
 use crate::device::standing::Recorded;
-use crate::device::state_file::{StateFile, StateProblem};
+use crate::device::state_file::StateFile;
 use crate::os::kernel;
 use crate::os::procfs;
 use crate::socket::client;
 
-/// Why a device cannot be recovered, and what to do.
-#[non_exhaustive]
-#[derive(Debug, thiserror::Error)]
-pub enum CannotRecoverDevice {
-    /// There is none.
-    #[error("there is no ublk device {0}; `ublk-target list` shows those that are")]
-    NoDevice(u32),
-    /// A device below it has no server.
-    #[error(
-        "device {id} stands on device {lower}, which has no server; `ublk-target recover -n {lower}` first, \
-         or `recover --all`"
-    )]
-    Below {
-        /// The device.
-        id: u32,
-        /// The one below it.
-        lower: u32,
-    },
-    /// It goes away with its server.
-    #[error(
-        "device {0} was added with `--on-death fail` and goes away with its server; \
-         `ublk-target del -n {0}` cleans up"
-    )]
-    NotRecoverable(u32),
-    /// It has no disk.
-    #[error(
-        "device {0} was never started, or has been stopped; `ublk-target del -n {0}` removes it, \
-         then add it again"
-    )]
-    NotStarted(u32),
-    /// It has a server.
-    #[error("device {id} is served by {server}; nothing is to be recovered")]
-    Served {
-        /// The device.
-        id: u32,
-        /// Its server, in words.
-        server: String,
-    },
-    /// Its state file is missing or cannot be used.
-    #[error(
-        "{problem}; without it nobody knows what device {id} is made of: delete it \
-         (`ublk-target del -n {id}`) and add it again"
-    )]
-    State {
-        /// The device.
-        id: u32,
-        /// What is wrong.
-        problem: StateProblem,
-    },
-    /// The state file is of an earlier device of this id, or has been tampered with.
-    #[error(
-        "the state file of device {id} is not this device's: {difference}; delete the device \
-         (`ublk-target del -n {id}`) and add it again"
-    )]
-    OtherDevice {
-        /// The device.
-        id: u32,
-        /// How they differ.
-        difference: String,
-    },
-    /// The backings take less than the device promises.
-    #[error(
-        "the backings of device {id} are not what they were: {difference}; give the device its own \
-         ones back, or delete it"
-    )]
-    LimitsChanged {
-        /// The device.
-        id: u32,
-        /// How they differ.
-        difference: String,
-    },
-    /// It took too long.
-    #[error("gave up waiting after {} s for {what}", waited.as_secs())]
-    Stuck {
-        /// What was waited for.
-        what: String,
-        /// How long.
-        waited: Duration,
-    },
-}
-
 /// Whether a device can be recovered: what is known of it.
 ///
 /// # Errors
-/// [`CannotRecoverDevice`], and those of the driver.
-pub fn check(control: &Control, id: u32) -> Result<StateFile, DeviceError> {
+/// [`RecoverError`].
+pub fn check(control: &Control, id: u32) -> Result<StateFile, RecoverError> {
     let info = lasting(control, id)?;
     if let Some(server) = server_of(&info) {
-        return Err(CannotRecoverDevice::Served { id, server }.into());
+        return Err(RecoverError::Served { id, server });
     }
     read(control, id)
 }
 
 /// What the driver says of a device that outlives its server.
-fn lasting(control: &Control, id: u32) -> Result<sys::ublksrv_ctrl_dev_info, DeviceError> {
+fn lasting(control: &Control, id: u32) -> Result<sys::ublksrv_ctrl_dev_info, RecoverError> {
     let info = control.info(id).map_err(|error| missing(id, error))?;
     if OnDeath::of_flags(info.flags) == OnDeath::Fail {
-        return Err(CannotRecoverDevice::NotRecoverable(id).into());
+        return Err(RecoverError::NotRecoverable(id));
     }
     if !description::has_disk(&info) {
-        return Err(CannotRecoverDevice::NotStarted(id).into());
+        return Err(RecoverError::NotStarted(id));
     }
     Ok(info)
 }
@@ -134,13 +52,13 @@ fn lasting(control: &Control, id: u32) -> Result<sys::ublksrv_ctrl_dev_info, Dev
 /// it.
 ///
 /// # Errors
-/// [`CannotRecoverDevice`], and those of the driver.
-pub fn read(control: &Control, id: u32) -> Result<StateFile, DeviceError> {
+/// [`RecoverError`].
+pub fn read(control: &Control, id: u32) -> Result<StateFile, RecoverError> {
     let info = lasting(control, id)?;
     let record = StateFile::read(Path::new(RUN_DIR), id)
-        .map_err(|problem| CannotRecoverDevice::State { id, problem })?;
+        .map_err(|problem| RecoverError::State { id, problem })?;
     match difference(&record, &info, description::diskseq(id)) {
-        Some(difference) => Err(CannotRecoverDevice::OtherDevice { id, difference }.into()),
+        Some(difference) => Err(RecoverError::OtherDevice { id, difference }),
         None => Ok(record),
     }
 }
@@ -151,14 +69,14 @@ pub(super) fn refuse_unserved(
     control: &Control,
     id: u32,
     record: &StateFile,
-) -> Result<(), DeviceError> {
+) -> Result<(), RecoverError> {
     let paths: Vec<_> = record.backings.iter().map(|it| it.path.clone()).collect();
     let below = Below::paths(&paths, &Recorded::default());
     if below.has(id) {
-        return Err(DeviceError::OnItself(id));
+        return Err(PlanError::OnItself(id).into());
     }
     match unserved(control, &below) {
-        Some(lower) => Err(CannotRecoverDevice::Below { id, lower }.into()),
+        Some(lower) => Err(RecoverError::Below { id, lower }),
         None => Ok(()),
     }
 }
@@ -167,10 +85,10 @@ pub(super) fn refuse_unserved(
 pub(super) fn refuse_new_on_unserved(
     control: &Control,
     backings: &[&Path],
-) -> Result<(), DeviceError> {
+) -> Result<(), AddError> {
     let paths: Vec<_> = backings.iter().map(|path| path.to_path_buf()).collect();
     let below = Below::paths(&paths, &Recorded::default());
-    unserved(control, &below).map_or(Ok(()), |lower| Err(DeviceError::OnUnserved(lower)))
+    unserved(control, &below).map_or(Ok(()), |lower| Err(AddError::OnUnserved(lower)))
 }
 
 /// A device below that waits for a server.
@@ -181,12 +99,8 @@ fn unserved(control: &Control, below: &Below) -> Option<u32> {
         .find(|lower| control.info(*lower).is_ok_and(|info| waiting.contains(&info.state.into())))
 }
 
-pub(super) fn missing(id: u32, error: ControlError) -> DeviceError {
-    if description::is_missing(&error) {
-        CannotRecoverDevice::NoDevice(id).into()
-    } else {
-        error.into()
-    }
+pub(super) fn missing(id: u32, error: ControlError) -> RecoverError {
+    if description::is_missing(&error) { RecoverError::NoDevice(id) } else { error.into() }
 }
 
 /// The live server of a device, in words, unless it is the calling process: that has let go of the device,
@@ -239,8 +153,8 @@ fn difference(
 /// of is looked at, and nothing claimed.
 ///
 /// # Errors
-/// [`DeviceError`].
-pub fn check_upgrade(control: &Control, id: u32) -> Result<(), DeviceError> {
+/// [`RecoverError`].
+pub fn check_upgrade(control: &Control, id: u32) -> Result<(), RecoverError> {
     let record = read(control, id)?;
     refuse_unserved(control, id, &record)?;
     let info = control.info(id).map_err(|error| missing(id, error))?;
@@ -271,11 +185,9 @@ pub(super) fn check_limits(
     plan: &Plan,
     params: &Params,
     info: &sys::ublksrv_ctrl_dev_info,
-) -> Result<(), DeviceError> {
+) -> Result<(), RecoverError> {
     match stricter(plan, params, info) {
-        Some(difference) => {
-            Err(CannotRecoverDevice::LimitsChanged { id: info.dev_id, difference }.into())
-        }
+        Some(difference) => Err(RecoverError::LimitsChanged { id: info.dev_id, difference }),
         None => Ok(()),
     }
 }

@@ -1,6 +1,8 @@
 //! A device gets a new server in the place of a dead one.
 
+use std::fmt::Display;
 use std::fs::File;
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -12,11 +14,11 @@ use uring_ext::{Errno, sys};
 use crate::backing::usage;
 use crate::backing::{BackingError, BackingProblem};
 use crate::config::lend::Choice;
-use crate::control::error::DeviceError;
+use crate::control::error::{AnnounceError, LayoutError, PlanError, RecoverError, SetupError};
 use crate::control::helpers::{Helpers, protect_server, ready};
 use crate::control::plan::Plan;
 use crate::control::recoverable::{
-    CannotRecoverDevice, check, check_limits, config_of, missing, read, refuse_unserved, server_of,
+    check, check_limits, config_of, missing, read, refuse_unserved, server_of,
 };
 use crate::control::server::Server;
 use crate::device::description::{self, Description};
@@ -24,12 +26,16 @@ use crate::device::paths::{self, RUN_DIR};
 use crate::device::processes::{Process, Role};
 use crate::device::state_file::StateFile;
 use crate::device::trouble::Trouble;
+use crate::os::kernel;
 use crate::os::steps::step;
+use crate::os::wait::{Unmet, Wait, Words};
 
 /// The longest wait for what is left of the dead server.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// How often it is looked at. Nobody tells.
+/// How often it is looked at.
 const PAUSE: Duration = Duration::from_millis(2);
+/// How often it is told what is waited for.
+const WORDS: Duration = Duration::from_secs(2);
 
 /// Serves a device whose server is dead, as [`serve`](crate::control::server::serve) does one that it has
 /// added. `progress` is told what is waited for, when that takes long. `is_next` says that the
@@ -37,15 +43,15 @@ const PAUSE: Duration = Duration::from_millis(2);
 /// recover the device if it does not; signals wait until the device is live then.
 ///
 /// # Errors
-/// [`DeviceError`]; the device is as it was before.
+/// [`RecoverError`]; the device is as it was before.
 pub fn recover(
     id: u32,
     supervisor: Option<u32>,
     is_next: bool,
     helpers: &Helpers<'_>,
     progress: &mut dyn FnMut(&str),
-    on_live: impl FnOnce(&Description, &Choice) -> Result<(), DeviceError>,
-) -> Result<(), DeviceError> {
+    on_live: impl FnOnce(&Description, &Choice) -> Result<(), AnnounceError>,
+) -> Result<(), RecoverError> {
     let node = Control::open_node()?;
     // While there is one thread: the control ring has workers of the kernel's. A record that cannot be
     // read is an error below.
@@ -81,7 +87,7 @@ pub fn recover(
         Ok(())
     });
     let ended = server.take_down();
-    served.and(ended)
+    Ok(served.and(ended)?)
 }
 
 /// A device that is the calling process's now.
@@ -97,9 +103,15 @@ pub(super) fn take_over(
     record: &StateFile,
     heeds_signals: bool,
     progress: &mut dyn FnMut(&str),
-) -> Result<Taken, DeviceError> {
+) -> Result<Taken, RecoverError> {
     let (id, began) = (server.id, Instant::now());
-    let mut wait = Wait { began, said: 0, heeds_signals, progress };
+    let wakeups = Arc::clone(&server.wakeups);
+    let tell = |what: &dyn Display, _| progress(&format!("waiting for {what}"));
+    // Nobody tells when what is left is gone.
+    let mut wait = Wait::at_most(PATIENCE).since(began).every(PAUSE).telling(WORDS, WORDS, tell);
+    if heeds_signals {
+        wait = wait.or_signal(&wakeups);
+    }
     let cdev = Arc::new(claim(server, &mut wait)?);
     let claimed = began.elapsed();
     server.cdev = Some(Arc::clone(&cdev));
@@ -128,84 +140,65 @@ pub(super) fn take_over(
     Ok(Taken { plan, times })
 }
 
-/// A wait for what is left of the dead server.
-struct Wait<'a> {
-    began: Instant,
-    said: u64,
-    heeds_signals: bool,
-    progress: &'a mut dyn FnMut(&str),
-}
-
-impl Wait<'_> {
-    fn pause(&mut self, server: &Server, what: &dyn Fn() -> String) -> Result<(), DeviceError> {
-        let waited = self.began.elapsed();
-        if waited >= PATIENCE {
-            return Err(CannotRecoverDevice::Stuck { what: what(), waited }.into());
-        }
-        if waited.as_secs() / 2 > self.said {
-            self.said = waited.as_secs() / 2;
-            (self.progress)(&format!("waiting for {}", what()));
-        }
-        std::thread::sleep(PAUSE);
-        if self.heeds_signals && server.wakeups.take_signal().is_some() {
-            return Err(DeviceError::NotRecovered);
-        }
-        Ok(())
+/// Why a wait for what is left of the dead server has come to nothing.
+fn given_up(unmet: Unmet<impl Display>) -> RecoverError {
+    match unmet.signal {
+        Some(_) => RecoverError::NotRecovered,
+        None => RecoverError::Stuck { what: unmet.reason.to_string(), waited: unmet.waited },
     }
 }
 
 /// Waits until the driver has all buffers of the dead server back, and takes the character device:
 /// only one process can have it.
-fn claim(server: &Server, wait: &mut Wait<'_>) -> Result<File, DeviceError> {
+fn claim(server: &Server, wait: &mut Wait<'_>) -> Result<File, RecoverError> {
     let id = server.id;
     let path = paths::char_path(id);
-    let holder = || {
+    let holder = Words(|| {
         let openers = usage::openers_of_char_device(&path);
         match openers.first() {
             Some(opener) => format!("{opener} to let go of {}", path.display()),
             None => format!("the kernel to end the I/O of the dead server of device {id}"),
         }
-    };
-    loop {
-        match server.control.start_recovery(id) {
-            Ok(()) => match File::options().read(true).write(true).open(&path) {
-                Ok(file) if usage::is_char_device_of(&file, id) => return Ok(file),
-                Ok(_) => return Err(wrong_node(&path)),
-                // Another one was faster.
-                Err(error) if Errno::of(&error) == Errno::EBUSY => {}
-                Err(error) => {
-                    let doing = format!("cannot open {}", path.display());
-                    return Err(DeviceError::setup(doing, Errno::of(&error)));
-                }
-            },
-            Err(error) if error.errno() == Some(Errno::EBUSY) => {
-                // Recovered by another one meanwhile, or stopped.
-                let info = server.control.info(id).map_err(|error| missing(id, error))?;
-                if !description::has_disk(&info) {
-                    return Err(CannotRecoverDevice::NotStarted(id).into());
-                }
-                if let Some(server) = server_of(&info) {
-                    return Err(CannotRecoverDevice::Served { id, server }.into());
-                }
+    });
+    let attempt = || match server.control.start_recovery(id) {
+        Ok(()) => match File::options().read(true).write(true).open(&path) {
+            Ok(file) if usage::is_char_device_of(&file, id) => Ok(Some(file)),
+            Ok(_) => Err(wrong_node(&path).into()),
+            // Another one was faster.
+            Err(error) if Errno::of(&error) == Errno::EBUSY => Ok(None),
+            Err(error) => {
+                let doing = format!("cannot open {}", path.display());
+                Err(SetupError::new(doing, Errno::of(&error)).into())
             }
-            // It has been stopped.
-            Err(error) if error.errno() == Some(Errno::EINVAL) => {
-                return Err(CannotRecoverDevice::NotStarted(id).into());
+        },
+        Err(error) if error.errno() == Some(Errno::EBUSY) => {
+            // Recovered by another one meanwhile, or stopped.
+            let info = server.control.info(id).map_err(|error| missing(id, error))?;
+            if !description::has_disk(&info) {
+                return Err(RecoverError::NotStarted(id));
             }
-            Err(error) => return Err(missing(id, error)),
+            server_of(&info).map_or(Ok(None), |server| Err(RecoverError::Served { id, server }))
         }
-        wait.pause(server, &holder)?;
-    }
+        // It has been stopped.
+        Err(error) if error.errno() == Some(Errno::EINVAL) => Err(RecoverError::NotStarted(id)),
+        Err(error) => Err(missing(id, error)),
+    };
+    let claimed = wait.until(|| match attempt() {
+        Ok(None) => ControlFlow::Continue(&holder),
+        Ok(Some(file)) => ControlFlow::Break(Ok(file)),
+        Err(error) => ControlFlow::Break(Err(error)),
+    });
+    claimed.map_err(given_up)?
 }
 
 /// Something else is in the place of a character device.
-pub(super) fn wrong_node(path: &Path) -> DeviceError {
+pub(super) fn wrong_node(path: &Path) -> SetupError {
     let doing = format!(
         "{} is not the driver's character device; remove it, and have `udevadm trigger` or mknod(1) make \
          the right one",
         path.display()
     );
-    DeviceError::setup(doing, Errno::ENODEV)
+    SetupError::new(doing, Errno::ENODEV)
 }
 
 /// Opens the backings and makes the same device of them. The dead server's files are let go of some
@@ -215,21 +208,23 @@ fn plan(
     record: &StateFile,
     info: &sys::ublksrv_ctrl_dev_info,
     wait: &mut Wait<'_>,
-) -> Result<Plan, DeviceError> {
+) -> Result<Plan, RecoverError> {
     let params = server.control.params(record.id)?;
     let config = config_of(record, info, &params);
-    let mut plan = loop {
-        match Plan::make(&config, &server.control, Some(&record.backings)) {
-            Err(DeviceError::Backing(BackingError {
+    let features = kernel::features(&server.control)?;
+    let planned =
+        wait.until(|| match Plan::for_driver(&config, features, Some(&record.backings)) {
+            Err(PlanError::Layout(LayoutError::Backing(BackingError {
                 path,
                 problem: BackingProblem::InUse(users),
-            })) => {
-                let what = || format!("{} to be let go of ({})", path.display(), users.join(", "));
-                wait.pause(server, &what)?;
+            }))) => {
+                let what =
+                    move || format!("{} to be let go of ({})", path.display(), users.join(", "));
+                ControlFlow::Continue(Words(what))
             }
-            made => break made?,
-        }
-    };
+            planned => ControlFlow::Break(planned),
+        });
+    let mut plan = planned.map_err(given_up)??;
     check_limits(&plan, &params, info)?;
     // Blocks that were asked for, not those that the device has come to.
     plan.config.block_size = record.config.block_size;

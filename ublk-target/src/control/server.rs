@@ -2,14 +2,14 @@
 
 use std::cell::RefCell;
 use std::fs::File;
+use std::ops::ControlFlow;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use nix::poll::PollTimeout;
 use ublk_engine::units::Bytes;
 use uring_ext::control::{Control, Pending};
 use uring_ext::feature::{self, Features};
@@ -18,7 +18,9 @@ use uring_ext::{Errno, sys};
 use crate::backing::usage;
 use crate::config::DeviceConfig;
 use crate::config::lend::Choice;
-use crate::control::error::DeviceError;
+use crate::control::error::{
+    AddError, AnnounceError, LayoutError, PlanError, QueueError, ServeError, SetupError,
+};
 use crate::control::helpers::{Helpers, protect_server, ready};
 use crate::control::lanes::{DeviceLanes, LaneSetup};
 use crate::control::plan::{Plan, add};
@@ -31,8 +33,10 @@ use crate::device::paths::{self, RUN_DIR};
 use crate::device::state_file::StateFile;
 use crate::io_thread::lanes::SharedLanes;
 use crate::io_thread::message::LaneMessage;
+use crate::os::kernel;
 use crate::os::process::Watch;
 use crate::os::steps::step;
+use crate::os::wait::{Wait, Words};
 use crate::os::wakeups::{Wake, Wakeups};
 use crate::socket;
 use crate::socket::control_request::{ControlRequest, Petitioner};
@@ -42,19 +46,19 @@ use crate::socket::{Limits, StatsServer, StatsThread};
 /// somebody stops the device. If `on_live` fails, the device is taken back.
 ///
 /// # Errors
-/// [`DeviceError`]. Nothing is left of the device, but for one that outlives its server
+/// [`AddError`]. Nothing is left of the device, but for one that outlives its server
 /// ([`OnDeath`](crate::config::on_death::OnDeath)) when a lane has failed: that waits for recovery.
 pub fn serve(
     config: &DeviceConfig,
     supervisor: Option<u32>,
     helpers: &Helpers<'_>,
-    on_live: impl FnOnce(&Description, &Choice) -> Result<(), DeviceError>,
-) -> Result<(), DeviceError> {
+    on_live: impl FnOnce(&Description, &Choice) -> Result<(), AnnounceError>,
+) -> Result<(), AddError> {
     let mut config = config.clone();
     config.target.begin_at_root();
     // A path that is wrong would only be told of when the driver is there.
     let node = Control::open_node().map_err(|error| match config.target.missing_file() {
-        Some(path) => DeviceError::missing(path),
+        Some(path) => AddError::from(PlanError::from(LayoutError::missing(path))),
         None => error.into(),
     })?;
     // While there is one thread: the control ring has workers of the kernel's.
@@ -64,24 +68,24 @@ pub fn serve(
     // So that no signal ends the process half-way.
     let wakeups = ready(helpers.hangup())?;
     step("signals-blocked");
-    let plan = Plan::make(&config, &control, None)?;
+    let plan = Plan::for_driver(&config, kernel::features(&control)?, None)?;
     step("planned");
     refuse_signal(&wakeups)?;
     let added = add(&control, &plan, plan.config.id)?;
     step("added");
     let mut server = Server::new(Rc::new(control), wakeups, added.dev_id, supervisor);
     let is_live = server.go_live(&plan, &added).and_then(|()| refuse_signal(&server.wakeups));
-    let served = is_live.and_then(|()| server.live(plan, helpers, on_live));
+    let served = is_live.and_then(|()| Ok(server.live(plan, helpers, on_live)?));
     let ended = server.take_down();
-    served.and(ended)
+    served.and(ended.map_err(AddError::from))
 }
 
 /// Takes a signal, if one has come, and leaves all else for later.
 ///
 /// # Errors
-/// [`DeviceError::Interrupted`] if one has.
-fn refuse_signal(wakeups: &Wakeups) -> Result<(), DeviceError> {
-    wakeups.take_signal().map_or(Ok(()), |_| Err(DeviceError::Interrupted))
+/// [`AddError::Interrupted`] if one has.
+fn refuse_signal(wakeups: &Wakeups) -> Result<(), AddError> {
+    wakeups.take_signal().map_or(Ok(()), |_| Err(AddError::Interrupted))
 }
 
 /// What the devices of a fleet share.
@@ -135,10 +139,10 @@ impl Server {
         &mut self,
         plan: &Plan,
         added: &sys::ublksrv_ctrl_dev_info,
-    ) -> Result<(), DeviceError> {
+    ) -> Result<(), AddError> {
         let (wanted, given) = (Features(plan.choice.flags), Features(added.flags));
         if let Some(feature) = feature::ALL.iter().find(|it| wanted.has(**it) && !given.has(**it)) {
-            return Err(DeviceError::TakenBack { feature: feature.name });
+            return Err(AddError::TakenBack { feature: feature.name });
         }
         if added.nr_hw_queues < plan.config.queues {
             log::warn!("the driver gives {} queues, one for each CPU", added.nr_hw_queues);
@@ -154,7 +158,7 @@ impl Server {
         self.take_charge(plan)?;
         // The driver would start what somebody has deleted meanwhile.
         if self.is_removed() {
-            return Err(DeviceError::Deleted(self.id));
+            return Err(AddError::Deleted(self.id));
         }
         let start = self.control.start(self.id, std::process::id())?;
         step("start-sent");
@@ -162,7 +166,7 @@ impl Server {
     }
 
     /// Writes down that the device is this server's, and answers questions about it.
-    pub fn take_charge(&mut self, plan: &Plan) -> Result<(), DeviceError> {
+    pub fn take_charge(&mut self, plan: &Plan) -> Result<(), ServeError> {
         let (layout, config) = (&plan.layout, plan.config.clone());
         let config = DeviceConfig { id: Some(self.id), ..config };
         let mut record = StateFile::new(self.id, &layout.name, layout.known(), config);
@@ -178,10 +182,10 @@ impl Server {
         Ok(())
     }
 
-    pub fn write_record(&self) -> Result<(), DeviceError> {
+    pub fn write_record(&self) -> Result<(), SetupError> {
         let Some(record) = &self.record else { return Ok(()) };
         let written = record.write(Path::new(RUN_DIR));
-        written.map_err(|error| DeviceError::of_io(&format!("cannot write to {RUN_DIR}"), &error))
+        written.map_err(|error| SetupError::of_io(&format!("cannot write to {RUN_DIR}"), &error))
     }
 
     /// Tells the user that the device is live, and serves it.
@@ -189,8 +193,8 @@ impl Server {
         &mut self,
         plan: Plan,
         helpers: &Helpers<'_>,
-        on_live: impl FnOnce(&Description, &Choice) -> Result<(), DeviceError>,
-    ) -> Result<(), DeviceError> {
+        on_live: impl FnOnce(&Description, &Choice) -> Result<(), AnnounceError>,
+    ) -> Result<(), ServeError> {
         let description = self.describe_live()?;
         on_live(&description, &plan.choice)?;
         step("announced");
@@ -198,7 +202,7 @@ impl Server {
     }
 
     /// Writes down which disk it is, and describes it.
-    pub fn describe_live(&mut self) -> Result<Description, DeviceError> {
+    pub fn describe_live(&mut self) -> Result<Description, ServeError> {
         if let Some(record) = self.record.as_mut().filter(|record| record.diskseq.is_none()) {
             record.diskseq = description::diskseq(self.id);
             self.write_record()?;
@@ -211,26 +215,31 @@ impl Server {
 
     /// Opens the character device. Its node is made by devtmpfs at once, but elsewhere (in
     /// containers, under a slow udev) it may take a moment.
-    fn open_cdev(&self) -> Result<File, DeviceError> {
+    fn open_cdev(&self) -> Result<File, AddError> {
         let path = paths::char_path(self.id);
-        let deadline = Instant::now() + Duration::from_secs(5);
-        loop {
-            match File::options().read(true).write(true).open(&path) {
-                Ok(file) if usage::is_char_device_of(&file, self.id) => return Ok(file),
-                Ok(_) => return Err(recovery::wrong_node(&path)),
-                // Deleted by somebody else.
-                Err(_) if self.is_deleted() => return Err(DeviceError::Deleted(self.id)),
-                Err(error) if Errno::of(&error) == Errno::ENOENT && Instant::now() < deadline => {
-                    if let Wake::Signal(_) = self.wakeups.wait(PollTimeout::from(10_u8)) {
-                        return Err(DeviceError::Interrupted);
-                    }
+        let failed = |errno| SetupError::new(format!("cannot open {}", path.display()), errno);
+        let wait = Wait::at_most(Duration::from_secs(5)).every(Duration::from_millis(10));
+        let opened = wait.or_signal(&self.wakeups).until(|| {
+            let error = match File::options().read(true).write(true).open(&path) {
+                Ok(file) if usage::is_char_device_of(&file, self.id) => {
+                    return ControlFlow::Break(Ok(file));
                 }
-                Err(error) => {
-                    let doing = format!("cannot open {}", path.display());
-                    return Err(DeviceError::setup(doing, Errno::of(&error)));
-                }
+                Ok(_) => return ControlFlow::Break(Err(recovery::wrong_node(&path).into())),
+                Err(error) => Errno::of(&error),
+            };
+            if self.is_deleted() {
+                // By somebody else.
+                return ControlFlow::Break(Err(AddError::Deleted(self.id)));
             }
-        }
+            match error {
+                Errno::ENOENT => ControlFlow::Continue(error),
+                _ => ControlFlow::Break(Err(failed(error).into())),
+            }
+        });
+        opened.unwrap_or_else(|unmet| match unmet.signal {
+            Some(_) => Err(AddError::Interrupted),
+            None => Err(failed(unmet.reason).into()),
+        })
     }
 
     /// Whether the driver has removed the device, which is still open here.
@@ -249,13 +258,13 @@ impl Server {
         info: &sys::ublksrv_ctrl_dev_info,
         plan: &Plan,
         cdev: &Arc<File>,
-    ) -> Result<(), DeviceError> {
+    ) -> Result<(), QueueError> {
         let (control, wakeups) = (&*self.control, &self.wakeups);
         let shared = self.services.as_ref().map(|services| &services.lanes);
         self.lanes.start(&LaneSetup { control, info, plan, cdev, wakeups, shared })
     }
 
-    fn start_stats(&mut self) -> Result<(), DeviceError> {
+    fn start_stats(&mut self) -> Result<(), SetupError> {
         let path = socket::socket_path(Path::new(RUN_DIR), self.id);
         let lanes = self.lanes.handles();
         let (petitioner, control_requests) = Petitioner::new(Arc::clone(&self.wakeups));
@@ -268,7 +277,7 @@ impl Server {
             }
         };
         let started = started.map_err(|error| {
-            DeviceError::setup(format!("cannot listen on {}", path.display()), Errno::of(&error))
+            SetupError::new(format!("cannot listen on {}", path.display()), Errno::of(&error))
         });
         self.stats = Some(started?);
         Ok(())
@@ -276,33 +285,42 @@ impl Server {
 
     /// Waits until the device is live. The driver scans for partitions meanwhile, which the
     /// lanes serve.
-    pub fn await_start(&mut self, start: Pending) -> Result<(), DeviceError> {
-        self.await_driver(start, true)
+    fn await_start(&mut self, start: Pending) -> Result<(), AddError> {
+        let is_live = self.await_driver(start, true)?;
+        if is_live { Ok(()) } else { Err(AddError::Interrupted) }
     }
 
     /// As [`Server::await_start`], for a device that has been live before: a signal waits until it
     /// is so again.
-    pub fn await_recovery(&mut self, end: Pending) -> Result<(), DeviceError> {
-        self.await_driver(end, false)
+    pub fn await_recovery(&mut self, end: Pending) -> Result<(), ServeError> {
+        self.await_driver(end, false).map(drop)
     }
 
-    fn await_driver(&mut self, mut start: Pending, heed: bool) -> Result<(), DeviceError> {
-        let began = Instant::now();
-        let mut said = 0;
-        loop {
-            if let Some(answer) = self.control.wait(&mut start, Duration::from_millis(200)) {
-                return answer.map(drop).map_err(DeviceError::Control);
+    /// Whether the device is live; a signal ends the wait if it is heeded.
+    fn await_driver(&mut self, mut start: Pending, heed: bool) -> Result<bool, ServeError> {
+        let (id, control, lanes) = (self.id, &self.control, &mut self.lanes);
+        let words = Duration::from_secs(10);
+        // It waits as it looks.
+        let mut wait = Wait::endless().every(Duration::ZERO).telling(words, words, |what, _| {
+            log::warn!("waiting for {what}");
+        });
+        if heed {
+            wait = wait.or_signal(&self.wakeups);
+        }
+        let what = Words(|| format!("the driver to start device {id}"));
+        let started = wait.until(|| {
+            if let Some(answer) = control.wait(&mut start, Duration::from_millis(200)) {
+                return ControlFlow::Break(answer.map(drop).map_err(ServeError::from));
             }
-            if self.lanes.has_ended() {
-                return Err(self.lanes.failure());
+            if lanes.has_ended() {
+                return ControlFlow::Break(Err(lanes.failure().into()));
             }
-            if heed && self.wakeups.take_signal().is_some() {
-                return Err(DeviceError::Interrupted);
-            }
-            if began.elapsed().as_secs() / 10 > said {
-                said += 1;
-                log::warn!("waiting for the driver to start device {}", self.id);
-            }
+            ControlFlow::Continue(&what)
+        });
+        match started {
+            Ok(started) => started.map(|()| true),
+            // Nothing but a signal ends the wait.
+            Err(_) => Ok(false),
         }
     }
 
@@ -311,7 +329,7 @@ impl Server {
         &mut self,
         mut plan: Plan,
         helpers: &Helpers<'_>,
-    ) -> Result<(), DeviceError> {
+    ) -> Result<(), ServeError> {
         let mut supervision = Supervision::of(self.supervisor);
         loop {
             let pause = supervision.pause();
@@ -365,7 +383,7 @@ impl Server {
             log::error!("{error}; the device waits for recovery");
             self.is_left = true;
         }
-        Err(error)
+        Err(error.into())
     }
 
     /// Carries out what somebody asks for, if he still waits for it.
@@ -374,7 +392,7 @@ impl Server {
         control_request: ControlRequest,
         mut plan: Plan,
         helpers: &Helpers<'_>,
-    ) -> Result<Plan, DeviceError> {
+    ) -> Result<Plan, ServeError> {
         match control_request {
             ControlRequest::Grow { size, reply } if reply.begin() => {
                 let grown = self.grow(&mut plan, size);
@@ -409,7 +427,7 @@ impl Server {
 
     /// Serves the bytes by which the backings have grown; how long the device may be now. `size` is
     /// that of a null device.
-    pub fn grow(&mut self, plan: &mut Plan, size: Option<Bytes>) -> Result<Bytes, DeviceError> {
+    pub fn grow(&mut self, plan: &mut Plan, size: Option<Bytes>) -> Result<Bytes, ServeError> {
         let mut target = plan.config.target.clone();
         if let (Some(null_size), Some(size)) = (target.null_size(), size) {
             *null_size = size.max(*null_size);
@@ -423,7 +441,7 @@ impl Server {
         }
         if let Err(error) = self.write_record() {
             self.record = before;
-            return Err(error);
+            return Err(error.into());
         }
         let (reply, done) = mpsc::sync_channel(self.lanes.count());
         self.lanes.send(|| {
@@ -433,7 +451,7 @@ impl Server {
         drop(reply);
         for _ in 0..self.lanes.count() {
             // Lanes answer between two batches; one that has ended leaves the channel.
-            done.recv().map_err(|_| DeviceError::setup("a lane has ended", Errno::ENODEV))?;
+            done.recv().map_err(|_| SetupError::new("a lane has ended", Errno::ENODEV))?;
         }
         plan.layout.target.replace_innermost(&grown.target);
         plan.layout.size = grown.size;

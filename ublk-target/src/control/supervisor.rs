@@ -3,15 +3,15 @@
 //! It need not be the server's parent: it watches by a process descriptor, so that a supervisor
 //! can be put in the place of a dead one, too (the server does that).
 
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::poll::PollTimeout;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use uring_ext::control::Control;
+use uring_ext::control::{Control, ControlError};
 
-use crate::control::error::DeviceError;
 use crate::control::leftovers;
 use crate::device::description;
 use crate::device::paths::RUN_DIR;
@@ -19,6 +19,7 @@ use crate::device::processes;
 use crate::device::trouble::Trouble;
 use crate::os::process::Watch;
 use crate::os::steps::step;
+use crate::os::wait::Wait;
 use crate::os::wakeups::{Wake, Wakeups};
 
 /// How soon, and how often, a server is put in the place of a dead one.
@@ -113,7 +114,7 @@ pub type Recover<'a> = dyn Fn(u32) -> Result<u32, NotRecovered> + 'a;
 /// server is passed on to it, and SIGHUP, too, after `reopen_log`.
 ///
 /// # Errors
-/// [`DeviceError::Setup`] and [`DeviceError::Control`] if there can be no supervision at all.
+/// [`ControlError`] if there can be no supervision at all.
 pub fn supervise(
     id: u32,
     server: u32,
@@ -121,7 +122,7 @@ pub fn supervise(
     wakeups: &Wakeups,
     recover: &Recover<'_>,
     reopen_log: &dyn Fn(),
-) -> Result<End, DeviceError> {
+) -> Result<End, ControlError> {
     let control = Control::open()?;
     let mut attempts = Attempts { policy, failed: 0, lacked: 0 };
     let mut pid = server;
@@ -189,26 +190,13 @@ enum Rest {
 
 /// Pauses. A device that is deleted meanwhile must not wait for that.
 fn rest(pause: Duration, wakeups: &Wakeups, is_stopped: impl Fn() -> bool) -> Rest {
-    let deadline = Instant::now() + pause;
-    loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let slice = left.min(Duration::from_millis(50));
-        let slice = PollTimeout::try_from(slice).unwrap_or(PollTimeout::ZERO);
-        match wakeups.wait(slice) {
-            Wake::Signal(signal) => return Rest::Told(signal),
-            Wake::LaneEnded
-            | Wake::Undelivered
-            | Wake::ControlRequest
-            | Wake::Hangup
-            | Wake::Other
-            | Wake::TimedOut => {}
-        }
-        if left.is_zero() {
-            return Rest::Over;
-        }
-        if is_stopped() {
-            return Rest::Stopped;
-        }
+    let mut wait = Wait::at_most(pause).every(Duration::from_millis(50)).or_signal(wakeups);
+    let stopped = wait.until(|| {
+        if is_stopped() { ControlFlow::Break(()) } else { ControlFlow::Continue("its end") }
+    });
+    match stopped {
+        Ok(()) => Rest::Stopped,
+        Err(unmet) => unmet.signal.map_or(Rest::Over, Rest::Told),
     }
 }
 

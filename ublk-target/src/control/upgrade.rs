@@ -5,17 +5,16 @@
 //! whatever else watches it go on. If it cannot become one, it recovers the device itself.
 
 use std::io;
-use std::os::fd::AsFd;
-use std::time::{Duration, Instant};
+use std::ops::ControlFlow;
+use std::time::Duration;
 
-use nix::poll::PollTimeout;
 use nix::sys::prctl::set_pdeathsig;
-use nix::sys::signal::{Signal, raise};
+use nix::sys::signal::Signal;
 use nix::unistd::getppid;
 use uring_ext::Errno;
 use uring_ext::control::{Control, ControlError};
 
-use crate::control::error::DeviceError;
+use crate::control::error::{ServeError, SetupError};
 use crate::control::helpers::Helpers;
 use crate::control::plan::Plan;
 use crate::control::recoverable;
@@ -23,9 +22,8 @@ use crate::control::recovery;
 use crate::control::server::Server;
 use crate::device::paths;
 use crate::device::program::Program;
-use crate::os::process::PidFd;
 use crate::os::steps::step;
-use crate::os::wakeups::Wake;
+use crate::os::wait::Wait;
 use crate::socket::control_request::Reply;
 
 /// How long the driver waits until each queue has a fetch that it can take back. After that, I/O
@@ -64,14 +62,6 @@ pub fn quiesce(id: u32, server: u32) -> Result<(), ControlError> {
     }
 }
 
-/// What came while deliveries were stopped, and has to be seen later.
-#[derive(Default)]
-struct Came {
-    signal: Option<Signal>,
-    undelivered: bool,
-    lane_ended: bool,
-}
-
 impl Server {
     /// Becomes a process of another program that serves the device. Returns if that cannot be, with
     /// the device served again. Whoever asked is told once the driver delivers nothing more, or why
@@ -82,7 +72,7 @@ impl Server {
         program: &Program,
         reply: Reply<()>,
         helpers: &Helpers<'_>,
-    ) -> Result<Plan, DeviceError> {
+    ) -> Result<Plan, ServeError> {
         log::info!("handing over to {}", program.path().display());
         step("upgrade-asked");
         if let Err(error) = self.stop_deliveries(helpers) {
@@ -105,7 +95,7 @@ impl Server {
 
     /// Serves a device again that delivers no more. Another process may have told the driver so, a
     /// late one of an earlier upgrade for instance: new I/O waits until the device is recovered.
-    pub(super) fn hand_over_to_self(&mut self, plan: Plan) -> Result<Plan, DeviceError> {
+    pub(super) fn hand_over_to_self(&mut self, plan: Plan) -> Result<Plan, ServeError> {
         self.let_device_go(plan);
         self.take_back()
     }
@@ -118,7 +108,7 @@ impl Server {
         drop(plan);
     }
 
-    fn take_back(&mut self) -> Result<Plan, DeviceError> {
+    fn take_back(&mut self) -> Result<Plan, ServeError> {
         let record = recoverable::read(&self.control, self.id)?;
         let mut progress = |what: &str| log::warn!("{what}");
         let taken = recovery::take_over(self, &record, false, &mut progress)?;
@@ -128,51 +118,23 @@ impl Server {
     }
 
     /// Has the driver deliver nothing more.
-    fn stop_deliveries(&self, helpers: &Helpers<'_>) -> Result<(), DeviceError> {
-        let mut came = Came::default();
-        let stopped = self.quiesce_by_helper(helpers, &mut came);
-        if let Some(signal) = came.signal {
-            // It is seen when the device is live again: a blocked signal outlasts execve(2).
-            let _ = raise(signal);
-        }
-        if stopped.is_err() && came.undelivered {
-            self.wakeups.undelivered();
-        }
-        // The device was stopped meanwhile, and nothing else tells of that again.
-        if stopped.is_err() && came.lane_ended {
-            self.wakeups.lane_ended();
-        }
-        stopped
-    }
-
-    fn quiesce_by_helper(&self, helpers: &Helpers<'_>, came: &mut Came) -> Result<(), DeviceError> {
+    fn stop_deliveries(&self, helpers: &Helpers<'_>) -> Result<(), ServeError> {
         let failed = |error: io::Error| {
-            DeviceError::setup("cannot start a process that makes I/O wait", Errno::of(&error))
+            SetupError::new("cannot start a process that makes I/O wait", Errno::of(&error))
         };
-        let began = Instant::now();
-        loop {
-            let mut process = (helpers.quiesce)(self.id).map_err(failed)?;
-            let pidfd = PidFd::of_child(&process).map_err(failed)?;
-            let status = loop {
-                if let Some(status) = process.try_wait().map_err(failed)? {
-                    break status;
-                }
-                let woken = self.wakeups.wait_or(pidfd.as_fd(), PollTimeout::from(1_000_u16));
-                match woken {
-                    Wake::Signal(signal) => came.signal = Some(signal),
-                    Wake::Undelivered => came.undelivered = true,
-                    Wake::LaneEnded => came.lane_ended = true,
-                    Wake::ControlRequest | Wake::Hangup | Wake::Other | Wake::TimedOut => {}
-                }
-            };
-            match status.code() {
-                Some(0) => return Ok(()),
+        // What comes meanwhile is seen later: a blocked signal outlasts execve(2), and the other wake-ups
+        // stay.
+        let quiesce = || (helpers.quiesce)(self.id).and_then(|mut process| process.wait());
+        let stopped = Wait::at_most(3 * PATIENCE).every(Duration::ZERO).until(|| match quiesce() {
+            Err(error) => ControlFlow::Break(Err(failed(error).into())),
+            Ok(status) => match status.code() {
+                Some(0) => ControlFlow::Break(Ok(())),
                 // It has said why.
-                Some(_) => return Err(DeviceError::NotQuiesced),
+                Some(_) => ControlFlow::Break(Err(ServeError::NotQuiesced)),
                 // Killed; whether the driver was asked is not known.
-                None if began.elapsed() < 3 * PATIENCE => {}
-                None => return Err(DeviceError::NotQuiesced),
-            }
-        }
+                None => ControlFlow::Continue(ServeError::NotQuiesced),
+            },
+        });
+        stopped.unwrap_or_else(|unmet| Err(unmet.reason))
     }
 }

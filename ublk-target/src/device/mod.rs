@@ -6,6 +6,7 @@ pub mod partitions;
 pub mod paths;
 pub mod processes;
 pub mod program;
+pub mod role_file;
 pub mod standing;
 pub mod state_file;
 pub mod trouble;

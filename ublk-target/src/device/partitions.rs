@@ -8,12 +8,15 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::ops::ControlFlow;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::Child;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::device::paths;
 use crate::os::process::PidFd;
+use crate::os::wait::Wait;
 
 /// The longest wait of a server. A scan reads some blocks.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -51,26 +54,23 @@ fn await_scan_by(attribute: &Path, disk: &Path) -> io::Result<()> {
 ///
 /// # Errors
 /// It cannot be waited for.
-pub fn await_process(process: &mut Child, deadline: Instant) -> io::Result<bool> {
+pub fn await_process(process: &mut Child, wait: &mut Wait<'_>) -> io::Result<bool> {
     let pidfd = PidFd::of_child(process)?;
-    loop {
-        if let Some(status) = process.try_wait()? {
-            return Ok(status.success());
-        }
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            // It ends when the scan does.
-            process.kill()?;
-            return Ok(false);
-        }
-        let _ = pidfd.has_ended(left + Duration::from_millis(1));
-    }
+    let ended = wait.until_or(Some(pidfd.as_fd()), || match process.try_wait() {
+        Ok(None) => ControlFlow::Continue("the scan for partitions"),
+        Ok(Some(status)) => ControlFlow::Break(Ok(status.success())),
+        Err(error) => ControlFlow::Break(Err(error)),
+    });
+    ended.unwrap_or_else(|_| {
+        // It ends when the scan does.
+        process.kill()?;
+        Ok(false)
+    })
 }
 
-/// Until when a server waits that begins now.
-#[must_use]
-pub fn deadline() -> Instant {
-    Instant::now() + PATIENCE
+/// The wait of a server for all of its devices.
+pub fn wait<'a>() -> Wait<'a> {
+    Wait::at_most(PATIENCE)
 }
 
 #[cfg(test)]
@@ -100,11 +100,11 @@ mod tests {
     #[test]
     fn a_process_is_awaited_for_a_bounded_time() {
         let start = |what: &str| Command::new("sh").args(["-c", what]).spawn().unwrap();
-        let soon = || Instant::now() + Duration::from_millis(50);
-        assert!(await_process(&mut start("exit 0"), deadline()).unwrap());
-        assert!(!await_process(&mut start("exit 1"), deadline()).unwrap());
+        let mut soon = Wait::at_most(Duration::from_millis(50));
+        assert!(await_process(&mut start("exit 0"), &mut wait()).unwrap());
+        assert!(!await_process(&mut start("exit 1"), &mut wait()).unwrap());
         let mut endless = start("exec sleep 600");
-        assert!(!await_process(&mut endless, soon()).unwrap());
+        assert!(!await_process(&mut endless, &mut soon).unwrap());
         assert!(!endless.wait().unwrap().success());
     }
 }

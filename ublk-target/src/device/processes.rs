@@ -2,13 +2,14 @@
 //!
 //! A process is one of ours if root runs it, in this user namespace, and it has our name: other users
 //! can name theirs as they like. It serves a device if it has that one's character device open, by
-//! its number. Of processes that have none open only those of this pid namespace count, and their
-//! arguments say what they do. What a state file says of a process is believed only as far as these
-//! agree.
+//! its number. Of processes that have none open only those of this pid namespace count. Each says what it
+//! is in a file ([`role_file`](crate::device::role_file)), or by its command line. What a state file says of
+//! a process is believed only as far as these agree.
 
 use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::time::Duration;
 
@@ -17,25 +18,12 @@ use nix::sys::signal::Signal;
 use crate::backing::usage;
 use crate::device::mark::Nonce;
 use crate::device::paths::RUN_DIR;
+pub use crate::device::role_file::Role;
+use crate::device::role_file::{RoleFiles, Told};
 use crate::device::state_file::StateFile;
 use crate::os::process::PidFd;
 use crate::os::procfs::process_name;
 use crate::os::procfs::{self, is_alive};
-
-/// What a process of this program is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
-    /// A command that a user waits for, and that ends with what it has started.
-    Command,
-    /// A server of one device.
-    Server,
-    /// A server of many devices, which goes on without any one of them.
-    Fleet,
-    /// A supervisor.
-    Supervisor,
-    /// One that does for others what may take long.
-    Helper,
-}
 
 /// A process of this program.
 #[derive(Debug)]
@@ -59,15 +47,20 @@ impl Process {
     /// The process `pid`, if it lives and is of this program.
     #[must_use]
     pub fn find(pid: u32) -> Option<Self> {
+        Self::find_with(pid, &RoleFiles::read(Path::new(RUN_DIR)))
+    }
+
+    fn find_with(pid: u32, files: &RoleFiles) -> Option<Self> {
         // What is read from here on is about this process: the descriptor tells it from a later
         // one of the same id.
         let pidfd = PidFd::open(pid).ok()?;
         if !is_ours(pid) {
             return None;
         }
-        let told = Arguments::by(&arguments(pid)?);
+        let told = files.of(pid).or_else(|| told_by_command_line(pid))?;
         let served = usage::served_by(pid);
-        if served.is_empty() && !is_in_same("pid", pid) {
+        let is_near = is_in_same("pid", pid);
+        if served.is_empty() && !is_near {
             return None;
         }
         let one = || served.first().copied().or(told.device);
@@ -75,23 +68,31 @@ impl Process {
             pid,
             role: told.role,
             device: if told.role == Role::Fleet { None } else { one() },
-            supervisor: told.supervisor,
+            // Another namespace's ids are not those of this one.
+            supervisor: told.supervisor.filter(|_| is_near),
             nonce: told.nonce,
             started: procfs::stat(pid)?.started,
             pidfd,
         };
-        (!process.has_ended(Duration::ZERO)).then_some(process)
+        (!process.has_ended()).then_some(process)
     }
 
-    /// Waits at most `timeout` for its end; whether it has ended.
+    /// Whether it has ended.
     #[must_use]
-    pub fn has_ended(&self, timeout: Duration) -> bool {
-        self.pidfd.has_ended(timeout)
+    pub fn has_ended(&self) -> bool {
+        self.pidfd.has_ended(Duration::ZERO)
     }
 
     /// Sends a signal to this process and no other. One that has ended needs none.
     pub fn tell(&self, signal: Signal) {
         self.pidfd.tell(signal);
+    }
+}
+
+/// Can be read when the process has ended.
+impl AsFd for Process {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
     }
 }
 
@@ -112,44 +113,42 @@ impl fmt::Display for Process {
     }
 }
 
-/// What its arguments tell a process to be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Arguments {
-    role: Role,
-    device: Option<u32>,
-    supervisor: Option<u32>,
-    nonce: Option<Nonce>,
+/// What a process is by its command line, which has no role file: a server of a version up to 0.1.0, which
+/// writes none; and one of this version that has not come to that, or had no room for it. A device that an
+/// earlier version serves is recovered, upgraded and deleted by this one.
+fn told_by_command_line(pid: u32) -> Option<Told> {
+    let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    let words = line.split(|byte| *byte == 0).filter(|word| !word.is_empty());
+    let arguments: Vec<_> = words.map(|it| String::from_utf8_lossy(it).into_owned()).collect();
+    Some(told_by_arguments(&arguments))
 }
 
-impl Arguments {
-    fn by(arguments: &[String]) -> Self {
-        let value = |names: &[&str]| value_of(arguments, names);
-        let has = |name: &str| arguments.iter().any(|argument| argument == name);
-        let command = arguments.iter().skip(1).find(|argument| !argument.starts_with('-'));
-        let command = command.map_or("", String::as_str);
-        let role = match (command, value(&["--role"])) {
-            ("supervise", _) | (_, Some("supervisor")) => Role::Supervisor,
-            ("stop-device", _) => Role::Helper,
-            ("serve", _) => Role::Fleet,
-            (_, Some("server")) => Role::Server,
-            ("add" | "recover", _) if has("--foreground") => {
-                if has("--supervise") {
-                    Role::Supervisor
-                } else {
-                    Role::Server
-                }
+fn told_by_arguments(arguments: &[String]) -> Told {
+    let value = |names: &[&str]| value_of(arguments, names);
+    let has = |name: &str| arguments.iter().any(|argument| argument == name);
+    let command = arguments.iter().skip(1).find(|argument| !argument.starts_with('-'));
+    let command = command.map_or("", String::as_str);
+    let role = match (command, value(&["--role"])) {
+        ("supervise", _) | (_, Some("supervisor")) => Role::Supervisor,
+        ("stop-device", _) => Role::Helper,
+        ("serve", _) => Role::Fleet,
+        (_, Some("server")) => Role::Server,
+        ("add" | "recover", _) if has("--foreground") => {
+            if has("--supervise") {
+                Role::Supervisor
+            } else {
+                Role::Server
             }
-            _ => Role::Command,
-        };
-        // The device that `add` is told need not be the one that it adds: it may be somebody
-        // else's.
-        let device = if command == "add" { None } else { value(&["-n", "--id"]) };
-        Self {
-            role,
-            device: device.and_then(|id| id.parse().ok()),
-            supervisor: value(&["--supervisor"]).and_then(|pid| pid.parse().ok()),
-            nonce: value(&["--nonce"]).and_then(|nonce| nonce.parse().ok()),
         }
+        _ => Role::Command,
+    };
+    // The device that `add` is told need not be the one that it adds: it may be somebody else's.
+    let device = if command == "add" { None } else { value(&["-n", "--id"]) };
+    Told {
+        role,
+        device: device.and_then(|id| id.parse().ok()),
+        supervisor: value(&["--supervisor"]).and_then(|pid| pid.parse().ok()),
+        nonce: value(&["--nonce"]).and_then(|nonce| nonce.parse().ok()),
     }
 }
 
@@ -183,19 +182,15 @@ fn is_in_same(kind: &str, pid: u32) -> bool {
     of("self").is_none_or(|own| of(&pid.to_string()) == Some(own))
 }
 
-fn arguments(pid: u32) -> Option<Vec<String>> {
-    let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-    let words = line.split(|byte| *byte == 0).filter(|word| !word.is_empty());
-    Some(words.map(|word| String::from_utf8_lossy(word).into_owned()).collect())
-}
-
 /// All processes of this program but the calling one, in the order of their ids.
 #[must_use]
 pub fn all() -> Vec<Process> {
     let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
     let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     let pids: BTreeSet<u32> = pids.filter(|pid| *pid != std::process::id()).collect();
-    pids.into_iter().filter_map(Process::find).collect()
+    // One that says later what it is, is known by its command line.
+    let files = RoleFiles::read(Path::new(RUN_DIR));
+    pids.into_iter().filter_map(|pid| Process::find_with(pid, &files)).collect()
 }
 
 /// The processes that see to a device: its server and supervisor, and those that recover or stop it.
@@ -250,8 +245,8 @@ mod tests {
             let line = format!("ublk-target {line}");
             let arguments: Vec<_> = line.split(' ').map(str::to_owned).collect();
             assert_eq!(
-                Arguments::by(&arguments),
-                Arguments { role, device, supervisor, nonce: None },
+                told_by_arguments(&arguments),
+                Told { role, device, supervisor, nonce: None },
                 "{line}"
             );
         }

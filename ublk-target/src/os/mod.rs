@@ -11,4 +11,5 @@ pub mod protection;
 pub mod random;
 pub mod steps;
 pub mod text;
+pub mod wait;
 pub mod wakeups;

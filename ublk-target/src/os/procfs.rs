@@ -19,7 +19,19 @@ pub struct Stat {
 /// What the kernel says of a process; `None` if there is none.
 #[must_use]
 pub fn stat(pid: u32) -> Option<Stat> {
-    parse_stat(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)
+    stat_of(&pid.to_string())
+}
+
+/// As [`stat`], of a process by its name in `/proc`, which may be `self`.
+pub(crate) fn stat_of(process: &str) -> Option<Stat> {
+    parse_stat(&fs::read_to_string(format!("/proc/{process}/stat")).ok()?)
+}
+
+/// The id of a process in its own pid namespace, by its name in `/proc`, which may be `self`.
+pub(crate) fn own_pid_of(process: &str) -> Option<u32> {
+    let own = numbers_of(process, "NSpid:").last().copied();
+    // A kernel without such namespaces has one id for each.
+    own.or_else(|| numbers_of(process, "Pid:").first().copied())
 }
 
 fn parse_stat(stat: &str) -> Option<Stat> {
@@ -86,17 +98,17 @@ pub(crate) fn is_roots(pid: u32) -> bool {
 /// calling process's has them.
 #[must_use]
 pub fn is_of_user(pid: u32, uid: u32) -> bool {
-    let ids = numbers_of(pid, "Uid:");
+    let ids = numbers_of(&pid.to_string(), "Uid:");
     !ids.is_empty() && ids.iter().all(|id| *id == uid)
 }
 
 pub(crate) fn parent_of(pid: u32) -> Option<u32> {
-    numbers_of(pid, "PPid:").first().copied()
+    numbers_of(&pid.to_string(), "PPid:").first().copied()
 }
 
 /// The numbers of a line of `/proc/PID/status`.
-fn numbers_of(pid: u32, field: &str) -> Vec<u32> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+fn numbers_of(process: &str, field: &str) -> Vec<u32> {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix(field)).unwrap_or_default();
     line.split_whitespace().filter_map(|number| number.parse().ok()).collect()
 }

@@ -100,6 +100,11 @@ impl Wakeups {
         self.lanes.read().is_ok()
     }
 
+    /// Can be read when a signal has come.
+    pub(crate) fn signals(&self) -> BorrowedFd<'_> {
+        self.signals.as_fd()
+    }
+
     /// A signal that has come and was not looked at yet; it has been now.
     pub(crate) fn take_signal(&self) -> Option<Signal> {
         let info = self.signals.read_signal().ok()??;

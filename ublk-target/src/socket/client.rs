@@ -1,6 +1,7 @@
 //! The side of those who want to know.
 
 use std::io::{self, ErrorKind, Read, Write};
+use std::ops::ControlFlow;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -15,6 +16,7 @@ use crate::device::description::{self, Description};
 use crate::device::paths::RUN_DIR;
 use crate::device::program::Program;
 use crate::os::procfs;
+use crate::os::wait::Wait;
 use crate::socket::protocol::{Answer, Command, MAX_RESPONSE_BYTES, Response, Snapshot, VERSION};
 use crate::socket::socket_path;
 
@@ -120,19 +122,21 @@ impl Client {
     /// # Errors
     /// [`ClientError`]: without a socket, the driver is asked why.
     pub fn connect(id: u32) -> Result<Self, ClientError> {
-        let deadline = Instant::now() + TO_LISTEN;
-        loop {
-            let error = match open(&socket_path(Path::new(RUN_DIR), id), PATIENCE) {
-                Ok(stream) => return Ok(Self::new(id, stream, PATIENCE)),
-                Err(error) => error,
-            };
-            let why = why_not(id, &error);
-            if !matches!(why, ClientError::NoSocket { .. }) || Instant::now() >= deadline {
-                return Err(why);
+        // Nobody tells when it listens.
+        let connected = Wait::at_most(TO_LISTEN).every(Duration::from_millis(10)).until(|| {
+            match open(&socket_path(Path::new(RUN_DIR), id), PATIENCE) {
+                Ok(stream) => ControlFlow::Break(Ok(Self::new(id, stream, PATIENCE))),
+                Err(error) => {
+                    let why = why_not(id, &error);
+                    if matches!(why, ClientError::NoSocket { .. }) {
+                        ControlFlow::Continue(why)
+                    } else {
+                        ControlFlow::Break(Err(why))
+                    }
+                }
             }
-            // Nobody tells when it listens.
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        });
+        connected.unwrap_or_else(|unmet| Err(unmet.reason))
     }
 
     /// Speaks with the server of the device `id` on a stream of the caller's, which waits for an

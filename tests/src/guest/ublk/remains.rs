@@ -79,6 +79,17 @@ pub fn wait_for_state(state: &str) -> Result<()> {
 /// Files of the server's state.
 pub fn files() -> Vec<PathBuf> {
     let entries = fs::read_dir(RUN_DIRECTORY).into_iter().flatten().flatten();
+    entries.map(|entry| entry.path()).filter(|path| *path != role_directory()).collect()
+}
+
+/// Where the processes say what they are. It is there while there are any.
+fn role_directory() -> PathBuf {
+    [RUN_DIRECTORY, "process"].iter().collect()
+}
+
+/// The files of the processes, dead ones among them that nobody has come by since.
+pub fn role_files() -> Vec<PathBuf> {
+    let entries = fs::read_dir(role_directory()).into_iter().flatten().flatten();
     entries.map(|entry| entry.path()).collect()
 }
 
@@ -110,7 +121,9 @@ pub fn ensure_none() -> Result<()> {
     ensure_no_device()?;
     wait_for("commands to end", Duration::from_secs(10), || {
         Ok(processes().is_empty().then_some(()))
-    })
+    })?;
+    ensure!(!role_directory().exists(), "left: {:?}", role_files());
+    Ok(())
 }
 
 fn ensure_no_device() -> Result<()> {
@@ -122,10 +135,11 @@ fn ensure_no_device() -> Result<()> {
 
 /// Waits until there is nothing.
 pub fn wait_for_none() -> Result<()> {
-    let gone = || processes().is_empty() && ensure_no_device().is_ok();
+    let gone =
+        || processes().is_empty() && ensure_no_device().is_ok() && !role_directory().exists();
     let waited = wait_for("nothing", Duration::from_secs(20), || Ok(gone().then_some(())));
     if waited.is_err() {
-        bail!("left: {:?} {:?}", processes(), ensure_no_device());
+        bail!("left: {:?} {:?} {:?}", processes(), ensure_no_device(), role_files());
     }
     Ok(())
 }

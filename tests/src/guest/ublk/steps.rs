@@ -43,6 +43,8 @@ pub const TESTS: &[TestCase] = &[
 /// The id of the device that all of it is about.
 pub const ID: &str = "7";
 
+/// Steps of every process that says what it is, before it does anything else.
+const ROLE: [&str; 2] = ["role-unlocked", "role-half-written"];
 /// Steps of a server that adds a device, in their order.
 const ADDING: [&str; 13] = [
     "signals-blocked",

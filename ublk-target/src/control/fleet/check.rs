@@ -6,7 +6,7 @@ use uring_ext::control::Control;
 use uring_ext::feature::Features;
 
 use crate::config::DeviceConfig;
-use crate::control::error::DeviceError;
+use crate::control::fleet::error::MemberError;
 use crate::control::fleet::member::check_apart;
 use crate::control::fleet::{FleetConfig, id_of};
 use crate::control::plan::Plan;
@@ -33,7 +33,7 @@ pub fn check(config: &FleetConfig) -> Result<Option<String>, Vec<String>> {
     if faults.is_empty() { Ok(unknown) } else { Err(faults) }
 }
 
-fn look(device: &DeviceConfig, features: Features, ids: &BTreeSet<u32>) -> Result<(), DeviceError> {
+fn look(device: &DeviceConfig, features: Features, ids: &BTreeSet<u32>) -> Result<(), MemberError> {
     let plan = Plan::look(device, features, None)?;
     check_apart(id_of(device), &plan.layout.below, ids)
 }

@@ -2,22 +2,23 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
+use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use uring_ext::control::Control;
 use uring_ext::feature::{Features, SAFE_STOP_DEV};
 use uring_ext::sys;
 
-use crate::backing::BackingProblem;
 use crate::backing::below::Below;
 use crate::config::DeviceConfig;
 use crate::config::lend::LendRequest;
 use crate::control::deletion::{self, Deletion};
-use crate::control::error::DeviceError;
+use crate::control::error::{AddError, PlanError, QueueError, RecoverError, ServeError};
+use crate::control::fleet::error::MemberError;
 use crate::control::fleet::{Fleet, FleetHooks, cpus, id_of};
 use crate::control::plan::{self, Plan};
-use crate::control::recoverable::{self, CannotRecoverDevice};
+use crate::control::recoverable;
 use crate::control::recovery;
 use crate::control::server::Server;
 use crate::device::description::{self, Description};
@@ -26,6 +27,7 @@ use crate::device::paths;
 use crate::device::standing::Recorded;
 use crate::device::state_file::StateFile;
 use crate::os::procfs;
+use crate::os::wait::Wait;
 use crate::socket::control_request::ControlRequest;
 
 /// A device that has been checked and can be started.
@@ -52,31 +54,27 @@ impl Preparation {
         config: &DeviceConfig,
         control: &Control,
         features: Features,
-    ) -> Result<Self, DeviceError> {
+    ) -> Result<Self, MemberError> {
         if let Some(preparation) = Self::waiting(config, control)? {
             return Ok(preparation);
         }
         // The files of a dead server are let go of some time after its end, and nobody tells.
         let is_left = control.info(id_of(config)).is_ok();
-        let deadline = Instant::now() + PATIENCE;
-        let plan = loop {
-            match Plan::for_driver(config, features, None) {
-                Err(error) if is_left && is_in_use(&error) && Instant::now() < deadline => {
-                    std::thread::sleep(Duration::from_millis(10));
-                }
-                made => break made,
-            }
-        };
-        Self::with(config, plan, control)
+        let mut wait = Wait::at_most(PATIENCE).every(Duration::from_millis(10));
+        let plan = wait.until(|| match Plan::for_driver(config, features, None) {
+            Err(error) if is_left && error.is_in_use() => ControlFlow::Continue(error),
+            made => ControlFlow::Break(made),
+        });
+        Self::with(config, plan.unwrap_or_else(|unmet| Err(unmet.reason)), control)
     }
 
     /// The same with what came of opening its backings. Those of a device that waits for a server are
     /// opened when it is taken over.
     pub fn with(
         config: &DeviceConfig,
-        plan: Result<Plan, DeviceError>,
+        plan: Result<Plan, PlanError>,
         control: &Control,
-    ) -> Result<Self, DeviceError> {
+    ) -> Result<Self, MemberError> {
         if let Some(preparation) = Self::waiting(config, control)? {
             return Ok(preparation);
         }
@@ -95,19 +93,19 @@ impl Preparation {
     }
 
     /// Sees to it that it waits for no device of a process that serves these, or is to.
-    pub fn check_apart(&self, ids: &BTreeSet<u32>) -> Result<(), DeviceError> {
+    pub fn check_apart(&self, ids: &BTreeSet<u32>) -> Result<(), MemberError> {
         check_apart(id_of(&self.config), &self.below, ids)
     }
 
     /// That of a device that there is and that waits for a server.
-    pub fn waiting(config: &DeviceConfig, control: &Control) -> Result<Option<Self>, DeviceError> {
+    pub fn waiting(config: &DeviceConfig, control: &Control) -> Result<Option<Self>, MemberError> {
         let id = id_of(config);
         let info = match control.info(id) {
             Err(error) if description::is_missing(&error) => {
                 recoverable::refuse_new_on_unserved(control, &config.target.files())?;
                 return Ok(None);
             }
-            info => info?,
+            info => info.map_err(AddError::from)?,
         };
         match recoverable::check(control, id) {
             Ok(record) => {
@@ -117,24 +115,17 @@ impl Preparation {
                 Ok(Some(Self { config: config.clone(), below, found }))
             }
             Err(_) if !is_served(&info) && is_dead_ones(&info) => Ok(None),
-            Err(DeviceError::Recover(CannotRecoverDevice::Served { id, server })) => {
-                Err(CannotRecoverDevice::Served { id, server }.into())
-            }
-            Err(_) => Err(DeviceError::IdTaken(id)),
+            Err(error @ RecoverError::Served { .. }) => Err(error.into()),
+            Err(_) => Err(AddError::IdTaken(id).into()),
         }
     }
 }
 
 /// Sees to it that a device does not wait for another one of these.
-pub(super) fn check_apart(id: u32, below: &Below, ids: &BTreeSet<u32>) -> Result<(), DeviceError> {
+pub(super) fn check_apart(id: u32, below: &Below, ids: &BTreeSet<u32>) -> Result<(), MemberError> {
     let mut others = ids.clone();
     others.remove(&id);
-    below.any_of(&others).map_or(Ok(()), |lower| Err(DeviceError::Beside { upper: id, lower }))
-}
-
-/// Whether somebody else has a backing.
-pub(super) fn is_in_use(error: &DeviceError) -> bool {
-    matches!(error, DeviceError::Backing(it) if matches!(it.problem, BackingProblem::InUse(_)))
+    below.any_of(&others).map_or(Ok(()), |lower| Err(MemberError::Beside { upper: id, lower }))
 }
 
 /// Whether a device was added as it is wanted. A null device may have been resized since.
@@ -178,9 +169,9 @@ pub(super) enum End {
     /// It was stopped.
     Stopped,
     /// No lane serves it any more, and it waits for a server.
-    Waits(DeviceError),
+    Waits(QueueError),
     /// It cannot go on.
-    Failed(DeviceError),
+    Failed(QueueError),
 }
 
 impl Member {
@@ -189,7 +180,7 @@ impl Member {
         preparation: Preparation,
         fleet: &Fleet,
         hooks: &FleetHooks<'_>,
-    ) -> Result<(Self, Description), DeviceError> {
+    ) -> Result<(Self, Description), MemberError> {
         let Preparation { mut config, found, .. } = preparation;
         let (plan, mut server) = match found {
             Found::Nothing(plan) => add(*plan, fleet)?,
@@ -211,7 +202,7 @@ impl Member {
         };
         match server.describe_live() {
             Ok(description) => Ok((Self { config, plan, server }, description)),
-            Err(error) => Err(server.take_down().err().unwrap_or(error)),
+            Err(error) => Err(server.take_down().err().unwrap_or(error).into()),
         }
     }
 
@@ -280,7 +271,7 @@ impl Member {
     }
 
     /// Stops the device and takes it down.
-    pub fn stop(self, hooks: &FleetHooks<'_>) -> Result<(), DeviceError> {
+    pub fn stop(self, hooks: &FleetHooks<'_>) -> Result<(), ServeError> {
         let stopped = self.server.stop(&|id| (hooks.command)(id, deletion::Command::Stop));
         let ended = self.server.take_down();
         stopped.and(ended)
@@ -289,24 +280,22 @@ impl Member {
     /// Has the driver stop the device if nobody has it open; else who uses it, in words. What only
     /// looks at it, such as udev, is waited for.
     pub fn stop_unused(&self, hooks: &FleetHooks<'_>, features: Features) -> Result<(), String> {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
+        // Nobody tells when a device is closed.
+        let stopped = Wait::at_most(PATIENCE).every(Duration::from_millis(10)).until(|| {
             let users = deletion::users(self.server.id);
             if !users.is_empty() {
-                return Err(users.join(", "));
+                return ControlFlow::Break(Err(users.join(", ")));
             }
             // Before Linux 7.0 the driver stops it whoever has opened it by now.
             let can_try = features.has(SAFE_STOP_DEV);
             let stop = |id| (hooks.command)(id, deletion::Command::StopUnused);
             if !can_try || self.server.stop(&stop).is_ok() {
-                return Ok(());
+                ControlFlow::Break(Ok(()))
+            } else {
+                ControlFlow::Continue(deletion::UNSEEN)
             }
-            if Instant::now() > deadline {
-                return Err(deletion::UNSEEN.to_owned());
-            }
-            // Nobody tells when a device is closed.
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        });
+        stopped.unwrap_or_else(|unmet| Err(unmet.reason.to_owned()))
     }
 }
 
@@ -349,6 +338,7 @@ impl End {
                 let left = member.server.take_down();
                 drop(member.plan);
                 let again = left
+                    .map_err(MemberError::from)
                     .and_then(|()| Preparation::of(&config, &fleet.control, fleet.features))
                     .and_then(|preparation| Member::begin(preparation, fleet, hooks));
                 match again {
@@ -370,19 +360,19 @@ fn server(id: u32, fleet: &Fleet) -> Server {
     server
 }
 
-fn add(plan: Plan, fleet: &Fleet) -> Result<(Plan, Server), DeviceError> {
+fn add(plan: Plan, fleet: &Fleet) -> Result<(Plan, Server), AddError> {
     let added = plan::add(&fleet.control, &plan, plan.config.id)?;
     let mut server = server(added.dev_id, fleet);
     match server.go_live(&plan, &added) {
         Ok(()) => Ok((plan, server)),
         Err(error) => {
-            let ended = server.take_down();
-            Err(error).or_else(|error| ended.and(Err(error)))
+            server.take_down()?;
+            Err(error)
         }
     }
 }
 
-fn take_over(record: &StateFile, fleet: &Fleet) -> Result<(Plan, Server), DeviceError> {
+fn take_over(record: &StateFile, fleet: &Fleet) -> Result<(Plan, Server), RecoverError> {
     recoverable::refuse_unserved(&fleet.control, record.id, record)?;
     let mut server = server(record.id, fleet);
     server.leave();
@@ -394,11 +384,11 @@ fn take_over(record: &StateFile, fleet: &Fleet) -> Result<(Plan, Server), Device
 }
 
 /// Deletes what is left of a device.
-fn clear(id: u32, fleet: &Fleet, hooks: &FleetHooks<'_>) -> Result<(), DeviceError> {
+fn clear(id: u32, fleet: &Fleet, hooks: &FleetHooks<'_>) -> Result<(), MemberError> {
     let progress = &mut |what: &str| log::warn!("{what}");
     let helper = &*hooks.command;
     let mut deletion = Deletion { control: &fleet.control, force: false, helper, progress };
-    deletion.delete(id).map_err(|error| DeviceError::Remains { id, error: Box::new(error) })
+    deletion.delete(id).map_err(|error| MemberError::Remains { id, error })
 }
 
 #[cfg(test)]

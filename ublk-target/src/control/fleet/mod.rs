@@ -2,6 +2,7 @@
 //! makes them and takes them down.
 
 mod check;
+mod error;
 mod member;
 mod reload;
 
@@ -20,9 +21,8 @@ use uring_ext::feature::Features;
 
 use crate::config::DeviceConfig;
 use crate::control::deletion;
-use crate::control::error::DeviceError;
+use crate::control::error::{RecoverError, SetupError};
 use crate::control::helpers::{protect_server, ready};
-use crate::control::recoverable::CannotRecoverDevice;
 use crate::control::server::SharedServices;
 use crate::device::description::Description;
 use crate::io_thread::lanes::SharedLanes;
@@ -31,6 +31,8 @@ use crate::os::steps::step;
 use crate::os::wakeups::{Hangup, Wake, Wakeups};
 use crate::socket::StatsThread;
 pub use check::check;
+pub use error::FleetError;
+use error::MemberError;
 use member::{Member, Preparation, check_apart};
 
 /// The devices of a process.
@@ -40,24 +42,6 @@ pub struct FleetConfig {
     pub lanes: Option<u16>,
     /// The devices. Each has an id, and no two have the same.
     pub devices: Vec<DeviceConfig>,
-}
-
-/// Why there is no fleet.
-#[non_exhaustive]
-#[derive(Debug, thiserror::Error)]
-pub enum FleetError {
-    /// Some devices cannot be made, each of these for its own reason. Nothing has been made.
-    #[error("{}", .0.join("\n"))]
-    Faults(Vec<String>),
-    /// What all of them need is unavailable.
-    #[error(transparent)]
-    Setup(#[from] DeviceError),
-    /// None could be made.
-    #[error("none of the devices could be made; the log says why")]
-    None,
-    /// Not all could be taken down in order.
-    #[error("{0} of the devices could not be taken down; the log says why")]
-    NotEnded(usize),
 }
 
 /// Callbacks of a fleet.
@@ -91,21 +75,21 @@ pub enum FleetEvent {
 /// # Errors
 /// [`FleetError`].
 pub fn serve(config: FleetConfig, hooks: &FleetHooks<'_>) -> Result<(), FleetError> {
-    let node = Control::open_node().map_err(DeviceError::from)?;
+    let node = Control::open_node()?;
     // While there is one thread: the control ring has workers of the kernel's.
     let backings = config.devices.iter().flat_map(|device| device.target.files());
     protect_server(&backings.collect::<Vec<_>>());
-    let control = Control::with(node).map_err(DeviceError::from)?;
+    let control = Control::with(node)?;
     let wakeups = ready(Hangup::IsApart)?;
     step("signals-blocked");
     open_many_files();
-    let features = kernel::features(&control).map_err(DeviceError::from)?;
+    let features = kernel::features(&control)?;
     // All of them before any is made.
     let begins = |done| (hooks.tell)(&FleetEvent::Begins(done, config.devices.len()));
     let preparations = preparations(&config.devices, &control, features, begins);
     let preparations = preparations.map_err(FleetError::Faults)?;
     let stats = StatsThread::start("ublk-stats")
-        .map_err(|error| DeviceError::setup("cannot start a thread", Errno::of(&error)))?;
+        .map_err(|error| SetupError::new("cannot start a thread", Errno::of(&error)))?;
     let limit = config.lanes.map_or_else(cpus, usize::from);
     let lanes = Rc::new(RefCell::new(SharedLanes::new(limit)));
     let mut fleet = Fleet {
@@ -157,7 +141,7 @@ fn preparations(
         match preparation {
             Ok(preparation) => preparations.push(preparation),
             // Its server may be one that was started by hand. The others need not wait for that.
-            Err(error @ DeviceError::Recover(CannotRecoverDevice::Served { .. })) => {
+            Err(error @ MemberError::Recover(RecoverError::Served { .. })) => {
                 log::error!("{error}; the other devices are served");
             }
             Err(error) => faults.push(format!("device {}: {error}", id_of(device))),
@@ -219,7 +203,7 @@ impl Fleet {
         preparation: Preparation,
         ids: &BTreeSet<u32>,
         hooks: &FleetHooks<'_>,
-    ) -> Result<Description, DeviceError> {
+    ) -> Result<Description, MemberError> {
         self.check_apart(&preparation, ids)?;
         let (member, description) = Member::begin(preparation, self, hooks)?;
         self.members.push(member);
@@ -233,7 +217,7 @@ impl Fleet {
         &self,
         preparation: &Preparation,
         ids: &BTreeSet<u32>,
-    ) -> Result<(), DeviceError> {
+    ) -> Result<(), MemberError> {
         preparation.check_apart(ids)?;
         if preparation.is_of_waiting() {
             // Others may stand on it already.

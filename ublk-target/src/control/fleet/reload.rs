@@ -5,11 +5,11 @@ use std::collections::BTreeSet;
 use uring_ext::feature::Features;
 
 use crate::config::DeviceConfig;
-use crate::control::error::DeviceError;
-use crate::control::fleet::member::{Preparation, check_apart, is_in_use};
+use crate::control::error::{PlanError, RecoverError};
+use crate::control::fleet::error::MemberError;
+use crate::control::fleet::member::{Preparation, check_apart};
 use crate::control::fleet::{Fleet, FleetConfig, FleetEvent, FleetHooks, id_of};
 use crate::control::plan::{self, Plan};
-use crate::control::recoverable::CannotRecoverDevice;
 use crate::os::protection::among_present_mounts;
 
 /// What a configuration changes.
@@ -75,7 +75,7 @@ impl Fleet {
             match self.check(&device, plan, changes.new.contains(&device), &ids) {
                 Ok(preparation) => opened.extend(preparation),
                 // It cannot be added, which is said then, and the others can.
-                Err(DeviceError::Recover(CannotRecoverDevice::Served { .. })) => {}
+                Err(MemberError::Recover(RecoverError::Served { .. })) => {}
                 Err(error) => faults.push(format!("device {}: {error}", id_of(&device))),
             }
         }
@@ -89,7 +89,7 @@ impl Fleet {
         plan: Planned,
         is_new: bool,
         ids: &BTreeSet<u32>,
-    ) -> Result<Option<Preparation>, DeviceError> {
+    ) -> Result<Option<Preparation>, MemberError> {
         if is_new {
             if let Some(preparation) = Preparation::waiting(device, &self.control)? {
                 self.check_apart(&preparation, ids)?;
@@ -99,7 +99,7 @@ impl Fleet {
         let (plan, is_claimed) = match plan {
             Planned::Claimed(plan) => (plan, true),
             Planned::LookedAt(plan) => (plan, false),
-            Planned::Refused(error) => return Err(error),
+            Planned::Refused(error) => return Err(error.into()),
         };
         check_apart(id_of(device), &plan.layout.below, ids)?;
         plan::try_on(&self.control, &plan)?;
@@ -164,9 +164,9 @@ impl Fleet {
     fn add_now(
         &mut self,
         device: &DeviceConfig,
-        plan: Result<Plan, DeviceError>,
+        plan: Result<Plan, PlanError>,
         hooks: &FleetHooks<'_>,
-    ) -> Result<(), DeviceError> {
+    ) -> Result<(), MemberError> {
         let preparation = Preparation::with(device, plan, &self.control)?;
         let ids = self.ids();
         self.begin(preparation, &ids, hooks).map(drop)
@@ -212,14 +212,14 @@ enum Planned {
     Claimed(Box<Plan>),
     /// Somebody has its backings, who may be a device that is to go.
     LookedAt(Box<Plan>),
-    Refused(DeviceError),
+    Refused(PlanError),
 }
 
 /// Plans a device. `frees` says that others go, which may have its backings.
 fn plan(device: &DeviceConfig, features: Features, frees: bool) -> Planned {
     match Plan::for_driver(device, features, None) {
         Ok(plan) => Planned::Claimed(Box::new(plan)),
-        Err(error) if frees && is_in_use(&error) => match Plan::look(device, features, None) {
+        Err(error) if frees && error.is_in_use() => match Plan::look(device, features, None) {
             Ok(plan) => Planned::LookedAt(Box::new(plan)),
             Err(error) => Planned::Refused(error),
         },

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::{ADDING, Blow, DELETING, ENDING, ID, RECOVERING, Storm, verify};
+use super::{ADDING, Blow, DELETING, ENDING, ID, RECOVERING, ROLE, Storm, verify};
 use crate::guest::ublk::device::{Device, PROGRAM, text};
 use crate::guest::ublk::remains;
 use crate::guest::{Ctx, Outcome, process, wait_for};
@@ -74,7 +74,7 @@ pub fn add(ctx: &Ctx) -> Result<Outcome> {
     let mut storm = Storm::new()?;
     let backing = storm.backing();
     let backing = text(&backing)?;
-    for step in ADDING {
+    for step in ROLE.into_iter().chain(ADDING) {
         for more in [&[][..], &["--on-death", "reissue", "--foreground"]] {
             if !more.is_empty() && !is_in_foreground(ctx, step) {
                 continue;
@@ -124,10 +124,13 @@ pub fn supervised_add(ctx: &Ctx) -> Result<Outcome> {
     let mut storm = Storm::new()?;
     let backing = storm.backing();
     let backing = text(&backing)?;
-    for step in ADDING {
+    for step in ROLE.into_iter().chain(ADDING) {
         for more in [&["--supervise"][..], &["--supervise", "--foreground"]] {
             let is_foreground = more.len() > 1;
-            if !is_of_this_run(ctx, step) || is_foreground && !is_in_foreground(ctx, step) {
+            // The first one to say what it is is the supervisor. In the foreground nobody cleans up after it.
+            let is_role = ROLE.contains(&step);
+            let is_of_this_run = is_role || is_of_this_run(ctx, step);
+            if !is_of_this_run || is_foreground && (is_role || !is_in_foreground(ctx, step)) {
                 continue;
             }
             storm.blow(&format!("{step}: the server is killed {more:?}"));
@@ -181,7 +184,7 @@ pub fn recover(ctx: &Ctx) -> Result<Outcome> {
     let mut storm = Storm::new()?;
     let device = Device::add_loop(&storm.backing(), &["-n", ID, "--on-death", "reissue"])?;
     verify(&device.described)?;
-    for step in RECOVERING {
+    for step in ROLE.into_iter().chain(RECOVERING) {
         for whom in ["self", "parent"] {
             if whom == "parent" && !is_of_this_run(ctx, step) {
                 continue;
@@ -273,6 +276,8 @@ pub fn end(ctx: &Ctx) -> Result<Outcome> {
     let backing = text(&backing)?;
     let steps = ENDING.into_iter().map(|step| (step, "self"));
     let steps = steps.chain([("command-sent", "self"), ("command-sent", "parent")]);
+    // Of the process that stops the device.
+    let steps = steps.chain(ROLE.map(|step| (step, "self")));
     for (turn, (step, whom)) in steps.enumerate() {
         for more in in_turn(ctx, turn) {
             storm.blow(&format!("{step}: {whom} is killed while the server ends {more:?}"));
@@ -299,7 +304,7 @@ pub fn del(ctx: &Ctx) -> Result<Outcome> {
     let backing = storm.backing();
     let backing = text(&backing)?;
     let own = DELETING.into_iter().map(|step| (step, "self"));
-    let helpers = [("command-sent", "self"), ("command-sent", "parent")];
+    let helpers = [("command-sent", "self"), ("command-sent", "parent"), (ROLE[1], "self")];
     for (turn, (step, whom)) in own.chain(helpers).enumerate() {
         for more in in_turn(ctx, turn) {
             storm.blow(&format!("{step}: {whom} is killed, of `del` {more:?}"));

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use super::commands::{in_turn, is_of_this_run, orphan, said};
-use super::{Blow, ID, RECOVERING, Storm, UPGRADING, verify};
+use super::{Blow, ID, RECOVERING, ROLE, Storm, UPGRADING, verify};
 use crate::guest::ublk::device::{Description, PROGRAM, text};
 use crate::guest::ublk::{remains, upgrade};
 use crate::guest::{Ctx, Outcome, process, wait_for};
@@ -35,7 +35,7 @@ pub fn upgrade(ctx: &Ctx) -> Result<Outcome> {
     let backing = text(&backing)?;
     let programs = upgrade::programs(ctx)?;
     let [one, two] = [text(&programs[0])?, text(&programs[1])?];
-    let servers = UPGRADING.into_iter().chain(RECOVERING);
+    let servers = UPGRADING.into_iter().chain(ROLE).chain(RECOVERING);
     let servers = servers.map(|step| (step, "self", Victim::Server));
     let helpers = [
         ("quiescing", "self", Victim::Helper),
@@ -46,7 +46,9 @@ pub fn upgrade(ctx: &Ctx) -> Result<Outcome> {
     let commands = ["upgrade-checked", "upgrade-sent"].map(|step| (step, "self", Victim::Command));
     let all = helpers.into_iter().chain(commands);
     let all = servers
-        .filter(|(step, ..)| UPGRADING.contains(step) || is_of_this_run(ctx, step))
+        .filter(|(step, ..)| {
+            [&UPGRADING[..], &ROLE].concat().contains(step) || is_of_this_run(ctx, step)
+        })
         .chain(all);
     for (turn, (step, whom, victim)) in all.enumerate() {
         for more in in_turn(ctx, turn) {

@@ -1,0 +1,24 @@
+//! What this process is, as it says to others ([`role_file`](ublk_target::device::role_file)).
+
+use std::path::Path;
+
+use ublk_target::device::paths::RUN_DIR;
+use ublk_target::device::role_file::{self, RoleFile, Told};
+
+use super::device::{Life, Role};
+
+/// Says what this process is of those that one command needs, for as long as the file is kept.
+pub fn say(role: Role, device: Option<u32>, life: &Life) -> Option<RoleFile> {
+    let role = match role {
+        Role::Server => role_file::Role::Server,
+        Role::Supervisor => role_file::Role::Supervisor,
+    };
+    let Life { supervisor, nonce, .. } = *life;
+    RoleFile::hold(Path::new(RUN_DIR), Told { role, device, supervisor, nonce })
+}
+
+/// As [`say`], for a process of another kind.
+pub fn say_of_device(role: role_file::Role, device: Option<u32>) -> Option<RoleFile> {
+    let told = Told { role, device, supervisor: None, nonce: None };
+    RoleFile::hold(Path::new(RUN_DIR), told)
+}

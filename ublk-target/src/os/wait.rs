@@ -1,0 +1,319 @@
+//! A bounded wait for a condition: the one way to wait in the control path.
+//!
+//! A condition is looked at again when a descriptor wakes the wait, and otherwise at an interval, for much
+//! of what the kernel does tells nobody. Meanwhile somebody may be told what is waited for.
+
+use std::fmt::{self, Display};
+use std::ops::ControlFlow;
+use std::os::fd::BorrowedFd;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
+
+use crate::os::wakeups::Wakeups;
+
+/// A wait, which may be for several conditions one after the other: they share its limit.
+#[must_use = "nothing is waited for before `until`"]
+pub struct Wait<'a> {
+    began: Instant,
+    pace: Pace,
+    interval: Duration,
+    wakeups: Option<&'a Wakeups>,
+    progress: Option<Box<Progress<'a>>>,
+}
+
+/// Is told what is waited for, and for how long already.
+type Progress<'a> = dyn FnMut(&dyn Display, Duration) + 'a;
+
+/// A condition that did not come true.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Unmet<R> {
+    /// What was waited for, or what the condition failed with last.
+    pub reason: R,
+    /// For how long.
+    pub waited: Duration,
+    /// The signal that has ended the wait; `None` if its limit has.
+    pub signal: Option<Signal>,
+}
+
+/// Words that are made only if somebody reads them.
+pub struct Words<F>(pub F);
+
+impl<F: Fn() -> String> Display for Words<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&(self.0)())
+    }
+}
+
+impl<'a> Wait<'a> {
+    /// Waits so long altogether, from now on.
+    pub fn at_most(limit: Duration) -> Self {
+        let pace = Pace { limit: Some(limit), next_word: None, between_words: None };
+        Self { began: Instant::now(), pace, interval: Duration::MAX, wakeups: None, progress: None }
+    }
+
+    /// Waits for as long as it takes.
+    pub fn endless() -> Self {
+        let mut wait = Self::at_most(Duration::MAX);
+        wait.pace.limit = None;
+        wait
+    }
+
+    /// Counts the time from then on.
+    pub fn since(mut self, began: Instant) -> Self {
+        self.began = began;
+        self
+    }
+
+    /// Looks again after so long. Without it only a descriptor or a signal wakes the wait.
+    pub fn every(mut self, interval: Duration) -> Self {
+        self.interval = interval;
+        self
+    }
+
+    /// A signal ends the wait. Other wake-ups stay for whoever waits for them.
+    pub fn or_signal(mut self, wakeups: &'a Wakeups) -> Self {
+        self.wakeups = Some(wakeups);
+        self
+    }
+
+    /// Tells what is waited for when that has taken so long.
+    pub fn telling_once(
+        mut self,
+        after: Duration,
+        progress: impl FnMut(&dyn Display, Duration) + 'a,
+    ) -> Self {
+        self.pace.next_word = Some(after);
+        self.progress = Some(Box::new(progress));
+        self
+    }
+
+    /// As [`Wait::telling_once`], and again each time when it has taken so much longer.
+    pub fn telling(
+        mut self,
+        after: Duration,
+        then: Duration,
+        progress: impl FnMut(&dyn Display, Duration) + 'a,
+    ) -> Self {
+        self.pace.between_words = Some(then);
+        self.telling_once(after, progress)
+    }
+
+    /// How long it has taken so far.
+    #[must_use]
+    pub fn waited(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    /// Looks until the condition holds, which breaks with a value, or says why it does not.
+    ///
+    /// # Errors
+    /// [`Unmet`] at the limit, or when a signal has come. The wait can go on then.
+    pub fn until<T, R: Display>(
+        &mut self,
+        look: impl FnMut() -> ControlFlow<T, R>,
+    ) -> Result<T, Unmet<R>> {
+        self.until_or(None, look)
+    }
+
+    /// As [`Wait::until`]; looks again as soon as a descriptor can be read, too. The condition has to see
+    /// what makes it so.
+    ///
+    /// # Errors
+    /// As [`Wait::until`].
+    pub fn until_or<T, R: Display>(
+        &mut self,
+        fd: Option<BorrowedFd<'_>>,
+        mut look: impl FnMut() -> ControlFlow<T, R>,
+    ) -> Result<T, Unmet<R>> {
+        loop {
+            let reason = match look() {
+                ControlFlow::Break(value) => return Ok(value),
+                ControlFlow::Continue(reason) => reason,
+            };
+            let waited = self.waited();
+            let signal = self.wakeups.and_then(Wakeups::take_signal);
+            if signal.is_some() || self.pace.is_over(waited) {
+                return Err(Unmet { reason, waited, signal });
+            }
+            if self.pace.is_to_tell(waited) {
+                if let Some(progress) = &mut self.progress {
+                    progress(&reason, waited);
+                }
+            }
+            self.rest(self.pace.longest_rest(waited).min(self.interval), fd);
+        }
+    }
+
+    fn rest(&self, time: Duration, fd: Option<BorrowedFd<'_>>) {
+        let signals = self.wakeups.map(Wakeups::signals);
+        let fds = [fd, signals].into_iter().flatten();
+        let mut fds: Vec<_> = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        // To the next millisecond, so that what is due then is due when the rest is over. A signal that
+        // interrupts it ends it early.
+        let time =
+            if time.is_zero() { time } else { time.saturating_add(JUST_UNDER_A_MILLISECOND) };
+        let _ = poll(&mut fds, PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX));
+    }
+}
+
+const JUST_UNDER_A_MILLISECOND: Duration = Duration::from_nanos(999_999);
+
+/// When a wait is over, and when there is something to be told. All times are since it began.
+#[derive(Clone, Copy, Debug)]
+struct Pace {
+    limit: Option<Duration>,
+    next_word: Option<Duration>,
+    between_words: Option<Duration>,
+}
+
+impl Pace {
+    fn is_over(&self, waited: Duration) -> bool {
+        self.limit.is_some_and(|limit| waited >= limit)
+    }
+
+    /// Whether something is to be told now. Words that would have been due meanwhile are not made up for.
+    fn is_to_tell(&mut self, waited: Duration) -> bool {
+        let Some(due) = self.next_word.filter(|due| waited >= *due) else { return false };
+        self.next_word = self.between_words.map(|between| {
+            let mut next = due + between;
+            if next <= waited {
+                next = waited + between;
+            }
+            next
+        });
+        true
+    }
+
+    /// For how long there is neither an end nor a word.
+    fn longest_rest(&self, waited: Duration) -> Duration {
+        let due = self.limit.into_iter().chain(self.next_word).min();
+        due.map_or(Duration::MAX, |due| due.saturating_sub(waited))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::{Cell, RefCell};
+
+    use nix::sys::signal::raise;
+
+    use super::*;
+    use crate::os::process::Watch;
+    use crate::os::wakeups::Hangup;
+
+    const fn s(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    /// By a clock that goes in steps: when words are said, and when the wait is over.
+    #[test]
+    fn words_and_end_come_in_time() {
+        let pace = |limit, next_word, between_words| Pace { limit, next_word, between_words };
+        type Case = (&'static str, Pace, u64, &'static [u64], Option<u64>);
+        let table: [Case; 7] = [
+            ("never tells", pace(Some(s(5)), None, None), 1, &[], Some(5)),
+            ("tells at once", pace(Some(s(3)), Some(s(0)), None), 1, &[0], Some(3)),
+            ("tells once", pace(Some(s(9)), Some(s(2)), None), 1, &[2], Some(9)),
+            ("tells again", pace(Some(s(30)), Some(s(2)), Some(s(10))), 1, &[2, 12, 22], Some(30)),
+            (
+                "is looked at seldom",
+                pace(Some(s(30)), Some(s(2)), Some(s(2))),
+                7,
+                &[7, 14, 21, 28],
+                Some(35),
+            ),
+            ("has no limit", pace(None, Some(s(10)), Some(s(10))), 5, &[10, 20, 30, 40], None),
+            ("has no time", pace(Some(s(0)), Some(s(0)), None), 1, &[], Some(0)),
+        ];
+        for (name, mut pace, step, words, over) in table {
+            let (mut said, mut now) = (Vec::new(), 0);
+            while now <= 40 && !pace.is_over(s(now)) {
+                if pace.is_to_tell(s(now)) {
+                    said.push(now);
+                }
+                now += step;
+            }
+            assert_eq!(said, words, "{name}");
+            assert_eq!((now <= 40).then_some(now), over, "{name}");
+        }
+    }
+
+    #[test]
+    fn nothing_is_slept_through() {
+        let pace = |limit, next_word| Pace { limit, next_word, between_words: None };
+        let table = [
+            (pace(None, None), 3, Duration::MAX),
+            (pace(Some(s(10)), None), 3, s(7)),
+            (pace(Some(s(10)), Some(s(5))), 3, s(2)),
+            (pace(Some(s(10)), Some(s(50))), 3, s(7)),
+            (pace(Some(s(10)), None), 12, s(0)),
+        ];
+        for (pace, waited, rest) in table {
+            assert_eq!(pace.longest_rest(s(waited)), rest, "{pace:?}");
+        }
+    }
+
+    #[test]
+    fn a_condition_is_looked_at_until_it_holds() {
+        let mut left = 3;
+        let value = Wait::at_most(s(60)).every(Duration::ZERO).until(|| {
+            left -= 1;
+            if left == 0 { ControlFlow::Break(7) } else { ControlFlow::Continue("it") }
+        });
+        assert_eq!(value, Ok(7));
+        // One that holds needs no time.
+        let held = Wait::at_most(Duration::ZERO).until(|| ControlFlow::<_, &str>::Break(8));
+        assert_eq!(held, Ok(8));
+    }
+
+    #[test]
+    fn at_the_limit_the_last_reason_is_known() {
+        let (looks, limit) = (Cell::new(0), Duration::from_millis(20));
+        let told = RefCell::new(Vec::new());
+        let mut wait = Wait::at_most(limit).every(Duration::from_millis(1)).telling(
+            Duration::from_millis(5),
+            s(60),
+            |what, waited| told.borrow_mut().push((what.to_string(), waited)),
+        );
+        let unmet = wait.until(|| {
+            looks.set(looks.get() + 1);
+            ControlFlow::<(), _>::Continue(format!("look {}", looks.get()))
+        });
+        let unmet = unmet.unwrap_err();
+        assert_eq!((unmet.reason, unmet.signal), (format!("look {}", looks.get()), None));
+        assert!(unmet.waited >= limit, "{:?}", unmet.waited);
+        // The next condition of the same wait has no time left.
+        let next = wait.until(|| ControlFlow::<(), _>::Continue(Words(|| "more".to_owned())));
+        assert_eq!(next.unwrap_err().reason.to_string(), "more");
+        drop(wait);
+        let told = told.into_inner();
+        assert_eq!(told.len(), 1, "{told:?}");
+        assert!(told[0].1 >= Duration::from_millis(5) && told[0].0.starts_with("look "));
+    }
+
+    #[test]
+    fn a_signal_ends_it_and_it_can_go_on() {
+        let wakeups = Wakeups::new(Hangup::Ends).unwrap();
+        wakeups.lane_ended();
+        let mut wait = Wait::endless().or_signal(&wakeups);
+        raise(Signal::SIGTERM).unwrap();
+        let unmet = wait.until(|| ControlFlow::<(), _>::Continue("it")).unwrap_err();
+        assert_eq!((unmet.reason, unmet.signal), ("it", Some(Signal::SIGTERM)));
+        assert!(wakeups.take_lane_ended(), "that was not for this wait");
+        assert_eq!(wait.until(|| ControlFlow::<_, &str>::Break(1)), Ok(1));
+    }
+
+    #[test]
+    fn a_descriptor_wakes_it() {
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let watch = Watch::on(child.id());
+        // Without that it would be looked at once.
+        let status = Wait::at_most(s(600)).until_or(watch.fd(), || match child.try_wait() {
+            Ok(None) => ControlFlow::Continue("its end"),
+            ended => ControlFlow::Break(ended),
+        });
+        assert!(status.unwrap().unwrap().unwrap().success());
+    }
+}

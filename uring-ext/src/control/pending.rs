@@ -1,0 +1,159 @@
+//! Giving the control ring commands, and waiting for their answers.
+
+use std::cell::RefCell;
+use std::marker::PhantomData;
+use std::time::{Duration, Instant};
+
+use io_uring::{squeue, types};
+use libublk::with_ctrl_ring_mut;
+
+use super::error::ControlError;
+use super::in_flight::{Answer, InFlight};
+use crate::Errno;
+
+thread_local! {
+    /// The ring is the thread's, and so are its commands.
+    static IN_FLIGHT: RefCell<InFlight> = RefCell::default();
+}
+
+/// A command under way. Dropping it before its answer abandons the answer, not the command.
+#[derive(Debug)]
+#[must_use]
+pub struct Pending {
+    command: &'static str,
+    key: usize,
+    started: Instant,
+    _thread: PhantomData<*const ()>,
+}
+
+impl Pending {
+    /// What an answer means.
+    pub(super) fn result(&self, res: i32) -> Result<u32, ControlError> {
+        let command = self.command;
+        Errno::from_result(res).map_err(|errno| ControlError::Refused { command, errno })
+    }
+
+    /// It was not answered in time.
+    pub(super) fn late(&self) -> ControlError {
+        ControlError::Timeout { command: self.command, waited: self.started.elapsed() }
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        // At the end of the thread it is given up with all others.
+        let _ = IN_FLIGHT.try_with(|it| it.borrow_mut().abandon(self.key));
+    }
+}
+
+/// Gives the kernel a command that may use a buffer, whose address `entry` is told. The entry names no other
+/// memory.
+pub(super) fn submit<T: Send + 'static>(
+    command: &'static str,
+    buffer: Option<Box<T>>,
+    entry: impl FnOnce(u64) -> squeue::Entry128,
+) -> Result<Pending, ControlError> {
+    let (key, address) = IN_FLIGHT.with(|it| it.borrow_mut().add(buffer));
+    let pending = Pending { command, key, started: Instant::now(), _thread: PhantomData };
+    let sqe = entry(address).user_data(key as u64);
+    let refused = |errno| ControlError::Refused { command, errno };
+    with_ctrl_ring_mut(|ring| {
+        // SAFETY: the callers name no memory but the buffer in the entry, or what is read while it is
+        // submitted. The buffer stays where it is until the command is answered (`InFlight`), whatever
+        // becomes of `pending`. The node stays open while the ring can submit.
+        let pushed = unsafe { ring.submission().push(&sqe) };
+        if pushed.is_err() {
+            // The kernel will never see it.
+            IN_FLIGHT.with(|it| it.borrow_mut().withdraw(key));
+            return Err(refused(Errno::EBUSY));
+        }
+        // An entry that is not taken now is taken with a later one.
+        ring.submit().map(drop).map_err(|error| refused(Errno::of(&error)))
+    })?;
+    Ok(pending)
+}
+
+/// Waits at most `timeout` for an answer.
+pub(super) fn await_answer(pending: &mut Pending, timeout: Duration) -> Option<Answer> {
+    let deadline = Instant::now() + timeout;
+    loop {
+        reap();
+        if let Some(answer) = IN_FLIGHT.with(|it| it.borrow_mut().take(pending.key)) {
+            // Of no command from here on.
+            pending.key = usize::MAX;
+            return Some(answer);
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return None;
+        }
+        let timespec = types::Timespec::from(left);
+        let args = types::SubmitArgs::new().timespec(&timespec);
+        // A signal or the time-out ends the wait early; the loop decides what that means.
+        let _ = with_ctrl_ring_mut(|ring| ring.submitter().submit_with_args(1, &args));
+    }
+}
+
+fn reap() {
+    with_ctrl_ring_mut(|ring| {
+        IN_FLIGHT.with(|it| {
+            let mut commands = it.borrow_mut();
+            for cqe in ring.completion() {
+                if let Ok(key) = usize::try_from(cqe.user_data()) {
+                    commands.answer(key, cqe.result());
+                }
+            }
+        });
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::sync::Arc;
+
+    use io_uring::opcode;
+
+    use super::*;
+    use crate::control::Control;
+
+    /// What a command has of memory, and what tells whether it is still there.
+    struct Memory(Arc<()>);
+
+    /// On the ring of this thread, without a driver: a command that takes a while.
+    #[test]
+    fn the_memory_of_an_abandoned_command_is_freed_by_its_late_answer() {
+        let control = Control::with(File::open("/dev/null").unwrap()).unwrap();
+        let memory = Memory(Arc::new(()));
+        let watch = Arc::downgrade(&memory.0);
+        let soon = types::Timespec::from(Duration::from_millis(50));
+        let sqe = || opcode::Timeout::new(&soon).build().into();
+        let mut slow = submit("slow", Some(Box::new(memory)), |_| sqe()).unwrap();
+        assert!(control.wait(&mut slow, Duration::from_millis(1)).is_none());
+        assert!(matches!(slow.late(), ControlError::Timeout { command: "slow", .. }));
+        drop(slow);
+        assert_eq!(watch.strong_count(), 1, "the kernel has it");
+        // Others go on, and whoever waits for them comes by the late answer.
+        let nop = |_| opcode::Nop::new().build().into();
+        let mut next = submit("next", None::<Box<()>>, nop).unwrap();
+        let answer = control.wait(&mut next, Duration::from_secs(60));
+        assert_eq!(answer.unwrap().unwrap(), 0);
+        let mut last = submit("last", None::<Box<()>>, |_| sqe()).unwrap();
+        let answer = control.wait(&mut last, Duration::from_secs(60)).unwrap();
+        assert_eq!(answer.unwrap_err().errno(), Some(Errno::new(libc::ETIME)));
+        assert_eq!(watch.strong_count(), 0);
+        drop((next, last));
+        assert_eq!(IN_FLIGHT.with(|it| it.borrow().count()), 0);
+    }
+
+    #[test]
+    fn an_answer_is_given_once() {
+        let control = Control::with(File::open("/dev/null").unwrap()).unwrap();
+        let nop = || submit("nop", None::<Box<()>>, |_| opcode::Nop::new().build().into()).unwrap();
+        let (mut one, mut two) = (nop(), nop());
+        for pending in [&mut two, &mut one] {
+            assert_eq!(control.wait(pending, Duration::from_secs(60)).unwrap().unwrap(), 0);
+            assert!(control.wait(pending, Duration::ZERO).is_none());
+        }
+    }
+}
