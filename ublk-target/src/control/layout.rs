@@ -8,7 +8,7 @@ use ublk_engine::lend::LendMode;
 use ublk_engine::plan::{BackingIndex, Planner};
 use ublk_engine::request::Geometry;
 use ublk_engine::target::{
-    AnyTarget, FaultTarget, LinearTarget, LoopTarget, NullTarget, StripeTarget,
+    AnyLayer, AnyTarget, BaseTarget, FaultLayer, LinearTarget, LoopTarget, NullTarget, StripeTarget,
 };
 use ublk_engine::units::Bytes;
 use uring_ext::feature::{Features, USER_COPY};
@@ -61,8 +61,9 @@ impl Layout {
         claims: bool,
     ) -> Result<Self, DeviceError> {
         let how = Opening { passthru: config.passthru, claims, block_size: config.block_size };
-        let Parts { name, target, backings, limits, size } =
+        let Parts { name, layers, base, backings, limits, size } =
             Opener { how, known }.parts(&config.target)?;
+        let target = AnyTarget::new(layers, base);
         // Larger blocks than those of the backings are made of them.
         let block = config.block_size.unwrap_or(0).max(limits.logical_block);
         let physical_block = limits.physical_block.max(block);
@@ -136,33 +137,33 @@ impl Layout {
 
     /// The same device on backings that have grown since it was added, and what to know these by.
     pub fn grown(&self, config: &TargetConfig) -> Result<Grown, DeviceError> {
-        let is_null = self.target.is_null();
+        let is_null = self.target.base().is_null();
         let mut known = self.known();
         for (known, backing) in known.iter_mut().zip(self.backings.iter()) {
             // What has shrunk is for those to find who use it.
             known.size = backing.size_now()?.max(known.size);
         }
         let sizes: Vec<_> = known.iter().map(|known| known.size.0).collect();
-        let (target, size) = target_of(config, &sizes, &self.backing_limits)?;
+        let (base, size) = target_of(config, &sizes, &self.backing_limits)?;
         let block = u64::from(self.limits.logical_block);
         let size = Bytes(size.0 / block * block);
-        if !is_null && !target.extends(&self.target) {
+        if !is_null && !base.extends(self.target.base()) {
             return Err(DeviceError::WouldMove);
         }
-        Ok(Grown { target, size, known })
+        Ok(Grown { base, size, known })
     }
 
     /// What to know the backings by later.
     pub fn known(&self) -> Vec<Known> {
-        let backings = self.backings.iter().filter(|_| !self.target.is_null());
+        let backings = self.backings.iter().filter(|_| !self.target.base().is_null());
         backings.map(Backing::known).collect()
     }
 }
 
 /// A device that has grown.
 pub(super) struct Grown {
-    /// Without what wraps it.
-    pub target: AnyTarget,
+    /// The target below the layers.
+    pub base: BaseTarget,
     pub size: Bytes,
     pub known: Vec<Known>,
 }
@@ -170,7 +171,9 @@ pub(super) struct Grown {
 /// What a target is made of.
 struct Parts {
     name: String,
-    target: AnyTarget,
+    /// The outermost first.
+    layers: Vec<AnyLayer>,
+    base: BaseTarget,
     backings: Vec<Backing>,
     limits: Limits,
     size: Bytes,
@@ -192,11 +195,11 @@ impl Opener<'_> {
             TargetConfig::Linear { .. } => self.of_backings("linear", config),
             TargetConfig::Stripe { .. } => self.of_backings("stripe", config),
             TargetConfig::Fault { rules, seed, target } => {
-                let parts = self.parts(target)?;
-                let block = parts.limits.logical_block;
-                let target = FaultTarget::new(rules.clone(), *seed, block, parts.target);
-                let name = format!("fault({})", parts.name);
-                Ok(Parts { name, target: AnyTarget::Fault(Box::new(target)), ..parts })
+                let mut parts = self.parts(target)?;
+                let layer = FaultLayer::new(rules.clone(), *seed, parts.limits.logical_block);
+                parts.layers.insert(0, AnyLayer::Fault(layer));
+                parts.name = format!("fault({})", parts.name);
+                Ok(parts)
             }
         }
     }
@@ -205,8 +208,8 @@ impl Opener<'_> {
         let backings = self.all(&files_of(config)?)?;
         let sizes: Vec<_> = backings.iter().map(|backing| backing.size().0).collect();
         let limits = limits_of(config, &backings).ok_or(DeviceError::NoBackings)?;
-        let (target, size) = target_of(config, &sizes, &limits)?;
-        Ok(Parts { name: name.to_owned(), target, backings, limits, size })
+        let (base, size) = target_of(config, &sizes, &limits)?;
+        Ok(Parts { name: name.to_owned(), layers: Vec::new(), base, backings, limits, size })
     }
 
     fn all(self, files: &[PathBuf]) -> Result<Vec<Backing>, DeviceError> {
@@ -225,17 +228,18 @@ impl Opener<'_> {
 }
 
 fn null(size: Bytes) -> Result<Parts, DeviceError> {
-    let (target, size) = null_target(size)?;
+    let (base, size) = null_target(size)?;
     let backing = Backing::zero()?;
     let limits = Limits { discard: None, physical_block: 512, io_min: 512, ..*backing.limits() };
-    Ok(Parts { name: "null".to_owned(), target, backings: vec![backing], limits, size })
+    let (name, layers) = ("null".to_owned(), Vec::new());
+    Ok(Parts { name, layers, base, backings: vec![backing], limits, size })
 }
 
-fn null_target(size: Bytes) -> Result<(AnyTarget, Bytes), DeviceError> {
+fn null_target(size: Bytes) -> Result<(BaseTarget, Bytes), DeviceError> {
     if size.sectors().0 == 0 {
         return Err(DeviceError::TooSmall(size.0));
     }
-    Ok((AnyTarget::Null(NullTarget), size))
+    Ok((BaseTarget::Null(NullTarget), size))
 }
 
 /// The backings in the order of their index.
@@ -289,29 +293,29 @@ fn limits_of(config: &TargetConfig, backings: &[Backing]) -> Option<Limits> {
     Some(limits)
 }
 
-/// The target of backings of these sizes in bytes, without what wraps it, and its size.
+/// The target of backings of these sizes in bytes, and its size.
 fn target_of(
     config: &TargetConfig,
     sizes: &[u64],
     limits: &Limits,
-) -> Result<(AnyTarget, Bytes), DeviceError> {
+) -> Result<(BaseTarget, Bytes), DeviceError> {
     let limit = limits.transfer_limit();
     match config {
         TargetConfig::Null { size } => null_target(*size),
         TargetConfig::Loop { .. } => {
             let size = sizes.first().copied().unwrap_or_default();
-            Ok((AnyTarget::Loop(LoopTarget::new(size).within(limit)), Bytes(size)))
+            Ok((BaseTarget::Loop(LoopTarget::new(size).within(limit)), Bytes(size)))
         }
         TargetConfig::Linear { extents } => {
             let target = LinearTarget::new(placed(extents, sizes, limits.logical_block)?)?;
             let target = target.within(limit);
             let size = Bytes(target.size());
-            Ok((AnyTarget::Linear(target), size))
+            Ok((BaseTarget::Linear(target), size))
         }
         TargetConfig::Stripe { chunk, .. } => {
             let target = StripeTarget::new(chunk.0, sizes)?.within(limit);
             let size = Bytes(target.size());
-            Ok((AnyTarget::Stripe(target), size))
+            Ok((BaseTarget::Stripe(target), size))
         }
         TargetConfig::Fault { target, .. } => target_of(target, sizes, limits),
     }

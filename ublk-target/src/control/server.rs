@@ -427,15 +427,15 @@ impl Server {
         }
         let (reply, done) = mpsc::sync_channel(self.lanes.count());
         self.lanes.send(|| {
-            let (target, reply) = (Box::new(grown.target.clone()), reply.clone());
-            LaneMessage::Grow { target, size: grown.size.0, reply }
+            let (base, reply) = (Box::new(grown.base.clone()), reply.clone());
+            LaneMessage::Grow { base, size: grown.size.0, reply }
         });
         drop(reply);
         for _ in 0..self.lanes.count() {
             // Lanes answer between two batches; one that has ended leaves the channel.
             done.recv().map_err(|_| DeviceError::setup("a lane has ended", Errno::ENODEV))?;
         }
-        plan.layout.target.replace_innermost(&grown.target);
+        plan.layout.target.replace_base(&grown.base);
         plan.layout.size = grown.size;
         plan.config.target = target;
         log::info!("the device may have {}", grown.size);

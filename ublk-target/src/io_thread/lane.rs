@@ -224,8 +224,8 @@ pub(crate) fn attend<Io: LaneIo>(lane: &mut Lane<AnyTarget, Io>, message: LaneMe
             let _ = reply.try_send(lane.engine_mut().measure(recorder));
         }
         LaneMessage::CancelAll => lane.cancel_all(),
-        LaneMessage::Grow { target, size, reply } => {
-            let change = |own: &mut AnyTarget| own.replace_innermost(&target);
+        LaneMessage::Grow { base, size, reply } => {
+            let change = |own: &mut AnyTarget| own.replace_base(&base);
             lane.engine_mut().grow(size, change);
             let _ = reply.try_send(());
         }

@@ -8,7 +8,7 @@ use nix::sys::eventfd::EventFd;
 use ublk_engine::engine::{Engine, EngineStats, Holdings, Recorder};
 use ublk_engine::lane::fault::Injected;
 use ublk_engine::plan::{Op, Planner, WINDOW_OPS};
-use ublk_engine::target::AnyTarget;
+use ublk_engine::target::BaseTarget;
 use ublk_engine::units::{Qid, Tag};
 use uring_ext::Errno;
 
@@ -37,8 +37,8 @@ pub enum LaneMessage {
     CancelAll,
     /// Serve a longer device.
     Grow {
-        /// The target of that size ([`AnyTarget::replace_innermost`]).
-        target: Box<AnyTarget>,
+        /// The target of that size below all layers.
+        base: Box<BaseTarget>,
         /// Bytes of the device.
         size: u64,
         /// Told when it is done.
