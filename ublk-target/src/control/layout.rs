@@ -20,7 +20,7 @@ use crate::backing::identity::Known;
 use crate::backing::limits::Limits;
 use crate::backing::{Backing, Opening};
 use crate::config::lend::Choice;
-use crate::config::{DeviceConfig, ExtentConfig, TargetConfig};
+use crate::config::{DeviceConfig, ExtentConfig, LayerKind, TargetConfig};
 use crate::control::error::{DeviceError, ExtentProblem};
 use crate::control::polling;
 use crate::device::standing::Recorded;
@@ -37,7 +37,6 @@ const SPARE_BUFFERS: u16 = 2;
 
 /// Target, backings and limits of a device.
 pub(super) struct Layout {
-    pub name: String,
     pub target: AnyTarget,
     pub backings: Arc<[Backing]>,
     /// Of the device.
@@ -61,9 +60,9 @@ impl Layout {
         claims: bool,
     ) -> Result<Self, DeviceError> {
         let how = Opening { passthru: config.passthru, claims, block_size: config.block_size };
-        let Parts { name, layers, base, backings, limits, size } =
-            Opener { how, known }.parts(&config.target)?;
-        let target = AnyTarget::new(layers, base);
+        let Parts { base, backings, limits, size } = Opener { how, known }.parts(&config.target)?;
+        let layers = config.layers.iter().map(|it| layer(&it.kind, limits.logical_block));
+        let target = AnyTarget::new(layers.collect::<Vec<_>>(), base);
         // Larger blocks than those of the backings are made of them.
         let block = config.block_size.unwrap_or(0).max(limits.logical_block);
         let physical_block = limits.physical_block.max(block);
@@ -81,17 +80,7 @@ impl Layout {
         let buffer_bytes = limits.buffer_bytes(cap, page);
         let below = Below::backings(&backings, &Recorded::default());
         let backings = backings.into();
-        Ok(Self {
-            name,
-            target,
-            backings,
-            limits,
-            backing_limits,
-            size,
-            buffer_bytes,
-            polling,
-            below,
-        })
+        Ok(Self { target, backings, limits, backing_limits, size, buffer_bytes, polling, below })
     }
 
     /// What requests of the device have to keep to.
@@ -170,9 +159,6 @@ pub(super) struct Grown {
 
 /// What a target is made of.
 struct Parts {
-    name: String,
-    /// The outermost first.
-    layers: Vec<AnyLayer>,
     base: BaseTarget,
     backings: Vec<Backing>,
     limits: Limits,
@@ -191,25 +177,18 @@ impl Opener<'_> {
         match config {
             TargetConfig::Null { .. } if self.how.passthru => Err(DeviceError::NoPassthru),
             TargetConfig::Null { size } => null(*size),
-            TargetConfig::Loop { .. } => self.of_backings("loop", config),
-            TargetConfig::Linear { .. } => self.of_backings("linear", config),
-            TargetConfig::Stripe { .. } => self.of_backings("stripe", config),
-            TargetConfig::Fault { rules, seed, target } => {
-                let mut parts = self.parts(target)?;
-                let layer = FaultLayer::new(rules.clone(), *seed, parts.limits.logical_block);
-                parts.layers.insert(0, AnyLayer::Fault(layer));
-                parts.name = format!("fault({})", parts.name);
-                Ok(parts)
-            }
+            TargetConfig::Loop { .. }
+            | TargetConfig::Linear { .. }
+            | TargetConfig::Stripe { .. } => self.of_backings(config),
         }
     }
 
-    fn of_backings(self, name: &str, config: &TargetConfig) -> Result<Parts, DeviceError> {
+    fn of_backings(self, config: &TargetConfig) -> Result<Parts, DeviceError> {
         let backings = self.all(&files_of(config)?)?;
         let sizes: Vec<_> = backings.iter().map(|backing| backing.size().0).collect();
         let limits = limits_of(config, &backings).ok_or(DeviceError::NoBackings)?;
         let (base, size) = target_of(config, &sizes, &limits)?;
-        Ok(Parts { name: name.to_owned(), layers: Vec::new(), base, backings, limits, size })
+        Ok(Parts { base, backings, limits, size })
     }
 
     fn all(self, files: &[PathBuf]) -> Result<Vec<Backing>, DeviceError> {
@@ -231,8 +210,7 @@ fn null(size: Bytes) -> Result<Parts, DeviceError> {
     let (base, size) = null_target(size)?;
     let backing = Backing::zero()?;
     let limits = Limits { discard: None, physical_block: 512, io_min: 512, ..*backing.limits() };
-    let (name, layers) = ("null".to_owned(), Vec::new());
-    Ok(Parts { name, layers, base, backings: vec![backing], limits, size })
+    Ok(Parts { base, backings: vec![backing], limits, size })
 }
 
 fn null_target(size: Bytes) -> Result<(BaseTarget, Bytes), DeviceError> {
@@ -267,12 +245,20 @@ fn files_of(config: &TargetConfig) -> Result<Vec<PathBuf>, DeviceError> {
             }
             Ok(files.clone())
         }
-        TargetConfig::Fault { target, .. } => files_of(target),
     }
 }
 
 fn canonical(file: &Path) -> PathBuf {
     file.canonicalize().unwrap_or_else(|_| file.to_owned())
+}
+
+/// A layer of a device with blocks of `block` bytes.
+fn layer(kind: &LayerKind, block: u32) -> AnyLayer {
+    match kind {
+        LayerKind::Fault { rules, seed } => {
+            AnyLayer::Fault(FaultLayer::new(rules.clone(), *seed, block))
+        }
+    }
 }
 
 /// The limits of operations on any of the backings; `None` if there are none.
@@ -317,7 +303,6 @@ fn target_of(
             let size = Bytes(target.size());
             Ok((BaseTarget::Stripe(target), size))
         }
-        TargetConfig::Fault { target, .. } => target_of(target, sizes, limits),
     }
 }
 

@@ -165,7 +165,7 @@ impl Server {
     pub fn take_charge(&mut self, plan: &Plan) -> Result<(), DeviceError> {
         let (layout, config) = (&plan.layout, plan.config.clone());
         let config = DeviceConfig { id: Some(self.id), ..config };
-        let mut record = StateFile::new(self.id, &layout.name, layout.known(), config);
+        let mut record = StateFile::new(self.id, layout.known(), config);
         record.supervisor = self.supervisor;
         record.incarnation = plan.incarnation;
         record.diskseq = description::diskseq(self.id);

@@ -212,7 +212,8 @@ impl Reading<'_> {
         loop {
             let error = match Cli::try_parse_from(command_line(target, &settings)) {
                 Ok(Cli { command: Command::Add(target), .. }) => {
-                    let mut config = add::config(&target).0;
+                    let config = add::config(&target).map(|(config, _)| config);
+                    let mut config = config.map_err(|error| self.fault(span, error)).ok()?;
                     self.place(&mut config);
                     return Some(config);
                 }
@@ -250,7 +251,7 @@ impl Reading<'_> {
     }
 }
 
-/// `ublk-target add TARGET` with its options; rules wrap the target.
+/// `ublk-target add TARGET` with its options; rules are those of a layer.
 fn command_line(target: &str, settings: &[Setting]) -> Vec<String> {
     let is_outer = |setting: &&Setting| matches!(setting.key.as_str(), "rule" | "seed");
     let arguments = |setting: &Setting| setting.arguments.clone();

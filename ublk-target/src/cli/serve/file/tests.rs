@@ -4,7 +4,7 @@ use ublk_engine::lend::LendMode;
 use ublk_engine::units::Bytes;
 use ublk_target::config::lend::LendRequest;
 use ublk_target::config::on_death::OnDeath;
-use ublk_target::config::{ExtentConfig, TargetConfig};
+use ublk_target::config::{ExtentConfig, LayerKind, Layers, TargetConfig};
 
 use super::*;
 
@@ -66,14 +66,23 @@ fn devices_have_the_options_of_add() {
         extent("/dev/b", Bytes(1 << 20), Some(Bytes(2 << 20))),
         extent("/etc/c.img", Bytes(0), None),
     ];
-    let rules = ["p=0.5,error=EIO", "short"].map(|rule| rule.parse().unwrap()).to_vec();
-    let target = Box::new(TargetConfig::Linear { extents });
-    assert_eq!(devices[1].target, TargetConfig::Fault { rules, seed: 4, target });
+    assert_eq!(devices[1].target, TargetConfig::Linear { extents });
+    assert_eq!(devices[1].layers, faults(&[("", &["p=0.5,error=EIO", "short"], 4)]));
     let null = DeviceConfig::of_target(TargetConfig::Null { size: Bytes(1 << 30) });
     assert_eq!(devices[2], DeviceConfig { id: Some(9), ..null });
     assert_eq!(devices[2].lend, LendRequest::Auto);
     let files = vec!["/dev/d".into(), "/dev/e".into()];
     assert_eq!(devices[3].target, TargetConfig::Stripe { chunk: Bytes(8192), files });
+}
+
+/// Layers of faults, the outermost first: name, rules, seed.
+fn faults(layers: &[(&str, &[&str], u64)]) -> Layers {
+    let layers = layers.iter().map(|(name, rules, seed)| {
+        let name = (!name.is_empty()).then(|| name.parse().unwrap());
+        let rules = rules.iter().map(|rule| rule.parse().unwrap()).collect();
+        (name, LayerKind::Fault { rules, seed: *seed })
+    });
+    Layers::named(layers).unwrap()
 }
 
 #[test]
