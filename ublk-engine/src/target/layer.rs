@@ -112,7 +112,9 @@ impl<L, B> Layered<L, B> {
     }
 }
 
+// What is not inlined takes no registers of its caller's, whose target may have no layers.
 impl<L: Layer, B: Planner> Planner for Layered<L, B> {
+    #[inline(never)]
     fn plan(&self, request: &Request, from: u64, plan: &mut Plan) -> Result<(), Errno> {
         self.stack().plan(request, from, plan)
     }
@@ -129,6 +131,7 @@ impl<L: Layer, B: Planner> Planner for Layered<L, B> {
         self.stack().failed(request, op, errno)
     }
 
+    #[inline(never)]
     fn settled(&self, request: &Request, result: Result<(), Errno>) {
         self.stack().settled(request, result);
     }
