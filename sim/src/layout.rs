@@ -2,7 +2,7 @@
 
 use ublk_engine::plan::BackingIndex;
 use ublk_engine::target::{
-    AnyTarget, FaultTarget, LinearTarget, LoopTarget, MIN_CHUNK, NullTarget, StripeTarget,
+    BaseTarget, FaultLayer, Layered, LinearTarget, LoopTarget, MIN_CHUNK, NullTarget, StripeTarget,
     TransferLimit,
 };
 
@@ -38,13 +38,18 @@ const RULES: [&str; 8] = [
 ];
 const GENTLE: usize = 4;
 
-/// Wraps a planner.
-pub fn with_faults(rng: &mut Rng, hostile: bool, block: u32, inner: Mapping) -> Mapping {
+/// Puts one to three layers before a planner.
+pub fn with_faults(rng: &mut Rng, hostile: bool, block: u32, base: Mapping) -> Mapping {
     let all = if hostile { &RULES[..] } else { &RULES[..GENTLE] };
-    let rules = (0..1 + rng.below(3)).map(|_| rng.pick(all).parse());
-    let rules = rules.map(|rule| rule.unwrap_or_else(|error| panic!("{error}")));
-    let rules: Vec<_> = rules.collect();
-    Mapping::Fault(Box::new(FaultTarget::new(rules, rng.next(), block, inner)))
+    let layer = |rng: &mut Rng| {
+        let rules = (0..1 + rng.below(3)).map(|_| rng.pick(all).parse());
+        let rules = rules.map(|rule| rule.unwrap_or_else(|error| panic!("{error}")));
+        let rules: Vec<_> = rules.collect();
+        FaultLayer::new(rules, rng.next(), block)
+    };
+    let count = if rng.chance(300) { 2 + rng.below(2) } else { 1 };
+    let layers: Vec<_> = (0..count).map(|_| layer(rng)).collect();
+    Mapping::Layered(Box::new(Layered::new(layers, base)))
 }
 
 fn sound(rng: &mut Rng, hostile: bool) -> (Mapping, u64, Vec<u64>) {
@@ -52,9 +57,9 @@ fn sound(rng: &mut Rng, hostile: bool) -> (Mapping, u64, Vec<u64>) {
     match rng.below(17) {
         0..4 => {
             let target = LoopTarget::new(size).within(transfer_limit(rng));
-            (Mapping::Target(AnyTarget::Loop(target)), size, vec![size])
+            (Mapping::Target(BaseTarget::Loop(target).into()), size, vec![size])
         }
-        4 => (Mapping::Target(AnyTarget::Null(NullTarget)), size, vec![size]),
+        4 => (Mapping::Target(BaseTarget::Null(NullTarget).into()), size, vec![size]),
         5 | 6 => linear(rng),
         7 | 8 => stripe(rng),
         9..12 => {
@@ -104,7 +109,7 @@ fn linear(rng: &mut Rng) -> (Mapping, u64, Vec<u64>) {
     let target = LinearTarget::new(extents).unwrap_or_else(|error| panic!("{error}"));
     let target = target.within(transfer_limit(rng));
     let size = target.size();
-    (Mapping::Target(AnyTarget::Linear(target)), size, ends.to_vec())
+    (Mapping::Target(BaseTarget::Linear(target).into()), size, ends.to_vec())
 }
 
 /// The least chunk, or twice that, on two to four backings of unequal sizes.
@@ -115,7 +120,7 @@ fn stripe(rng: &mut Rng) -> (Mapping, u64, Vec<u64>) {
     let target = StripeTarget::new(chunk, &sizes).unwrap_or_else(|error| panic!("{error}"));
     let target = target.within(transfer_limit(rng));
     let size = target.size();
-    (Mapping::Target(AnyTarget::Stripe(target)), size, sizes)
+    (Mapping::Target(BaseTarget::Stripe(target).into()), size, sizes)
 }
 
 fn spread(rng: &mut Rng, hostile: bool) -> Spread {

@@ -3,7 +3,7 @@
 
 use ublk_engine::plan::{BackingIndex, Op, OpKind, Place, Plan, Planner, Verdict, WINDOW_OPS};
 use ublk_engine::request::{Request, RequestKind};
-use ublk_engine::target::{AnyTarget, FaultTarget, TransferLimit};
+use ublk_engine::target::{AnyTarget, BaseTarget, FaultLayer, Layered, TransferLimit};
 use uring_ext::Errno;
 
 use crate::SECTOR;
@@ -21,8 +21,8 @@ pub enum Mapping {
     Mirror(Mirror),
     /// A device with a snapshot.
     Cow(Cow),
-    /// Another one with faults.
-    Fault(Box<FaultTarget<Mapping>>),
+    /// Another one with layers of faults.
+    Layered(Box<Layered<FaultLayer, Mapping>>),
 }
 
 /// A layout over several backings.
@@ -64,23 +64,26 @@ impl Mapping {
                     Trap::Idle => Errno::EIO,
                 })
             }
-            Self::Fault(fault) => fault.inner().refusal(request),
+            Self::Layered(layered) => layered.base().refusal(request),
         }
     }
 
-    /// The faults of this one, which are of its outside.
+    /// The layers of faults, the outermost first.
     #[must_use]
-    pub fn faults(&self) -> Option<&FaultTarget<Self>> {
+    pub fn faults(&self) -> &[FaultLayer] {
         match self {
-            Self::Fault(fault) => Some(fault),
-            Self::Target(_) | Self::Stripe(_) | Self::Mirror(_) | Self::Cow(_) => None,
+            Self::Layered(layered) => layered.layers(),
+            Self::Target(_) | Self::Stripe(_) | Self::Mirror(_) | Self::Cow(_) => &[],
         }
     }
 
-    /// What is wrapped, or this.
+    /// What is below the layers, or this.
     #[must_use]
     pub fn core(&self) -> &Self {
-        self.faults().map_or(self, |fault| fault.inner().core())
+        match self {
+            Self::Layered(layered) => layered.base().core(),
+            Self::Target(_) | Self::Stripe(_) | Self::Mirror(_) | Self::Cow(_) => self,
+        }
     }
 
     /// The snapshot, if there is one.
@@ -88,7 +91,7 @@ impl Mapping {
     pub fn snapshot(&self) -> Option<&Cow> {
         match self.core() {
             Self::Cow(cow) => Some(cow),
-            Self::Target(_) | Self::Stripe(_) | Self::Mirror(_) | Self::Fault(_) => None,
+            Self::Target(_) | Self::Stripe(_) | Self::Mirror(_) | Self::Layered(_) => None,
         }
     }
 
@@ -97,29 +100,30 @@ impl Mapping {
     pub fn mirror(&self) -> Option<&Mirror> {
         match self.core() {
             Self::Mirror(mirror) => Some(mirror),
-            Self::Target(_) | Self::Stripe(_) | Self::Cow(_) | Self::Fault(_) => None,
+            Self::Target(_) | Self::Stripe(_) | Self::Cow(_) | Self::Layered(_) => None,
         }
     }
 
     /// Whether writes are forgotten, and all reads as zeros.
     #[must_use]
     pub fn is_null(&self) -> bool {
-        matches!(self.core(), Self::Target(AnyTarget::Null(_)))
+        matches!(self.core(), Self::Target(target) if target.base().is_null())
     }
 
     /// How many operations of a request may be in flight, with all places where each is tried.
     #[must_use]
     pub fn at_once(&self) -> usize {
         match self {
-            Self::Target(AnyTarget::Null(_)) => 1,
-            Self::Target(AnyTarget::Loop(target))
-                if target.transfer_limit() == TransferLimit::UNLIMITED =>
-            {
-                1
-            }
-            Self::Target(_) | Self::Stripe(_) | Self::Cow(_) => WINDOW_OPS,
+            Self::Target(target) => match target.base() {
+                BaseTarget::Null(_) => 1,
+                BaseTarget::Loop(target) if target.transfer_limit() == TransferLimit::UNLIMITED => {
+                    1
+                }
+                BaseTarget::Loop(_) | BaseTarget::Linear(_) | BaseTarget::Stripe(_) => WINDOW_OPS,
+            },
+            Self::Stripe(_) | Self::Cow(_) => WINDOW_OPS,
             Self::Mirror(mirror) => WINDOW_OPS * usize::from(mirror.spread.backings),
-            Self::Fault(fault) => fault.inner().at_once(),
+            Self::Layered(layered) => layered.base().at_once(),
         }
     }
 }
@@ -137,14 +141,14 @@ impl Planner for Mapping {
             }),
             Self::Mirror(mirror) => mirror.plan(request, from, plan),
             Self::Cow(cow) => cow.plan(request, from, plan),
-            Self::Fault(fault) => fault.plan(request, from, plan),
+            Self::Layered(layered) => layered.plan(request, from, plan),
         }
     }
 
     fn single(&self, request: &Request) -> Option<Place> {
         match self {
             Self::Target(target) => target.single(request),
-            Self::Stripe(_) | Self::Mirror(_) | Self::Cow(_) | Self::Fault(_) => None,
+            Self::Stripe(_) | Self::Mirror(_) | Self::Cow(_) | Self::Layered(_) => None,
         }
     }
 
@@ -153,7 +157,7 @@ impl Planner for Mapping {
             Self::Target(target) => target.scratch_bytes(),
             Self::Stripe(_) | Self::Mirror(_) => 0,
             Self::Cow(cow) => cow.scratch_bytes(),
-            Self::Fault(fault) => fault.scratch_bytes(),
+            Self::Layered(layered) => layered.scratch_bytes(),
         }
     }
 
@@ -162,7 +166,7 @@ impl Planner for Mapping {
             Self::Target(target) => target.failed(request, op, errno),
             Self::Stripe(_) | Self::Cow(_) => Verdict::Fail,
             Self::Mirror(mirror) => mirror.failed(request, op, errno),
-            Self::Fault(fault) => fault.failed(request, op, errno),
+            Self::Layered(layered) => layered.failed(request, op, errno),
         }
     }
 
@@ -171,7 +175,7 @@ impl Planner for Mapping {
             Self::Target(target) => target.settled(request, result),
             Self::Stripe(_) | Self::Mirror(_) => {}
             Self::Cow(cow) => cow.settled(request, result),
-            Self::Fault(fault) => fault.settled(request, result),
+            Self::Layered(layered) => layered.settled(request, result),
         }
     }
 }

@@ -10,7 +10,7 @@ use std::rc::Rc;
 
 use ublk_engine::request::Geometry;
 use ublk_engine::route::{DiscardCall, Route};
-use ublk_engine::target::{AnyTarget, LoopTarget};
+use ublk_engine::target::{BaseTarget, LoopTarget};
 
 use crate::kernel::{Ended, Part, Phase, Wanted, Workers};
 use crate::layout;
@@ -434,7 +434,7 @@ fn draw_setup(rng: &mut Rng, size: u64, block: u32) -> Setup {
     let discard = rng.pick(&[DiscardCall::BlockCommand, DiscardCall::PunchHole]);
     Setup {
         slots,
-        mapping: Mapping::Target(AnyTarget::Loop(target)),
+        mapping: Mapping::Target(BaseTarget::Loop(target).into()),
         backings: vec![size],
         geometry: Geometry { size, block, ..drawn.geometry },
         // Such devices have lanes of their own.

@@ -279,17 +279,16 @@ impl World {
         }
     }
 
-    /// An interposer comes or goes while the device is live, if no request is in hand.
+    /// Layers come or go while the device is live, if no request is in hand.
     fn replace_planner(&mut self) {
         let mut kernel = self.kernel.borrow_mut();
         let engine = self.lane.engine_mut();
         let (present, is_idle) = (engine.planner().clone(), engine.holdings().requests == 0);
-        let other = match present.faults() {
-            Some(fault) => fault.inner().clone(),
-            None => {
-                let (hostile, block) = (kernel.setup.hostile, kernel.setup.geometry.block);
-                layout::with_faults(&mut kernel.rng, hostile, block, present)
-            }
+        let other = if present.faults().is_empty() {
+            let (hostile, block) = (kernel.setup.hostile, kernel.setup.geometry.block);
+            layout::with_faults(&mut kernel.rng, hostile, block, present)
+        } else {
+            present.core().clone()
         };
         let replaced = engine.replace_planner(other.clone());
         assert_eq!(replaced.is_ok(), is_idle, "replaced with {:?}", engine.holdings());

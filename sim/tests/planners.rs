@@ -65,9 +65,12 @@ fn a_snapshot_keeps_what_was_there_first() {
 
 #[test]
 fn faults_are_those_that_were_decided_on() {
-    let campaign = campaign(Hostility::All, 0..100, |setup| setup.mapping.faults().is_some());
-    assert!(campaign.seeds > 15, "{} seeds", campaign.seeds);
-    for name in ["planned_errors", "planned_short", "delays"] {
-        assert!(counter(&campaign, name) > 20, "{name}");
+    for (layers, seeds, least) in [(1..2, 0..100, 15), (2..4, 100..300, 10)] {
+        let has_layers = |setup: &mut Setup| layers.contains(&setup.mapping.faults().len());
+        let campaign = campaign(Hostility::All, seeds, has_layers);
+        assert!(campaign.seeds > least, "{} seeds with {layers:?} layers", campaign.seeds);
+        for name in ["planned_errors", "planned_short", "delays"] {
+            assert!(counter(&campaign, name) > 20, "{name} with {layers:?} layers");
+        }
     }
 }

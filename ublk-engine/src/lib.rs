@@ -9,8 +9,8 @@
 //!                                     bufreg (who holds what)
 //! ```
 //!
-//! A target of your own is a [`plan::Planner`]. The example `read_only_head` has one, and drives an
-//! [`engine::Engine`] with it.
+//! A target of your own is a [`plan::Planner`], and what stands before any target is a
+//! [`target::Layer`]. The example `read_only_head` has a target, and drives an [`engine::Engine`] with it.
 
 #![forbid(unsafe_code)]
 

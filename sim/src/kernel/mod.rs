@@ -25,7 +25,7 @@ use std::rc::Rc;
 
 use bufreg::Incarnation;
 use ublk_engine::lane::{LaneIo, RingRole};
-use ublk_engine::target::FaultTarget;
+use ublk_engine::target::{Decision, FaultLayer};
 use ublk_engine::units::Tag;
 use uring_ext::Errno;
 use uring_ext::iod::IoDesc;
@@ -38,7 +38,6 @@ use crate::MAX_REQUEST;
 use crate::command::Range;
 use crate::entry::Entry;
 use crate::fault::{Fault, Tally};
-use crate::mapping::Mapping;
 use crate::pool::{self, Addresses};
 use crate::rng::Rng;
 use crate::setup::Setup;
@@ -132,8 +131,8 @@ pub struct Kernel {
     is_spare_wanted: bool,
     /// What it is in a stack of devices, if it is in one.
     pub part: Option<Part>,
-    /// Decides as the planner's faults do, which depend on the requests only.
-    pub(crate) shadow: Option<FaultTarget<Mapping>>,
+    /// Decide as the planner's layers do, which depend on the requests only.
+    pub(crate) shadow: Vec<FaultLayer>,
 }
 
 impl Kernel {
@@ -186,7 +185,7 @@ impl Kernel {
             spare: SpareHolder::Nobody,
             is_spare_wanted: false,
             part: None,
-            shadow: None,
+            shadow: Vec::new(),
         };
         kernel.fill_table();
         kernel.begin_shadow();
@@ -211,15 +210,24 @@ impl Kernel {
 
     /// The planner is a new one.
     pub(crate) fn begin_shadow(&mut self) {
-        self.shadow = self.setup.mapping.faults().cloned();
+        self.shadow = self.setup.mapping.faults().to_vec();
     }
 
     /// The engine is about to plan a tag's request.
     pub(crate) fn decide(&mut self, tag: u16) {
         let model = &mut self.tags[usize::from(tag)];
         let request = model.ask.and_then(|ask| ask.request);
-        if let Some((shadow, request)) = self.shadow.as_ref().zip(request) {
-            let decision = shadow.decide(&request);
+        if let Some(request) = request.filter(|_| !self.shadow.is_empty()) {
+            let mut decision = Decision::default();
+            for layer in &self.shadow {
+                let Decision { delay_ns, error, short } = layer.decide(&request);
+                decision.delay_ns += delay_ns;
+                (decision.error, decision.short) = (error, decision.short.or(short));
+                // Those below are not asked.
+                if error.is_some() {
+                    break;
+                }
+            }
             model.blame.decision = decision;
             self.trace.note(|| format!("decision on tag {tag}: {decision:?}"));
         }

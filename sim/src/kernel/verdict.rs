@@ -51,7 +51,7 @@ pub struct Blame {
     pub storm_unregister: bool,
     /// Copies do.
     pub storm_copy: bool,
-    /// What the fault target has decided.
+    /// What the layers have decided.
     pub decision: Decision,
     /// Its newest write to each backing that is not on stable storage by itself.
     pub writes: [u64; MAX_BACKINGS],

@@ -8,7 +8,7 @@ use ublk_engine::lane::event::Event;
 use ublk_engine::lane::{LaneIo, RingRole, TableRange, backing_file};
 use ublk_engine::lend::LendMode;
 use ublk_engine::request::{Request, RequestKind};
-use ublk_engine::target::{AnyTarget, Decision, LoopTarget};
+use ublk_engine::target::{BaseTarget, Decision, LoopTarget};
 use ublk_engine::units::Tag;
 use ublk_sim::fault::Fault;
 use ublk_sim::kernel::{Ask, Kernel, Phase, QID, SimIo};
@@ -40,7 +40,7 @@ impl Hand {
                 SlotTable { lent: 0, pool: 2, scratch: 0, choice: from_zero }
             }
         };
-        setup.mapping = Mapping::Target(AnyTarget::Loop(LoopTarget::new(size)));
+        setup.mapping = Mapping::Target(BaseTarget::Loop(LoopTarget::new(size)).into());
         setup.backings = vec![size];
         setup.geometry.size = size;
         (setup.queue_entries, setup.io_lane) = (8, false);

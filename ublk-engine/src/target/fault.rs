@@ -1,5 +1,4 @@
-//! The fault target: another target, some of whose requests fail, come short at first, or are held
-//! back.
+//! The fault layer: some requests fail, come short at first, or are held back.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -7,14 +6,14 @@ use std::sync::Arc;
 use uring_ext::Errno;
 
 use super::fault_rule::{Answer, Rule};
-use crate::plan::{Op, Plan, Planner, Verdict};
+use super::layer::{Layer, plan_below};
+use crate::plan::{Plan, Planner};
 use crate::request::Request;
 
-/// Wraps a target. What it decides depends only on its seed, the stream (one for each queue), and
-/// the requests in their order.
+/// Injects faults. What it decides depends only on its seed, the stream (one for each queue), and the
+/// requests in their order.
 #[derive(Clone, Debug)]
-pub struct FaultTarget<P> {
-    inner: P,
+pub struct FaultLayer {
     rules: Arc<[Rule]>,
     /// How often each rule may still apply.
     left: Box<[Cell<u64>]>,
@@ -35,31 +34,20 @@ pub struct Decision {
     pub short: Option<u64>,
 }
 
-impl<P> FaultTarget<P> {
-    /// Wraps a target of a device with blocks of `block` bytes. The first rule that applies to a
-    /// request decides.
+impl FaultLayer {
+    /// For a device with blocks of `block` bytes. The first rule that applies to a request decides.
     #[must_use]
-    pub fn new(rules: impl Into<Arc<[Rule]>>, seed: u64, block: u32, inner: P) -> Self {
+    pub fn new(rules: impl Into<Arc<[Rule]>>, seed: u64, block: u32) -> Self {
         let rules = rules.into();
         let left = rules.iter().map(|rule| Cell::new(rule.count)).collect();
-        let target = Self { inner, rules, left, seed, random: Cell::new(0), block };
-        target.begin_stream(0);
-        target
+        let layer = Self { rules, left, seed, random: Cell::new(0), block };
+        layer.begin_stream(0);
+        layer
     }
 
     /// Draws from this stream of its seed from now on.
     pub fn begin_stream(&self, stream: u64) {
         self.random.set(mix(self.seed) ^ mix(!stream));
-    }
-
-    /// The target that is wrapped.
-    pub const fn inner(&self) -> &P {
-        &self.inner
-    }
-
-    /// The target that it wraps, to be replaced by one that has the same bytes.
-    pub fn inner_mut(&mut self) -> &mut P {
-        &mut self.inner
     }
 
     /// What is to become of the next request.
@@ -105,41 +93,27 @@ const fn mix(state: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// The cursor is 0 for a request that is to be decided on, and one more than that of the wrapped
-/// target afterwards. What is said in the first window holds for the later ones, so nothing need be
-/// remembered.
-impl<P: Planner> Planner for FaultTarget<P> {
-    fn plan(&self, request: &Request, from: u64, plan: &mut Plan) -> Result<(), Errno> {
+/// What is said in the first window of a request holds for the later ones.
+impl Layer for FaultLayer {
+    fn plan(
+        &self,
+        below: &impl Planner,
+        request: &Request,
+        from: u64,
+        plan: &mut Plan,
+    ) -> Result<(), Errno> {
         let decision = if from == 0 { self.decide(request) } else { Decision::default() };
         let Decision { delay_ns, error, short } = decision;
         let planned = match error {
             Some(errno) => Err(errno),
-            None => self.inner.plan(request, from.saturating_sub(1), plan),
+            None => plan_below(below, request, from, plan),
         };
         plan.delay(delay_ns);
         planned?;
         if let Some(drawn) = short {
             plan.transfer_at_first(self.at_first(plan, drawn));
         }
-        if let Some(next) = plan.next() {
-            plan.continue_at(next + 1);
-        }
-        if let Some(cursor) = plan.waits_at() {
-            plan.wait_at(cursor + 1);
-        }
         Ok(())
-    }
-
-    fn scratch_bytes(&self) -> u32 {
-        self.inner.scratch_bytes()
-    }
-
-    fn failed(&self, request: &Request, op: &Op, errno: Errno) -> Verdict {
-        self.inner.failed(request, op, errno)
-    }
-
-    fn settled(&self, request: &Request, result: Result<(), Errno>) {
-        self.inner.settled(request, result);
     }
 }
 
@@ -150,33 +124,33 @@ mod tests {
     use proptest::prelude::*;
 
     use super::super::oracle::{self, Geometry};
-    use super::super::{LinearTarget, LoopTarget, StripeTarget};
+    use super::super::{Layered, LinearTarget, LoopTarget, StripeTarget};
     use super::*;
-    use crate::plan::{BackingIndex, OpKind};
+    use crate::plan::{BackingIndex, Op, OpKind};
     use crate::request::RequestKind;
 
     const BLOCK: u32 = 512;
 
-    fn target<P>(rules: &[&str], seed: u64, inner: P) -> FaultTarget<P> {
+    fn layer(rules: &[&str], seed: u64) -> FaultLayer {
         let rules: Vec<Rule> = rules.iter().map(|rule| rule.parse().unwrap()).collect();
-        FaultTarget::new(rules, seed, BLOCK, inner)
+        FaultLayer::new(rules, seed, BLOCK)
     }
 
     fn read(offset: u64, len: u64) -> Request {
         Request { kind: RequestKind::Read, offset, len }
     }
 
-    fn decisions(target: &FaultTarget<LoopTarget>) -> Vec<Decision> {
-        (0..200).map(|number| target.decide(&read(number * 8192, 8192))).collect()
+    fn decisions(layer: &FaultLayer) -> Vec<Decision> {
+        (0..200).map(|number| layer.decide(&read(number * 8192, 8192))).collect()
     }
 
     #[test]
     fn decisions_are_determined_by_seed_and_stream() {
         let rules = ["p=0.2,error=EIO", "p=0.3,short,delay=1ms", "p=0.5,count=9,delay=2ms"];
         let with = |seed, stream| {
-            let target = target(&rules, seed, LoopTarget::new(1 << 30));
-            target.begin_stream(stream);
-            decisions(&target)
+            let layer = layer(&rules, seed);
+            layer.begin_stream(stream);
+            decisions(&layer)
         };
         assert_eq!(with(1, 0), with(1, 0));
         let streams = [with(1, 0), with(2, 0), with(1, 1), with(2, 1), with(1, 1 << 32)];
@@ -199,7 +173,7 @@ mod tests {
                 let backing = BackingIndex(0);
                 plan.push(Op { kind, backing, offset: 0, len, buf_offset: 0 }).unwrap();
             }
-            target(&["short"], 0, LoopTarget::new(1 << 30)).at_first(&plan, drawn)
+            layer(&["short"], 0).at_first(&plan, drawn)
         };
         const FLUSH: (OpKind, u64) = (OpKind::WriteZeroes { may_unmap: true }, 1 << 20);
         for (lens, least, greatest) in [
@@ -220,7 +194,7 @@ mod tests {
 
     #[test]
     fn a_clone_begins_where_its_original_is() {
-        let one = target(&["p=0.5,count=80,error=EIO"], 3, LoopTarget::new(1 << 30));
+        let one = layer(&["p=0.5,count=80,error=EIO"], 3);
         decisions(&one);
         let other = one.clone();
         assert_eq!(decisions(&one), decisions(&other));
@@ -230,22 +204,23 @@ mod tests {
     #[test]
     fn the_first_rule_that_applies_decides() {
         let rules = ["range=0-8K,count=1,error=ENOSPC", "op=write,error=EILSEQ", "short"];
-        let target = target(&rules, 0, LoopTarget::new(1 << 30));
-        let error = |request: &Request| target.decide(request).error;
+        let layer = layer(&rules, 0);
+        let error = |request: &Request| layer.decide(request).error;
         assert_eq!(error(&read(4096, 8192)), Some(Errno::ENOSPC));
-        assert!(target.decide(&read(4096, 1024)).short.is_some());
-        assert_eq!(target.decide(&read(4096, 512)), Decision::default(), "one block is not short");
+        assert!(layer.decide(&read(4096, 1024)).short.is_some());
+        assert_eq!(layer.decide(&read(4096, 512)), Decision::default(), "one block is not short");
         let write = Request { kind: RequestKind::Write { fua: true }, ..read(0, 4096) };
         assert_eq!(error(&write), Some(Errno::new(libc::EILSEQ)));
         let flush = Request { kind: RequestKind::Flush, offset: 0, len: 0 };
-        assert_eq!(target.decide(&flush), Decision::default());
+        assert_eq!(layer.decide(&flush), Decision::default());
     }
 
     #[test]
     fn a_request_is_decided_on_once() {
         // Windows of a stripe behind a decision that is drawn anew with each.
         let stripe = StripeTarget::new(4096, &[1 << 20; 2]).unwrap();
-        let target = target(&["delay=5us,error=EIO,count=1", "delay=7us,short"], 9, stripe);
+        let layers = [layer(&["delay=5us,error=EIO,count=1", "delay=7us,short"], 9)];
+        let target = Layered::new(layers, stripe);
         let (mut plan, long) = (Plan::default(), read(0, 80 << 10));
         assert_eq!(target.plan(&long, 0, &mut plan), Err(Errno::EIO));
         assert_eq!(plan.delay_ns(), 5000);
@@ -264,15 +239,16 @@ mod tests {
     }
 
     #[test]
-    fn targets_can_be_wrapped_again() {
-        let inner = target(&["delay=1ms", "error=EIO"], 0, LoopTarget::new(1 << 20));
-        let outer = target(&["delay=2ms,short,count=1", "delay=3ms,error=ENOSPC"], 0, inner);
+    fn layers_of_faults_add_up() {
+        let inner = layer(&["delay=1ms", "error=EIO"], 0);
+        let outer = layer(&["delay=2ms,short,count=1", "delay=3ms,error=ENOSPC"], 0);
+        let target = Layered::new([outer, inner], LoopTarget::new(1 << 20));
         let mut plan = Plan::default();
-        outer.plan(&read(0, 1024), 0, &mut plan).unwrap();
+        target.plan(&read(0, 1024), 0, &mut plan).unwrap();
         assert_eq!((plan.delay_ns(), plan.at_first()), (3_000_000, Some(512)));
         plan.clear();
-        assert_eq!(outer.plan(&read(0, 1024), 0, &mut plan), Err(Errno::ENOSPC));
-        assert_eq!(plan.delay_ns(), 3_000_000, "the wrapped target has nothing to decide");
+        assert_eq!(target.plan(&read(0, 1024), 0, &mut plan), Err(Errno::ENOSPC));
+        assert_eq!(plan.delay_ns(), 3_000_000, "the inner layer has nothing to decide");
     }
 
     /// Rules of all kinds, some of which seldom apply.
@@ -289,19 +265,25 @@ mod tests {
         prop::sample::subsequence(rules, 1..6).prop_shuffle()
     }
 
-    /// As the wrapped target, but for errors that were decided on.
+    /// Rules of some layers, the outermost first.
+    fn stack() -> impl Strategy<Value = Vec<Vec<&'static str>>> {
+        prop::collection::vec(rules(), 0..4)
+    }
+
+    /// As the target, but for errors that were decided on.
     fn check<P: Planner + Clone>(
         geometry: Geometry<P>,
-        rules: &[&str],
+        stack: &[Vec<&str>],
         requests: &[oracle::Asked],
     ) -> Result<(), TestCaseError> {
-        let Geometry { target: inner, size, backings } = geometry;
-        let target = target(rules, 7, inner);
-        let shadow = target.clone();
-        let geometry = Geometry { target, size, backings };
+        let Geometry { target: base, size, backings } = geometry;
+        let layers: Vec<_> = (7..).zip(stack).map(|(seed, rules)| layer(rules, seed)).collect();
+        let shadows = layers.clone();
+        let geometry = Geometry { target: Layered::new(layers, base), size, backings };
         oracle::check_answers(&geometry, requests, |request| {
             let inside = request.offset + request.len <= size;
-            let error = shadow.decide(request).error;
+            // A layer is not asked about what one before it has refused.
+            let error = shadows.iter().find_map(|layer| layer.decide(request).error);
             error.map_or(if inside { Ok(()) } else { Err(Errno::EIO) }, Err)
         })
     }
@@ -312,7 +294,7 @@ mod tests {
         #[test]
         fn a_linear_device_with_faults_agrees_with_an_array(
             lens in prop::collection::vec(1..30_u64, 1..24),
-            rules in rules(),
+            stack in stack(),
             requests in oracle::requests(),
         ) {
             let extents = lens.iter().scan([0_u64; 3], |free, len| {
@@ -325,18 +307,18 @@ mod tests {
             let size = target.size();
             let backings = 0..=lens.iter().map(|len| len % 3).max().unwrap();
             let backings = backings.map(|_| size).collect();
-            check(Geometry { target, size, backings }, &rules, &requests)?;
+            check(Geometry { target, size, backings }, &stack, &requests)?;
         }
 
         #[test]
         fn a_striped_device_with_faults_agrees_with_an_array(
             sizes in prop::collection::vec(4096..40_000_u64, 2..12),
-            rules in rules(),
+            stack in stack(),
             requests in oracle::requests(),
         ) {
             let target = StripeTarget::new(4096, &sizes).unwrap();
             let size = target.size();
-            check(Geometry { target, size, backings: sizes }, &rules, &requests)?;
+            check(Geometry { target, size, backings: sizes }, &stack, &requests)?;
         }
     }
 }

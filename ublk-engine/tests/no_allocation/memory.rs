@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use ublk_engine::lane::{LaneIo, RingRole};
 use ublk_engine::plan::{BackingIndex, Op, OpKind, Plan, Planner, Verdict};
 use ublk_engine::request::{Request, RequestKind};
-use ublk_engine::target::{FaultTarget, LinearTarget};
+use ublk_engine::target::{FaultLayer, Layered, LinearTarget};
 use ublk_engine::units::Tag;
 use uring_ext::iod::IoDesc;
 use uring_ext::nvme::{Namespace, RangeAddr, Ranges};
@@ -50,13 +50,20 @@ impl Planner for Sectors {
     }
 }
 
-/// Transfers that come short, errors and delays on pieces of two sectors, on two backings in turn.
-pub fn faults() -> FaultTarget<LinearTarget> {
-    let rules = ["p=0.2,short", "p=0.3,delay=1ms", "p=0.1,delay=1ms,error=EIO", "p=0.1,error=EIO"];
-    let rules: Vec<_> = rules.iter().map(|rule| rule.parse().unwrap()).collect();
+/// Transfers that come short, errors and delays, from two layers, on pieces of two sectors, on two backings
+/// in turn.
+pub fn faults() -> Layered<FaultLayer, LinearTarget> {
+    let rules = [
+        &["p=0.2,short", "p=0.3,delay=1ms", "p=0.1,delay=1ms,error=EIO", "p=0.1,error=EIO"][..],
+        &["p=0.1,short", "p=0.1,delay=1ms"],
+    ];
+    let layers = rules.map(|rules| {
+        let rules: Vec<_> = rules.iter().map(|rule| rule.parse().unwrap()).collect();
+        FaultLayer::new(rules, 1, 512)
+    });
     let extents =
         (0..1024_u64).map(|number| (BackingIndex(u16::from(number % 2 == 1)), number << 10, 1024));
-    FaultTarget::new(rules, 1, 512, LinearTarget::new(extents).unwrap())
+    Layered::new(layers, LinearTarget::new(extents).unwrap())
 }
 
 /// Copies on write, one request at a time; what fails is tried elsewhere, or ignored.

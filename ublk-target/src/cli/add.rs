@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use ublk_target::config::on_death::OnDeath;
-use ublk_target::config::{DeviceConfig, TargetConfig};
+use ublk_target::config::{BadLayers, DeviceConfig, LayerKind, Layers, TargetConfig};
 use ublk_target::control::recoverable;
 use ublk_target::control::server::serve;
 use uring_ext::control::Control;
@@ -15,7 +15,7 @@ use super::processes::{self, announce};
 
 /// Adds a device and serves it, here or in a process of its own.
 pub fn add(target: &Target, verbose: u8) -> anyhow::Result<ExitCode> {
-    let (config, device) = config(target);
+    let (config, device) = config(target)?;
     if device.life.supervise && config.on_death == OnDeath::Fail {
         anyhow::bail!(
             "--supervise needs a device that outlives its server; use `--on-death reissue` (or wait, \
@@ -39,8 +39,12 @@ pub fn add(target: &Target, verbose: u8) -> anyhow::Result<ExitCode> {
 }
 
 /// What a device is to be made of, and the options that this is from.
-pub fn config(target: &Target) -> (DeviceConfig, &Device) {
-    let (target, device) = resolve(target);
+///
+/// # Errors
+/// The layers are too many.
+pub fn config(target: &Target) -> Result<(DeviceConfig, &Device), BadLayers> {
+    let mut layers = Vec::new();
+    let (target, device) = resolve(target, &mut layers);
     let config = DeviceConfig {
         id: device.id,
         queues: device.queues,
@@ -57,8 +61,9 @@ pub fn config(target: &Target) -> (DeviceConfig, &Device) {
         block_size: device.block_size,
         no_part_scan: device.no_part_scan,
         target,
+        layers: Layers::named(layers.into_iter().map(|kind| (None, kind)))?,
     };
-    (config, device)
+    Ok((config, device))
 }
 
 /// Whether a device is there and its server is dead.
@@ -66,8 +71,8 @@ fn is_waiting(id: u32) -> bool {
     Control::open().is_ok_and(|control| recoverable::check(&control, id).is_ok())
 }
 
-/// The target, and the options of the device.
-fn resolve(target: &Target) -> (TargetConfig, &Device) {
+/// The target, and the options of the device. What is given around the target are its layers.
+pub fn resolve<'a>(target: &'a Target, layers: &mut Vec<LayerKind>) -> (TargetConfig, &'a Device) {
     match target {
         Target::Null { size, device } => (TargetConfig::Null { size: *size }, device),
         Target::Loop { file, device } => (TargetConfig::Loop { file: file.clone() }, device),
@@ -79,9 +84,8 @@ fn resolve(target: &Target) -> (TargetConfig, &Device) {
             (TargetConfig::Stripe { chunk: *chunk, files: file.clone() }, device)
         }
         Target::Fault { rule, seed, target } => {
-            let (target, device) = resolve(target);
-            let target = Box::new(target);
-            (TargetConfig::Fault { rules: rule.clone(), seed: *seed, target }, device)
+            layers.push(LayerKind::Fault { rules: rule.clone(), seed: *seed });
+            resolve(target, layers)
         }
     }
 }

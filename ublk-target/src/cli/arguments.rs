@@ -209,7 +209,14 @@ The file is TOML. A device is a table with its target and the long options of `a
   id = 1
   target = \"linear\"
   file = [\"/dev/nvme2n1,0,10G\", \"/srv/disk.img\"]
-  rule = [\"p=0.01,error=EIO\"] # as if wrapped by the target `fault`
+  rule = [\"p=0.01,error=EIO\"] # short for a single layer `fault`
+A device with layers has a table for each, the outermost first, which sees a request before the others;
+a `name` tells it from the others, and is the kind if it is left out:
+  [[device.layer]]
+  kind = \"fault\"             # with the options of `add fault`
+  name = \"bad-writes\"
+  rule = [\"op=write,p=0.01,error=EIO\"]
+  seed = 4
 The process stays in the foreground, prints the devices when they are live, and tells systemd. SIGHUP has
 it read the file again: devices that are new are added, those that are gone or have changed are deleted
 if nobody uses them; with a fault in the file all stays as it was. SIGTERM takes all devices down. After

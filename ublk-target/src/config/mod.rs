@@ -1,6 +1,7 @@
 //! What a device is made of.
 
 pub mod busy_wait;
+mod layers;
 pub mod lend;
 pub mod on_death;
 pub mod polling;
@@ -16,6 +17,7 @@ use self::lend::LendRequest;
 use self::on_death::OnDeath;
 use self::polling::{Unpolled, WrittenPolling};
 
+pub use layers::{BadLayerName, BadLayers, LayerConfig, LayerKind, LayerName, Layers, MAX_LAYERS};
 pub use target::{ExtentConfig, TargetConfig};
 
 /// What a device is made of.
@@ -58,6 +60,10 @@ pub struct DeviceConfig {
     pub no_part_scan: bool,
     /// The target.
     pub target: TargetConfig,
+    /// What stands before the target.
+    // Not written where there are none, for the same reason.
+    #[serde(default, skip_serializing_if = "Layers::is_empty")]
+    pub layers: Layers,
 }
 
 impl DeviceConfig {
@@ -80,6 +86,15 @@ impl DeviceConfig {
             block_size: None,
             no_part_scan: false,
             target,
+            layers: Layers::none(),
         }
+    }
+
+    /// The target within its layers, in a word: `loop`, `fault(loop)`.
+    #[must_use]
+    pub fn target_name(&self) -> String {
+        let name = self.target.name().to_owned();
+        let within = |name, layer: &LayerConfig| format!("{}({name})", layer.kind.name());
+        self.layers.iter().rev().fold(name, within)
     }
 }

@@ -4,7 +4,6 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use ublk_engine::target::Rule;
 use ublk_engine::units::Bytes;
 
 /// A target and its backings.
@@ -33,23 +32,24 @@ pub enum TargetConfig {
         /// The backings.
         files: Vec<PathBuf>,
     },
-    /// Another target, some of whose requests fail, come short at first, or are held back.
-    Fault {
-        /// The first one that applies to a request decides.
-        rules: Vec<Rule>,
-        /// What chance draws from.
-        seed: u64,
-        /// The other target.
-        target: Box<TargetConfig>,
-    },
 }
 
 impl TargetConfig {
+    /// The word for it.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Null { .. } => "null",
+            Self::Loop { .. } => "loop",
+            Self::Linear { .. } => "linear",
+            Self::Stripe { .. } => "stripe",
+        }
+    }
+
     /// The size of a null target, to be changed.
-    pub(crate) fn null_size(&mut self) -> Option<&mut Bytes> {
+    pub(crate) const fn null_size(&mut self) -> Option<&mut Bytes> {
         match self {
             Self::Null { size } => Some(size),
-            Self::Fault { target, .. } => target.null_size(),
             Self::Loop { .. } | Self::Linear { .. } | Self::Stripe { .. } => None,
         }
     }
@@ -82,7 +82,6 @@ impl TargetConfig {
             Self::Loop { file } => vec![file],
             Self::Linear { extents } => extents.iter().map(|it| it.file.as_path()).collect(),
             Self::Stripe { files, .. } => files.iter().map(PathBuf::as_path).collect(),
-            Self::Fault { target, .. } => target.files(),
         }
     }
 
@@ -101,7 +100,6 @@ impl TargetConfig {
             Self::Loop { file } => vec![file],
             Self::Linear { extents } => extents.iter_mut().map(|it| &mut it.file).collect(),
             Self::Stripe { files, .. } => files.iter_mut().collect(),
-            Self::Fault { target, .. } => target.files_mut(),
         }
     }
 }

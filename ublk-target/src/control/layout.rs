@@ -8,7 +8,7 @@ use ublk_engine::lend::LendMode;
 use ublk_engine::plan::{BackingIndex, Planner};
 use ublk_engine::request::Geometry;
 use ublk_engine::target::{
-    AnyTarget, FaultTarget, LinearTarget, LoopTarget, NullTarget, StripeTarget,
+    AnyLayer, AnyTarget, BaseTarget, FaultLayer, LinearTarget, LoopTarget, NullTarget, StripeTarget,
 };
 use ublk_engine::units::Bytes;
 use uring_ext::feature::{Features, USER_COPY};
@@ -20,7 +20,7 @@ use crate::backing::identity::Known;
 use crate::backing::limits::Limits;
 use crate::backing::{Backing, Opening};
 use crate::config::lend::Choice;
-use crate::config::{DeviceConfig, ExtentConfig, TargetConfig};
+use crate::config::{DeviceConfig, ExtentConfig, LayerKind, TargetConfig};
 use crate::control::error::{ExtentProblem, LayoutError, PlanError};
 use crate::control::polling;
 use crate::device::standing::Recorded;
@@ -37,7 +37,6 @@ const SPARE_BUFFERS: u16 = 1;
 
 /// Target, backings and limits of a device.
 pub(super) struct Layout {
-    pub name: String,
     pub target: AnyTarget,
     pub backings: Arc<[Backing]>,
     /// Of the device.
@@ -61,8 +60,9 @@ impl Layout {
         claims: bool,
     ) -> Result<Self, LayoutError> {
         let how = Opening { passthru: config.passthru, claims, block_size: config.block_size };
-        let Parts { name, target, backings, limits, size } =
-            Opener { how, known }.parts(&config.target)?;
+        let Parts { base, backings, limits, size } = Opener { how, known }.parts(&config.target)?;
+        let layers = config.layers.iter().map(|it| layer(&it.kind, limits.logical_block));
+        let target = AnyTarget::new(layers.collect::<Vec<_>>(), base);
         // Larger blocks than those of the backings are made of them.
         let block = config.block_size.unwrap_or(0).max(limits.logical_block);
         let physical_block = limits.physical_block.max(block);
@@ -80,17 +80,7 @@ impl Layout {
         let buffer_bytes = limits.buffer_bytes(cap, page);
         let below = Below::backings(&backings, &Recorded::default());
         let backings = backings.into();
-        Ok(Self {
-            name,
-            target,
-            backings,
-            limits,
-            backing_limits,
-            size,
-            buffer_bytes,
-            polling,
-            below,
-        })
+        Ok(Self { target, backings, limits, backing_limits, size, buffer_bytes, polling, below })
     }
 
     /// What requests of the device have to keep to.
@@ -136,41 +126,40 @@ impl Layout {
 
     /// The same device on backings that have grown since it was added, and what to know these by.
     pub fn grown(&self, config: &TargetConfig) -> Result<Grown, LayoutError> {
-        let is_null = self.target.is_null();
+        let is_null = self.target.base().is_null();
         let mut known = self.known();
         for (known, backing) in known.iter_mut().zip(self.backings.iter()) {
             // What has shrunk is for those to find who use it.
             known.size = backing.size_now()?.max(known.size);
         }
         let sizes: Vec<_> = known.iter().map(|known| known.size.0).collect();
-        let (target, size) = target_of(config, &sizes, &self.backing_limits)?;
+        let (base, size) = target_of(config, &sizes, &self.backing_limits)?;
         let block = u64::from(self.limits.logical_block);
         let size = Bytes(size.0 / block * block);
-        if !is_null && !target.extends(&self.target) {
+        if !is_null && !base.extends(self.target.base()) {
             return Err(LayoutError::WouldMove);
         }
-        Ok(Grown { target, size, known })
+        Ok(Grown { base, size, known })
     }
 
     /// What to know the backings by later.
     pub fn known(&self) -> Vec<Known> {
-        let backings = self.backings.iter().filter(|_| !self.target.is_null());
+        let backings = self.backings.iter().filter(|_| !self.target.base().is_null());
         backings.map(Backing::known).collect()
     }
 }
 
 /// A device that has grown.
 pub(super) struct Grown {
-    /// Without what wraps it.
-    pub target: AnyTarget,
+    /// The target below the layers.
+    pub base: BaseTarget,
     pub size: Bytes,
     pub known: Vec<Known>,
 }
 
 /// What a target is made of.
 struct Parts {
-    name: String,
-    target: AnyTarget,
+    base: BaseTarget,
     backings: Vec<Backing>,
     limits: Limits,
     size: Bytes,
@@ -188,25 +177,18 @@ impl Opener<'_> {
         match config {
             TargetConfig::Null { .. } if self.how.passthru => Err(LayoutError::NoPassthru),
             TargetConfig::Null { size } => null(*size),
-            TargetConfig::Loop { .. } => self.of_backings("loop", config),
-            TargetConfig::Linear { .. } => self.of_backings("linear", config),
-            TargetConfig::Stripe { .. } => self.of_backings("stripe", config),
-            TargetConfig::Fault { rules, seed, target } => {
-                let parts = self.parts(target)?;
-                let block = parts.limits.logical_block;
-                let target = FaultTarget::new(rules.clone(), *seed, block, parts.target);
-                let name = format!("fault({})", parts.name);
-                Ok(Parts { name, target: AnyTarget::Fault(Box::new(target)), ..parts })
-            }
+            TargetConfig::Loop { .. }
+            | TargetConfig::Linear { .. }
+            | TargetConfig::Stripe { .. } => self.of_backings(config),
         }
     }
 
-    fn of_backings(self, name: &str, config: &TargetConfig) -> Result<Parts, LayoutError> {
+    fn of_backings(self, config: &TargetConfig) -> Result<Parts, LayoutError> {
         let backings = self.all(&files_of(config)?)?;
         let sizes: Vec<_> = backings.iter().map(|backing| backing.size().0).collect();
         let limits = limits_of(config, &backings).ok_or(LayoutError::NoBackings)?;
-        let (target, size) = target_of(config, &sizes, &limits)?;
-        Ok(Parts { name: name.to_owned(), target, backings, limits, size })
+        let (base, size) = target_of(config, &sizes, &limits)?;
+        Ok(Parts { base, backings, limits, size })
     }
 
     fn all(self, files: &[PathBuf]) -> Result<Vec<Backing>, LayoutError> {
@@ -225,17 +207,17 @@ impl Opener<'_> {
 }
 
 fn null(size: Bytes) -> Result<Parts, LayoutError> {
-    let (target, size) = null_target(size)?;
+    let (base, size) = null_target(size)?;
     let backing = Backing::zero()?;
     let limits = Limits { discard: None, physical_block: 512, io_min: 512, ..*backing.limits() };
-    Ok(Parts { name: "null".to_owned(), target, backings: vec![backing], limits, size })
+    Ok(Parts { base, backings: vec![backing], limits, size })
 }
 
-fn null_target(size: Bytes) -> Result<(AnyTarget, Bytes), LayoutError> {
+fn null_target(size: Bytes) -> Result<(BaseTarget, Bytes), LayoutError> {
     if size.sectors().0 == 0 {
         return Err(LayoutError::TooSmall(size.0));
     }
-    Ok((AnyTarget::Null(NullTarget), size))
+    Ok((BaseTarget::Null(NullTarget), size))
 }
 
 /// The backings in the order of their index.
@@ -263,12 +245,20 @@ fn files_of(config: &TargetConfig) -> Result<Vec<PathBuf>, LayoutError> {
             }
             Ok(files.clone())
         }
-        TargetConfig::Fault { target, .. } => files_of(target),
     }
 }
 
 fn canonical(file: &Path) -> PathBuf {
     file.canonicalize().unwrap_or_else(|_| file.to_owned())
+}
+
+/// A layer of a device with blocks of `block` bytes.
+fn layer(kind: &LayerKind, block: u32) -> AnyLayer {
+    match kind {
+        LayerKind::Fault { rules, seed } => {
+            AnyLayer::Fault(FaultLayer::new(rules.clone(), *seed, block))
+        }
+    }
 }
 
 /// The limits of operations on any of the backings; `None` if there are none.
@@ -289,31 +279,30 @@ fn limits_of(config: &TargetConfig, backings: &[Backing]) -> Option<Limits> {
     Some(limits)
 }
 
-/// The target of backings of these sizes in bytes, without what wraps it, and its size.
+/// The target of backings of these sizes in bytes, and its size.
 fn target_of(
     config: &TargetConfig,
     sizes: &[u64],
     limits: &Limits,
-) -> Result<(AnyTarget, Bytes), LayoutError> {
+) -> Result<(BaseTarget, Bytes), LayoutError> {
     let limit = limits.transfer_limit();
     match config {
         TargetConfig::Null { size } => null_target(*size),
         TargetConfig::Loop { .. } => {
             let size = sizes.first().copied().unwrap_or_default();
-            Ok((AnyTarget::Loop(LoopTarget::new(size).within(limit)), Bytes(size)))
+            Ok((BaseTarget::Loop(LoopTarget::new(size).within(limit)), Bytes(size)))
         }
         TargetConfig::Linear { extents } => {
             let target = LinearTarget::new(placed(extents, sizes, limits.logical_block)?)?;
             let target = target.within(limit);
             let size = Bytes(target.size());
-            Ok((AnyTarget::Linear(target), size))
+            Ok((BaseTarget::Linear(target), size))
         }
         TargetConfig::Stripe { chunk, .. } => {
             let target = StripeTarget::new(chunk.0, sizes)?.within(limit);
             let size = Bytes(target.size());
-            Ok((AnyTarget::Stripe(target), size))
+            Ok((BaseTarget::Stripe(target), size))
         }
-        TargetConfig::Fault { target, .. } => target_of(target, sizes, limits),
     }
 }
 

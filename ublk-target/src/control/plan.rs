@@ -201,9 +201,9 @@ mod tests {
     use ublk_engine::units::Bytes;
 
     use super::*;
-    use crate::config::TargetConfig;
     use crate::config::lend::LendRequest;
     use crate::config::on_death::OnDeath;
+    use crate::config::{LayerKind, Layers, TargetConfig};
     use crate::device::state_file::StateFile;
 
     /// A driver of the future offers all that there can be.
@@ -276,17 +276,15 @@ mod tests {
             len: Some(Bytes(1 << 19)),
         });
         let stripe = TargetConfig::Stripe { chunk: Bytes(65536), files: files.clone() };
-        let fault = TargetConfig::Fault {
-            rules: vec!["p=0.5,error=EIO".parse().unwrap()],
-            seed: 7,
-            target: Box::new(stripe.clone()),
-        };
+        let rules = vec!["p=0.5,error=EIO".parse().unwrap()];
+        let fault = (None, LayerKind::Fault { rules, seed: 7 });
+        let layers = Layers::named([fault.clone(), fault]).unwrap();
         let targets = [
-            TargetConfig::Loop { file: files[0].clone() },
-            TargetConfig::Linear { extents: extents.collect() },
-            TargetConfig::Null { size: Bytes(1 << 20) },
-            stripe,
-            fault,
+            (TargetConfig::Loop { file: files[0].clone() }, Layers::none()),
+            (TargetConfig::Linear { extents: extents.collect() }, Layers::none()),
+            (TargetConfig::Null { size: Bytes(1 << 20) }, Layers::none()),
+            (stripe.clone(), Layers::none()),
+            (stripe, layers),
         ];
         let others = [
             json!(null),
@@ -304,10 +302,11 @@ mod tests {
         ];
         let features = Features(u64::MAX);
         let (mut planned, mut refused) = (0, 0);
-        for target in targets {
-            let config = DeviceConfig { id: Some(3), ..DeviceConfig::of_target(target) };
+        for (target, layers) in targets {
+            let id = Some(3);
+            let config = DeviceConfig { id, layers, ..DeviceConfig::of_target(target) };
             let plan = Plan::for_driver(&config, features, None).unwrap();
-            let record = StateFile::new(3, "any", plan.layout.known(), config);
+            let record = StateFile::new(3, plan.layout.known(), config);
             drop(plan);
             let good = serde_json::to_value(record).unwrap();
             let mut at = Vec::new();

@@ -37,7 +37,7 @@ pub(super) fn check(config: &DeviceConfig) -> Result<(), CannotPoll> {
     if config.polling == Polling::Off {
         return Ok(());
     }
-    if is_null(&config.target) {
+    if matches!(config.target, TargetConfig::Null { .. }) {
         return Err(CannotPoll::NoDrive);
     }
     if config.io_lane {
@@ -46,16 +46,6 @@ pub(super) fn check(config: &DeviceConfig) -> Result<(), CannotPoll> {
     match KernelVersion::running() {
         running if running < FIRST_KERNEL => Err(CannotPoll::TooOld(running)),
         _ => Ok(()),
-    }
-}
-
-fn is_null(target: &TargetConfig) -> bool {
-    match target {
-        TargetConfig::Null { .. } => true,
-        TargetConfig::Fault { target, .. } => is_null(target),
-        TargetConfig::Loop { .. } | TargetConfig::Linear { .. } | TargetConfig::Stripe { .. } => {
-            false
-        }
     }
 }
 

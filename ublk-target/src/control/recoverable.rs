@@ -259,7 +259,7 @@ mod tests {
             queues: 2,
             ..DeviceConfig::of_target(target)
         };
-        let mut record = StateFile::new(3, "null", Vec::new(), config);
+        let mut record = StateFile::new(3, Vec::new(), config);
         record.diskseq = Some(17);
         record.nonce = Some(Nonce::own());
         let info = sys::ublksrv_ctrl_dev_info {

@@ -169,7 +169,7 @@ impl Server {
     pub fn take_charge(&mut self, plan: &Plan) -> Result<(), ServeError> {
         let (layout, config) = (&plan.layout, plan.config.clone());
         let config = DeviceConfig { id: Some(self.id), ..config };
-        let mut record = StateFile::new(self.id, &layout.name, layout.known(), config);
+        let mut record = StateFile::new(self.id, layout.known(), config);
         record.supervisor = self.supervisor;
         record.incarnation = plan.incarnation;
         record.diskseq = description::diskseq(self.id);
@@ -445,15 +445,15 @@ impl Server {
         }
         let (reply, done) = mpsc::sync_channel(self.lanes.count());
         self.lanes.send(|| {
-            let (target, reply) = (Box::new(grown.target.clone()), reply.clone());
-            LaneMessage::Grow { target, size: grown.size.0, reply }
+            let (base, reply) = (Box::new(grown.base.clone()), reply.clone());
+            LaneMessage::Grow { base, size: grown.size.0, reply }
         });
         drop(reply);
         for _ in 0..self.lanes.count() {
             // Lanes answer between two batches; one that has ended leaves the channel.
             done.recv().map_err(|_| SetupError::new("a lane has ended", Errno::ENODEV))?;
         }
-        plan.layout.target.replace_innermost(&grown.target);
+        plan.layout.target.replace_base(&grown.base);
         plan.layout.size = grown.size;
         plan.config.target = target;
         log::info!("the device may have {}", grown.size);

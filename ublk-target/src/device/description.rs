@@ -10,6 +10,7 @@ use ublk_engine::units::{Bytes, Sectors};
 use uring_ext::control::{Control, ControlError};
 use uring_ext::{Errno, sys};
 
+use crate::config::LayerConfig;
 use crate::config::on_death::OnDeath;
 use crate::device::paths::{RUN_DIR, block_path};
 use crate::device::processes;
@@ -32,8 +33,16 @@ pub struct Description {
     pub device: PathBuf,
     /// The driver's word: `LIVE`, `DEAD`, `QUIESCED` or `FAIL_IO`.
     pub state: String,
-    /// Name of the target, `unknown` for a device of another program.
+    /// Name of the target within its layers, such as `fault(loop)`; `unknown` for a device of another
+    /// program.
     pub target: String,
+    /// Name of the target without its layers, such as `loop`; `unknown` for a device of another program.
+    // An earlier program, which may have started the server, tells neither this nor the layers.
+    #[serde(default)]
+    pub base: String,
+    /// The layers before the target, the outermost first.
+    #[serde(default)]
+    pub layers: Vec<DescribedLayer>,
     /// How the device lends.
     pub lend: String,
     /// What becomes of it when its server dies: `fail`, `wait`, `reissue` or `error`.
@@ -56,6 +65,21 @@ pub struct Description {
     pub backings: Vec<PathBuf>,
     /// Some go through the page cache, since their own blocks are larger than the device's.
     pub page_cache: bool,
+}
+
+/// A layer of a device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DescribedLayer {
+    /// Tells it from the others of the device.
+    pub name: String,
+    /// What it does: `fault`.
+    pub kind: String,
+}
+
+impl DescribedLayer {
+    fn of(layer: &LayerConfig) -> Self {
+        Self { name: layer.name.to_string(), kind: layer.kind.name().to_owned() }
+    }
 }
 
 impl Description {
@@ -82,6 +106,8 @@ impl Description {
             device: block_path(id),
             state: state_name(info.state).to_owned(),
             target: "unknown".to_owned(),
+            base: "unknown".to_owned(),
+            layers: Vec::new(),
             lend,
             on_death,
             pid,
@@ -102,6 +128,8 @@ impl Description {
         }
         if let Some(file) = file {
             described.target = file.target;
+            described.base = file.config.target.name().to_owned();
+            described.layers = file.config.layers.iter().map(DescribedLayer::of).collect();
             described.supervisor = file.supervisor.filter(|pid| processes::is_ours(*pid));
             described.page_cache = file.backings.iter().any(|known| known.page_cache);
             described.backings = file.backings.into_iter().map(|known| known.path).collect();

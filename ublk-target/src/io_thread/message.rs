@@ -9,7 +9,7 @@ use ublk_engine::engine::{Engine, EngineStats, Holdings, Recorder};
 use ublk_engine::lane::fault::Injected;
 use ublk_engine::lane::{Lane, LaneIo};
 use ublk_engine::plan::{Op, Planner, WINDOW_OPS};
-use ublk_engine::target::AnyTarget;
+use ublk_engine::target::{AnyTarget, BaseTarget};
 use ublk_engine::units::{Qid, Tag};
 
 use crate::os::clock::precise_now;
@@ -37,8 +37,8 @@ pub enum LaneMessage {
     CancelAll,
     /// Serve a longer device.
     Grow {
-        /// The target of that size ([`AnyTarget::replace_innermost`]).
-        target: Box<AnyTarget>,
+        /// The target of that size below all layers.
+        base: Box<BaseTarget>,
         /// Bytes of the device.
         size: u64,
         /// Told when it is done.
@@ -157,8 +157,8 @@ pub(crate) fn attend(
             let _ = reply.try_send(lane.engine_mut().measure(recorder));
         }
         LaneMessage::CancelAll => lane.cancel_all(io),
-        LaneMessage::Grow { target, size, reply } => {
-            let change = |own: &mut AnyTarget| own.replace_innermost(&target);
+        LaneMessage::Grow { base, size, reply } => {
+            let change = |own: &mut AnyTarget| own.replace_base(&base);
             lane.engine_mut().grow(size, change);
             let _ = reply.try_send(());
         }

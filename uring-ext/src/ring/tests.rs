@@ -4,6 +4,7 @@ use std::os::unix::fs::FileExt;
 
 use super::*;
 use crate::nvme::{Namespace, RetryDelays};
+use crate::pool::BufferPool;
 use crate::sqe::{FixedBuffer, FixedFile};
 
 /// Pushes one entry and returns the result of its completion.

@@ -37,6 +37,8 @@ fn list(_ctx: &Ctx) -> Result<Outcome> {
         device: "/dev/ublkb3".into(),
         state: "LIVE".into(),
         target: "loop".into(),
+        base: "loop".into(),
+        layers: Vec::new(),
         lend: "fused".into(),
         on_death: "fail".into(),
         pid: one.described.pid,

@@ -22,6 +22,8 @@ pub struct Description {
     pub device: PathBuf,
     pub state: String,
     pub target: String,
+    pub base: String,
+    pub layers: Vec<Layer>,
     pub lend: String,
     pub on_death: String,
     pub pid: Option<u32>,
@@ -33,6 +35,20 @@ pub struct Description {
     pub size_bytes: u64,
     pub backings: Vec<PathBuf>,
     pub page_cache: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Layer {
+    pub name: String,
+    pub kind: String,
+}
+
+impl Description {
+    /// The names of its layers, the outermost first.
+    pub fn layers(&self) -> Vec<&str> {
+        self.layers.iter().map(|layer| layer.name.as_str()).collect()
+    }
 }
 
 /// A device that is deleted with its handle.

@@ -267,6 +267,9 @@ fn named(_ctx: &Ctx) -> Result<Outcome> {
     let device = Device::add(&[&wrapped[..], &rest, &["-q", "2", "-d", "32", "-n", "5"]].concat())?;
     let described = &device.described;
     ensure!(described.target == "fault(fault(loop))", "{described:?}");
+    ensure!(described.base == "loop", "{described:?}");
+    ensure!(described.layers() == ["fault", "fault-2"], "{described:?}");
+    ensure!(described.layers.iter().all(|layer| layer.kind == "fault"), "{described:?}");
     ensure!(described.backings == [path.clone()], "{described:?}");
     ensure!((described.id, described.queues, described.depth) == (5, 2, 32), "{described:?}");
     let table = process::run(&[PROGRAM, "list"])?.stdout;

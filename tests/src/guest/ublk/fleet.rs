@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use super::device::{Mount, PROGRAM, fresh_drive, load_driver, text};
+use super::device::{Description, Mount, PROGRAM, fresh_drive, load_driver, text};
 use crate::config::DEFAULT;
 use crate::guest::{Ctx, FIGURE, Outcome, TestCase, fio, process, wait_for};
 
@@ -158,11 +158,14 @@ fn reload(ctx: &Ctx) -> Result<Outcome> {
     Ok(Outcome::Pass)
 }
 
+/// A layer with a name of its own.
+const LAYER: &str = "[[device.layer]]\nkind = \"fault\"\nname = \"short\"\nrule = \"p=0.1,short\"";
+
 fn killed(ctx: &Ctx) -> Result<Outcome> {
     let mount = backings(ctx)?;
     let sections = [
         section(0, &backing(&mount, 0, 8)?, "on-death = \"reissue\"")?,
-        section(1, &backing(&mount, 1, 8)?, "on-death = \"wait\"")?,
+        section(1, &backing(&mount, 1, 8)?, &format!("on-death = \"wait\"\n{LAYER}"))?,
         section(2, &backing(&mount, 2, 8)?, "")?,
     ];
     let config = write(ctx, &sections)?;
@@ -176,6 +179,7 @@ fn killed(ctx: &Ctx) -> Result<Outcome> {
         ensure!(states == ["LIVE"; 3], "{states:?}\n{}", fleet.said()?);
         let pids: Vec<_> = listed()?.iter().map(|device| device.pid).collect();
         ensure!(pids == [Some(fleet.pid()); 3], "{pids:?}");
+        ensure!(listed()?[1].layers() == ["short"], "{:?}", listed()?[1]);
     }
     let report = load.end()?;
     ensure!(report.write.requests > 0, "{report:?}");
@@ -265,22 +269,24 @@ fn ways(ctx: &Ctx) -> Result<Outcome> {
         "lend = \"copy\"\nqueues = 2",
         "io-timeout = 5",
         "rule = \"op=write,p=0.2,short\"",
+        "[[device.layer]]\nkind = \"fault\"\nrule = \"op=write,p=0.2,short\"\n\
+         [[device.layer]]\nkind = \"fault\"\nname = \"slow\"\nrule = \"p=0.1,delay=100us\"",
         "lend = \"slot\"\nio-lane = true",
     ];
     let mut sections = vec!["lanes = 1\n".to_owned()];
     for (id, way) in (0..).zip(ways) {
         sections.push(section(id, &backing(&mount, id, 8)?, way)?);
     }
-    sections.push(section(8, &drive.path(), "passthru = true")?);
+    sections.push(section(9, &drive.path(), "passthru = true")?);
     let fleet = Fleet::start(ctx.directory(), &write(ctx, &sections)?)?;
     // The main one, the one that answers, the shared lane; two of the I/O lane's device, and one of
     // the drive's.
     ensure!(fleet.threads()? == 6, "{} threads", fleet.threads()?);
     let lends: Vec<_> = listed()?.iter().map(|device| device.lend.clone()).collect();
     let expected =
-        ["fused", "slot", "slot", "user-copy", "copy", "fused", "fused", "slot", "fused"];
+        ["fused", "slot", "slot", "user-copy", "copy", "fused", "fused", "fused", "slot", "fused"];
     ensure!(lends == expected, "{lends:?}");
-    let loads: Result<Vec<_>> = (0..9)
+    let loads: Result<Vec<_>> = (0..10)
         .map(|id| {
             let options = load(&format!("/dev/ublkb{id}"), "4m");
             let options: Vec<_> = options.iter().map(String::as_str).collect();
@@ -290,6 +296,17 @@ fn ways(ctx: &Ctx) -> Result<Outcome> {
     for load in loads? {
         ensure!(load.finish()?.write.requests > 0);
     }
+    // Layers alone are a change, too.
+    let layers = || -> Result<Vec<_>> {
+        let layers = |it: &Description| it.layers.iter().map(|layer| layer.name.clone()).collect();
+        Ok(listed()?[6..8].iter().map(layers).collect::<Vec<Vec<String>>>())
+    };
+    ensure!(layers()? == [&["fault"][..], &["fault", "slow"]], "{:?}", layers()?);
+    sections[7] = section(6, &backing(&mount, 6, 8)?, "")?;
+    sections[8] = sections[8].replace("slow", "slower");
+    write(ctx, &sections)?;
+    fleet.reload("10 devices, ")?;
+    ensure!(layers()? == [&[][..], &["fault", "slower"]], "{:?}", layers()?);
     fleet.end()?;
     mount.unmount()?;
     Ok(Outcome::Pass)

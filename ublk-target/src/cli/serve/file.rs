@@ -1,6 +1,8 @@
 //! The file of `serve`: TOML, whose devices are read as arguments of `add`, so that both have the same
 //! words and the same rules.
 
+mod layers;
+
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -8,12 +10,14 @@ use std::path::{Path, PathBuf};
 use clap::Parser;
 use clap::error::{ContextKind, ContextValue};
 use toml::Spanned;
-use toml::de::{DeTable, DeValue};
+use toml::de::{DeString, DeTable, DeValue};
 use ublk_target::config::DeviceConfig;
 use ublk_target::control::fleet::FleetConfig;
 use ublk_target::os::own_files;
 
-use crate::cli::{Cli, Command, add, one_line};
+use crate::cli::{Cli, Command, Target, add, one_line};
+
+use self::layers::SHORT_FORM;
 
 /// The longest file that is read, in bytes.
 const MAX_BYTES: u64 = 1 << 20;
@@ -148,31 +152,24 @@ impl Reading<'_> {
             self.fault(table.span(), "a device begins with `[[device]]`");
             return None;
         };
-        let mut target = None;
+        let (mut target, mut layers) = (None, None);
         let mut settings = Vec::new();
+        let has_layers = keys.keys().any(|key| key.get_ref() == "layer");
         for (key, value) in keys {
             let name = key.get_ref().as_ref();
-            if name == "target" {
-                target = self.target(value);
-                continue;
-            }
             if let Some((_, why)) = NOT_HERE.iter().find(|(it, _)| *it == name) {
                 self.fault(key.span(), format!("`{name}` is not for devices of `serve`: {why}"));
                 continue;
             }
-            if NOT_OPTIONS.contains(&name) {
-                self.fault(key.span(), format!("there is no option `{name}` of a target"));
+            if has_layers && SHORT_FORM.contains(&name) {
+                let what = "belongs to a `[[device.layer]]` of the kind fault if there are layers";
+                self.fault(key.span(), format!("`{name}` {what}"));
                 continue;
             }
-            match arguments(name, value.get_ref()) {
-                Some(arguments) => {
-                    let (key, span) = (name.to_owned(), key.span());
-                    settings.push(Setting { key, span, arguments });
-                }
-                None => {
-                    let what = "is neither text, a number, true or false, nor a list of these";
-                    self.fault(value.span(), format!("`{name}` {what}"));
-                }
+            match name {
+                "target" => target = self.one_of("target", &TARGETS, value),
+                "layer" => layers = self.layers(value),
+                _ => settings.extend(self.setting(key, value, "target")),
             }
         }
         if !keys.keys().any(|key| key.get_ref() == "target") {
@@ -181,41 +178,70 @@ impl Reading<'_> {
         if !keys.keys().any(|key| key.get_ref() == "id") {
             self.fault(table.span(), "the device has no `id`");
         }
-        // Its other faults are told as of some target.
-        let config = self.make(target.unwrap_or("null"), target.is_some(), table.span(), settings);
-        let config = config.filter(|_| self.faults.len() == before)?;
+        // Without a target nobody knows which options there are.
+        let target = target?;
+        let line = |settings: &[Setting]| command_line(target, settings);
+        let made = self.parsed(&format!("target {target}"), table.span(), settings, &line)?;
+        let made = add::config(&made).map(|(config, _)| config);
+        let mut config = made.map_err(|error| self.fault(table.span(), error)).ok()?;
+        if self.faults.len() > before {
+            return None;
+        }
+        self.place(&mut config);
+        if let Some(layers) = layers {
+            config.layers = layers;
+        }
         Some((table.span(), config))
     }
 
-    fn target(&mut self, value: &Spanned<DeValue<'_>>) -> Option<&'static str> {
-        let name = if let DeValue::String(name) = value.get_ref() { name.as_ref() } else { "" };
-        let found = TARGETS.into_iter().find(|it| *it == name);
+    /// Which of these words a value is.
+    fn one_of(
+        &mut self,
+        key: &str,
+        words: &'static [&'static str],
+        value: &Spanned<DeValue<'_>>,
+    ) -> Option<&'static str> {
+        let word = if let DeValue::String(word) = value.get_ref() { word.as_ref() } else { "" };
+        let found = words.iter().copied().find(|it| *it == word);
         if found.is_none() {
-            let all = TARGETS.join(", ");
-            self.fault(value.span(), format!("`target` is none of {all}"));
+            self.fault(value.span(), format!("`{key}` is none of {}", words.join(", ")));
         }
         found
     }
 
-    /// Has the arguments parsed. Each that is wrong is told and left out, until the rest is right or
-    /// what is wrong is not one of them. Without a target that is all.
-    fn make(
+    /// A key and its value as an option, of a target or a layer.
+    fn setting(
         &mut self,
-        target: &str,
-        has_target: bool,
-        span: Range<usize>,
-        mut settings: Vec<Setting>,
-    ) -> Option<DeviceConfig> {
-        if !has_target {
+        key: &Spanned<DeString<'_>>,
+        value: &Spanned<DeValue<'_>>,
+        of: &str,
+    ) -> Option<Setting> {
+        let name = key.get_ref().as_ref();
+        if NOT_OPTIONS.contains(&name) {
+            self.fault(key.span(), format!("there is no option `{name}` of a {of}"));
             return None;
         }
+        let arguments = arguments(name, value.get_ref());
+        if arguments.is_none() {
+            let what = "is neither text, a number, true or false, nor a list of these";
+            self.fault(value.span(), format!("`{name}` {what}"));
+        }
+        Some(Setting { key: name.to_owned(), span: key.span(), arguments: arguments? })
+    }
+
+    /// Has the command line of a target or a layer parsed. Each option that is wrong is told and left out,
+    /// until the rest is right or what is wrong is not one of them.
+    fn parsed(
+        &mut self,
+        what: &str,
+        span: Range<usize>,
+        mut settings: Vec<Setting>,
+        line: &dyn Fn(&[Setting]) -> Vec<String>,
+    ) -> Option<Target> {
+        let mut removed = Vec::new();
         loop {
-            let error = match Cli::try_parse_from(command_line(target, &settings)) {
-                Ok(Cli { command: Command::Add(target), .. }) => {
-                    let mut config = add::config(&target).0;
-                    self.place(&mut config);
-                    return Some(config);
-                }
+            let error = match Cli::try_parse_from(line(&settings)) {
+                Ok(Cli { command: Command::Add(target), .. }) => return Some(target),
                 Ok(_) => return None,
                 Err(error) => error,
             };
@@ -226,15 +252,19 @@ impl Reading<'_> {
                 Some(at) => {
                     let setting = settings.remove(at);
                     let known = error.kind() != clap::error::ErrorKind::UnknownArgument;
-                    let what = if known {
+                    let told = if known {
                         message
                     } else {
-                        format!("there is no option `{}` of the target {target}", setting.key)
+                        format!("there is no option `{}` of the {what}", setting.key)
                     };
-                    self.fault(setting.span, what);
+                    self.fault(setting.span, told);
+                    removed.push(setting.key);
                 }
                 None => {
-                    self.fault(span, message);
+                    // It is missing since it was wrong, which has been told.
+                    if !wrong.is_some_and(|key| removed.contains(&key)) {
+                        self.fault(span, message);
+                    }
                     return None;
                 }
             }
@@ -250,9 +280,9 @@ impl Reading<'_> {
     }
 }
 
-/// `ublk-target add TARGET` with its options; rules wrap the target.
+/// `ublk-target add TARGET` with its options; rules are those of a layer.
 fn command_line(target: &str, settings: &[Setting]) -> Vec<String> {
-    let is_outer = |setting: &&Setting| matches!(setting.key.as_str(), "rule" | "seed");
+    let is_outer = |setting: &&Setting| SHORT_FORM.contains(&setting.key.as_str());
     let arguments = |setting: &Setting| setting.arguments.clone();
     let mut line = vec!["ublk-target".to_owned(), "add".to_owned()];
     let outer: Vec<_> = settings.iter().filter(is_outer).flat_map(arguments).collect();

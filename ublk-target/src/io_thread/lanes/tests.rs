@@ -10,7 +10,7 @@ use nix::poll::PollTimeout;
 use ublk_engine::engine::{EngineConfig, QueueIdentity, SlotChoice, SlotTable};
 use ublk_engine::lend::LendMode;
 use ublk_engine::request::Geometry;
-use ublk_engine::target::{AnyTarget, NullTarget};
+use ublk_engine::target::{BaseTarget, NullTarget};
 use ublk_engine::units::Qid;
 use uring_ext::ring::Polling;
 
@@ -59,7 +59,7 @@ impl Rig {
             busy_wait: BusyWait::Auto,
             faults: None,
             buffer_bytes: 4096,
-            target: AnyTarget::Null(NullTarget),
+            target: BaseTarget::Null(NullTarget).into(),
             cdev: Arc::clone(&self.cdev),
             backings: Arc::clone(&self.backings),
             cpus: Vec::new(),

@@ -4,7 +4,7 @@ use ublk_engine::lend::LendMode;
 use ublk_engine::units::Bytes;
 use ublk_target::config::lend::LendRequest;
 use ublk_target::config::on_death::OnDeath;
-use ublk_target::config::{ExtentConfig, TargetConfig};
+use ublk_target::config::{ExtentConfig, LayerKind, Layers, TargetConfig};
 
 use super::*;
 
@@ -66,14 +66,73 @@ fn devices_have_the_options_of_add() {
         extent("/dev/b", Bytes(1 << 20), Some(Bytes(2 << 20))),
         extent("/etc/c.img", Bytes(0), None),
     ];
-    let rules = ["p=0.5,error=EIO", "short"].map(|rule| rule.parse().unwrap()).to_vec();
-    let target = Box::new(TargetConfig::Linear { extents });
-    assert_eq!(devices[1].target, TargetConfig::Fault { rules, seed: 4, target });
+    assert_eq!(devices[1].target, TargetConfig::Linear { extents });
+    assert_eq!(devices[1].layers, faults(&[("", &["p=0.5,error=EIO", "short"], 4)]));
     let null = DeviceConfig::of_target(TargetConfig::Null { size: Bytes(1 << 30) });
     assert_eq!(devices[2], DeviceConfig { id: Some(9), ..null });
     assert_eq!(devices[2].lend, LendRequest::Auto);
     let files = vec!["/dev/d".into(), "/dev/e".into()];
     assert_eq!(devices[3].target, TargetConfig::Stripe { chunk: Bytes(8192), files });
+}
+
+/// Layers of faults, the outermost first: name, rules, seed.
+fn faults(layers: &[(&str, &[&str], u64)]) -> Layers {
+    let layers = layers.iter().map(|(name, rules, seed)| {
+        let name = (!name.is_empty()).then(|| name.parse().unwrap());
+        let rules = rules.iter().map(|rule| rule.parse().unwrap()).collect();
+        (name, LayerKind::Fault { rules, seed: *seed })
+    });
+    Layers::named(layers).unwrap()
+}
+
+#[test]
+fn devices_have_layers_in_their_order() {
+    let config = parsed(
+        r#"
+        [[device]]
+        id = 7
+        target = "loop"
+        file = "a.img"
+        [[device.layer]]
+        kind = "fault"
+        rule = "short"
+        [[device.layer]]
+        kind = "fault"
+        name = "bad-writes"
+        rule = ["op=write,error=EIO", "delay=1ms"]
+        seed = 9
+        [[device.layer]]
+        kind = "fault"
+        rule = ["p=0.1,error=ENOSPC"]
+        [[device]]
+        id = 8
+        target = "null"
+        layer = []
+        [[device]]
+        id = 9
+        target = "null"
+        rule = "short"
+        [[device]]
+        id = 10
+        target = "null"
+        layer = [{ kind = "fault", rule = "short" }]
+        "#,
+    );
+    let devices = config.unwrap().devices;
+    let layers = faults(&[
+        ("", &["short"], 0),
+        ("bad-writes", &["op=write,error=EIO", "delay=1ms"], 9),
+        ("", &["p=0.1,error=ENOSPC"], 0),
+    ]);
+    assert_eq!(devices[0].layers, layers);
+    assert_eq!(devices[0].target, TargetConfig::Loop { file: "/etc/a.img".into() });
+    assert_eq!(devices[0].target_name(), "fault(fault(fault(loop)))");
+    let names: Vec<_> = devices[0].layers.iter().map(|layer| layer.name.as_str()).collect();
+    assert_eq!(names, ["fault", "bad-writes", "fault-2"]);
+    assert!(devices[1].layers.is_empty());
+    // The short form says the same as the long one.
+    assert_eq!(devices[2].layers, faults(&[("", &["short"], 0)]));
+    assert_eq!(devices[3].layers, devices[2].layers);
 }
 
 #[test]
@@ -106,6 +165,7 @@ const FAULTS: &[(&str, &[(usize, &str)])] = &[
     ("[[device]]\nid = 1\ntarget = \"null\"\nqueues = [1, 2]\n", &[(4, "--queues")]),
     ("[[device]]\nid = 1\ntarget = \"null\"\nrule = \"x=y\"\n", &[(4, "--rule")]),
     ("[[device]]\nid = 1\ntarget = \"null\"\nseed = 3\n", &[(1, "--rule")]),
+    ("[[device]]\nid = 1\ntarget = \"linear\"\nfile = \"/x,y\"\n", &[(4, "--file")]),
     ("[[device]]\nid = 1\ntarget = \"null\"\nsupervise = true\n", &[(4, "not for devices of")]),
     ("[[device]]\nid = 1\ntarget = \"null\"\nhelp = true\n", &[(4, "no option `help`")]),
     ("[[device]]\nid = 1\ntarget = \"null\"\n\"-n\" = 3\n", &[(4, "no option `-n`")]),
@@ -117,6 +177,59 @@ const FAULTS: &[(&str, &[(usize, &str)])] = &[
         "[[device]]\nid = 1\ntarget = \"loop\"\nfile = \"/q\"\n[[device]]\nid = 2\n\
          target = \"linear\"\nfile = [\"/p\", \"/q,4K\"]\n",
         &[(5, "/q is a backing of device 1 already")],
+    ),
+    ("[[device]]\nid = 1\ntarget = \"null\"\n[[device.layer]]\n", &[(4, "no `kind`")]),
+    (
+        "[[device]]\nid = 1\ntarget = \"null\"\n[[device.layer]]\nkind = \"fright\"\nrule = 3\n",
+        &[(5, "`kind` is none of fault")],
+    ),
+    (
+        "[[device]]\nid = 1\ntarget = \"null\"\nlayer = 3\n",
+        &[(4, "begins with `[[device.layer]]`")],
+    ),
+    (
+        "[[device]]\nid = 1\ntarget = \"null\"\nlayer = [3]\n",
+        &[(4, "begins with `[[device.layer]]`")],
+    ),
+    (
+        "[[device]]\nid = 1\ntarget = \"null\"\n[[device.layer]]\nkind = \"fault\"\n",
+        &[(4, "--rule")],
+    ),
+    (
+        "[[device]]\nid = 1\ntarget = \"null\"\n[[device.layer]]\nkind = \"fault\"\nrule = \"x=y\"\nseed = -1\n",
+        &[(6, "x=y"), (7, "--seed")],
+    ),
+    (
+        "[[device]]\nid = 1\ntarget = \"null\"\n[[device.layer]]\nkind = \"fault\"\nrule = \"short\"\nsize = \"1G\"\n",
+        &[(7, "no option `size` of the layer fault")],
+    ),
+    (
+        "[[device]]\nid = 1\ntarget = \"null\"\n[[device.layer]]\nkind = \"fault\"\nrule = \"short\"\nhelp = true\n",
+        &[(7, "no option `help` of a layer")],
+    ),
+    (
+        "[[device]]\nid = 1\ntarget = \"null\"\n[[device.layer]]\nkind = \"fault\"\nrule = \"short\"\nseed = { a = 1 }\n",
+        &[(7, "`seed` is neither")],
+    ),
+    (
+        "[[device]]\nid = 1\ntarget = \"null\"\n[[device.layer]]\nkind = \"fault\"\nrule = \"short\"\nname = \"Bad\"\n",
+        &[(7, "is no name of a layer")],
+    ),
+    (
+        "[[device]]\nid = 1\ntarget = \"null\"\n[[device.layer]]\nkind = \"fault\"\nrule = \"short\"\nname = 3\n",
+        &[(7, "`name` is no text")],
+    ),
+    (
+        "[[device]]\nid = 1\ntarget = \"null\"\n[[device.layer]]\nkind = \"fault\"\nrule = \"short\"\nname = \"a\"\n[[device.layer]]\nkind = \"fault\"\nrule = \"short\"\nname = \"a\"\n",
+        &[(8, "two layers of the device have the name `a`")],
+    ),
+    (
+        "[[device]]\nid = 1\ntarget = \"null\"\nrule = \"short\"\n[[device.layer]]\nkind = \"fault\"\nrule = \"short\"\n",
+        &[(4, "`rule` belongs to a `[[device.layer]]`")],
+    ),
+    (
+        "[[device]]\nid = 1\ntarget = \"null\"\nsize = \"x\"\n[[device.layer]]\nkind = \"fault\"\nrule = \"y\"\n",
+        &[(4, "--size"), (7, "--rule")],
     ),
     ("lanes = 2\n[[device]\nid = = 3\n", &[(2, "unclosed"), (3, "extra `=`"), (3, "unexpected")]),
 ];

@@ -1,0 +1,238 @@
+//! Any target of a device, with any layers before it.
+
+use uring_ext::Errno;
+
+use super::{FaultLayer, Layer, Layered, LinearTarget, LoopTarget, NullTarget, StripeTarget};
+use crate::plan::{Op, Place, Plan, Planner, Verdict};
+use crate::request::Request;
+use crate::units::Qid;
+
+/// Any of the targets, told apart without a virtual call.
+#[derive(Clone, Debug)]
+pub enum BaseTarget {
+    /// See [`NullTarget`].
+    Null(NullTarget),
+    /// See [`LoopTarget`].
+    Loop(LoopTarget),
+    /// See [`LinearTarget`].
+    Linear(LinearTarget),
+    /// See [`StripeTarget`].
+    Stripe(StripeTarget),
+}
+
+/// Any of the layers, told apart without a virtual call.
+#[derive(Clone, Debug)]
+pub enum AnyLayer {
+    /// See [`FaultLayer`].
+    Fault(FaultLayer),
+}
+
+/// Any target with any layers.
+#[derive(Clone, Debug)]
+pub struct AnyTarget(Shape);
+
+/// A target without layers is a shape of its own: the way of its requests has no branch for layers. It
+/// is told by the same tag as the kind of the target.
+#[derive(Clone, Debug)]
+enum Shape {
+    Bare(BaseTarget),
+    Layered(Box<Layered<AnyLayer, BaseTarget>>),
+}
+
+impl BaseTarget {
+    /// Whether it forgets what is written; it has no backings of the user's then.
+    #[must_use]
+    pub const fn is_null(&self) -> bool {
+        match self {
+            Self::Null(_) => true,
+            Self::Loop(_) | Self::Linear(_) | Self::Stripe(_) => false,
+        }
+    }
+
+    /// Whether every byte of `other` is where it is here, and there may be more behind them.
+    #[must_use]
+    pub fn extends(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Null(_), Self::Null(_)) => true,
+            (Self::Loop(new), Self::Loop(old)) => new.size() >= old.size(),
+            (Self::Linear(new), Self::Linear(old)) => new.extends(old),
+            (Self::Stripe(new), Self::Stripe(old)) => new.extends(old),
+            (_, _) => false,
+        }
+    }
+}
+
+impl Planner for BaseTarget {
+    #[inline]
+    fn plan(&self, request: &Request, from: u64, plan: &mut Plan) -> Result<(), Errno> {
+        match self {
+            Self::Null(target) => target.plan(request, from, plan),
+            Self::Loop(target) => target.plan(request, from, plan),
+            Self::Linear(target) => target.plan(request, from, plan),
+            Self::Stripe(target) => target.plan(request, from, plan),
+        }
+    }
+
+    #[inline]
+    fn single(&self, request: &Request) -> Option<Place> {
+        match self {
+            Self::Null(target) => target.single(request),
+            Self::Loop(target) => target.single(request),
+            Self::Linear(target) => target.single(request),
+            Self::Stripe(target) => target.single(request),
+        }
+    }
+}
+
+impl Layer for AnyLayer {
+    fn plan(
+        &self,
+        below: &impl Planner,
+        request: &Request,
+        from: u64,
+        plan: &mut Plan,
+    ) -> Result<(), Errno> {
+        match self {
+            Self::Fault(layer) => layer.plan(below, request, from, plan),
+        }
+    }
+
+    fn single(&self, below: &impl Planner, request: &Request) -> Option<Place> {
+        match self {
+            Self::Fault(layer) => layer.single(below, request),
+        }
+    }
+
+    fn scratch_bytes(&self, below: &impl Planner) -> u32 {
+        match self {
+            Self::Fault(layer) => layer.scratch_bytes(below),
+        }
+    }
+
+    fn failed(&self, below: &impl Planner, request: &Request, op: &Op, errno: Errno) -> Verdict {
+        match self {
+            Self::Fault(layer) => layer.failed(below, request, op, errno),
+        }
+    }
+
+    fn settled(&self, below: &impl Planner, request: &Request, result: Result<(), Errno>) {
+        match self {
+            Self::Fault(layer) => layer.settled(below, request, result),
+        }
+    }
+}
+
+impl AnyTarget {
+    /// Puts layers before a target, the outermost first.
+    #[must_use]
+    pub fn new(layers: impl Into<Box<[AnyLayer]>>, base: BaseTarget) -> Self {
+        let layers = layers.into();
+        if layers.is_empty() {
+            return Self(Shape::Bare(base));
+        }
+        Self(Shape::Layered(Box::new(Layered::new(layers, base))))
+    }
+
+    /// The target below all layers.
+    #[must_use]
+    pub fn base(&self) -> &BaseTarget {
+        match &self.0 {
+            Shape::Bare(base) => base,
+            Shape::Layered(layered) => layered.base(),
+        }
+    }
+
+    /// The layers, the outermost first.
+    #[must_use]
+    pub fn layers(&self) -> &[AnyLayer] {
+        match &self.0 {
+            Shape::Bare(_) => &[],
+            Shape::Layered(layered) => layered.layers(),
+        }
+    }
+
+    /// Puts another target in the place of the one below all layers.
+    pub fn replace_base(&mut self, base: &BaseTarget) {
+        let present = match &mut self.0 {
+            Shape::Bare(present) => present,
+            Shape::Layered(layered) => layered.base_mut(),
+        };
+        present.clone_from(base);
+    }
+
+    /// The target for a queue: what is random differs from queue to queue, and from a layer to the
+    /// next one that draws.
+    #[must_use]
+    pub fn for_queue(&self, qid: Qid) -> Self {
+        let target = self.clone();
+        let mut stream = u64::from(qid.0);
+        for layer in target.layers() {
+            match layer {
+                AnyLayer::Fault(fault) => {
+                    fault.begin_stream(stream);
+                    stream += 1 << 32;
+                }
+            }
+        }
+        target
+    }
+
+    #[inline(never)]
+    fn single_of_others(&self, request: &Request) -> Option<Place> {
+        match &self.0 {
+            Shape::Bare(base) => base.single(request),
+            Shape::Layered(layered) => layered.single(request),
+        }
+    }
+}
+
+impl From<BaseTarget> for AnyTarget {
+    fn from(base: BaseTarget) -> Self {
+        Self(Shape::Bare(base))
+    }
+}
+
+// What is not inlined takes no registers of the engine's where a target has no layers.
+impl Planner for AnyTarget {
+    #[inline(never)]
+    fn plan(&self, request: &Request, from: u64, plan: &mut Plan) -> Result<(), Errno> {
+        match &self.0 {
+            Shape::Bare(base) => base.plan(request, from, plan),
+            Shape::Layered(layered) => layered.plan(request, from, plan),
+        }
+    }
+
+    #[inline(always)]
+    fn single(&self, request: &Request) -> Option<Place> {
+        if let Shape::Bare(BaseTarget::Loop(target)) = &self.0 {
+            return target.single(request);
+        }
+        self.single_of_others(request)
+    }
+
+    fn scratch_bytes(&self) -> u32 {
+        match &self.0 {
+            Shape::Bare(base) => base.scratch_bytes(),
+            Shape::Layered(layered) => layered.scratch_bytes(),
+        }
+    }
+
+    #[inline(never)]
+    fn failed(&self, request: &Request, op: &Op, errno: Errno) -> Verdict {
+        match &self.0 {
+            Shape::Bare(base) => base.failed(request, op, errno),
+            Shape::Layered(layered) => layered.failed(request, op, errno),
+        }
+    }
+
+    #[inline]
+    fn settled(&self, request: &Request, result: Result<(), Errno>) {
+        match &self.0 {
+            Shape::Bare(base) => base.settled(request, result),
+            Shape::Layered(layered) => layered.settled(request, result),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,93 @@
+//! The layers of a device: `[[device.layer]]`, the outermost first.
+
+use std::ops::Range;
+
+use toml::Spanned;
+use toml::de::DeValue;
+use ublk_target::config::{BadLayers, LayerKind, LayerName, Layers};
+
+use super::{Reading, Setting};
+use crate::cli::add;
+
+/// The kinds of layers, which are targets of `add` that have another one inside.
+const KINDS: [&str; 1] = ["fault"];
+
+/// Options of a device that are the short form of a layer.
+pub(super) const SHORT_FORM: [&str; 2] = ["rule", "seed"];
+
+/// A layer as it is read.
+struct Layer {
+    span: Range<usize>,
+    name: Option<LayerName>,
+    kind: LayerKind,
+}
+
+impl Reading<'_> {
+    /// What the value of `layer` says.
+    pub(super) fn layers(&mut self, value: &Spanned<DeValue<'_>>) -> Option<Layers> {
+        let DeValue::Array(tables) = value.get_ref() else {
+            self.fault(value.span(), "a layer begins with `[[device.layer]]`");
+            return None;
+        };
+        let read: Vec<_> = tables.iter().map(|table| self.layer(table)).collect();
+        let read = read.into_iter().collect::<Option<Vec<_>>>()?;
+        let named = read.iter().map(|layer| (layer.name.clone(), layer.kind.clone()));
+        Layers::named(named).map_err(|error| self.fault(place(&error, &read), error)).ok()
+    }
+
+    fn layer(&mut self, table: &Spanned<DeValue<'_>>) -> Option<Layer> {
+        let before = self.faults.len();
+        let DeValue::Table(keys) = table.get_ref() else {
+            self.fault(table.span(), "a layer begins with `[[device.layer]]`");
+            return None;
+        };
+        let (mut kind, mut name) = (None, None);
+        let mut settings = Vec::new();
+        for (key, value) in keys {
+            match key.get_ref().as_ref() {
+                "kind" => kind = self.one_of("kind", &KINDS, value),
+                "name" => name = self.name(value),
+                _ => settings.extend(self.setting(key, value, "layer")),
+            }
+        }
+        if !keys.keys().any(|key| key.get_ref() == "kind") {
+            self.fault(table.span(), "the layer has no `kind`");
+        }
+        let kind = self.kind(kind?, table.span(), settings);
+        let kind = kind.filter(|_| self.faults.len() == before)?;
+        Some(Layer { span: table.span(), name, kind })
+    }
+
+    fn name(&mut self, value: &Spanned<DeValue<'_>>) -> Option<LayerName> {
+        let DeValue::String(name) = value.get_ref() else {
+            self.fault(value.span(), "`name` is no text");
+            return None;
+        };
+        name.parse().map_err(|error| self.fault(value.span(), error)).ok()
+    }
+
+    /// What a layer does, by `ublk-target add KIND` with its options.
+    fn kind(
+        &mut self,
+        kind: &str,
+        span: Range<usize>,
+        settings: Vec<Setting>,
+    ) -> Option<LayerKind> {
+        let line = |settings: &[Setting]| {
+            let options = settings.iter().flat_map(|setting| setting.arguments.clone());
+            let words = ["ublk-target", "add", kind].map(str::to_owned);
+            words.into_iter().chain(options).chain(["null".to_owned()]).collect()
+        };
+        let target = self.parsed(&format!("layer {kind}"), span, settings, &line)?;
+        let mut layers = Vec::new();
+        let _ = add::resolve(&target, &mut layers);
+        layers.pop()
+    }
+}
+
+/// Where it is that layers are wrong together.
+fn place(error: &BadLayers, layers: &[Layer]) -> Range<usize> {
+    let wrong = if let BadLayers::SameName(name) = error { Some(name) } else { None };
+    let is_it = |layer: &&Layer| wrong.is_none() || layer.name.as_ref() == wrong;
+    layers.iter().rfind(is_it).map(|layer| layer.span.clone()).unwrap_or_default()
+}
