@@ -129,8 +129,11 @@ impl<'ring> EventLoop<'ring> {
     /// [`LaneError::Ring`] if the ring does not work any more. Those of the station if it has the
     /// lane to itself.
     pub fn run(&mut self) -> Result<(), LaneError> {
-        while self.arrivals.is_some() || !self.stations.is_empty() {
+        loop {
             self.look_after_due()?;
+            if self.arrivals.is_none() && self.stations.is_empty() {
+                return Ok(());
+            }
             let is_idle = self.is_draining && self.is_idle();
             let in_flight = self.in_flight;
             self.submit_and_wait(is_idle)?;
@@ -139,10 +142,9 @@ impl<'ring> EventLoop<'ring> {
             // All deliveries that were under way have been seen: there was a submission after the
             // driver had stopped delivering, and it has brought nothing.
             if is_idle && reaped == 0 {
-                break;
+                return Ok(());
             }
         }
-        Ok(())
     }
 
     fn submit_and_wait(&mut self, is_idle: bool) -> Result<(), LaneError> {
