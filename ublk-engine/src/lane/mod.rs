@@ -213,6 +213,13 @@ impl<P: Planner> Lane<P> {
         self.refused.map_or(Ok(()), Err)
     }
 
+    /// Whether there is something to do for the lane before the next submission, beside deadlines:
+    /// the rings had no room, do not work, or the driver has taken fetches back.
+    #[inline(always)]
+    pub fn needs_attention(&self) -> bool {
+        self.port.is_held_up || self.engine.has_ended_tags()
+    }
+
     /// How many entries the rings had no room for.
     pub fn backlog(&self) -> usize {
         self.port.backlog()

@@ -83,6 +83,8 @@ pub(super) struct PortState {
     backlog: VecDeque<(RingRole, Sqe)>,
     /// The first error of a push: the ring is unusable and the lane ends.
     pub failure: Option<Errno>,
+    /// There is a backlog, or a failure.
+    pub is_held_up: bool,
 }
 
 /// The engine's decisions as entries of a ring, for the time of one call.
@@ -112,6 +114,7 @@ impl PortState {
             faults,
             backlog: VecDeque::with_capacity(room),
             failure: None,
+            is_held_up: false,
         }
     }
 
@@ -139,6 +142,7 @@ impl<Io: LaneIo> RingPort<'_, Io> {
                 }
             }
         }
+        self.state.is_held_up = self.state.failure.is_some();
     }
 
     /// Pushes entries of the lane's own.
@@ -156,6 +160,7 @@ impl<Io: LaneIo> RingPort<'_, Io> {
 
     #[cold]
     fn not_pushed(&mut self, role: RingRole, sqes: &[Sqe], errno: Errno) {
+        self.state.is_held_up = true;
         if errno == Errno::EBUSY {
             self.state.backlog.extend(sqes.iter().map(|sqe| (role, sqe.clone())));
         } else {

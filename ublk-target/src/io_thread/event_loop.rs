@@ -1,10 +1,9 @@
 //! The loop that serves queues: one thread's rings, and the stations on them.
 //!
-//! A lane of its own has one station for life; stations of a shared lane come and go. Each
-//! completion says by its incarnation which station it is for; number 0 is the lane's own. The loop
-//! is: look after the stations that something has happened to, submit and wait, reap, let the
-//! engines decide. Nothing in it allocates, locks, logs or blocks: what a station is made of comes
-//! with it, and goes with it.
+//! A lane of its own has one station for life; stations of a shared lane come and go. The
+//! incarnation in a completion names its station; number 0 is the lane's own. The loop is: look
+//! after the stations that need it, submit and wait, reap, let the engines decide. Nothing in it
+//! allocates, locks, logs or blocks: a station brings its memory along, and takes it away.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -46,9 +45,7 @@ struct Station {
     wakeups: Arc<Wakeups>,
     looks: bool,
     is_withdrawn: Arc<AtomicBool>,
-    /// Reads and writes in flight when it was looked at last.
-    in_flight: usize,
-    /// Something has happened to it since it was looked at.
+    /// It has to be looked after before the next submission.
     is_due: bool,
     /// Why it has to end, as soon as the driver has taken its fetches back.
     failure: Option<LaneError>,
@@ -200,9 +197,11 @@ impl<'ring> EventLoop<'ring> {
             return self.handle_own(cqe);
         };
         station.lane.set_now(self.now);
+        let before = station.lane.engine().transfers_in_flight();
         let mut io = StationIo { rings: &mut self.rings, parts: &mut station.parts };
         station.lane.handle(cqe, &mut io);
-        if !station.is_due {
+        self.in_flight = self.in_flight - before + station.lane.engine().transfers_in_flight();
+        if station.lane.needs_attention() && !station.is_due {
             station.is_due = true;
             self.due.push(name);
         }
@@ -239,8 +238,7 @@ impl<'ring> EventLoop<'ring> {
         Ok(())
     }
 
-    /// Looks at the stations that something has happened to, before what they have decided is
-    /// submitted.
+    /// Looks after the stations that need it, before what they have decided is submitted.
     fn look_after_due(&mut self) -> Result<(), LaneError> {
         if self.rings.is_spare_wanted {
             self.pass_spares_on();
@@ -278,8 +276,6 @@ impl<'ring> EventLoop<'ring> {
             }
         }
         let engine = station.lane.engine();
-        let before = std::mem::replace(&mut station.in_flight, engine.transfers_in_flight());
-        self.in_flight = self.in_flight - before + station.in_flight;
         if engine.is_finished() {
             return Ok(Standing::Over);
         }
@@ -305,7 +301,10 @@ impl<'ring> EventLoop<'ring> {
                 let Some(station) = self.stations.get_mut(key) else { continue };
                 let mut io = StationIo { rings: &mut self.rings, parts: &mut station.parts };
                 station.lane.set_now(self.now);
+                let before = station.lane.engine().transfers_in_flight();
                 station.lane.serve_waiting(&mut io);
+                let after = station.lane.engine().transfers_in_flight();
+                self.in_flight = self.in_flight - before + after;
                 if !station.is_due {
                     station.is_due = true;
                     self.due.push(name);
@@ -366,7 +365,6 @@ impl<'ring> EventLoop<'ring> {
             wakeups,
             looks,
             is_withdrawn,
-            in_flight: 0,
             is_due: false,
             failure: filled.err(),
         };
@@ -392,7 +390,7 @@ impl<'ring> EventLoop<'ring> {
     fn end(&mut self, name: u16) {
         let key = std::mem::replace(&mut self.at[usize::from(name)], NOBODY);
         let Some(station) = self.stations.try_remove(key.into()) else { return };
-        self.in_flight -= station.in_flight;
+        self.in_flight -= station.lane.engine().transfers_in_flight();
         self.rings.spares.iter_mut().flatten().for_each(|spare| spare.forget(name));
         self.allow_looks();
         self.let_go(station);
