@@ -276,17 +276,20 @@ impl<'ring> EventLoop<'ring> {
             }
         }
         let engine = station.lane.engine();
-        if engine.is_finished() {
-            return Ok(Standing::Over);
-        }
-        // Somebody has made the device wait for another server while a request was in hand. On a
-        // shared ring the other fetches stay with the driver, which delivers no more.
-        if engine.has_ended_tags()
-            && !station.is_withdrawn.load(Ordering::Relaxed)
-            && (self.is_alone || engine.holdings().requests == 0)
-        {
-            station.is_withdrawn.store(true, Ordering::Release);
+        let is_finished = engine.is_finished();
+        // Somebody has quiesced the device. On a shared ring the other fetches stay with the driver,
+        // which delivers no more. A lane of its own says so even if all its fetches have ended:
+        // control finds out whether the device was stopped or is to be served again.
+        let is_withdrawn = if self.is_alone {
+            engine.has_ended_tags()
+        } else {
+            !is_finished && engine.has_ended_tags() && engine.holdings().requests == 0
+        };
+        if is_withdrawn && !station.is_withdrawn.swap(true, Ordering::AcqRel) {
             station.wakeups.undelivered();
+        }
+        if is_finished {
+            return Ok(Standing::Over);
         }
         station.is_due = engine.config().deadline.is_some() || station.lane.backlog() > 0;
         Ok(if station.is_due { Standing::Due } else { Standing::Idle })
@@ -296,7 +299,7 @@ impl<'ring> EventLoop<'ring> {
     #[cold]
     fn pass_spares_on(&mut self) {
         for index in 0..MAX_SPARES {
-            while let Some(name) = self.rings.spares[index].as_mut().and_then(Spare::next_turn) {
+            while let Some(name) = self.rings.spares[index].next_turn() {
                 let key = usize::from(self.at[usize::from(name)]);
                 let Some(station) = self.stations.get_mut(key) else { continue };
                 let mut io = StationIo { rings: &mut self.rings, parts: &mut station.parts };
@@ -311,7 +314,7 @@ impl<'ring> EventLoop<'ring> {
                 }
             }
         }
-        self.rings.is_spare_wanted = self.rings.spares.iter().flatten().any(Spare::is_wanted);
+        self.rings.is_spare_wanted = self.rings.spares.iter().any(Spare::is_wanted);
     }
 
     /// Asks to be woken by the next message.
@@ -328,6 +331,7 @@ impl<'ring> EventLoop<'ring> {
         for (_, station) in &mut self.stations {
             while let Ok(message) = station.inbox.try_recv() {
                 let mut io = StationIo { rings: &mut self.rings, parts: &mut station.parts };
+                station.lane.set_now(self.now);
                 // Nobody has a station of a shared lane drained: its fetches would stay with the
                 // ring.
                 self.is_draining |= attend(&mut station.lane, &mut io, message) && self.is_alone;
@@ -391,7 +395,7 @@ impl<'ring> EventLoop<'ring> {
         let key = std::mem::replace(&mut self.at[usize::from(name)], NOBODY);
         let Some(station) = self.stations.try_remove(key.into()) else { return };
         self.in_flight -= station.lane.engine().transfers_in_flight();
-        self.rings.spares.iter_mut().flatten().for_each(|spare| spare.forget(name));
+        self.rings.spares.iter_mut().for_each(|spare| spare.forget(name));
         self.allow_looks();
         self.let_go(station);
     }
@@ -425,9 +429,9 @@ impl<'ring> EventLoop<'ring> {
     fn fill_tables(&mut self, arrival: &Arrival) -> Result<(), LaneError> {
         self.rings.set_files(arrival.place.cdev(), &arrival.files)?;
         if let Some(SpareBuffer { index, slot, pool }) = arrival.spare {
-            if self.rings.spares[index].is_none() {
+            if self.rings.spares[index].pool.is_none() {
                 self.rings.set_buffers(slot, &pool)?;
-                self.rings.spares[index] = Some(Spare::new(pool));
+                self.rings.spares[index].pool = Some(pool);
             }
         }
         let Some(pool) = &arrival.parts.pool else { return Ok(()) };

@@ -28,19 +28,20 @@ pub(crate) struct Rings<'ring> {
     pub side: Option<SideQueues<'ring>>,
     pub io_lane: Option<IoLane>,
     /// The spare buffers, by number.
-    pub spares: [Option<Spare>; MAX_SPARES],
+    pub spares: [Spare; MAX_SPARES],
     /// A station waits for a spare buffer.
     pub is_spare_wanted: bool,
 }
 
 impl<'ring> Rings<'ring> {
-    /// Rings without spare buffers.
+    /// Rings for so many stations, without spare buffers.
     pub fn new(
         queues: Queues<'ring>,
         side: Option<SideQueues<'ring>>,
         io_lane: Option<IoLane>,
+        stations: usize,
     ) -> Self {
-        let spares = [const { None }; MAX_SPARES];
+        let spares = std::array::from_fn(|_| Spare::new(stations));
         Self { queues, side, io_lane, spares, is_spare_wanted: false }
     }
 
@@ -143,7 +144,7 @@ impl StationIo<'_, '_> {
             return self.parts.pool.as_ref().map(|pool| (pool, buffer));
         };
         match buffer.checked_sub(1) {
-            None => self.rings.spares[spare].as_ref().map(|spare| (&spare.pool, 0)),
+            None => self.rings.spares[spare].pool.as_ref().map(|pool| (pool, 0)),
             Some(own) => self.parts.pool.as_ref().map(|pool| (pool, own)),
         }
     }
@@ -187,16 +188,16 @@ impl LaneIo for StationIo<'_, '_> {
 
     fn take_spare(&mut self) -> bool {
         let (name, spare) = (self.parts.name, self.parts.spare);
-        let spare = spare.and_then(|spare| self.rings.spares[spare].as_mut());
-        let is_taken = spare.is_some_and(|spare| spare.take(name));
+        // Without one the buffers of the pool are the station's own.
+        let is_taken = spare.is_none_or(|spare| self.rings.spares[spare].take(name));
         self.rings.is_spare_wanted |= !is_taken;
         is_taken
     }
 
     fn give_spare(&mut self) {
         let (name, spare) = (self.parts.name, self.parts.spare);
-        if let Some(spare) = spare.and_then(|spare| self.rings.spares[spare].as_mut()) {
-            spare.give(name);
+        if let Some(spare) = spare {
+            self.rings.spares[spare].give(name);
         }
     }
 

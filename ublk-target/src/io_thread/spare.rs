@@ -8,8 +8,6 @@ use std::collections::VecDeque;
 
 use uring_ext::pool::BufferPool;
 
-use crate::io_thread::station::MAX_STATIONS;
-
 /// Spare buffers that a lane may have. A device with longer requests than those before it brings a
 /// longer one.
 pub(crate) const MAX_SPARES: usize = 16;
@@ -28,7 +26,8 @@ pub(crate) struct SpareBuffer {
 /// A spare buffer, who has it, and who waits for it. Stations go by their names.
 #[derive(Debug)]
 pub(crate) struct Spare {
-    pub pool: BufferPool,
+    /// Its memory, once a station has brought it.
+    pub pool: Option<BufferPool>,
     holder: Option<u16>,
     waiting: VecDeque<u16>,
     /// It was taken off `waiting`, and may take the buffer before all others.
@@ -36,9 +35,10 @@ pub(crate) struct Spare {
 }
 
 impl Spare {
-    /// A free one.
-    pub fn new(pool: BufferPool) -> Self {
-        Self { pool, holder: None, waiting: VecDeque::with_capacity(MAX_STATIONS), turn: None }
+    /// A place for one that up to `stations` share.
+    pub fn new(stations: usize) -> Self {
+        let waiting = VecDeque::with_capacity(stations);
+        Self { pool: None, holder: None, waiting, turn: None }
     }
 
     /// Takes the buffer; `false` if another station has it or asked before.
@@ -89,13 +89,9 @@ impl Spare {
 mod tests {
     use super::*;
 
-    fn spare() -> Spare {
-        Spare::new(BufferPool::new(1, 4096).unwrap())
-    }
-
     #[test]
     fn stations_have_it_in_the_order_in_which_they_asked() {
-        let mut spare = spare();
+        let mut spare = Spare::new(4);
         assert!(spare.take(1) && !spare.is_wanted());
         assert!(!spare.take(2) && !spare.take(3) && !spare.take(2));
         assert_eq!(spare.next_turn(), None, "it is taken");
@@ -118,7 +114,7 @@ mod tests {
 
     #[test]
     fn a_station_that_has_gone_is_not_waited_for() {
-        let mut spare = spare();
+        let mut spare = Spare::new(4);
         assert!(spare.take(1) && !spare.take(2) && !spare.take(3));
         spare.forget(2);
         spare.give(1);

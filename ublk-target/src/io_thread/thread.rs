@@ -17,7 +17,9 @@ use crate::io_thread::setup::{EVENT, LaneConfig, RingNeeds};
 use crate::io_thread::side_ring::SideRing;
 use crate::io_thread::spare::SpareBuffer;
 use crate::io_thread::spawn::{prepare_lane_thread, prepare_thread};
-use crate::io_thread::station::{Arrival, Berth, StationChannels, own_pool, spare_pool};
+use crate::io_thread::station::{
+    Arrival, Berth, MAX_STATIONS, StationChannels, own_pool, spare_pool,
+};
 
 /// Serves one queue on a thread and rings of its own, until the device is stopped or the lane is
 /// drained.
@@ -45,9 +47,12 @@ pub(crate) fn serve_one(
         let side = side.inspect_err(|error| {
             let _ = ready.send(Err(*error));
         })?;
-        let rings = Rings::new(queues, side, io_lane);
+        let rings = Rings::new(queues, side, io_lane, 1);
         let mut lane = EventLoop::alone(rings, wake, busy_wait);
-        let begun = lane.watch().and_then(|()| lane.take_in(arrival));
+        let watched = lane.watch().inspect_err(|error| {
+            let _ = ready.send(Err(*error));
+        });
+        let begun = watched.and_then(|()| lane.take_in(arrival));
         let ended = begun.and_then(|()| lane.run());
         (ended, lane.end_all(ended.err()))
     };
@@ -75,7 +80,7 @@ pub(crate) fn serve_many(
         let _ = ready.send(Err(*error));
     })?;
     let (ended, left) = {
-        let rings = Rings::new(ring.queues(), None, None);
+        let rings = Rings::new(ring.queues(), None, None, MAX_STATIONS);
         let mut lane = EventLoop::shared(rings, arrivals, wake);
         let watched = lane.watch();
         let _ = ready.send(watched);

@@ -160,8 +160,9 @@ impl SharedLanes {
         let files = u32::try_from(config.backings.len() + 1).unwrap_or(u32::MAX);
         let (slots, tags) = (config.own_slots().into(), config.engine.queue.depth.into());
         let spare = config.shares_spare().then_some(config.buffer_bytes);
-        let is_any_empty = self.lanes.iter().flatten().any(|lane| lane.stations == 0);
-        if !is_any_empty && self.count() < self.limit {
+        let mut lanes = self.lanes.iter().flatten();
+        let has_empty = lanes.any(|lane| lane.stations == 0 && lane.fits(files, slots, spare));
+        if !has_empty && self.count() < self.limit {
             self.start_lane()?;
         }
         let lanes = self.lanes.iter_mut().enumerate();
@@ -271,16 +272,13 @@ impl SharedLanes {
 
 impl SharedLane {
     fn fits(&self, files: u32, slots: u32, spare: Option<u32>) -> bool {
-        let is_spare_here = spare.is_none_or(|bytes| {
-            let is_long_enough = |spare: &Spare| spare.bytes >= bytes;
-            self.spares.iter().any(is_long_enough) || self.spares.len() < MAX_SPARES
-        });
-        // One more for a spare buffer.
-        let slots = slots + u32::from(spare.is_some());
-        self.stations < MAX_STATIONS
-            && self.files.has(files)
-            && self.slots.has(slots)
-            && is_spare_here
+        let has_spare = |bytes| self.spares.iter().any(|spare| spare.bytes >= bytes);
+        let needs_spare = spare.is_some_and(|bytes| !has_spare(bytes));
+        // A new spare buffer takes a slot at the end of the table.
+        let slots_with_spare = slots + u32::from(needs_spare);
+        let has_room_for_spare = !needs_spare || self.spares.len() < MAX_SPARES;
+        let has_slots = self.slots.has(slots_with_spare);
+        self.stations < MAX_STATIONS && self.files.has(files) && has_slots && has_room_for_spare
     }
 
     /// The shortest spare buffer that has room for `bytes`; a new one if there is none.
@@ -290,8 +288,8 @@ impl SharedLane {
             return Ok(spare.buffer);
         }
         let pool = spare_pool(bytes)?;
-        let slot = self.slots.take(1).ok_or_else(no_room)?;
-        let slot = u16::try_from(slot.start).unwrap_or(u16::MAX);
+        let slot = self.slots.take_last().ok_or_else(no_room)?;
+        let slot = u16::try_from(slot).unwrap_or(u16::MAX);
         let buffer = SpareBuffer { index: self.spares.len(), slot, pool };
         self.spares.push(Spare { bytes, buffer });
         Ok(buffer)

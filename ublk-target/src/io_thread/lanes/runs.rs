@@ -26,6 +26,17 @@ impl Runs {
         Some(taken)
     }
 
+    /// Takes the last number that is free.
+    pub fn take_last(&mut self) -> Option<u32> {
+        let free = self.free.last_mut()?;
+        free.end -= 1;
+        let taken = free.end;
+        if free.start == free.end {
+            self.free.pop();
+        }
+        Some(taken)
+    }
+
     /// Whether [`Runs::take`] would find one.
     pub fn has(&self, len: u32) -> bool {
         self.free.iter().any(|free| free.end - free.start >= len)
@@ -63,6 +74,16 @@ mod tests {
         assert_eq!(runs.take(2), Some(4..6));
         runs.give_back(a);
         assert_eq!(runs.take(4), None, "5 numbers are free, but apart");
+    }
+
+    #[test]
+    fn the_last_number_is_taken_off_the_end() {
+        let mut runs = Runs::new(1..4);
+        assert_eq!(runs.take_last(), Some(3));
+        assert_eq!(runs.take(2), Some(1..3));
+        assert_eq!(runs.take_last(), None);
+        runs.give_back(1..2);
+        assert_eq!((runs.take_last(), runs.take_last()), (Some(1), None));
     }
 
     proptest! {

@@ -138,6 +138,21 @@ fn a_lane_without_room_is_left_alone() {
     assert!(rig.hold(16).is_ok());
 }
 
+/// A lane keeps its spare buffer, so a table that is nearly full fits again after a device has gone.
+#[test]
+fn a_lane_that_has_a_spare_buffer_needs_no_slot_for_another() {
+    let mut rig = Rig::new(2);
+    for round in 0..3 {
+        let holding = rig.hold(SLOTS - 1).unwrap();
+        assert_eq!(rig.lanes.count(), 1, "round {round}");
+        rig.lanes.give_back(holding);
+    }
+    // One that lends in all slots needs a lane that has never had a spare buffer.
+    let slots = SlotTable { lent: SLOTS, pool: 0, ..Rig::slots(LendMode::Fused) };
+    let all = rig.lanes.hold(&rig.config(1, LendMode::Fused, slots)).unwrap();
+    assert_eq!((rig.lanes.count(), all.lane), (2, 1));
+}
+
 #[test]
 fn an_empty_lane_is_taken_before_another_is_started() {
     let mut rig = Rig::new(2);
