@@ -62,10 +62,10 @@ impl Event {
     /// Whose a completion is, by the incarnation that its `user_data` carries: the lower 12 bits of
     /// it.
     #[must_use]
-    #[inline]
+    #[inline(always)]
     pub fn whose(user_data: u64) -> u16 {
-        let [head, low, ..] = user_data.to_be_bytes();
-        u16::from_be_bytes([head & 0xf, low])
+        let [.., low, head] = user_data.to_le_bytes();
+        u16::from_le_bytes([low, head & 0xf])
     }
 
     /// From the `user_data` of a completion; `None` for what another incarnation asked for, and

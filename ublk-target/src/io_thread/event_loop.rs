@@ -164,10 +164,9 @@ impl<'ring> EventLoop<'ring> {
             // While nobody measures, coarse time does: it costs no system call and no clock read.
             self.now = if self.measures { precise_now() } else { coarse_now() };
             let mut count = 0;
-            while count < REAP_BATCH {
-                let Some(cqe) = self.rings.take() else { break };
-                count += 1;
-                self.handle(cqe)?;
+            let mut next = self.rings.take();
+            while let Some(cqe) = next {
+                next = self.handle_run(cqe, &mut count)?;
             }
             self.rings.look();
             reaped += count;
@@ -190,22 +189,37 @@ impl<'ring> EventLoop<'ring> {
         due.filter_map(|station| station.lane.engine().patience()).min()
     }
 
+    /// Deals with a completion, and with those behind it that are for the same station, as far as
+    /// the batch goes; returns the first of another station. Most are for the same one.
     #[inline(always)]
-    fn handle(&mut self, cqe: Cqe) -> Result<(), LaneError> {
-        let name = Event::whose(cqe.user_data);
+    fn handle_run(&mut self, first: Cqe, count: &mut usize) -> Result<Option<Cqe>, LaneError> {
+        let name = Event::whose(first.user_data);
         let Some(station) = self.stations.get_mut(usize::from(self.at[usize::from(name)])) else {
-            return self.handle_own(cqe);
+            *count += 1;
+            self.handle_own(first)?;
+            return Ok(if *count < REAP_BATCH { self.rings.take() } else { None });
         };
         station.lane.set_now(self.now);
         let before = station.lane.engine().transfers_in_flight();
-        let mut io = StationIo { rings: &mut self.rings, parts: &mut station.parts };
-        station.lane.handle(cqe, &mut io);
+        let mut cqe = first;
+        let next = loop {
+            let mut io = StationIo { rings: &mut self.rings, parts: &mut station.parts };
+            station.lane.handle(cqe, &mut io);
+            *count += 1;
+            if *count == REAP_BATCH {
+                break None;
+            }
+            match self.rings.take() {
+                Some(same) if Event::whose(same.user_data) == name => cqe = same,
+                other => break other,
+            }
+        };
         self.in_flight = self.in_flight - before + station.lane.engine().transfers_in_flight();
         if station.lane.needs_attention() && !station.is_due {
             station.is_due = true;
             self.due.push(name);
         }
-        Ok(())
+        Ok(next)
     }
 
     /// Deals with a completion of the lane's own.
@@ -233,7 +247,9 @@ impl<'ring> EventLoop<'ring> {
 
     fn take_of_io_lane(&mut self) -> Result<(), LaneError> {
         while let Some(cqe) = self.rings.take_of_io_lane() {
-            self.handle(cqe)?;
+            // Nothing of the first ring comes in between.
+            let mut count = REAP_BATCH - 1;
+            self.handle_run(cqe, &mut count)?;
         }
         Ok(())
     }

@@ -24,6 +24,7 @@ pub const TESTS: &[TestCase] = &[
     TestCase::guest("del_waits_for_no_late_request", DEFAULT, asked_too_late),
     TestCase::guest("del_force_kills_servers_that_do_not_end", DEFAULT, suspended).seconds(300),
     TestCase::guest("leftovers_are_named_and_cleaned", DEFAULT, leftovers).seconds(300),
+    TestCase::guest("del_knows_processes_without_a_role_file", DEFAULT, without_role).seconds(180),
     TestCase::guest("no_process_inherits_what_keeps_a_device", DEFAULT, inheritance),
 ];
 
@@ -319,6 +320,36 @@ fn leftovers(ctx: &Ctx) -> Result<Outcome> {
     println!("{FIGURE}a suspended supervisor: {:.1} s", began.elapsed().as_secs_f64());
     remains::ensure_none()?;
     drop(device);
+    Ok(Outcome::Pass)
+}
+
+/// Each process says what it is. One of an earlier version does not, and is known all the same.
+fn without_role(_ctx: &Ctx) -> Result<Outcome> {
+    load_driver()?;
+    let roles = || -> Result<Vec<String>> {
+        let read = |path: std::path::PathBuf| -> Result<String> {
+            let told: serde_json::Value = serde_json::from_str(&fs::read_to_string(path)?)?;
+            Ok(told["role"].as_str().context("a role")?.to_owned())
+        };
+        let mut roles: Vec<_> =
+            remains::role_files().into_iter().map(read).collect::<Result<_>>()?;
+        roles.sort();
+        Ok(roles)
+    };
+    for (more, expected) in
+        [(&[][..], &["server"][..]), (&["--supervise"], &["server", "supervisor"])]
+    {
+        let device = Device::add(&[&["null", "-n", ID], more].concat())?;
+        ensure!(roles()? == expected, "{more:?}: {:?}", roles()?);
+        for file in remains::role_files() {
+            fs::remove_file(file)?;
+        }
+        let printed = process::run(&[PROGRAM, "list"])?;
+        ensure!(printed.stderr.is_empty(), "{printed:?}");
+        ensure!(remains::devices()?[0].supervisor == device.described.supervisor);
+        del(&format!("without role files {more:?}"), &[])?;
+        drop(device);
+    }
     Ok(Outcome::Pass)
 }
 
