@@ -62,6 +62,8 @@ impl BaseTarget {
     }
 }
 
+// All calls are passed on, also those that a target need not have: none is left to the trait.
+#[deny(clippy::missing_trait_methods)]
 impl Planner for BaseTarget {
     #[inline]
     fn plan(&self, request: &Request, from: u64, plan: &mut Plan) -> Result<(), Errno> {
@@ -82,8 +84,39 @@ impl Planner for BaseTarget {
             Self::Stripe(target) => target.single(request),
         }
     }
+
+    #[inline]
+    fn scratch_bytes(&self) -> u32 {
+        match self {
+            Self::Null(target) => target.scratch_bytes(),
+            Self::Loop(target) => target.scratch_bytes(),
+            Self::Linear(target) => target.scratch_bytes(),
+            Self::Stripe(target) => target.scratch_bytes(),
+        }
+    }
+
+    #[inline]
+    fn failed(&self, request: &Request, op: &Op, errno: Errno) -> Verdict {
+        match self {
+            Self::Null(target) => target.failed(request, op, errno),
+            Self::Loop(target) => target.failed(request, op, errno),
+            Self::Linear(target) => target.failed(request, op, errno),
+            Self::Stripe(target) => target.failed(request, op, errno),
+        }
+    }
+
+    #[inline]
+    fn settled(&self, request: &Request, result: Result<(), Errno>) {
+        match self {
+            Self::Null(target) => target.settled(request, result),
+            Self::Loop(target) => target.settled(request, result),
+            Self::Linear(target) => target.settled(request, result),
+            Self::Stripe(target) => target.settled(request, result),
+        }
+    }
 }
 
+#[deny(clippy::missing_trait_methods)]
 impl Layer for AnyLayer {
     fn plan(
         &self,
@@ -193,6 +226,7 @@ impl From<BaseTarget> for AnyTarget {
 }
 
 // What is not inlined takes no registers of the engine's where a target has no layers.
+#[deny(clippy::missing_trait_methods)]
 impl Planner for AnyTarget {
     #[inline(never)]
     fn plan(&self, request: &Request, from: u64, plan: &mut Plan) -> Result<(), Errno> {

@@ -113,6 +113,7 @@ impl<L, B> Layered<L, B> {
 }
 
 // What is not inlined takes no registers of its caller's, whose target may have no layers.
+#[deny(clippy::missing_trait_methods)]
 impl<L: Layer, B: Planner> Planner for Layered<L, B> {
     #[inline(never)]
     fn plan(&self, request: &Request, from: u64, plan: &mut Plan) -> Result<(), Errno> {
@@ -151,6 +152,7 @@ impl<'a, L, B> Stack<'a, L, B> {
     }
 }
 
+#[deny(clippy::missing_trait_methods)]
 impl<L: Layer, B: Planner> Planner for Stack<'_, L, B> {
     fn plan(&self, request: &Request, from: u64, plan: &mut Plan) -> Result<(), Errno> {
         match self.split() {

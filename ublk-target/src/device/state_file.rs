@@ -20,10 +20,11 @@ use crate::device::mark::Nonce;
 use crate::device::trouble::Trouble;
 use crate::os::own_files;
 
-/// The format of devices with layers.
+/// The format of devices with layers that format 3 cannot hold.
 const VERSION: u32 = 4;
-/// The oldest format that is read. Devices without layers are written in it: earlier programs serve them
-/// as well, a supervisor of such a one among them.
+/// The oldest format that is read. All other devices are written in it, so that earlier programs can still
+/// read it after an upgrade: their supervisors, which look for the program, and the one that serves on
+/// where the new one cannot.
 const OLDEST: u32 = 3;
 /// The field of the checksum.
 const CHECKSUM: &str = "crc32c";
@@ -155,15 +156,14 @@ impl StateFile {
         Ok(())
     }
 
-    /// The format that the record is written in.
-    fn version(&self) -> u32 {
-        if self.config.layers.is_empty() { OLDEST } else { VERSION }
-    }
-
     /// The record with its format, and a checksum over all the rest.
     fn to_text(&self) -> io::Result<String> {
         let mut value = serde_json::to_value(self)?;
-        value["version"] = self.version().into();
+        let is_old = version_3::can_hold(&self.config.layers);
+        if is_old {
+            version_3::fold(&mut value);
+        }
+        value["version"] = if is_old { OLDEST } else { VERSION }.into();
         value[CHECKSUM] = checksum_of(&value).into();
         Ok(serde_json::to_string_pretty(&value)?)
     }

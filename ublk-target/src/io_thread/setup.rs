@@ -86,9 +86,12 @@ impl LaneConfig {
         usize::from(self.engine.queue.depth) * (2 * WINDOW_OPS + 2)
     }
 
-    /// Whether the pool of the queue is the spare buffer of its lane.
+    /// Whether the pool of the queue is the spare buffer of its lane. It has no other buffer then.
     pub(crate) fn shares_spare(&self) -> bool {
-        self.engine.lend.is_zero_copy() && self.engine.slots.pool > 0
+        let pool = self.engine.slots.pool;
+        let shares = self.engine.lend.is_zero_copy() && pool > 0;
+        debug_assert!(!shares || pool == 1, "{pool} buffers of one that is shared");
+        shares
     }
 
     /// How many buffers the queue has to itself.
