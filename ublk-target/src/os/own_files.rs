@@ -146,7 +146,7 @@ pub fn is_being_written(path: &Path) -> bool {
     file.is_ok_and(|file| Flock::lock(file, FlockArg::LockExclusiveNonblock).is_err())
 }
 
-fn not_ours(path: &Path, why: &str) -> io::Error {
+pub(super) fn not_ours(path: &Path, why: &str) -> io::Error {
     io::Error::new(io::ErrorKind::PermissionDenied, format!("{}: {why}", path.display()))
 }
 
