@@ -1,5 +1,9 @@
 //! Properties of the calling thread and its process.
 
+use std::collections::BTreeSet;
+use std::ops::RangeInclusive;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
 use crate::Errno;
 
 /// `PR_SET_IO_FLUSHER` (`include/uapi/linux/prctl.h`).
@@ -48,7 +52,7 @@ pub fn is_ordinary() -> bool {
 /// # Errors
 /// `ENOSYS` on older kernels.
 pub fn close_inherited_files() -> Result<(), Errno> {
-    close_range(0)
+    close_range(3, u32::MAX, 0)
 }
 
 /// Has the programs that this process starts not inherit the descriptors that are open now, but for
@@ -57,38 +61,123 @@ pub fn close_inherited_files() -> Result<(), Errno> {
 /// # Errors
 /// `ENOSYS` or `EINVAL` on older kernels.
 pub fn keep_files_from_children() -> Result<(), Errno> {
-    close_range(libc::CLOSE_RANGE_CLOEXEC)
+    close_range(3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC)
 }
 
-fn close_range(flags: libc::c_uint) -> Result<(), Errno> {
-    let (first, last, flags) = (libc::c_ulong::from(3_u8), libc::c_ulong::from(u32::MAX), flags);
+fn close_range(first: u32, last: u32, flags: libc::c_uint) -> Result<(), Errno> {
+    let [first, last, flags] = [first, last, flags].map(libc::c_ulong::from);
     // SAFETY: it takes integers only. Nothing in this process owns the descriptors that it closes,
     // as the caller sees to.
-    let result =
-        unsafe { libc::syscall(libc::SYS_close_range, first, last, libc::c_ulong::from(flags)) };
+    let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) };
     if result == 0 { Ok(()) } else { Err(Errno::of(&std::io::Error::last_os_error())) }
+}
+
+/// The descriptors from 3 on that are not to be kept, as ranges.
+fn all_but(keep: &[BorrowedFd<'_>]) -> Vec<RangeInclusive<u32>> {
+    let kept = keep.iter().filter_map(|fd| u32::try_from(fd.as_raw_fd()).ok());
+    let kept: BTreeSet<u32> = kept.filter(|fd| *fd >= 3).collect();
+    let mut first = 3;
+    let mut ranges = Vec::new();
+    for fd in kept {
+        if first < fd {
+            ranges.push(first..=fd - 1);
+        }
+        first = fd + 1;
+    }
+    ranges.push(first..=u32::MAX);
+    ranges
 }
 
 /// Forks, has the child do some work, and ends it. Returns the child's process id, to be waited for.
 ///
+/// The child has no descriptors but standard input, output and error, and those to `keep`: it may outlive
+/// what the others stand for, such as locks, which it would share. `work` must not use or drop any other
+/// descriptor of the parent. Before Linux 5.9 the child has them all.
+///
 /// # Errors
 /// `EBUSY` if the process has several threads, whose locks the child could wait for without end;
 /// `EAGAIN` at the limit of processes, `ENOMEM`.
-pub fn in_child(work: impl FnOnce()) -> Result<i32, Errno> {
+pub fn in_child(keep: &[BorrowedFd<'_>], work: impl FnOnce()) -> Result<i32, Errno> {
     let threads = std::fs::read_dir("/proc/self/task").map_err(|error| Errno::of(&error))?;
     if threads.count() != 1 {
         return Err(Errno::EBUSY);
     }
     // SAFETY: this is the only thread, so the child finds all memory and locks in order.
+    unsafe { fork_to(keep, work) }
+}
+
+/// # Safety
+///
+/// Where the process has other threads, `work` must not wait for a lock that one of these may hold, such as
+/// that of the allocator.
+unsafe fn fork_to(keep: &[BorrowedFd<'_>], work: impl FnOnce()) -> Result<i32, Errno> {
+    let unused = all_but(keep);
+    // SAFETY: the caller sees to what the child does.
     let pid = unsafe { libc::fork() };
     match pid {
         -1 => Err(Errno::of(&std::io::Error::last_os_error())),
         0 => {
+            for fds in &unused {
+                // It is no worse with more of them.
+                let _ = close_range(*fds.start(), *fds.end(), 0);
+            }
             // Nothing of the parent's may be unwound or flushed here.
             let worked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
             // SAFETY: it ends the child, whatever that holds.
             unsafe { libc::_exit(i32::from(worked.is_err())) }
         }
         pid => Ok(pid),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::{Read, Write};
+    use std::os::fd::AsFd;
+
+    use nix::fcntl::{Flock, FlockArg};
+
+    use super::*;
+
+    #[test]
+    fn descriptors_that_are_kept_are_in_no_range() {
+        // SAFETY: none of them is used.
+        let fd = |fd| unsafe { BorrowedFd::borrow_raw(fd) };
+        assert_eq!(all_but(&[]), [3..=u32::MAX]);
+        assert_eq!(all_but(&[fd(0), fd(3)]), [4..=u32::MAX]);
+        assert_eq!(all_but(&[fd(9), fd(5), fd(6), fd(9)]), [3..=4, 7..=8, 10..=u32::MAX]);
+    }
+
+    #[test]
+    fn a_child_shares_no_lock() {
+        let path = std::env::temp_dir().join(format!("uring-ext-child-{}", std::process::id()));
+        let lock = |file| Flock::lock(file, FlockArg::LockExclusiveNonblock);
+        let locked = File::create_new(&path).unwrap();
+        // SAFETY: it takes integers only. A `Flock` would also unlock for the child as it is dropped.
+        assert_eq!(unsafe { libc::flock(locked.as_raw_fd(), libc::LOCK_EX) }, 0);
+        let other = File::open(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let pipe = || nix::unistd::pipe().map(|(from, to)| (File::from(from), File::from(to)));
+        let ((mut started, starting), (ending, end)) = (pipe().unwrap(), pipe().unwrap());
+        let work = || {
+            let _ = (&starting).write_all(b"x");
+            // Until the parent has closed its end, which the child has not.
+            let _ = (&ending).read(&mut [0]);
+        };
+        // SAFETY: the work takes no lock.
+        let child = unsafe { fork_to(&[starting.as_fd(), ending.as_fd()], work) };
+        let child = nix::unistd::Pid::from_raw(child.unwrap());
+        started.read_exact(&mut [0]).unwrap();
+        let (other, _) = lock(other).expect_err("this process has it");
+        drop(locked);
+        let is_free = lock(other).is_ok();
+        drop(end);
+        if !is_free {
+            // It has its own copy of the end, and would wait without end.
+            let _ = nix::sys::signal::kill(child, nix::sys::signal::Signal::SIGKILL);
+        }
+        nix::sys::wait::waitpid(child, None).unwrap();
+        assert!(is_free, "the child has it");
     }
 }

@@ -27,6 +27,8 @@ pub enum To {
     Terminal,
     /// Standard error, until there is a file.
     File,
+    /// The user's standard error, which without `-v` is told only what is wrong, until there is a file.
+    UserFirst,
 }
 
 /// Starts to log. `default` is the level without `-v`.
@@ -43,11 +45,14 @@ pub fn start(verbose: u8, default: &str, to: To) {
         let (target, said) = (record.target(), Printable(record.args()));
         writeln!(to, "[{time} {style}{level:<5}{style:#} {target}] {said}")
     });
-    if to == To::File {
+    if to != To::Terminal {
         // Colours are for terminals.
         builder.write_style(WriteStyle::Never).target(Target::Pipe(Box::new(Bounded)));
     }
     builder.init();
+    if to == To::UserFirst && verbose == 0 {
+        log::set_max_level(log::LevelFilter::Warn);
+    }
 }
 
 /// Standard error, whose file is replaced when it is long.
@@ -135,4 +140,16 @@ fn redirect(path: &Path) -> io::Result<()> {
     dup2_stdout(&log)?;
     dup2_stderr(&log)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// From the first line on, whatever a process says of itself as it begins.
+    #[test]
+    fn a_user_is_told_only_what_is_wrong() {
+        start(0, "info", To::UserFirst);
+        assert_eq!(log::max_level(), log::LevelFilter::Warn);
+    }
 }

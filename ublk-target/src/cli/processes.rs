@@ -59,7 +59,7 @@ pub fn live(
         }
     };
     let is_in_background = !life.foreground && life.role.is_some();
-    logging::start(verbose, "info", if is_in_background { To::File } else { To::Terminal });
+    logging::start(verbose, "info", if is_in_background { To::UserFirst } else { To::Terminal });
     inherited::shed();
     if let Some(nonce) = life.nonce {
         nonce.adopt();
@@ -68,14 +68,8 @@ pub fn live(
         state_file::adopt_program(program);
     }
     let _file = role::say(role, device, life);
-    if is_in_background {
-        if !life.next {
-            setsid().context("cannot leave the session")?;
-        }
-        if verbose == 0 {
-            // Until the log is a file it is the user's terminal.
-            log::set_max_level(log::LevelFilter::Warn);
-        }
+    if is_in_background && !life.next {
+        setsid().context("cannot leave the session")?;
     }
     match role {
         Role::Server => match serve(life) {

@@ -5,6 +5,7 @@
 //! once its device is gone, or nobody writes it any more. A device gets its files only after it was
 //! added.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -112,23 +113,32 @@ pub fn processes(control: &Control) -> Vec<Process> {
 #[must_use]
 pub fn without_device(control: &Control) -> Vec<Process> {
     let mut found = processes::all();
-    let known: Vec<_> = description::device_ids()
-        .into_iter()
-        .flat_map(|id| processes::of_device(id, None))
-        .map(|process| process.pid)
-        .collect();
-    found.retain(|process| {
-        let is_about_none = process.device.is_none_or(|id| is_gone(control, id));
+    let pids = without_device_among(&found, &description::device_ids(), |id| is_gone(control, id));
+    found.retain(|process| pids.contains(&process.pid));
+    found
+}
+
+/// The process ids of those among `found` that have none of the devices `ids`.
+fn without_device_among(
+    found: &[Process],
+    ids: &[u32],
+    is_gone: impl Fn(u32) -> bool,
+) -> BTreeSet<u32> {
+    let known: BTreeSet<u32> =
+        ids.iter().flat_map(|id| processes::pids_of_device(found, *id, None)).collect();
+    let is_one = |process: &&Process| {
+        let is_about_none = process.device.is_none_or(&is_gone);
         // Devices of a fleet come and go.
         let may_be_left = !matches!(process.role, Role::Command | Role::Fleet);
         may_be_left && is_about_none && !known.contains(&process.pid)
-    });
-    found
+    };
+    found.iter().filter(is_one).map(|process| process.pid).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::paths::MAX_ID;
 
     #[test]
     fn entries_are_told_apart() {
@@ -150,5 +160,36 @@ mod tests {
         for (name, entry) in table {
             assert_eq!(Entry::parse(name), entry, "{name}");
         }
+    }
+
+    /// All is told from one look at the processes.
+    #[test]
+    fn processes_without_a_device_are_told_apart() {
+        use Role::{Command, Fleet, Helper, Server, Supervisor};
+        // Far above the ids that devices have.
+        let (there, too, gone) = (MAX_ID - 2, MAX_ID - 1, MAX_ID);
+        let table = [
+            (Server, Some(there), Some(102), false),
+            // It supervises the one before, and was not told a device.
+            (Supervisor, None, None, false),
+            (Supervisor, None, None, true),
+            (Server, Some(gone), Some(103), true),
+            (Server, None, None, true),
+            (Helper, Some(too), None, false),
+            (Helper, Some(gone), None, true),
+            (Fleet, None, None, false),
+            (Command, None, None, false),
+            // It has just been added.
+            (Server, Some(there - 1), None, false),
+        ];
+        let found: Vec<_> = (101..)
+            .zip(table)
+            .map(|(pid, (role, device, supervisor, _))| {
+                Process::made_up(pid, role, device, supervisor)
+            })
+            .collect();
+        let wanted: BTreeSet<u32> =
+            (101..).zip(table).filter(|(_, it)| it.3).map(|(pid, _)| pid).collect();
+        assert_eq!(without_device_among(&found, &[there, too], |id| id == gone), wanted);
     }
 }

@@ -77,6 +77,18 @@ impl Process {
         (!process.has_ended()).then_some(process)
     }
 
+    /// One for a test, which lives as long as the calling process.
+    #[cfg(test)]
+    pub(crate) fn made_up(
+        pid: u32,
+        role: Role,
+        device: Option<u32>,
+        supervisor: Option<u32>,
+    ) -> Self {
+        let pidfd = PidFd::open(std::process::id()).unwrap();
+        Self { pid, role, device, supervisor, nonce: None, started: Duration::ZERO, pidfd }
+    }
+
     /// Whether it has ended.
     #[must_use]
     pub fn has_ended(&self) -> bool {
@@ -197,22 +209,30 @@ pub fn all() -> Vec<Process> {
 /// `adder` is the mark of the one that has added it.
 #[must_use]
 pub fn of_device(id: u32, adder: Option<Nonce>) -> Vec<Process> {
+    let mut found = all();
+    let pids = pids_of_device(&found, id, adder);
+    found.retain(|process| pids.contains(&process.pid));
+    found
+}
+
+/// As [`of_device`], the ids of those among processes that were `found` already.
+#[must_use]
+pub fn pids_of_device(found: &[Process], id: u32, adder: Option<Nonce>) -> BTreeSet<u32> {
     let record = StateFile::read(Path::new(RUN_DIR), id).ok();
     let known: Vec<u32> =
         record.iter().flat_map(|record| [Some(record.pid), record.supervisor]).flatten().collect();
-    let mut found = all();
     let is_about_it = |process: &Process| {
         let has_added_it = adder.is_some() && process.nonce == adder;
         process.device == Some(id) || known.contains(&process.pid) || has_added_it
     };
     let supervisors: Vec<u32> =
         found.iter().filter(|it| is_about_it(it)).filter_map(|it| it.supervisor).collect();
-    found.retain(|process| {
+    let is_one = |process: &&Process| {
         let is_another_ones = process.device.is_some_and(|device| device != id);
         let is_it = is_about_it(process) || supervisors.contains(&process.pid);
         process.role != Role::Command && is_it && !is_another_ones
-    });
-    found
+    };
+    found.iter().filter(is_one).map(|process| process.pid).collect()
 }
 
 #[cfg(test)]

@@ -7,13 +7,17 @@
 //! nor a later one of the same id is taken for what the file says. A file that nobody has locked is left
 //! over, and is removed by whoever finds it.
 //!
+//! The directory of the files is root's alone, and is never a link: otherwise nothing in it is read or removed.
+//! Whoever writes a file first puts away what somebody else has put in the place of the directory.
+//!
 //! The lock ends with the program: the descriptor is closed by execve(2), so that no other program keeps it.
 //! After an upgrade the next program writes a file of its own.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Once;
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -21,6 +25,7 @@ use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 
 use crate::device::mark::Nonce;
+use crate::os::own_directory::{self, OwnDirectory};
 use crate::os::own_files;
 use crate::os::procfs;
 use crate::os::random;
@@ -90,16 +95,15 @@ struct Content {
 /// The longest file that is read, in bytes.
 const MAX_BYTES: u64 = 4 << 10;
 
-/// Where the files are, below the directory of the state files. It is there while there are any.
-fn directory_in(run: &Path) -> PathBuf {
-    run.join("process")
-}
+/// The directory of the files, in that of the state files. It is there while there are any.
+const DIRECTORY: &str = "process";
 
 /// The file of the calling process, which is removed with this.
 #[derive(Debug)]
 #[must_use = "the file is removed with it"]
 pub struct RoleFile {
-    path: PathBuf,
+    run: PathBuf,
+    name: String,
     /// Locked; closed at last.
     _file: Flock<File>,
 }
@@ -107,12 +111,14 @@ pub struct RoleFile {
 impl RoleFile {
     /// Says what the calling process is. Where there is no room for it, others go by its command line.
     pub fn hold(run: &Path, told: Told) -> Option<Self> {
-        // What it has left itself, as another program.
-        sweep(run);
+        // A failure is told below. This makes room: the process may have left a file as another program.
+        let _ = Files::make(run).map(|files| files.read());
         match Self::try_hold(run, told) {
             Ok(held) => Some(held),
             Err(error) => {
-                log::info!("cannot say in {} what this process is: {error}", run.display());
+                let is_planted = own_directory::is_not_ours(&error);
+                let level = if is_planted { log::Level::Warn } else { log::Level::Info };
+                log::log!(level, "cannot say in {} what this process is: {error}", run.display());
                 None
             }
         }
@@ -133,47 +139,45 @@ impl RoleFile {
     }
 
     fn write(run: &Path, text: &[u8]) -> io::Result<Self> {
-        own_files::directory(run)?;
-        let directory = directory_in(run);
-        own_files::directory(&directory)?;
-        let path = directory.join(format!("{:016x}.json", random::number()));
+        let files = Files::make(run)?;
+        let name = format!("{:016x}.json", random::number());
         // Nobody but root can have it locked in the place of its process.
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
+        let file = files.directory.create(&name)?;
         step("role-unlocked");
-        // Whoever has it locked is about to remove it, and is not waited for: he may be suspended.
-        let locked = Flock::lock(file, FlockArg::LockExclusiveNonblock);
-        let locked = locked.map_err(|(_, errno)| {
-            if errno == Errno::EWOULDBLOCK { io::ErrorKind::NotFound.into() } else { errno.into() }
-        });
-        let written = locked.and_then(|mut file| {
-            if file.metadata()?.nlink() == 0 {
-                return Err(io::ErrorKind::NotFound.into());
-            }
+        let written = lock(file).and_then(|mut file| {
             step("role-half-written");
             file.write_all(text)?;
             Ok(file)
         });
         match written {
-            Ok(file) => Ok(Self { path, _file: file }),
+            Ok(file) => Ok(Self { run: run.to_owned(), name, _file: file }),
             Err(error) => {
-                remove(&path);
+                files.remove(&name);
                 Err(error)
             }
         }
     }
 }
 
-impl Drop for RoleFile {
-    fn drop(&mut self) {
-        remove(&self.path);
+/// Locks a new file. `NotFound` if it was taken for left over.
+fn lock(file: File) -> io::Result<Flock<File>> {
+    // Whoever has it locked is about to remove it, and is not waited for: he may be suspended.
+    let locked = Flock::lock(file, FlockArg::LockExclusiveNonblock);
+    let file = locked.map_err(|(_, errno)| {
+        let is_taken = errno == Errno::EWOULDBLOCK;
+        if is_taken { io::Error::from(io::ErrorKind::NotFound) } else { errno.into() }
+    })?;
+    if file.metadata()?.nlink() == 0 {
+        return Err(io::ErrorKind::NotFound.into());
     }
+    Ok(file)
 }
 
-/// Removes a file, and the directory with the last one.
-fn remove(path: &Path) {
-    // Missing files are what is wanted, and a directory with others in it stays.
-    let _ = fs::remove_file(path);
-    let _ = path.parent().map(fs::remove_dir);
+impl Drop for RoleFile {
+    fn drop(&mut self) {
+        // One that stays is not locked any more, and is removed by whoever finds it.
+        let _ = Files::open(&self.run).map(|files| files.remove(&self.name));
+    }
 }
 
 /// What the processes that live now say of themselves.
@@ -184,7 +188,19 @@ impl RoleFiles {
     /// Reads the files of all processes, and removes those that are left over.
     #[must_use]
     pub fn read(run: &Path) -> Self {
-        Self(all(run))
+        static SAID: Once = Once::new();
+        match Files::open(run) {
+            Ok(files) => Self(files.read()),
+            Err(error) => {
+                // Another user than root finds what is root's.
+                if own_directory::is_not_ours(&error) && geteuid().is_root() {
+                    SAID.call_once(|| {
+                        log::warn!("{error}: processes are told apart by their command lines");
+                    });
+                }
+                Self::default()
+            }
+        }
     }
 
     /// What a process says of itself; `None` if it has no file that is to be believed.
@@ -197,199 +213,85 @@ impl RoleFiles {
 
 /// Removes the files of processes that are dead.
 pub fn sweep(run: &Path) {
-    let _ = all(run);
+    let _ = RoleFiles::read(run);
 }
 
-fn all(run: &Path) -> Vec<Content> {
-    let Ok(entries) = fs::read_dir(directory_in(run)) else { return Vec::new() };
-    let paths = entries.flatten().map(|entry| entry.path());
-    let found = paths.filter_map(|path| match read(&path) {
-        Ok(Found::Held(content)) => Some(content),
-        Ok(Found::Left) => {
-            remove(&path);
-            None
+/// The directory of the files, and the one that it is in.
+struct Files {
+    run: OwnDirectory,
+    directory: OwnDirectory,
+}
+
+impl Files {
+    fn open(run: &Path) -> io::Result<Self> {
+        let run = OwnDirectory::open(run)?;
+        let directory = run.open_in(DIRECTORY)?;
+        Ok(Self { run, directory })
+    }
+
+    fn make(run: &Path) -> io::Result<Self> {
+        own_files::directory(run)?;
+        let run = OwnDirectory::open(run)?;
+        let directory = run.claim(DIRECTORY)?;
+        Ok(Self { run, directory })
+    }
+
+    /// Removes a file, and the directory with the last one.
+    fn remove(&self, name: &str) {
+        // Missing files are what is wanted, and a directory with others in it stays.
+        let _ = self.directory.remove(name);
+        let _ = self.run.remove_directory(DIRECTORY);
+    }
+
+    /// Reads the files of processes that live, and removes those of others.
+    fn read(&self) -> Vec<Content> {
+        let names = self.directory.names().unwrap_or_default();
+        let found = names.iter().filter(|name| is_name(name)).filter_map(|name| {
+            match self.look_at(name) {
+                Ok(Found::Held(content)) => Some(content),
+                Ok(Found::Left(_locked)) => {
+                    self.remove(name);
+                    None
+                }
+                // One that is gone by now, is just being written, or is of another version of this
+                // program.
+                Err(_) => None,
+            }
+        });
+        found.collect()
+    }
+
+    fn look_at(&self, name: &str) -> io::Result<Found> {
+        let file = self.directory.regular(name)?;
+        let meta = file.metadata()?;
+        if meta.uid() != geteuid().as_raw() {
+            return Err(io::ErrorKind::PermissionDenied.into());
         }
-        // One that is gone by now, is just being written, or is of another version of this program.
-        Err(_) => None,
-    });
-    found.collect()
+        // Shared, so that two who look do not take each other for the process.
+        let file = match Flock::lock(file, FlockArg::LockSharedNonblock) {
+            Ok(locked) => return Ok(Found::Left(locked)),
+            Err((file, Errno::EWOULDBLOCK)) => file,
+            Err((_, errno)) => return Err(errno.into()),
+        };
+        // Others could have written or locked it.
+        if meta.mode() & 0o077 != 0 || meta.nlink() > 1 {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
+        Ok(Found::Held(serde_json::from_str(&own_files::read_whole(&file, MAX_BYTES)?)?))
+    }
+}
+
+/// Whether a name is one of those that are drawn by lot.
+fn is_name(name: &str) -> bool {
+    let digits = name.strip_suffix(".json");
+    digits.is_some_and(|it| it.len() == 16 && it.bytes().all(|byte| byte.is_ascii_hexdigit()))
 }
 
 enum Found {
     Held(Content),
-    Left,
-}
-
-fn read(path: &Path) -> io::Result<Found> {
-    let file = own_files::regular(path, libc::O_NOFOLLOW)?;
-    let meta = file.metadata()?;
-    if meta.uid() != geteuid().as_raw() || meta.mode() & 0o077 != 0 || meta.nlink() > 1 {
-        return Err(io::ErrorKind::PermissionDenied.into());
-    }
-    // Shared, so that two who look do not take each other for the process.
-    let file = match Flock::lock(file, FlockArg::LockSharedNonblock) {
-        Ok(_) => return Ok(Found::Left),
-        Err((file, Errno::EWOULDBLOCK)) => file,
-        Err((_, errno)) => return Err(errno.into()),
-    };
-    Ok(Found::Held(serde_json::from_str(&own_files::read_whole(&file, MAX_BYTES)?)?))
+    /// Locked, so that its process cannot lock it before it is removed.
+    Left(Flock<File>),
 }
 
 #[cfg(test)]
-mod tests {
-    use std::ops::ControlFlow;
-    use std::os::unix::fs::{PermissionsExt, symlink};
-    use std::process::{Command, Stdio};
-    use std::time::Duration;
-
-    use super::*;
-    use crate::os::wait::Wait;
-
-    fn told(role: Role) -> Told {
-        Told { role, device: Some(3), supervisor: Some(77), nonce: Some(Nonce::own()) }
-    }
-
-    fn count(run: &Path) -> usize {
-        fs::read_dir(directory_in(run)).map_or(0, Iterator::count)
-    }
-
-    #[test]
-    fn a_process_is_what_it_says_for_as_long_as_it_says_so() {
-        let run = tempfile::tempdir().unwrap();
-        let run = run.path();
-        let own = std::process::id();
-        assert_eq!(RoleFiles::read(run).of(own), None);
-        let held = RoleFile::hold(run, told(Role::Server)).unwrap();
-        assert_eq!(RoleFiles::read(run).of(own), Some(told(Role::Server)));
-        // Not of its parent, nor of one that there is not.
-        assert_eq!(RoleFiles::read(run).of(std::os::unix::process::parent_id()), None);
-        assert_eq!(RoleFiles::read(run).of(u32::MAX), None);
-        drop(held);
-        assert_eq!(RoleFiles::read(run).of(own), None);
-        assert!(!directory_in(run).exists(), "nothing is left");
-    }
-
-    /// Each is changed in one thing.
-    #[test]
-    fn a_file_is_of_one_process() {
-        let own = Identity::of("self").unwrap();
-        assert_eq!(Identity::of(&std::process::id().to_string()), Some(own));
-        assert_eq!(own.pid, std::process::id());
-        let others = [
-            Identity { pid: own.pid + 1, ..own },
-            Identity { started_ms: own.started_ms + 10, ..own },
-            Identity { pid_namespace: Some(1), ..own },
-        ];
-        for of in others {
-            let files = RoleFiles(vec![Content { told: told(Role::Server), of }]);
-            assert_eq!(files.of(own.pid), None, "{of:?}");
-        }
-        let files = RoleFiles(vec![Content { told: told(Role::Fleet), of: own }]);
-        assert_eq!(files.of(own.pid), Some(told(Role::Fleet)));
-    }
-
-    #[test]
-    fn what_a_dead_process_has_left_is_removed() {
-        let run = tempfile::tempdir().unwrap();
-        let run = run.path();
-        let held = RoleFile::hold(run, told(Role::Server)).unwrap();
-        let whole = fs::read(&held.path).unwrap();
-        for (name, text) in [("0.json", &whole[..]), ("1.json", &whole[..9]), ("2.json", b"")] {
-            let path = directory_in(run).join(name);
-            let mut options = OpenOptions::new();
-            options.write(true).create(true).mode(0o600);
-            options.open(path).unwrap().write_all(text).unwrap();
-        }
-        assert_eq!(count(run), 4);
-        let files = RoleFiles::read(run);
-        assert_eq!(files.0.len(), 1, "{files:?}");
-        assert_eq!(count(run), 1);
-        drop(held);
-    }
-
-    #[test]
-    fn only_files_of_root_alone_are_believed_or_removed() {
-        let run = tempfile::tempdir().unwrap();
-        let run = run.path();
-        let held = RoleFile::hold(run, told(Role::Server)).unwrap();
-        let own = std::process::id();
-        let at = |name: &str| directory_in(run).join(name);
-        symlink(&held.path, at("link")).unwrap();
-        nix::unistd::mkfifo(&at("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
-        assert_eq!(RoleFiles::read(run).0.len(), 1);
-        assert_eq!(count(run), 3);
-        // Others could have written it, or locked it.
-        for mode in [0o644, 0o620, 0o666] {
-            fs::set_permissions(&held.path, fs::Permissions::from_mode(mode)).unwrap();
-            assert_eq!(RoleFiles::read(run).of(own), None, "{mode:o}");
-        }
-        fs::set_permissions(&held.path, fs::Permissions::from_mode(0o600)).unwrap();
-        fs::hard_link(&held.path, at("name")).unwrap();
-        assert_eq!(RoleFiles::read(run).of(own), None, "it has another name");
-    }
-
-    #[test]
-    fn a_file_that_cannot_be_written_is_done_without() {
-        let top = tempfile::tempdir().unwrap();
-        let run = top.path().join("run");
-        fs::write(&run, "").unwrap();
-        assert!(RoleFile::hold(&run, told(Role::Helper)).is_none());
-        assert_eq!(RoleFiles::read(&run).of(std::process::id()), None);
-    }
-
-    /// Neither the program that this process starts nor the one that it becomes has the lock.
-    #[test]
-    fn the_lock_is_not_inherited() {
-        let run = tempfile::tempdir().unwrap();
-        let held = RoleFile::hold(run.path(), told(Role::Server)).unwrap();
-        let path = held.path.clone();
-        let mut child = Command::new("sh")
-            .args(["-c", "echo; read it"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        // It is the other program by now.
-        io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut [0]).unwrap();
-        let aside = run.path().join("aside");
-        fs::rename(&path, &aside).unwrap();
-        let is_locked = || {
-            let file = File::open(&aside).unwrap();
-            Flock::lock(file, FlockArg::LockSharedNonblock).is_err()
-        };
-        assert!(is_locked());
-        drop(held);
-        // Another test may just be starting a program.
-        let freed =
-            Wait::at_most(Duration::from_secs(60)).every(Duration::from_millis(1)).until(|| {
-                if is_locked() { ControlFlow::Continue("the lock") } else { ControlFlow::Break(()) }
-            });
-        assert_eq!(freed, Ok(()), "the child has it");
-        drop(child.stdin.take());
-        child.wait().unwrap();
-    }
-
-    /// Whoever looks for files that are left over does not take away one that is just being made.
-    #[test]
-    fn those_who_begin_and_those_who_sweep_do_not_hinder_each_other() {
-        let run = tempfile::tempdir().unwrap();
-        let run = run.path();
-        let is_over = std::sync::atomic::AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            let sweeper = scope.spawn(|| {
-                while !is_over.load(std::sync::atomic::Ordering::Relaxed) {
-                    sweep(run);
-                }
-            });
-            for _ in 0..200 {
-                let held = RoleFile::try_hold(run, told(Role::Server)).unwrap();
-                assert_eq!(fs::metadata(&held.path).unwrap().nlink(), 1);
-                let read = RoleFiles::read(run);
-                assert_eq!(read.of(std::process::id()), Some(told(Role::Server)));
-            }
-            is_over.store(true, std::sync::atomic::Ordering::Relaxed);
-            sweeper.join().unwrap();
-        });
-        assert!(!directory_in(run).exists());
-    }
-}
+mod tests;

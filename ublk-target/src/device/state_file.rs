@@ -184,8 +184,8 @@ impl StateFile {
         };
         let file = own_files::regular(&path, libc::O_NOFOLLOW).map_err(unreadable)?;
         let meta = file.metadata().map_err(unreadable)?;
-        let (uid, mode) = (meta.uid(), meta.mode() & 0o7777);
-        if uid != nix::unistd::geteuid().as_raw() || mode & 0o022 != 0 {
+        if !own_files::is_own(&meta) {
+            let (uid, mode) = (meta.uid(), meta.mode() & 0o7777);
             return Err(StateProblem::NotTrusted { path, uid, mode });
         }
         let text = own_files::read_whole(&file, MAX_BYTES).map_err(unreadable)?;

@@ -40,10 +40,14 @@ impl Trouble {
         own_files::replace(&Self::path(directory, id), serde_json::to_string(self)?.as_bytes())
     }
 
-    /// What was written down of a device, if there is something that makes sense.
+    /// What was written down of a device, if there is something that makes sense, and no other user
+    /// can have written it.
     #[must_use]
     pub fn read(directory: &Path, id: u32) -> Option<Self> {
         let file = own_files::regular(&Self::path(directory, id), libc::O_NOFOLLOW).ok()?;
+        if !own_files::is_own(&file.metadata().ok()?) {
+            return None;
+        }
         serde_json::from_str(&own_files::read_whole(&file, MAX_BYTES).ok()?).ok()
     }
 
@@ -56,6 +60,8 @@ impl Trouble {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]
@@ -68,6 +74,14 @@ mod tests {
         assert_eq!(Trouble::read(&run, 4), None);
         fs::write(run.join("3.trouble"), "{").unwrap();
         assert_eq!(Trouble::read(&run, 3), None);
+        Trouble::is_over(&run, 3);
+        // Others could have written this one, and a supervisor that has given up is not waited for.
+        let planted = run.join("3.trouble");
+        fs::write(&planted, r#"{"why":"so","given_up":true}"#).unwrap();
+        for (mode, is_believed) in [(0o644, true), (0o664, false), (0o646, false)] {
+            fs::set_permissions(&planted, fs::Permissions::from_mode(mode)).unwrap();
+            assert_eq!(Trouble::read(&run, 3).is_some(), is_believed, "{mode:o}");
+        }
         Trouble::is_over(&run, 3);
         assert_eq!(fs::read_dir(&run).unwrap().count(), 0);
     }

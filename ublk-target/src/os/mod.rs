@@ -4,6 +4,7 @@ pub mod clock;
 pub mod inherited;
 pub mod kernel;
 pub mod memory;
+pub mod own_directory;
 pub mod own_files;
 pub mod process;
 pub mod procfs;

@@ -1,7 +1,7 @@
 //! Directories and files that are root's alone: others can neither write to them nor put links in
 //! their place. And files that are read as a whole: nothing in their place can hold the reader up.
 
-use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
+use std::fs::{self, DirBuilder, File, Metadata, OpenOptions, Permissions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
@@ -77,6 +77,12 @@ pub fn regular(path: &Path, flags: i32) -> io::Result<File> {
     }
 }
 
+/// Whether a file is the calling user's, and others cannot write to it.
+#[must_use]
+pub fn is_own(meta: &Metadata) -> bool {
+    meta.uid() == geteuid().as_raw() && meta.mode() & 0o022 == 0
+}
+
 /// Reads a file as a whole, of `max` bytes at most.
 ///
 /// # Errors
@@ -146,7 +152,7 @@ pub fn is_being_written(path: &Path) -> bool {
     file.is_ok_and(|file| Flock::lock(file, FlockArg::LockExclusiveNonblock).is_err())
 }
 
-fn not_ours(path: &Path, why: &str) -> io::Error {
+pub(super) fn not_ours(path: &Path, why: &str) -> io::Error {
     io::Error::new(io::ErrorKind::PermissionDenied, format!("{}: {why}", path.display()))
 }
 

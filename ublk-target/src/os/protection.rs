@@ -69,16 +69,14 @@ fn leave_mounts(needed: &[&Path]) {
 
 fn enter_own_mounts(needed: &[&Path]) -> io::Result<()> {
     let needed = all_needed(needed);
-    let (made, mut making) = pipe()?;
-    let (mut held, holding) = pipe()?;
-    let mut holding = Some(holding);
-    let maker = in_child(|| {
-        // The child's own copy, which would keep the pipe open.
-        drop(holding.take());
+    let (made, making) = pipe()?;
+    let (held, holding) = pipe()?;
+    // It may hang for longer than this process lives, and must not keep what that has locked.
+    let maker = in_child(&[making.as_fd(), held.as_fd()], || {
         let made = make_own_mounts(&needed).and_then(|()| own_number());
-        if made.is_ok_and(|number| making.write_all(&number.to_ne_bytes()).is_ok()) {
+        if made.is_ok_and(|number| (&making).write_all(&number.to_ne_bytes()).is_ok()) {
             // Until the parent has entered the namespace, or has died.
-            let _ = held.read(&mut [0]);
+            let _ = (&held).read(&mut [0]);
         }
     });
     let maker = maker.map_err(io::Error::from)?;
