@@ -1,4 +1,4 @@
-//! Arguments and dispatch. Every failure is one line: what, why, what to do.
+//! Arguments and dispatch. Every error is one line: what failed, why, what to do.
 
 mod add;
 mod arguments;

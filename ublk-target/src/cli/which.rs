@@ -97,7 +97,7 @@ fn number(text: &str) -> Result<u32, String> {
         return Err(format!("an id is the number N of a device /dev/ublkbN, from 0 to {MAX_ID}"));
     }
     let id = text.parse().ok().filter(|id| *id <= MAX_ID);
-    id.ok_or_else(|| format!("an id is not beyond the driver's limit of {MAX_ID}"))
+    id.ok_or_else(|| format!("the id is beyond the driver's limit of {MAX_ID}"))
 }
 
 #[cfg(test)]

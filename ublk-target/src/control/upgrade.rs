@@ -86,8 +86,8 @@ impl Server {
         log::info!("handing over to {}", program.path().display());
         step("upgrade-asked");
         if let Err(error) = self.stop_deliveries(helpers) {
-            log::error!("the device stays with this program: {error}");
-            reply.send(Err(format!("it serves the device on: {error}")));
+            log::error!("cannot upgrade; this program still serves the device: {error}");
+            reply.send(Err(format!("it still serves the device: {error}")));
             return Ok(plan);
         }
         step("upgrade-quiesced");
@@ -96,10 +96,7 @@ impl Server {
         self.let_device_go(plan);
         step("upgrade-let-go");
         let error = (helpers.become_next)(self.id, program, self.supervisor);
-        log::error!(
-            "cannot become {}: {error}; going on with this program",
-            program.path().display()
-        );
+        log::error!("cannot execute {}: {error}; this program continues", program.path().display());
         self.take_back()
     }
 
@@ -147,7 +144,7 @@ impl Server {
 
     fn quiesce_by_helper(&self, helpers: &Helpers<'_>, came: &mut Came) -> Result<(), DeviceError> {
         let failed = |error: io::Error| {
-            DeviceError::setup("cannot start a process that makes I/O wait", Errno::of(&error))
+            DeviceError::setup("cannot start a process that quiesces the device", Errno::of(&error))
         };
         let began = Instant::now();
         loop {

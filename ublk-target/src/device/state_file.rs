@@ -98,7 +98,7 @@ pub enum StateProblem {
         reason: String,
     },
     /// It is of another version of this program.
-    #[error("the state file {} has format {found}, and this program knows {VERSION}", path.display())]
+    #[error("the state file {} has format {found}, and this program reads {VERSION}", path.display())]
     Version {
         /// The file.
         path: PathBuf,
@@ -207,7 +207,7 @@ impl StateFile {
         let state: Self =
             serde_json::from_value(value).map_err(|error| corrupt(error.to_string()))?;
         if state.id != id {
-            return Err(corrupt(format!("it is of device {}", state.id)));
+            return Err(corrupt(format!("it belongs to device {}", state.id)));
         }
         Ok(state)
     }
@@ -332,7 +332,7 @@ mod tests {
             (good.clone(), "its checksum"),
             (whole.replace("1073741824", "1073741840"), "its checksum"),
             (whole.replace("\"version\": 3", "\"version\": 99"), "has format 99"),
-            (summed("\"id\":3", "\"id\":4"), "it is of device 4"),
+            (summed("\"id\":3", "\"id\":4"), "it belongs to device 4"),
             (summed("auto", "telepathy"), "telepathy"),
             (summed("error=EIO", "error=EGAD"), "EGAD"),
             (summed("\"queues\":1", "\"queues\":-1"), "is corrupt"),
@@ -386,7 +386,7 @@ mod tests {
             nix::unistd::mkfifo(&directory.path().join(name), mode).unwrap();
         }
         let refused = StateFile::read(directory.path(), 3).unwrap_err().to_string();
-        assert!(refused.ends_with("cannot be read: it is no regular file"), "{refused}");
+        assert!(refused.ends_with("cannot be read: it is not a regular file"), "{refused}");
         assert!(!own_files::is_being_written(&directory.path().join("3.json.00123456789a")));
     }
 }

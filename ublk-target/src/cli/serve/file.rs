@@ -1,5 +1,5 @@
-//! The file of `serve`: TOML, whose devices are read as arguments of `add`, so that both have the same
-//! words and the same rules.
+//! The file of `serve`: TOML. Its devices are parsed as arguments of `add`, so that both have the
+//! same names and rules.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -15,10 +15,10 @@ use ublk_target::os::own_files;
 
 use crate::cli::{Cli, Command, add, one_line};
 
-/// The longest file that is read, in bytes.
+/// The longest file, in bytes.
 const MAX_BYTES: u64 = 1 << 20;
 const TARGETS: [&str; 4] = ["null", "loop", "linear", "stripe"];
-/// Options of `add` that are about its process.
+/// Options of `add` that concern its process, with the reason why a file cannot have them.
 const NOT_HERE: [(&str, &str); 5] = [
     ("supervise", "the service manager starts `serve` again, which takes devices over"),
     ("or-recover", "`serve` always takes over what waits for a server"),
@@ -26,11 +26,11 @@ const NOT_HERE: [(&str, &str); 5] = [
     ("json", "nothing is printed for a single device"),
     ("role", "it is not for users"),
 ];
-/// Options of any command, and hidden ones.
+/// Options of all commands, and hidden ones.
 const NOT_OPTIONS: [&str; 7] =
     ["help", "version", "verbose", "supervisor", "next", "nonce", "program"];
 
-/// Reads the file: the devices, or a line for each fault.
+/// Reads the file: the devices, or a line for each error.
 pub fn read(path: &Path) -> Result<FleetConfig, Vec<String>> {
     let text = own_files::regular(path, 0).and_then(|file| own_files::read_whole(&file, MAX_BYTES));
     match text {
@@ -39,7 +39,7 @@ pub fn read(path: &Path) -> Result<FleetConfig, Vec<String>> {
     }
 }
 
-/// What the text says. Paths in it that are not absolute begin where the file is.
+/// Parses the text. Relative paths begin at the directory of the file.
 fn parse(text: &str, path: &Path) -> Result<FleetConfig, Vec<String>> {
     let (document, errors) = DeTable::parse_recoverable(text);
     let mut file = Reading { text, path, faults: Vec::new() };
@@ -57,7 +57,7 @@ fn parse(text: &str, path: &Path) -> Result<FleetConfig, Vec<String>> {
 struct Reading<'a> {
     text: &'a str,
     path: &'a Path,
-    /// With their lines.
+    /// The errors with their line numbers.
     faults: Vec<(usize, String)>,
 }
 
@@ -78,7 +78,7 @@ impl Reading<'_> {
         self.faults.push((self.line(span.start), what.to_string()));
     }
 
-    /// The faults in the order of their lines.
+    /// The errors in the order of their lines.
     fn told(mut self) -> Vec<String> {
         self.faults.sort();
         let path = self.path.display();
@@ -103,13 +103,13 @@ impl Reading<'_> {
                 ("device", _) => self.fault(value.span(), "a device begins with `[[device]]`"),
                 (other, _) => self.fault(
                     key.span(),
-                    format!("there is no `{other}` here; there are `lanes` and `[[device]]`"),
+                    format!("unknown key `{other}`; the keys are `lanes` and `[[device]]`"),
                 ),
             }
         }
         if !document.contains_key("device") && self.faults.is_empty() {
             // As one is that is being written.
-            let what = "there is no `[[device]]`; if there is to be none, write `device = []`";
+            let what = "there is no `[[device]]`; for a file without devices, write `device = []`";
             self.fault(0..0, what);
         }
         self.check_together(&devices);
@@ -117,14 +117,14 @@ impl Reading<'_> {
         config
     }
 
-    /// No two devices have an id or a backing in common.
+    /// Checks that no two devices share an id or a backing.
     fn check_together(&mut self, devices: &[(Range<usize>, DeviceConfig)]) {
         let mut ids = BTreeMap::new();
         let mut files: BTreeMap<PathBuf, u32> = BTreeMap::new();
         for (span, device) in devices {
             let id = device.id.unwrap_or_default();
             if let Some(line) = ids.insert(id, self.line(span.start)) {
-                self.fault(span.clone(), format!("device {id} is there already, in line {line}"));
+                self.fault(span.clone(), format!("device {id} is already defined in line {line}"));
                 continue;
             }
             let own = device.target.files().into_iter();
@@ -134,7 +134,7 @@ impl Reading<'_> {
                 match files.insert(file.clone(), id) {
                     Some(other) if other != id => self.fault(
                         span.clone(),
-                        format!("{} is a backing of device {other} already", file.display()),
+                        format!("{} is already a backing of device {other}", file.display()),
                     ),
                     Some(_) | None => {}
                 }
@@ -161,7 +161,7 @@ impl Reading<'_> {
                 continue;
             }
             if NOT_OPTIONS.contains(&name) {
-                self.fault(key.span(), format!("there is no option `{name}` of a target"));
+                self.fault(key.span(), format!("a target has no option `{name}`"));
                 continue;
             }
             match arguments(name, value.get_ref()) {
@@ -170,7 +170,7 @@ impl Reading<'_> {
                     settings.push(Setting { key, span, arguments });
                 }
                 None => {
-                    let what = "is neither text, a number, true or false, nor a list of these";
+                    let what = "is not a text, a number, true, false or a list of these";
                     self.fault(value.span(), format!("`{name}` {what}"));
                 }
             }
@@ -192,13 +192,13 @@ impl Reading<'_> {
         let found = TARGETS.into_iter().find(|it| *it == name);
         if found.is_none() {
             let all = TARGETS.join(", ");
-            self.fault(value.span(), format!("`target` is none of {all}"));
+            self.fault(value.span(), format!("`target` is not one of {all}"));
         }
         found
     }
 
-    /// Has the arguments parsed. Each that is wrong is told and left out, until the rest is right or
-    /// what is wrong is not one of them. Without a target that is all.
+    /// Parses the arguments. Reports and removes each wrong one, until the rest is right or the
+    /// error concerns no single argument. Without a target, it does nothing.
     fn make(
         &mut self,
         target: &str,
@@ -229,7 +229,7 @@ impl Reading<'_> {
                     let what = if known {
                         message
                     } else {
-                        format!("there is no option `{}` of the target {target}", setting.key)
+                        format!("the target {target} has no option `{}`", setting.key)
                     };
                     self.fault(setting.span, what);
                 }
@@ -282,7 +282,7 @@ fn arguments(key: &str, value: &DeValue<'_>) -> Option<Vec<String>> {
     })
 }
 
-/// The key that an error of the parser is about.
+/// The key that an error of the parser concerns.
 fn culprit(error: &clap::Error) -> Option<String> {
     let value = error.get(ContextKind::InvalidArg)?;
     let name = if let ContextValue::String(name) = value {
