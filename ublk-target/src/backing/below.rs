@@ -331,7 +331,7 @@ fn parse_mount(line: &str) -> Option<Mount> {
     let mut fields = line.split(' ');
     let id = fields.next()?.parse().ok()?;
     let system = parse_devt(fields.nth(1)?)?;
-    // Places, options and tags, of which there may be any number; then type, source and options.
+    // Places, any number of options and tags; then type, source and options.
     let mut rest = fields.skip_while(|field| *field != "-").skip(1);
     let kind = rest.next()?.to_owned();
     let source = unescape(rest.next()?);

@@ -57,7 +57,7 @@ impl Write for Bounded {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if let Ok(file) = FILE.lock() {
             if let Some(path) = file.as_deref() {
-                // One that cannot be replaced goes on.
+                // A file that cannot be replaced stays in use.
                 let _ = bound(path);
             }
         }

@@ -58,7 +58,7 @@ pub fn run() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    // What the driver offers is told without a look at devices.
+    // `features` does not need to see devices.
     let is_blind = matches!(cli.command, Command::Features(_));
     let sight = if is_blind { Ok(()) } else { sight::check() };
     let result = sight.and_then(|()| carry_out(&cli.command, cli.verbose));

@@ -30,6 +30,6 @@ pub fn await_all(ids: impl Iterator<Item = u32>) {
 fn start(id: u32) -> std::io::Result<Child> {
     let mut command = own();
     command.args(["await-partitions", "-n", &id.to_string()]);
-    // Whoever reads what this command says must not wait for it.
+    // A reader of this command's output must not wait for it.
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()
 }

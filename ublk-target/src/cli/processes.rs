@@ -244,7 +244,7 @@ fn supervise_new(life: &Life) -> anyhow::Result<ExitCode> {
         if take_back() {
             return Err(error.into());
         }
-        // It was there before whoever asked for its recovery, and stays if he is gone.
+        // The device existed before the recovery, so it stays even if the caller is gone.
         log::warn!("recovered, but: {error}");
     }
     step("supervising");
@@ -466,7 +466,7 @@ pub fn announce_late(life: &Life, description: &Description) {
     } else {
         description.device.display().to_string()
     };
-    // Whoever was there to be told may be gone.
+    // The waiting command may be gone.
     let _ = say(&mut io::stdout().lock(), &line);
     // Standard input is the null device, and this takes no descriptor.
     let _ = dup2_stdout(io::stdin()).and_then(|()| dup2_stderr(io::stdin()));

@@ -23,7 +23,7 @@ use super::terminal::say;
 pub fn recover(args: &Recover, verbose: u8) -> anyhow::Result<ExitCode> {
     let Some(id) = args.which.id() else { return recover_all(args) };
     if args.which.positional().is_some() {
-        // What a process sees to is known by its `-n ID`.
+        // Other commands find the device of a process by its `-n ID`.
         let mut same = own();
         same.args(["recover", "-n", &id.to_string()]);
         same.args((0..verbose).map(|_| "-v")).args(options(&args.life));
@@ -38,7 +38,7 @@ pub fn serve(id: u32, life: &Life) -> Result<(), DeviceError> {
     let helpers = processes::helpers(life);
     let on_live = |description: &_, choice: &_| {
         announce(life, description, Some(choice)).inspect_err(|error| {
-            // Where whoever asked is gone, the log is there already.
+            // If the caller is gone, the log is open already.
             if !matches!(error, DeviceError::Abandoned) {
                 announce_late(life, description);
             }

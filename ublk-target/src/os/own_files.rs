@@ -26,7 +26,7 @@ pub fn directory(path: &Path) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
         Ok(()) | Err(_) => {}
     }
-    // The directory itself, and not what somebody puts in its place.
+    // The directory itself, and not something that has replaced it.
     let flags = libc::O_DIRECTORY | libc::O_NOFOLLOW;
     let directory = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
     let meta = directory.metadata()?;

@@ -145,7 +145,7 @@ fn parse_mounts(mountinfo: &str) -> Vec<Mount> {
         let mut fields = line.split(' ');
         let devt = parse_devt(fields.nth(2)?)?;
         let point = PathBuf::from(unescape(fields.nth(1)?));
-        // Options and tags, of which there may be any number; then the type, and the source.
+        // Any number of options and tags; then the type, and the source.
         let source = fields.skip_while(|field| *field != "-").nth(2).unwrap_or_default();
         Some(Mount { devt, point, source: PathBuf::from(unescape(source)) })
     };

@@ -150,7 +150,7 @@ fn all_needed(needed: &[&Path]) -> Vec<PathBuf> {
     let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
     let program = maps.lines().filter_map(|line| Some(PathBuf::from(&line[line.find('/')?..])));
     let needed = needed.iter().flat_map(|path| on_the_way(path));
-    // The socket of the service manager, which is told later, if it has a place in a file system.
+    // The socket of the service manager, for a later notification, if it is in a file system.
     let manager = std::env::var_os("NOTIFY_SOCKET").map(PathBuf::from);
     let manager = manager.filter(|path| path.is_absolute());
     needed.chain(always).chain(program).chain(manager).collect()

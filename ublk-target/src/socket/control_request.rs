@@ -53,7 +53,7 @@ impl<T> Reply<T> {
 
     /// Sends the answer.
     pub fn send(self, answer: Result<T, String>) {
-        // It can only fail if whoever asked has given up.
+        // It can only fail if the client has given up.
         let _ = self.sender.try_send(answer);
     }
 }

@@ -181,7 +181,7 @@ impl Reading<'_> {
         if !keys.keys().any(|key| key.get_ref() == "id") {
             self.fault(table.span(), "the device has no `id`");
         }
-        // Its other faults are told as of some target.
+        // Other errors are checked as for any target.
         let config = self.make(target.unwrap_or("null"), target.is_some(), table.span(), settings);
         let config = config.filter(|_| self.faults.len() == before)?;
         Some((table.span(), config))
