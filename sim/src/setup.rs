@@ -29,20 +29,20 @@ pub const MAX_POOL: u16 = 2 * MAX_DEPTH + MAX_SPARE;
 /// Which faults there are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Hostility {
-    /// A sound kernel for every eighth seed, all faults for half of them, some for the rest.
+    /// No faults for every eighth seed, all faults for half of the seeds, some for the rest.
     #[default]
     Mixed,
-    /// Every fault, whatever the seed.
+    /// All faults for every seed.
     All,
-    /// A sound kernel.
+    /// No faults.
     None,
 }
 
-/// What the driver makes of a success of fewer bytes than a request has. No server of ours may
+/// What the driver does with a success that has fewer bytes than the request. Our servers must not
 /// commit one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ShortResults {
-    /// What is left of the request is a request again (up to Linux 7.2).
+    /// The driver delivers the rest of the request again (up to Linux 7.2).
     Redelivered,
     /// It is taken for the whole, but for reads that the driver copies itself (from Linux 7.3 on).
     Believed,

@@ -33,11 +33,11 @@ pub struct LayerConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum LayerKind {
-    /// Some requests fail, come short at first, or are held back.
+    /// Injects errors, short transfers and delays.
     Fault {
-        /// The first one that applies to a request decides.
+        /// The first rule that matches a request applies.
         rules: Vec<Rule>,
-        /// What chance draws from.
+        /// The random seed.
         seed: u64,
     },
 }

@@ -14,7 +14,7 @@ pub enum LendRequest {
     Auto,
     /// Zero copy by automatic buffer registration (Linux 6.16).
     Fused,
-    /// Zero copy by a registration and an unregistration with each request (Linux 6.15).
+    /// Zero copy: the server registers and unregisters the buffer of each request (Linux 6.15).
     Slot,
     /// Copies by `pread` and `pwrite` on the character device (Linux 6.5).
     UserCopy,
@@ -22,7 +22,7 @@ pub enum LendRequest {
     Copy,
 }
 
-/// The mode cannot be had.
+/// The mode is unavailable.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{what} needs the ublk feature {} (Linux {} or newer), which this kernel ({release}) lacks; \
@@ -44,12 +44,12 @@ pub struct Choice {
     pub flags: u64,
     /// The reason, for the user.
     pub reason: String,
-    /// `auto` had to take less than the best.
+    /// Whether `auto` had to take a mode that is not the best.
     pub is_fallback: bool,
 }
 
 /// What `auto` tries, best first. User copy is not among them: wherever it is available, so is
-/// copying by the driver, which needs no system call of ours.
+/// copying by the driver, which costs the server no system call.
 const BEST_FIRST: [LendMode; 3] = [LendMode::Fused, LendMode::Slot, LendMode::Copy];
 
 impl LendRequest {

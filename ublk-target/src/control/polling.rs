@@ -26,8 +26,8 @@ pub enum CannotPoll {
     IoLane,
     /// A backing has no queues for it.
     #[error(
-        "{} has no queues to be polled; give its driver some (nvme.poll_queues=N on the kernel's \
-         command line), or let all backings interrupt with `--unpolled interrupt`", .0.display()
+        "{} has no poll queues; configure some (nvme.poll_queues=N on the kernel's command line), \
+         or use interrupts for all backings with `--unpolled interrupt`", .0.display()
     )]
     NoQueues(PathBuf),
 }
@@ -60,7 +60,10 @@ pub(super) fn choose(config: &DeviceConfig, backings: &[Backing]) -> Result<Poll
     match config.unpolled {
         Unpolled::Refuse => Err(CannotPoll::NoQueues(unpolled.path().to_owned())),
         Unpolled::Interrupt => {
-            log::info!("{} cannot be polled: all backings interrupt", unpolled.path().display());
+            log::info!(
+                "{} cannot be polled: all backings use interrupts",
+                unpolled.path().display()
+            );
             Ok(Polling::Off)
         }
     }

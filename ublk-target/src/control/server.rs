@@ -145,7 +145,7 @@ impl Server {
             return Err(AddError::TakenBack { feature: feature.name });
         }
         if added.nr_hw_queues < plan.config.queues {
-            log::warn!("the driver gives {} queues, one for each CPU", added.nr_hw_queues);
+            log::warn!("the driver allows only {} queues, one per CPU", added.nr_hw_queues);
         }
         let cdev = Arc::new(self.open_cdev()?);
         self.cdev = Some(Arc::clone(&cdev));
@@ -345,7 +345,7 @@ impl Server {
                 Wake::LaneEnded | Wake::Undelivered => {
                     // Stopping a device takes fetches back, too.
                     if self.is_live() {
-                        log::warn!("somebody has made the device wait for another server");
+                        log::warn!("another process has quiesced the device");
                         plan = self.hand_over_to_self(plan)?;
                     } else if woken == Wake::LaneEnded {
                         break;
@@ -408,7 +408,7 @@ impl Server {
                 self.hand_over(plan, &program, reply, helpers)
             }
             ControlRequest::Grow { .. } | ControlRequest::Upgrade { .. } => {
-                log::warn!("nobody waits any more for what was asked; nothing is done");
+                log::warn!("the client has given up on its request; nothing is done");
                 Ok(plan)
             }
         }
@@ -456,7 +456,7 @@ impl Server {
         plan.layout.target.replace_base(&grown.base);
         plan.layout.size = grown.size;
         plan.config.target = target;
-        log::info!("the device may have {}", grown.size);
+        log::info!("the device may grow to {}", grown.size);
         Ok(grown.size)
     }
 }

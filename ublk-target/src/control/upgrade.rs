@@ -76,8 +76,8 @@ impl Server {
         log::info!("handing over to {}", program.path().display());
         step("upgrade-asked");
         if let Err(error) = self.stop_deliveries(helpers) {
-            log::error!("the device stays with this program: {error}");
-            reply.send(Err(format!("it serves the device on: {error}")));
+            log::error!("cannot upgrade; this program still serves the device: {error}");
+            reply.send(Err(format!("it still serves the device: {error}")));
             return Ok(plan);
         }
         step("upgrade-quiesced");
@@ -86,10 +86,7 @@ impl Server {
         self.let_device_go(plan);
         step("upgrade-let-go");
         let error = (helpers.become_next)(self.id, program, self.supervisor);
-        log::error!(
-            "cannot become {}: {error}; going on with this program",
-            program.path().display()
-        );
+        log::error!("cannot execute {}: {error}; this program continues", program.path().display());
         self.take_back()
     }
 
@@ -120,7 +117,7 @@ impl Server {
     /// Has the driver deliver nothing more.
     fn stop_deliveries(&self, helpers: &Helpers<'_>) -> Result<(), ServeError> {
         let failed = |error: io::Error| {
-            SetupError::new("cannot start a process that makes I/O wait", Errno::of(&error))
+            SetupError::new("cannot start a process that quiesces the device", Errno::of(&error))
         };
         // What comes meanwhile is seen later: a blocked signal outlasts execve(2), and the other wake-ups
         // stay.

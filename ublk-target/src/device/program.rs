@@ -30,7 +30,7 @@ pub enum ProgramProblem {
     },
     /// Others than root can change it.
     #[error(
-        "{}: others than root can change {}; it is not run as root", path.display(), what.display()
+        "{}: users other than root can change {}; it is not run as root", path.display(), what.display()
     )]
     NotRoots {
         /// The path.
@@ -39,7 +39,7 @@ pub enum ProgramProblem {
         what: PathBuf,
     },
     /// It is a directory, a pipe or the like.
-    #[error("{} is no program: it is no regular file", path.display())]
+    #[error("{} is not a program: it is not a regular file", path.display())]
     NoFile {
         /// The path.
         path: PathBuf,
@@ -188,7 +188,7 @@ mod tests {
         let set = |path: &Path, mode| fs::set_permissions(path, Permissions::from_mode(mode));
         set(&path, 0o777).unwrap();
         let refused = Program::open(&path).unwrap_err().to_string();
-        assert!(refused.contains("others than root"), "{refused}");
+        assert!(refused.contains("users other than root"), "{refused}");
         set(&path, 0o755).unwrap();
         assert!(Program::open(&path).is_ok());
         set(directory.path(), 0o777).unwrap();

@@ -217,7 +217,7 @@ impl StateFile {
         let state: Self =
             serde_json::from_value(value).map_err(|error| corrupt(error.to_string()))?;
         if state.id != id {
-            return Err(corrupt(format!("it is of device {}", state.id)));
+            return Err(corrupt(format!("it belongs to device {}", state.id)));
         }
         Ok(state)
     }

@@ -19,7 +19,7 @@ pub(crate) fn spawn_lane<T: Send + 'static>(
     let guarded = move || {
         // The panic has been reported by now.
         catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
-            log::error!("a lane has panicked, which ends the server");
+            log::error!("a lane has panicked; the server ends");
             std::process::abort()
         })
     };
@@ -31,7 +31,7 @@ pub(crate) fn prepare_lane_thread() {
     // Allocations that this thread causes in the kernel must not wait for writeback, which may
     // need this thread (`prctl(2)`, Linux 5.6).
     if let Err(errno) = uring_ext::task::set_io_flusher() {
-        log::warn!("a lane: PR_SET_IO_FLUSHER: {errno}");
+        log::warn!("cannot set PR_SET_IO_FLUSHER for a lane: {errno}");
     }
 }
 

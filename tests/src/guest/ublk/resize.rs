@@ -174,7 +174,7 @@ fn shrinks(ctx: &Ctx) -> Result<Outcome> {
     crate::guest::udev::settle()?;
     let shrink = [PROGRAM, "resize", "-n", &device.id(), "--size", "32M", "--shrink"];
     let refused = process::run_for_code(&shrink[..6], 1)?;
-    ensure!(refused.stderr.contains("say --shrink"), "{}", refused.stderr);
+    ensure!(refused.stderr.contains("use --shrink"), "{}", refused.stderr);
     let open = direct::open(device.path()?)?;
     let refused = process::run_for_code(&shrink, 1)?;
     ensure!(refused.stderr.contains("is in use: open by"), "{}", refused.stderr);
@@ -211,7 +211,7 @@ fn refused(_ctx: &Ctx) -> Result<Outcome> {
         (&["-n", "77"][..], "there is no ublk device 77"),
         (&["-n", &id, "--size", "1000"], "a multiple of 512"),
         (&["-n", &id, "--size", "0"], "and not 0"),
-        (&["-n", &id, "--size", "2G"], "less than 2 GiB; make them longer"),
+        (&["-n", &id, "--size", "2G"], "less than 2 GiB; enlarge them first"),
     ] {
         let refused = process::run_for_code(&[&[PROGRAM, "resize"], arguments].concat(), 1)?;
         ensure!(refused.stderr.contains(expected), "{arguments:?}: {}", refused.stderr);

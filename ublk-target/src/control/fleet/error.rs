@@ -19,10 +19,10 @@ pub enum FleetError {
     #[error(transparent)]
     Control(#[from] ControlError),
     /// None could be made.
-    #[error("none of the devices could be made; the log says why")]
+    #[error("no device could be added; the log says why")]
     None,
     /// Not all could be taken down in order.
-    #[error("{0} of the devices could not be taken down; the log says why")]
+    #[error("{0} devices could not be stopped; the log says why")]
     NotEnded(usize),
 }
 

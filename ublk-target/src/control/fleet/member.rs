@@ -192,7 +192,7 @@ impl Member {
                 if !is_as_wanted(&record.config, &config) {
                     let id = record.id;
                     log::warn!(
-                        "device {id} is taken over as it was added, which is not as the file says; \
+                        "device {id} is taken over with its old options, which differ from the file; \
                          a reload changes it when it is unused"
                     );
                     config = record.config.clone();
@@ -220,7 +220,9 @@ impl Member {
                     reply.send(grown.map_err(|error| error.to_string()));
                 }
                 ControlRequest::Grow { .. } => {
-                    log::warn!("nobody waits any more for a new size; nothing is done");
+                    log::warn!(
+                        "the client that asked for a new size has given up; nothing is done"
+                    );
                 }
                 ControlRequest::Upgrade { program: _, reply } => {
                     reply.send(Err(NO_UPGRADE.to_owned()));
@@ -260,13 +262,13 @@ impl Member {
         if !info.is_ok_and(|info| u32::from(info.state) == sys::UBLK_S_DEV_LIVE) {
             return;
         }
-        log::warn!("device {id}: somebody has made it wait for another server");
+        log::warn!("device {id}: another process has quiesced it");
         // No request is in hand, so that this does not take long.
         let status = (hooks.quiesce)(id).and_then(|mut process| process.wait());
         match status {
             Ok(status) if status.success() => {}
-            Ok(status) => log::error!("device {id}: its deliveries cannot be stopped: {status}"),
-            Err(error) => log::error!("device {id}: its deliveries cannot be stopped: {error}"),
+            Ok(status) => log::error!("device {id}: it cannot be quiesced: {status}"),
+            Err(error) => log::error!("device {id}: it cannot be quiesced: {error}"),
         }
     }
 
@@ -302,9 +304,9 @@ impl Member {
 /// How long those may take who let go of a device or a backing by themselves.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-const NO_UPGRADE: &str = "the device is one of several of a server (`ublk-target serve`), which \
-                          cannot be upgraded while they are used: kill it with SIGKILL and start \
-                          the new one, which takes the devices over";
+const NO_UPGRADE: &str = "the device belongs to `ublk-target serve`, which cannot be upgraded \
+                          while its devices are used: kill it with SIGKILL and start the new \
+                          version, which takes over the devices";
 
 impl End {
     /// Takes the device down; or begins it again, which gives a new one.
@@ -324,14 +326,14 @@ impl End {
                 None
             }
             Self::Failed(error) => {
-                log::error!("device {id}: {error}; it is taken down");
+                log::error!("device {id}: {error}; it is stopped");
                 if let Err(error) = member.stop(hooks) {
                     log::error!("device {id}: {error}");
                 }
                 None
             }
             Self::Waits(error) => {
-                log::error!("device {id}: {error}; it is recovered");
+                log::error!("device {id}: {error}; recovering it");
                 let config = member.config.clone();
                 member.server.leave();
                 let _ = member.server.lanes.join();

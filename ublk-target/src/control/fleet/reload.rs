@@ -43,7 +43,7 @@ impl Fleet {
         let made = match self.find_changes(hooks) {
             Err(faults) => {
                 faults.iter().for_each(|fault| log::error!("{fault}"));
-                log::error!("the configuration has faults; all stays as it was");
+                log::error!("the configuration has errors; nothing has changed");
                 Vec::new()
             }
             Ok(found) => self.carry_out(found, hooks),
@@ -66,7 +66,7 @@ impl Fleet {
             Ok::<_, Vec<String>>((wanted, plans))
         })?;
         if wanted.lanes != self.lanes {
-            log::warn!("`lanes` has changed, which takes effect at the next start");
+            log::warn!("`lanes` has changed; this takes effect at the next start");
         }
         let changes = Changes::between(&now, &wanted.devices);
         let (mut opened, mut faults) = (Vec::new(), Vec::new());
@@ -141,9 +141,11 @@ impl Fleet {
                 match self.add_now(old, again(old), hooks) {
                     Ok(()) => {
                         made.push(id);
-                        log::error!("device {id} is as it was");
+                        log::error!("device {id} is restored with its old options");
                     }
-                    Err(error) => log::error!("device {id} is gone: {error}"),
+                    Err(error) => {
+                        log::error!("device {id} cannot be restored and is deleted: {error}")
+                    }
                 }
             }
         }
@@ -178,7 +180,7 @@ impl Fleet {
             return Removed::Gone(None);
         };
         if let Err(users) = self.members[at].stop_unused(hooks, self.features) {
-            log::error!("device {id} is in use and stays as it was: {users}");
+            log::error!("device {id} is in use and has not changed: {users}");
             return Removed::Stays;
         }
         let member = self.members.remove(at);

@@ -193,7 +193,7 @@ fn a_corrupt_state_file_is_not_believed() {
         (good.clone(), "its checksum"),
         (whole.replace("1073741824", "1073741840"), "its checksum"),
         (whole.replace("\"version\": 4", "\"version\": 99"), "has format 99"),
-        (summed("\"id\":3", "\"id\":4"), "it is of device 4"),
+        (summed("\"id\":3", "\"id\":4"), "it belongs to device 4"),
         (summed("auto", "telepathy"), "telepathy"),
         (summed("error=EIO", "error=EGAD"), "EGAD"),
         (summed("\"queues\":1", "\"queues\":-1"), "is corrupt"),
@@ -246,6 +246,6 @@ fn a_pipe_in_the_place_of_a_state_file_is_not_waited_for() {
         nix::unistd::mkfifo(&directory.path().join(name), mode).unwrap();
     }
     let refused = StateFile::read(directory.path(), 3).unwrap_err().to_string();
-    assert!(refused.ends_with("cannot be read: it is no regular file"), "{refused}");
+    assert!(refused.ends_with("cannot be read: it is not a regular file"), "{refused}");
     assert!(!own_files::is_being_written(&directory.path().join("3.json.00123456789a")));
 }

@@ -97,7 +97,7 @@ pub(super) fn refused(ctx: &Ctx) -> Result<Outcome> {
         [part(1), mapper.path(), files[0].clone(), kernel_loop.path().to_owned(), node(5), node(7)];
     for backing in &on {
         write(ctx, &[bottom.clone(), section(1, backing, "")?])?;
-        fleet.reload("all stays as it was")?;
+        fleet.reload("nothing has changed")?;
         refused += 1;
         let said = fleet.said()?;
         ensure!(said.matches(&line).count() == refused, "{}: {said}", backing.display());
@@ -144,7 +144,7 @@ pub(super) fn refused_again(ctx: &Ctx) -> Result<Outcome> {
     let fleet = Fleet::start(ctx.directory(), &write(ctx, slice::from_ref(&top))?)?;
     kill_lower()?;
     write(ctx, &[top.clone(), bottom.clone()])?;
-    fleet.reload("all stays as it was")?;
+    fleet.reload("nothing has changed")?;
     ensure!(fleet.said()?.contains(&line), "{}", fleet.said()?);
     ensure!(state_of(BOTTOM)? == "QUIESCED" && state_of(1)? == "LIVE", "{:?}", listed()?);
     process::run(&[PROGRAM, "recover", "-n", "0"])?;

@@ -60,7 +60,7 @@ impl Reading<'_> {
 
     fn name(&mut self, value: &Spanned<DeValue<'_>>) -> Option<LayerName> {
         let DeValue::String(name) = value.get_ref() else {
-            self.fault(value.span(), "`name` is no text");
+            self.fault(value.span(), "`name` is not a text");
             return None;
         };
         name.parse().map_err(|error| self.fault(value.span(), error)).ok()
