@@ -4,6 +4,7 @@ use ublk_engine::engine::STAGES;
 use ublk_engine::request::RequestKind;
 
 use crate::cow::Cow;
+use crate::draw::Draw as _;
 use crate::fault::{Fault, Tally};
 use crate::kernel::Kernel;
 use crate::setup::ShortResults;

@@ -1,5 +1,7 @@
 //! Which planner a seed has, and the drives under it.
 
+use rand_xoshiro::SplitMix64;
+use rand_xoshiro::rand_core::Rng as _;
 use ublk_engine::plan::BackingIndex;
 use ublk_engine::target::{
     AnyTarget, FaultTarget, LinearTarget, LoopTarget, MIN_CHUNK, NullTarget, StripeTarget,
@@ -8,16 +10,16 @@ use ublk_engine::target::{
 
 use crate::SECTOR;
 use crate::cow::Cow;
+use crate::draw::Draw as _;
 use crate::mapping::{Mapping, Spread, Trap};
 use crate::mirror::Mirror;
-use crate::rng::Rng;
 
 /// Of what devices are made, so that they have whole blocks of any size.
 const PAGE: u64 = 4096;
 
 /// Draws a planner of a device with such blocks; returns it with the sizes of the device and of each
 /// backing.
-pub fn draw(rng: &mut Rng, hostile: bool, block: u32) -> (Mapping, u64, Vec<u64>) {
+pub fn draw(rng: &mut SplitMix64, hostile: bool, block: u32) -> (Mapping, u64, Vec<u64>) {
     let (mut mapping, size, backings) = sound(rng, hostile);
     if rng.chance(300) {
         mapping = with_faults(rng, hostile, block, mapping);
@@ -39,15 +41,15 @@ const RULES: [&str; 8] = [
 const GENTLE: usize = 4;
 
 /// Wraps a planner.
-pub fn with_faults(rng: &mut Rng, hostile: bool, block: u32, inner: Mapping) -> Mapping {
+pub fn with_faults(rng: &mut SplitMix64, hostile: bool, block: u32, inner: Mapping) -> Mapping {
     let all = if hostile { &RULES[..] } else { &RULES[..GENTLE] };
     let rules = (0..1 + rng.below(3)).map(|_| rng.pick(all).parse());
     let rules = rules.map(|rule| rule.unwrap_or_else(|error| panic!("{error}")));
     let rules: Vec<_> = rules.collect();
-    Mapping::Fault(Box::new(FaultTarget::new(rules, rng.next(), block, inner)))
+    Mapping::Fault(Box::new(FaultTarget::new(rules, rng.next_u64(), block, inner)))
 }
 
-fn sound(rng: &mut Rng, hostile: bool) -> (Mapping, u64, Vec<u64>) {
+fn sound(rng: &mut SplitMix64, hostile: bool) -> (Mapping, u64, Vec<u64>) {
     let size = u64::from(rng.below(24) + 16) * PAGE;
     match rng.below(17) {
         0..4 => {
@@ -77,7 +79,7 @@ fn sound(rng: &mut Rng, hostile: bool) -> (Mapping, u64, Vec<u64>) {
 }
 
 /// What the backings take as one: anything, or so little that many a request needs several windows.
-pub fn transfer_limit(rng: &mut Rng) -> TransferLimit {
+pub fn transfer_limit(rng: &mut SplitMix64) -> TransferLimit {
     if rng.chance(512) {
         return TransferLimit::UNLIMITED;
     }
@@ -88,7 +90,7 @@ pub fn transfer_limit(rng: &mut Rng) -> TransferLimit {
 }
 
 /// A few short extents of up to three backings.
-fn linear(rng: &mut Rng) -> (Mapping, u64, Vec<u64>) {
+fn linear(rng: &mut SplitMix64) -> (Mapping, u64, Vec<u64>) {
     let mut ends = [0; 3];
     let mut extents = Vec::new();
     for _ in 0..4 + rng.below(8) {
@@ -108,9 +110,10 @@ fn linear(rng: &mut Rng) -> (Mapping, u64, Vec<u64>) {
 }
 
 /// The least chunk, or twice that, on two to four backings of unequal sizes.
-fn stripe(rng: &mut Rng) -> (Mapping, u64, Vec<u64>) {
+fn stripe(rng: &mut SplitMix64) -> (Mapping, u64, Vec<u64>) {
     let chunk = MIN_CHUNK << rng.below(2);
-    let bytes = |rng: &mut Rng| chunk * u64::from(4 + rng.below(12)) + u64::from(rng.below(4096));
+    let bytes =
+        |rng: &mut SplitMix64| chunk * u64::from(4 + rng.below(12)) + u64::from(rng.below(4096));
     let sizes: Vec<_> = (0..2 + rng.below(3)).map(|_| bytes(rng) + 4 * PAGE).collect();
     let target = StripeTarget::new(chunk, &sizes).unwrap_or_else(|error| panic!("{error}"));
     let target = target.within(transfer_limit(rng));
@@ -118,7 +121,7 @@ fn stripe(rng: &mut Rng) -> (Mapping, u64, Vec<u64>) {
     (Mapping::Target(AnyTarget::Stripe(target)), size, sizes)
 }
 
-fn spread(rng: &mut Rng, hostile: bool) -> Spread {
+fn spread(rng: &mut SplitMix64, hostile: bool) -> Spread {
     Spread {
         backings: u16::try_from(rng.below(3) + 2).unwrap_or(2),
         chunk: u64::from(rng.pick(&[1, 2, 3, 5, 8, 16_u32])) * SECTOR,

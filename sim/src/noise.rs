@@ -1,12 +1,14 @@
 //! Completions that mean nothing: again, of an earlier life, without sense, or unasked for. They
 //! must be counted and change nothing.
 
+use rand_xoshiro::rand_core::Rng as _;
 use ublk_engine::engine::{EngineStats, OpKey, TagKey};
 use ublk_engine::lane::Handled;
 use ublk_engine::lane::event::Event;
 use ublk_engine::units::Tag;
 use uring_ext::ring::Cqe;
 
+use crate::draw::Draw as _;
 use crate::fault::Fault;
 use crate::world::World;
 
@@ -112,11 +114,11 @@ impl World {
     fn senseless(&mut self) -> Option<Cqe> {
         let mut kernel = self.kernel.borrow_mut();
         let incarnation = kernel.incarnation;
-        let payload = kernel.rng.next() & 0xffff_ffff_ffff;
+        let payload = kernel.rng.next_u64() & 0xffff_ffff_ffff;
         let own = Event::Cancelled.encode(incarnation) & 0x0fff_0000_0000_0000;
         let kind = u64::from(kernel.rng.pick(&[0, 1, 2, 3, 5, 9, 12, 15_u32])) << 60;
         let user_data = match kernel.rng.below(3) {
-            0 => kernel.rng.next(),
+            0 => kernel.rng.next_u64(),
             1 => kind | own | payload,
             // Of a tag that exists, but at a turn far away.
             _ => {

@@ -1,5 +1,7 @@
 //! What a seed chooses: the device, its lend mode and planner, and how hostile the kernel is.
 
+use rand_xoshiro::SplitMix64;
+use rand_xoshiro::rand_core::SeedableRng as _;
 use ublk_engine::engine::{SlotChoice, SlotTable};
 use ublk_engine::lane::TableRange;
 use ublk_engine::lend::LendMode;
@@ -10,10 +12,10 @@ use uring_ext::nvme::{Namespace, RetryDelays};
 
 use crate::MAX_REQUEST;
 use crate::command::{BLOCK_SHIFT, NSID};
+use crate::draw::Draw as _;
 use crate::fault::{Fault, Rates};
 use crate::layout;
 use crate::mapping::Mapping;
-use crate::rng::Rng;
 
 /// Greatest number of tags.
 pub const MAX_DEPTH: u16 = 8;
@@ -127,7 +129,7 @@ impl Setup {
     #[must_use]
     pub fn of(seed: u64, hostility: Hostility) -> Self {
         // Not the stream that the run itself uses.
-        let mut rng = Rng::new(!seed);
+        let mut rng = SplitMix64::seed_from_u64(!seed);
         let some = seed % 8 >= 5;
         let hostile = match hostility {
             Hostility::Mixed => seed % 8 != 0,
@@ -207,7 +209,7 @@ impl Setup {
 }
 
 /// Some devices have namespaces among their backings.
-fn routes(rng: &mut Rng, backings: usize) -> Vec<Route> {
+fn routes(rng: &mut SplitMix64, backings: usize) -> Vec<Route> {
     let namespaces = rng.pick(&[0, 0, 512, 1024]);
     let files = [DiscardCall::BlockCommand, DiscardCall::PunchHole];
     let route = |_| {
@@ -224,7 +226,7 @@ fn routes(rng: &mut Rng, backings: usize) -> Vec<Route> {
     (0..backings).map(route).collect()
 }
 
-fn slot_table(rng: &mut Rng, lend: LendMode, depth: u16, hostile: bool) -> SlotTable {
+fn slot_table(rng: &mut SplitMix64, lend: LendMode, depth: u16, hostile: bool) -> SlotTable {
     let spare = rng.pick(&[0, 1, MAX_SPARE]);
     let first = rng.pick(&[0, 1, MAX_FIRST]);
     let from =

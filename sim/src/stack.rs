@@ -8,14 +8,16 @@ use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::rc::Rc;
 
+use rand_xoshiro::SplitMix64;
+use rand_xoshiro::rand_core::{Rng as _, SeedableRng as _};
 use ublk_engine::request::Geometry;
 use ublk_engine::route::{DiscardCall, Route};
 use ublk_engine::target::{AnyTarget, LoopTarget};
 
+use crate::draw::Draw as _;
 use crate::kernel::{Ended, Part, Phase, Wanted, Workers};
 use crate::layout;
 use crate::mapping::Mapping;
-use crate::rng::Rng;
 use crate::setup::{Hostility, Setup};
 use crate::world::{Options, World};
 
@@ -71,7 +73,7 @@ struct Thread {
 
 /// Devices and threads.
 struct Stack {
-    rng: Rng,
+    rng: SplitMix64,
     members: Vec<Member>,
     threads: Vec<Thread>,
     outcome: Outcome,
@@ -106,7 +108,7 @@ pub fn play(seed: u64, sharing: Sharing, options: &Options) -> Outcome {
 }
 
 /// Which device each stands on, if on any: a lower one comes first.
-fn draw_shape(rng: &mut Rng) -> Vec<Option<usize>> {
+fn draw_shape(rng: &mut SplitMix64) -> Vec<Option<usize>> {
     let count = 2 + rng.index(5);
     let mut below: Vec<Option<usize>> = vec![None];
     for device in 1..count {
@@ -124,7 +126,7 @@ fn depth(shape: &[Option<usize>]) -> usize {
 }
 
 /// Which process serves each.
-fn draw_processes(rng: &mut Rng, shape: &[Option<usize>], sharing: Sharing) -> Vec<usize> {
+fn draw_processes(rng: &mut SplitMix64, shape: &[Option<usize>], sharing: Sharing) -> Vec<usize> {
     let mut processes: Vec<usize> = Vec::new();
     for device in 0..shape.len() {
         let waits_for = waited_for(device, shape, &processes, sharing);
@@ -162,7 +164,7 @@ fn waited_for(
 
 impl Stack {
     fn new(seed: u64, sharing: Sharing, options: &Options) -> Self {
-        let mut rng = Rng::new(seed ^ 0x57ac_57ac_57ac_57ac);
+        let mut rng = SplitMix64::seed_from_u64(seed ^ 0x57ac_57ac_57ac_57ac);
         let shape = draw_shape(&mut rng);
         let block = rng.pick(&[512, 512, 4096]);
         let own: Vec<_> =
@@ -177,7 +179,7 @@ impl Stack {
             }
         }
         let mut stack = Self {
-            rng: Rng::new(seed),
+            rng: SplitMix64::seed_from_u64(seed),
             members: Vec::new(),
             threads: Vec::new(),
             outcome: Outcome::default(),
@@ -188,7 +190,7 @@ impl Stack {
             let setup = draw_setup(&mut rng, sizes[device], block);
             let tags = u32::from(setup.depth);
             let thread = stack.thread_for(processes[device], tags, limit, workers);
-            let world = World::new(rng.next(), setup, options);
+            let world = World::new(rng.next_u64(), setup, options);
             let workers = Rc::clone(&stack.threads[thread].workers);
             let part = Part::new(device, workers, 0..own[device], on[device].is_some());
             world.kernel.borrow_mut().part = Some(part);
@@ -263,7 +265,7 @@ impl Stack {
         let world = &mut self.members[device].world;
         let shared = Rc::clone(&world.kernel);
         let mut kernel = shared.borrow_mut();
-        kernel.now += 500 + (kernel.rng.next() & 0xfff);
+        kernel.now += 500 + (kernel.rng.next_u64() & 0xfff);
         kernel.trace.note(|| format!("device {device}: {step:?}"));
         match step {
             Step::Ask => {
@@ -426,8 +428,8 @@ impl Step {
 }
 
 /// A device of this size on one backing, with a sound kernel.
-fn draw_setup(rng: &mut Rng, size: u64, block: u32) -> Setup {
-    let drawn = Setup::of(rng.next(), Hostility::None);
+fn draw_setup(rng: &mut SplitMix64, size: u64, block: u32) -> Setup {
+    let drawn = Setup::of(rng.next_u64(), Hostility::None);
     let target = LoopTarget::new(size).within(layout::transfer_limit(rng));
     let mut slots = drawn.slots;
     slots.scratch = 0;

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
+use rand_xoshiro::rand_core::Rng as _;
 use ublk_engine::engine::{EngineConfig, QueueIdentity, Recorder};
 use ublk_engine::lane::event::Event;
 use ublk_engine::lane::fault::Faults;
@@ -12,6 +13,7 @@ use uring_ext::Errno;
 use uring_ext::ring::Cqe;
 
 use crate::check::View;
+use crate::draw::Draw as _;
 use crate::ending::Outcome;
 use crate::fault::Fault;
 use crate::kernel::{Kernel, Phase, QID, SimIo};
@@ -184,7 +186,7 @@ impl World {
             (Step::LetTimePass, if_any(setup.deadline.is_some(), 1)),
             (Step::Replace, if_any(setup.swaps, 1)),
         ];
-        let rare = kernel.rng.next();
+        let rare = kernel.rng.next_u64();
         if setup.hostile && !kernel.closing {
             if kernel.rng.chance(kernel.setup.kill_rate) && rare & 1 == 0 {
                 return Step::Kill;
@@ -209,7 +211,7 @@ impl World {
 
     fn take(&mut self, step: Step) {
         let mut kernel = self.kernel.borrow_mut();
-        kernel.now += 500 + (kernel.rng.next() & 0xfff);
+        kernel.now += 500 + (kernel.rng.next_u64() & 0xfff);
         kernel.trace.mix(step as u64);
         match step {
             Step::Deliver => {

@@ -1,12 +1,14 @@
 //! What the clients ask for: requests that never overlap while they are open, and descriptors that
 //! must be refused.
 
+use rand_xoshiro::rand_core::Rng as _;
 use ublk_engine::request::{Request, RequestKind};
 use uring_ext::iod::IoDesc;
 use uring_ext::{Errno, sys};
 
 use super::Kernel;
 use super::backing::MAX_BACKINGS;
+use crate::draw::Draw as _;
 use crate::fault::Fault;
 use crate::{MAX_REQUEST, SECTOR};
 
@@ -133,7 +135,7 @@ impl Kernel {
     /// Fills the buffer of a write: no two words are the same, and no byte looks like garbage.
     fn compose(&mut self, tag: u16, len: u64) {
         const NO_GARBAGE: u64 = 0x7f7f_7f7f_7f7f_7f7f;
-        let mut word = self.rng.next();
+        let mut word = self.rng.next_u64();
         let len = usize::try_from(len).unwrap_or(usize::MAX);
         for bytes in self.tags[usize::from(tag)].data[..len].chunks_exact_mut(8) {
             word = word.wrapping_add(0x9e37_79b9_7f4a_7c15);

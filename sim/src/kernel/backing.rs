@@ -1,6 +1,8 @@
 //! Backings: bytes, and what of them is on stable storage.
 
-use crate::rng::Rng;
+use rand_xoshiro::SplitMix64;
+
+use crate::draw::Draw as _;
 
 /// The most backings that a planner of the simulation has.
 pub const MAX_BACKINGS: usize = 4;
@@ -73,7 +75,7 @@ impl Backing {
     }
 
     /// Clears; returns the number of the write.
-    pub fn zero(&mut self, at: u64, len: u64, how: Zeroing, rng: &mut Rng) -> u64 {
+    pub fn zero(&mut self, at: u64, len: u64, how: Zeroing, rng: &mut SplitMix64) -> u64 {
         let len = usize::try_from(len).unwrap_or(usize::MAX);
         let range = range(at, len);
         match how {

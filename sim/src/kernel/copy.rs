@@ -7,6 +7,7 @@ use uring_ext::sys;
 
 use super::{Kernel, Phase};
 use crate::GARBAGE;
+use crate::draw::Draw as _;
 use crate::entry::Work;
 use crate::fault::Fault;
 

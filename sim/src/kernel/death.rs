@@ -6,6 +6,7 @@ use bufreg::Incarnation;
 use uring_ext::ring::Cqe;
 
 use super::{Buffer, Kernel, Phase};
+use crate::draw::Draw as _;
 use crate::fault::Fault;
 use crate::setup::Recovery;
 

@@ -3,6 +3,7 @@
 use super::verdict::Blame;
 use super::{Buffer, Kernel, Posted};
 use crate::command::{INTERNAL_ERROR, NOT_READY};
+use crate::draw::Draw as _;
 use crate::entry::{Entry, Work};
 use uring_ext::Errno;
 use uring_ext::nvme::MAX_RETRIES;

@@ -23,6 +23,8 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 
 use bufreg::Incarnation;
+use rand_xoshiro::SplitMix64;
+use rand_xoshiro::rand_core::SeedableRng as _;
 use ublk_engine::lane::{LaneIo, RingRole};
 use ublk_engine::target::FaultTarget;
 use ublk_engine::units::Tag;
@@ -35,11 +37,11 @@ use uring_ext::sqe::Sqe;
 
 use crate::MAX_REQUEST;
 use crate::command::Range;
+use crate::draw::Draw as _;
 use crate::entry::Entry;
 use crate::fault::{Fault, Tally};
 use crate::mapping::Mapping;
 use crate::pool::{self, Addresses};
-use crate::rng::Rng;
 use crate::setup::Setup;
 use crate::trace::Trace;
 pub use ask::Ask;
@@ -67,7 +69,7 @@ pub struct Posted {
 #[derive(Debug)]
 pub struct Kernel {
     /// Decides.
-    pub rng: Rng,
+    pub rng: SplitMix64,
     /// What the seed chose.
     pub setup: Setup,
     /// What has happened.
@@ -147,7 +149,7 @@ impl Kernel {
         }
         let (depth, capacity) = (setup.depth, setup.slots.capacity());
         let mut kernel = Self {
-            rng: Rng::new(seed),
+            rng: SplitMix64::seed_from_u64(seed),
             setup,
             tally: Tally::default(),
             trace,

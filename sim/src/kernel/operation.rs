@@ -4,6 +4,7 @@ use ublk_engine::engine::MAX_RETRIES;
 use uring_ext::Errno;
 
 use super::{Buffer, Flight, Kernel};
+use crate::draw::Draw as _;
 use crate::entry::{Transfer, Work};
 use crate::fault::Fault;
 

@@ -13,6 +13,7 @@ use ublk_engine::request::{Request, RequestKind};
 
 use super::backing::Zeroing;
 use super::{Ask, Buffer, Flight, Kernel, Phase};
+use crate::draw::Draw as _;
 use crate::entry::Work;
 
 /// The workers of a thread.

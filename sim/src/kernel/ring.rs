@@ -8,6 +8,7 @@ use uring_ext::Errno;
 use uring_ext::sqe::Sqe;
 
 use super::{Flight, Kernel, Posted, QID};
+use crate::draw::Draw as _;
 use crate::entry::{Entry, Work};
 use crate::fault::Fault;
 use crate::table_range::rebased;

@@ -3,6 +3,7 @@
 use uring_ext::Errno;
 
 use super::{Kernel, Phase};
+use crate::draw::Draw as _;
 use crate::fault::Fault;
 
 /// What is in a slot.

@@ -10,6 +10,7 @@ use super::backing::MAX_BACKINGS;
 use super::operation::HARD;
 use super::{Ask, Kernel, Phase, Posted, TagModel};
 use crate::command::INTERNAL_ERROR;
+use crate::draw::Draw as _;
 use crate::fault::Fault;
 
 /// What has gone wrong for a request, so that its answer can be judged.
