@@ -92,7 +92,7 @@ impl<P: Planner> Engine<P> {
         let state = &mut self.tags[tag.index()];
         let FastPath { lease, serial, request, place } = &mut state.fast_path;
         let Some(lease) = lease.take() else { return };
-        let (lease, borrow) = self.registry.part(lease);
+        let (lease, borrow) = self.registry.split(lease);
         let (op, borrow) = (Op::all_of(request, *place), Some(borrow));
         state.run.renew(*request, false, Stamps::default());
         state.run.accepted = true;
