@@ -1,7 +1,7 @@
 //! The control plane: commands to `/dev/ublk-control`, each with a bounded wait.
 //!
 //! Built on the UAPI bindings and the control ring of `libublk`. Its `UblkCtrl` is not used: it
-//! refuses features that we need, hides error numbers behind retries, and waits without bound.
+//! rejects features that we need, hides error numbers behind retries, and waits without a limit.
 
 mod error;
 
@@ -24,7 +24,7 @@ use error::{open_error, ring_error};
 
 /// The node of the driver.
 pub const CONTROL_PATH: &str = "/dev/ublk-control";
-/// Its numbers, while the driver is loaded.
+/// The node's device numbers, while the driver is loaded.
 const CONTROL_NUMBERS: &str = "/sys/class/misc/ublk-control/dev";
 
 /// Plain data that the kernel reads or fills.
@@ -32,7 +32,7 @@ const CONTROL_NUMBERS: &str = "/sys/class/misc/ublk-control/dev";
 /// # Safety
 /// The type is `repr(C)`, has no padding, and any bytes are a valid value.
 unsafe trait Plain: Copy + 'static {}
-// SAFETY: bound from the UAPI, integers only; its fields add up to its size.
+// SAFETY: bound from the UAPI, integers only; the sizes of its fields add up to its size.
 unsafe impl Plain for sys::ublksrv_ctrl_dev_info {}
 // SAFETY: integers only, padding explicit.
 unsafe impl Plain for Params {}
@@ -44,14 +44,14 @@ unsafe impl Plain for [u64; CPU_MASK_WORDS] {}
 /// Words of a CPU mask: 8,192 CPUs, the greatest number that Linux is built for.
 const CPU_MASK_WORDS: usize = 128;
 
-/// A command under way. Dropping it before its answer abandons the answer, not the command.
+/// A command without an answer yet. Dropping it discards the answer; the command goes on.
 #[derive(Debug)]
 #[must_use]
 pub struct Pending<T: 'static = ()> {
     command: &'static str,
     token: u64,
     started: Instant,
-    /// Kernel-visible memory of the command; leaked if the answer is not awaited.
+    /// The command's memory, which the kernel uses; leaked if nobody waits for the answer.
     buffer: Option<Box<T>>,
 }
 
@@ -68,9 +68,9 @@ impl<T> Drop for Pending<T> {
 pub struct Control {
     file: File,
     next_token: Cell<u64>,
-    /// Answers that came while another command was awaited.
+    /// Answers that arrived while waiting for another command.
     answers: RefCell<HashMap<u64, i32>>,
-    /// The longest wait of the plain commands.
+    /// The longest wait for a command that is not returned as [`Pending`].
     patience: Duration,
     _thread: std::marker::PhantomData<*const ()>,
 }
@@ -79,12 +79,12 @@ impl Control {
     /// Opens the node and makes the thread's control ring.
     ///
     /// # Errors
-    /// Those of [`Control::open_node`] and [`Control::with`].
+    /// As [`Control::open_node`] and [`Control::with`].
     pub fn open() -> Result<Self, ControlError> {
         Self::with(Self::open_node()?)
     }
 
-    /// Opens the node, which only shows that it can be opened.
+    /// Opens the node without setting up a ring.
     ///
     /// # Errors
     /// [`ControlError::NoDriver`], [`ControlError::NoDriverNorRoot`], [`ControlError::NoNode`],
@@ -103,8 +103,8 @@ impl Control {
         }
     }
 
-    /// Makes the thread's control ring. From its first command on the kernel has workers for it, which
-    /// share the process's files and mounts.
+    /// Makes the thread's control ring. From its first command on the kernel runs workers for it,
+    /// which share the process's files and mounts.
     ///
     /// # Errors
     /// [`ControlError::NoIoUring`], [`ControlError::Setup`].
@@ -138,12 +138,12 @@ impl Control {
         }
     }
 
-    /// Adds a device; returns it as the driver corrected it. An id of `u32::MAX` lets the driver
-    /// choose one.
+    /// Adds a device, and returns its description as the driver adjusted it. With an id of
+    /// `u32::MAX` the driver chooses the id.
     ///
     /// # Errors
     /// `EEXIST` if the id is taken, `EINVAL` for queues, depth or features beyond the driver's
-    /// limits, `ENOSPC` or `EACCES` at the limit of devices.
+    /// limits, `ENOSPC` or `EACCES` at the limit of the number of devices.
     pub fn add(
         &self,
         info: sys::ublksrv_ctrl_dev_info,
@@ -164,7 +164,7 @@ impl Control {
     /// Sets the parameters of a device that is not started.
     ///
     /// # Errors
-    /// `EINVAL` if the driver finds them wrong, `EACCES` if the device is live.
+    /// `EINVAL` if the driver rejects them, `EACCES` if the device is live.
     pub fn set_params(&self, id: u32, params: Params) -> Result<(), ControlError> {
         let command = Command::new("UBLK_U_CMD_SET_PARAMS", sys::UBLK_U_CMD_SET_PARAMS);
         self.exchange(command, id, params).map(drop)
@@ -179,7 +179,7 @@ impl Control {
         self.exchange(command, id, Params::request())
     }
 
-    /// The CPUs whose requests come to a queue.
+    /// The CPUs that submit to a queue.
     ///
     /// # Errors
     /// `ENODEV`, `EINVAL` for a queue that the device does not have.
@@ -203,7 +203,7 @@ impl Control {
         self.send(command, id, None::<Box<()>>)
     }
 
-    /// Stops a device: `/dev/ublkbN` disappears, outstanding I/O is completed or failed, and the
+    /// Stops a device: `/dev/ublkbN` disappears, outstanding I/O is completed or fails, and the
     /// lanes' fetches end with `ENODEV`.
     ///
     /// # Errors
@@ -216,7 +216,7 @@ impl Control {
         )
     }
 
-    /// Stops a device that nobody has open (`UBLK_F_SAFE_STOP_DEV`, Linux 7.0).
+    /// Stops a device unless it is open (`UBLK_F_SAFE_STOP_DEV`, Linux 7.0).
     ///
     /// # Errors
     /// `EBUSY` if it is open, `EOPNOTSUPP` on older kernels, `ENODEV`.
@@ -225,46 +225,46 @@ impl Control {
         self.send(command, id, None::<Box<()>>)
     }
 
-    /// Asks whether a device whose server is dead can be given a new one
-    /// (`UBLK_F_USER_RECOVERY`, Linux 6.1).
+    /// Starts the recovery of a device after its server has died (`UBLK_F_USER_RECOVERY`, Linux
+    /// 6.1).
     ///
     /// # Errors
-    /// `EBUSY` while a server has the device, or the driver still waits for the dead one's buffers;
-    /// `EINVAL` for a device that was added without recovery, `ENODEV`.
+    /// `EBUSY` while a server has the device, or while the driver waits for buffers of the dead
+    /// server; `EINVAL` for a device that was added without recovery, `ENODEV`.
     pub fn start_recovery(&self, id: u32) -> Result<(), ControlError> {
         let (name, op) = ("UBLK_U_CMD_START_USER_RECOVERY", sys::UBLK_U_CMD_START_USER_RECOVERY);
         let pending = self.send(Command::new(name, op), id, None::<Box<()>>)?;
         self.finish(pending).map(drop)
     }
 
-    /// Gives a device whose server is dead to the server `pid`: I/O that waits goes on. The driver
-    /// first waits until every tag of every queue is fetched.
+    /// Ends the recovery of a device: `pid` is its new server, and waiting I/O continues. The
+    /// driver first waits until every tag of every queue is fetched.
     ///
     /// # Errors
-    /// `EBUSY` if the device has a server, `EINVAL` if another process has its character device,
-    /// `ENODEV`.
+    /// `EBUSY` if the device has a server, `EINVAL` if another process has the character device
+    /// open, `ENODEV`.
     pub fn end_recovery(&self, id: u32, pid: u32) -> Result<Pending, ControlError> {
         let (name, op) = ("UBLK_U_CMD_END_USER_RECOVERY", sys::UBLK_U_CMD_END_USER_RECOVERY);
         self.send(Command::new(name, op).data(u64::from(pid)), id, None::<Box<()>>)
     }
 
-    /// Makes new I/O wait, and takes back fetches that hold no request, so that the server can be
-    /// replaced (`UBLK_F_QUIESCE`, Linux 6.16). Waits at most `patience`, at least one millisecond,
-    /// until each queue has a fetch to be taken back. New I/O waits whatever the answer is, and
-    /// until the device is recovered.
+    /// Makes new I/O wait, and cancels fetches without a request, so that the server can be
+    /// replaced (`UBLK_F_QUIESCE`, Linux 6.16). Waits until each queue has a fetch to cancel, for
+    /// at most `patience` and at least one millisecond. Whatever the answer is, new I/O waits until
+    /// the device is recovered.
     ///
     /// # Errors
-    /// `EBUSY` if `patience` was not enough, `EOPNOTSUPP` for a device without the feature,
-    /// `ENODEV` for one that is not started.
+    /// `EBUSY` after `patience`, `EOPNOTSUPP` for a device without the feature, `ENODEV` for one
+    /// that is not started.
     pub fn quiesce(&self, id: u32, patience: Duration) -> Result<Pending, ControlError> {
-        // Zero would be for ever.
+        // 0 would wait without a limit.
         let ms = u64::try_from(patience.as_millis()).unwrap_or(u64::MAX).max(1);
         let command = Command::new("UBLK_U_CMD_QUIESCE_DEV", sys::UBLK_U_CMD_QUIESCE_DEV);
         self.send(command.data(ms), id, None::<Box<()>>)
     }
 
-    /// Tells the kernel of a device's new size (`UBLK_F_UPDATE_SIZE`, Linux 6.16). The device has to
-    /// be live.
+    /// Tells the kernel a device's new size in sectors of 512 bytes (`UBLK_F_UPDATE_SIZE`, Linux
+    /// 6.16). The device has to be live.
     ///
     /// # Errors
     /// `EOPNOTSUPP` on older kernels, `ENODEV`.
@@ -274,8 +274,7 @@ impl Control {
         self.finish(pending).map(drop)
     }
 
-    /// Removes a device, stopping it first, without waiting for its server to let go of it
-    /// (Linux 6.9).
+    /// Stops and removes a device without waiting for its server to close it (Linux 6.9).
     ///
     /// # Errors
     /// `ENODEV` if there is none with this id.
@@ -284,7 +283,7 @@ impl Control {
         self.send(command, id, None::<Box<()>>)
     }
 
-    /// Waits at most `timeout` for an answer; `None` if there is none yet.
+    /// Waits at most `timeout` for the answer. `None` if there is none yet.
     ///
     /// # Errors
     /// The driver's.
@@ -309,18 +308,18 @@ impl Control {
             }
             let timespec = types::Timespec::from(left);
             let args = types::SubmitArgs::new().timespec(&timespec);
-            // A signal or the time-out ends the wait early; the loop decides what that means.
+            // A signal or the time-out ends the wait early. The loop checks which.
             let _ = with_ctrl_ring_mut(|ring| ring.submitter().submit_with_args(1, &args));
         }
     }
 
-    /// Waits for an answer as long as the plain commands do.
+    /// Waits for the answer, as long as for other commands.
     ///
     /// # Errors
     /// The driver's, or [`ControlError::Timeout`].
     pub fn finish<T>(&self, mut pending: Pending<T>) -> Result<u32, ControlError> {
         let answer = self.wait(&mut pending, self.patience);
-        // On a time-out the buffer is leaked by the drop of `pending`.
+        // After a time-out, dropping `pending` leaks the buffer.
         answer.unwrap_or_else(|| {
             Err(ControlError::Timeout {
                 command: pending.command,
@@ -361,8 +360,8 @@ impl Control {
             .build()
             .user_data(token);
         let sent = with_ctrl_ring_mut(|ring| {
-            // SAFETY: the buffer is boxed, plain data, and is either kept until the answer came
-            // or leaked; the node stays open while the ring can submit.
+            // SAFETY: the buffer is boxed plain data. It is kept until the answer arrives, or
+            // leaked. The node stays open while the ring can submit.
             let pushed = unsafe { ring.submission().push(&sqe) };
             pushed.map_err(|_full| Errno::EBUSY)?;
             ring.submit().map_err(|error| Errno::of(&error))
@@ -384,8 +383,7 @@ impl Control {
     }
 }
 
-/// What an error of opening the node means. The driver has told the node's numbers, if it is loaded.
-/// Whether a file is the character device with these numbers, as sysfs writes them.
+/// Whether a file is the character device with these numbers, in the form of sysfs.
 fn is_node(file: &File, numbers: &str) -> bool {
     let Ok(meta) = file.metadata() else { return false };
     let device = meta.rdev();
@@ -414,7 +412,7 @@ impl Command {
 fn ctrl_cmd(id: u32, len: u16, addr: u64, data: u64) -> [u8; 80] {
     let mut bytes = [0; 80];
     bytes[0..4].copy_from_slice(&id.to_ne_bytes());
-    // Not a command to one queue.
+    // The command is not for a single queue.
     bytes[4..6].copy_from_slice(&u16::MAX.to_ne_bytes());
     bytes[6..8].copy_from_slice(&len.to_ne_bytes());
     bytes[8..16].copy_from_slice(&addr.to_ne_bytes());

@@ -70,12 +70,12 @@ impl RingIo<'_> {
     /// whether there are any.
     pub fn submit_and_look(&mut self, ns: u64) -> Result<bool, LaneError> {
         self.tell_io_lane()?;
-        self.queues.submit_and_look(ns).map_err(LaneError::Ring)
+        self.queues.submit_and_poll(ns).map_err(LaneError::Ring)
     }
 
     /// Sees what has come; see [`Queues::look`].
     pub fn look(&mut self) {
-        self.queues.look();
+        self.queues.sync();
         if let Some(side) = &mut self.side {
             side.look();
         }

@@ -160,7 +160,7 @@ fn set_up(wake: &EventFd, files: u16) -> Result<Ring, LaneError> {
         ..RingSetup::default()
     };
     let mut ring = Ring::new(&setup).map_err(failed("making the ring"))?;
-    ring.register_places_of_files(files).map_err(failed("registering files"))?;
+    ring.register_empty_files(files).map_err(failed("registering files"))?;
     ring.register_slots(SLOTS.into()).map_err(failed("registering the buffer table"))?;
     let set = ring.queues().set_files(WAKE, &[wake.as_fd().as_raw_fd()]);
     set.map_err(failed("registering files"))?;
@@ -192,7 +192,7 @@ impl<'lane, 'ring> Thread<'lane, 'ring> {
     fn submit_and_wait(&self) -> Result<(), LaneError> {
         let mut queues = self.queues.borrow_mut();
         let look_for = self.idle_policy.look_for();
-        if look_for > 0 && queues.submit_and_look(look_for).map_err(LaneError::Ring)? {
+        if look_for > 0 && queues.submit_and_poll(look_for).map_err(LaneError::Ring)? {
             return Ok(());
         }
         match self.patience() {
