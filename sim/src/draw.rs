@@ -3,8 +3,8 @@
 use rand_xoshiro::SplitMix64;
 use rand_xoshiro::rand_core::Rng as _;
 
-/// How the simulator draws. The methods of `rand` draw other numbers, and a seed that is written
-/// down would no longer mean the same run.
+/// The simulator's random draws. `rand` would draw other numbers, and seeds in notes would no
+/// longer mean the same runs.
 pub trait Draw {
     /// A number below `bound`, which must not be 0.
     fn below(&mut self, bound: u32) -> u32;
@@ -55,7 +55,7 @@ mod tests {
         assert!(!rng.chance(0) && rng.chance(1024));
     }
 
-    /// Seeds that people have written down go on to mean the same runs.
+    /// A seed in notes still means the same run.
     #[test]
     fn draws_of_a_seed_stay_the_same() {
         let mut rng = SplitMix64::seed_from_u64(1_234_567);

@@ -1,4 +1,4 @@
-//! Which planner a seed has, and the drives under it.
+//! Draws the planner of a seed and the sizes of its backings.
 
 use rand_xoshiro::SplitMix64;
 use rand_xoshiro::rand_core::Rng as _;
@@ -14,11 +14,11 @@ use crate::draw::Draw as _;
 use crate::mapping::{Mapping, Spread, Trap};
 use crate::mirror::Mirror;
 
-/// Of what devices are made, so that they have whole blocks of any size.
+/// The unit of device sizes, so that they are multiples of any block size.
 const PAGE: u64 = 4096;
 
-/// Draws a planner of a device with such blocks; returns it with the sizes of the device and of each
-/// backing.
+/// Draws a planner for a device with this block size. Returns it with the sizes of the device and
+/// of each backing.
 pub fn draw(rng: &mut SplitMix64, hostile: bool, block: u32) -> (Mapping, u64, Vec<u64>) {
     let (mut mapping, size, backings) = sound(rng, hostile);
     if rng.chance(300) {
@@ -27,7 +27,8 @@ pub fn draw(rng: &mut SplitMix64, hostile: bool, block: u32) -> (Mapping, u64, V
     (mapping, size, backings)
 }
 
-/// Rules that leave requests with success, then some that do not. The errors are no others'.
+/// First rules with which requests succeed, then rules with which some fail. No other fault has
+/// their errors.
 const RULES: [&str; 8] = [
     "p=0.3,short",
     "op=write,p=0.2,delay=40us",
@@ -40,7 +41,7 @@ const RULES: [&str; 8] = [
 ];
 const GENTLE: usize = 4;
 
-/// Wraps a planner.
+/// Wraps a planner in a fault target.
 pub fn with_faults(rng: &mut SplitMix64, hostile: bool, block: u32, inner: Mapping) -> Mapping {
     let all = if hostile { &RULES[..] } else { &RULES[..GENTLE] };
     let rules = (0..1 + rng.below(3)).map(|_| rng.pick(all).parse());
@@ -78,7 +79,7 @@ fn sound(rng: &mut SplitMix64, hostile: bool) -> (Mapping, u64, Vec<u64>) {
     }
 }
 
-/// What the backings take as one: anything, or so little that many a request needs several windows.
+/// The transfer limit of the backings: none, or so small that many requests need several windows.
 pub fn transfer_limit(rng: &mut SplitMix64) -> TransferLimit {
     if rng.chance(512) {
         return TransferLimit::UNLIMITED;
@@ -100,7 +101,7 @@ fn linear(rng: &mut SplitMix64) -> (Mapping, u64, Vec<u64>) {
         ends[backing] = start + len;
         extents.push((BackingIndex(u16::try_from(backing).unwrap_or(0)), start, len));
     }
-    // Requests are up to a quarter of the device, and have to fit.
+    // Requests are at most a quarter of the device, and this extent has to fit them.
     extents.push((BackingIndex(0), ends[0], 16 * PAGE));
     ends[0] += 16 * PAGE;
     let target = LinearTarget::new(extents).unwrap_or_else(|error| panic!("{error}"));
@@ -109,7 +110,7 @@ fn linear(rng: &mut SplitMix64) -> (Mapping, u64, Vec<u64>) {
     (Mapping::Target(AnyTarget::Linear(target)), size, ends.to_vec())
 }
 
-/// The least chunk, or twice that, on two to four backings of unequal sizes.
+/// The minimum chunk size or twice that, on two to four backings of different sizes.
 fn stripe(rng: &mut SplitMix64) -> (Mapping, u64, Vec<u64>) {
     let chunk = MIN_CHUNK << rng.below(2);
     let bytes =

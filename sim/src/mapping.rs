@@ -15,13 +15,13 @@ use crate::mirror::Mirror;
 pub enum Mapping {
     /// A target of the program.
     Target(AnyTarget),
-    /// Chunks in turn on several backings.
+    /// Chunks alternate between several backings.
     Stripe(Spread),
-    /// The same on several backings, piece by piece.
+    /// The same data on several backings, piece by piece.
     Mirror(Mirror),
     /// A device with a snapshot.
     Cow(Cow),
-    /// Another one with faults.
+    /// Another planner in a fault target.
     Fault(Box<FaultTarget<Mapping>>),
 }
 
@@ -32,15 +32,16 @@ pub struct Spread {
     pub backings: u16,
     /// Bytes of a chunk or piece.
     pub chunk: u64,
-    /// Pieces of a window, at most.
+    /// The maximum number of pieces of a window.
     pub pieces: usize,
-    /// FUA by a stage of flushes behind the writes, instead of by FUA writes.
+    /// Implements FUA by a stage of flushes after the writes, instead of by FUA writes.
     pub flush_stage: bool,
-    /// A byte of the device whose window the planner does not plan, and what it does instead.
+    /// A byte of the device, and what the planner does instead of planning the window with that
+    /// byte.
     pub trap: Option<(u64, Trap)>,
 }
 
-/// What a planner does that does not plan.
+/// What a planner does instead of planning a window.
 #[derive(Clone, Copy, Debug)]
 pub enum Trap {
     /// It refuses, with `ENOSPC`.
@@ -50,7 +51,7 @@ pub enum Trap {
 }
 
 impl Mapping {
-    /// The error that the planner may answer a request with.
+    /// The error with which the planner may refuse a request.
     #[must_use]
     pub fn refusal(&self, request: &Request) -> Option<Errno> {
         match self {
@@ -68,7 +69,7 @@ impl Mapping {
         }
     }
 
-    /// The faults of this one, which are of its outside.
+    /// The fault target, if the outermost planner is one.
     #[must_use]
     pub fn faults(&self) -> Option<&FaultTarget<Self>> {
         match self {
@@ -77,7 +78,7 @@ impl Mapping {
         }
     }
 
-    /// What is wrapped, or this.
+    /// The planner inside the fault target, or this one.
     #[must_use]
     pub fn core(&self) -> &Self {
         self.faults().map_or(self, |fault| fault.inner().core())
@@ -92,7 +93,7 @@ impl Mapping {
         }
     }
 
-    /// The mirror, which may succeed though operations have failed.
+    /// The mirror, if there is one. It may succeed although operations have failed.
     #[must_use]
     pub fn mirror(&self) -> Option<&Mirror> {
         match self.core() {
@@ -101,13 +102,14 @@ impl Mapping {
         }
     }
 
-    /// Whether writes are forgotten, and all reads as zeros.
+    /// Whether writes have no effect, and everything reads as zeros.
     #[must_use]
     pub fn is_null(&self) -> bool {
         matches!(self.core(), Self::Target(AnyTarget::Null(_)))
     }
 
-    /// How many operations of a request may be in flight, with all places where each is tried.
+    /// How many operations of a request may be in flight, times the number of backings that each is
+    /// tried on.
     #[must_use]
     pub fn at_once(&self) -> usize {
         match self {
@@ -177,8 +179,8 @@ impl Planner for Mapping {
 }
 
 impl Spread {
-    /// Cuts the rest of the request at the chunks' borders and has each piece placed, as many as
-    /// the window takes.
+    /// Splits the rest of the request at chunk boundaries, and places each piece, as many as fit
+    /// the window.
     pub(crate) fn plan(
         &self,
         request: &Request,
@@ -222,12 +224,12 @@ impl Spread {
         }
         if fua && self.flush_stage {
             plan.next_stage();
-            // A window whose flushes do not fit leaves them out if another follows.
+            // If the flushes do not fit the window, they are left to a following window.
             let fits = plan.len() + usize::from(self.backings) <= WINDOW_OPS;
             if fits {
                 return self.flush(plan);
             }
-            // Half of it now, the rest with room for the flushes.
+            // Half of it now, and the rest in a window with the flushes.
             let half = (done - from) / 2 / SECTOR * SECTOR;
             plan.clear();
             let first = Request { len: from + half, ..*request };
