@@ -1,4 +1,4 @@
-//! The command line. Every failure is one line: what, why, what to do.
+//! The command line. Every error is one line: what failed, why, and what to do.
 
 use std::process::ExitCode;
 
@@ -8,7 +8,7 @@ use crate::run::{self, RunArgs};
 use crate::{compare, explain, report, table};
 
 /// Measures block devices side by side: a backing, the kernel's own drivers on it, and ublk servers
-/// that copy and that do not.
+/// with and without zero copy.
 #[derive(Debug, Parser)]
 #[command(name = "ublk-bench", version, max_term_width = 100)]
 struct Cli {

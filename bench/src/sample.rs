@@ -1,4 +1,4 @@
-//! Made-up results with seeded noise, which look like those of a run in a virtual machine.
+//! Invented results with seeded noise, similar to those of a run in a virtual machine.
 
 use rand::{RngExt as _, SeedableRng as _};
 use rand_xoshiro::SplitMix64;
@@ -7,7 +7,7 @@ use crate::results::{
     Backing, Cpu, FORMAT, Family, Latency, Load, Machine, Method, Results, Sample, Subject,
 };
 
-/// Percentiles that runs have.
+/// The percentiles of a run.
 const PERCENTILES: [f64; 12] =
     [1.0, 5.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 99.0, 99.9, 99.95, 99.99];
 
@@ -29,8 +29,8 @@ pub fn load(name: &str, rw: &str, block_bytes: u64, depth: u32) -> Load {
     Load { name: name.into(), title, rw: rw.into(), block_bytes, depth, read_percent: None }
 }
 
-/// Subjects with how much longer than on the raw backing a request takes: a fixed time in
-/// microseconds, and nanoseconds for each KiB.
+/// Subjects with their overhead over the raw backing: a fixed time in microseconds, and nanoseconds
+/// for each KiB.
 fn subjects() -> Vec<(Subject, f64, f64)> {
     let ours = |name: &str, options: &str| {
         let mut made =
@@ -52,7 +52,7 @@ fn subjects() -> Vec<(Subject, f64, f64)> {
     ]
 }
 
-/// What a run may measure.
+/// Loads of a run.
 pub fn loads() -> Vec<Load> {
     let mut loads = vec![
         load("randread-qd1", "randread", 4096, 1),
@@ -73,13 +73,13 @@ fn about_one(rng: &mut SplitMix64, spread: f64) -> f64 {
     ((sum - 6.0) * spread).exp()
 }
 
-/// What a run of so many rounds might have found.
+/// Results of a run of this many rounds.
 pub fn results(seed: u64, rounds: u32) -> Results {
     let (subjects, loads) = (subjects(), loads());
     let mut rng = SplitMix64::seed_from_u64(seed);
     let mut samples = Vec::new();
     for round in 0..rounds {
-        // What slowly changes about the machine.
+        // A slow drift of the machine.
         let drift = 1.0 + f64::from(round) * 0.01;
         for load in &loads {
             for (subject, fixed_us, per_kib_ns) in &subjects {
@@ -104,7 +104,7 @@ fn sample(
     more_us: f64,
 ) -> Sample {
     let kib = (load.block_bytes >> 10) as f64;
-    // Requests in flight overlap, but for their work on processors.
+    // Requests in flight overlap, except for their CPU time.
     let alone_us = 45.0 + kib * 0.29;
     let depth = f64::from(load.depth);
     let busy_us = 9.0 + kib * 0.2 + more_us * 0.8;
@@ -114,7 +114,7 @@ fn sample(
     let tail = about_one(rng, 0.2);
     let mut at = 0.0_f64;
     let percentiles = PERCENTILES.map(|percentile| {
-        // Logarithmic in what is left above the percentile.
+        // Logarithmic in the fraction above the percentile.
         let spread = 0.75 + 0.35 * tail * (100.0 / (100.0 - percentile)).ln();
         at = at.max(mean_ns * spread);
         (percentile, format!("{at:.0}").parse().unwrap())

@@ -13,13 +13,13 @@ use crate::table::cli::terminal_width;
 /// Arguments of `compare`.
 #[derive(Debug, Args)]
 pub struct Arguments {
-    /// A file that `run` has written: what was
+    /// A file that `run` has written: the first run
     #[arg(value_name = "A.json")]
     before: PathBuf,
-    /// Another one: what is
+    /// Another one: the second run
     #[arg(value_name = "B.json")]
     after: PathBuf,
-    /// Compare the figures themselves, not their part of the raw backing's
+    /// Compare the figures themselves, not their ratios to the raw backing's
     #[arg(long)]
     absolute: bool,
     /// The least change that counts, in percent
@@ -44,7 +44,7 @@ fn percent(text: &str) -> Result<f64, String> {
 /// Compares and prints.
 ///
 /// # Errors
-/// In a line, when a file cannot be read.
+/// A one-line message if a file cannot be read.
 pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let (before, after) = (read(&arguments.before)?, read(&arguments.after)?);
     let options = Options { absolute: arguments.absolute, threshold: arguments.least / 100.0 };

@@ -14,7 +14,7 @@ use crate::output::print;
 #[derive(Debug, Args)]
 #[command(after_help = HELP)]
 pub struct Arguments {
-    /// The ublk device, which is only read from
+    /// The ublk device, which is only read
     #[arg(long, value_name = "/dev/ublkbN")]
     device: PathBuf,
     /// How many reads, at most 20000
@@ -23,7 +23,7 @@ pub struct Arguments {
     /// Bytes of a read: at most 1M, with K or M
     #[arg(long, value_name = "SIZE", default_value = "4K", value_parser = block)]
     block: Bytes,
-    /// Read for so many seconds at most
+    /// Maximum number of seconds to read
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = clap::value_parser!(u32).range(1..=3600))]
     seconds: u32,
     /// Print JSON
@@ -46,7 +46,7 @@ fn block(text: &str) -> Result<Bytes, String> {
 /// Explains and prints.
 ///
 /// # Errors
-/// In a line: what is missing, or what fails.
+/// A one-line message: what is missing, or what fails.
 pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let options = Options {
         device: arguments.device.clone(),

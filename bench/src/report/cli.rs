@@ -24,7 +24,7 @@ pub struct Arguments {
 /// Writes the page.
 ///
 /// # Errors
-/// In a line, when a file cannot be read or written.
+/// A one-line message if a file cannot be read or written.
 pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let page = super::html(&read(&arguments.results)?)?;
     let output = arguments.output.clone();
