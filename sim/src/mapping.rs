@@ -1,7 +1,9 @@
 //! Planners of the simulation: the real targets, and some that need many operations, several stages
 //! and several windows.
 
-use ublk_engine::plan::{BackingIndex, Op, OpKind, Place, Plan, Planner, Verdict, WINDOW_OPS};
+use ublk_engine::plan::{
+    BackingIndex, BackingPosition, Op, OpKind, Plan, Planner, Verdict, WINDOW_OPS,
+};
 use ublk_engine::request::{Request, RequestKind};
 use ublk_engine::target::{AnyTarget, FaultTarget, TransferLimit};
 use uring_ext::Errno;
@@ -143,7 +145,7 @@ impl Planner for Mapping {
         }
     }
 
-    fn single(&self, request: &Request) -> Option<Place> {
+    fn single(&self, request: &Request) -> Option<BackingPosition> {
         match self {
             Self::Target(target) => target.single(request),
             Self::Stripe(_) | Self::Mirror(_) | Self::Cow(_) | Self::Fault(_) => None,

@@ -143,7 +143,7 @@ impl World {
     }
 
     fn is_live(&self, key: OpKey) -> bool {
-        let label = (u64::from(key.place) << 32) | u64::from(key.serial);
+        let label = (u64::from(key.index) << 32) | u64::from(key.serial);
         self.lane.engine().borrower(bufreg::Borrower(label)).is_some()
     }
 

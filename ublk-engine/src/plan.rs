@@ -18,7 +18,7 @@ pub struct BackingIndex(pub u16);
 
 /// A position on a backing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct BackingPosition {
     /// The backing.
     pub backing: BackingIndex,
     /// First byte on it.
@@ -98,8 +98,8 @@ impl Op {
     /// An operation for a whole request at one position.
     #[must_use]
     #[inline]
-    pub const fn all_of(request: &Request, place: Place) -> Self {
-        let Place { backing, offset } = place;
+    pub const fn all_of(request: &Request, position: BackingPosition) -> Self {
+        let BackingPosition { backing, offset } = position;
         let kind = OpKind::of_request(request.kind);
         Self { kind, backing, offset, len: request.len, buf_offset: 0 }
     }
@@ -348,7 +348,7 @@ pub trait Planner {
     /// The position of a whole read or write, if it needs only one operation. A faster alternative
     /// to [`Planner::plan`], with the same result. With `None` the engine calls `plan`.
     #[inline]
-    fn single(&self, _request: &Request) -> Option<Place> {
+    fn single(&self, _request: &Request) -> Option<BackingPosition> {
         None
     }
 

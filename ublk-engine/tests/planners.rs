@@ -10,7 +10,7 @@ use ublk_engine::engine::{
     SlotTable, TagKey,
 };
 use ublk_engine::lend::LendMode;
-use ublk_engine::plan::{BackingIndex, Op, OpKind, Place, Plan, Planner, Verdict};
+use ublk_engine::plan::{BackingIndex, BackingPosition, Op, OpKind, Plan, Planner, Verdict};
 use ublk_engine::request::{Geometry, Request};
 use ublk_engine::units::{Qid, Tag};
 use uring_ext::iod::IoDesc;
@@ -58,9 +58,9 @@ impl Planner for RecordingPlanner {
         (self.planning)(request, from, plan)
     }
 
-    fn single(&self, request: &Request) -> Option<Place> {
-        let place = Place { backing: BackingIndex(0), offset: 0 };
-        (self.is_single && request.has_data()).then_some(place)
+    fn single(&self, request: &Request) -> Option<BackingPosition> {
+        let position = BackingPosition { backing: BackingIndex(0), offset: 0 };
+        (self.is_single && request.has_data()).then_some(position)
     }
 
     fn scratch_bytes(&self) -> u32 {

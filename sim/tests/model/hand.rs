@@ -213,7 +213,7 @@ fn role(sqe: &Sqe) -> RingRole {
     if is_fetch { RingRole::Fetch } else { RingRole::Io }
 }
 
-pub const OP: Event = Event::Op(OpKey { place: 0, serial: 7 });
+pub const OP: Event = Event::Op(OpKey { index: 0, serial: 7 });
 
 /// The buffer in a slot.
 pub fn lent(slot: u16) -> FixedBuffer {

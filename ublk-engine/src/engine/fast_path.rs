@@ -42,7 +42,7 @@ impl<P: Planner> Engine<P> {
             return false;
         }
         let Ok(request) = Request::decode(iod, &self.config.geometry) else { return false };
-        let Some(place) = self.planner.single(&request) else { return false };
+        let Some(position) = self.planner.single(&request) else { return false };
         let op_key = self.inflight.first_key(key.tag);
         let slot = SlotIndex(first + key.tag.0);
         // The slot is not free if it is in quarantine.
@@ -50,11 +50,11 @@ impl<P: Planner> Engine<P> {
         let Ok(lease) = lent else { return false };
         self.inflight.begin_fast();
         state.phase = Phase::FastPath;
-        state.fast_path = FastPath { lease: Some(lease), serial: op_key.serial, request, place };
+        state.fast_path = FastPath { lease: Some(lease), serial: op_key.serial, request, position };
         self.stats.requests[request.kind.index()] += 1;
         self.stats.bytes[request.kind.index()] += request.len;
         self.stats.ops += 1;
-        port.submit(op_key, &Op::all_of(&request, place), Some(slot));
+        port.submit(op_key, &Op::all_of(&request, position), Some(slot));
         true
     }
 
@@ -91,10 +91,10 @@ impl<P: Planner> Engine<P> {
     #[cold]
     pub(super) fn leave_fast_path(&mut self, tag: Tag) {
         let state = &mut self.tags[tag.index()];
-        let FastPath { lease, serial, request, place } = &mut state.fast_path;
+        let FastPath { lease, serial, request, position } = &mut state.fast_path;
         let Some(lease) = lease.take() else { return };
         let (lease, borrow) = self.registry.split(lease);
-        let (op, borrow) = (Op::all_of(request, *place), Some(borrow));
+        let (op, borrow) = (Op::all_of(request, *position), Some(borrow));
         state.run.renew(*request, false, Stamps::default());
         state.run.accepted = true;
         state.run.held = Held::Active(lease);

@@ -131,27 +131,27 @@ pub(super) struct InFlightTable {
 impl InFlightTable {
     pub fn new(depth: u16) -> Self {
         let vacant = |tag| Entry { live: false, serial: 0, inflight: InFlight::nothing(Tag(tag)) };
-        let places = |tag| std::iter::repeat_with(move || vacant(tag)).take(WINDOW_OPS);
-        let entries = (0..depth).flat_map(places).collect();
+        let window = |tag| std::iter::repeat_with(move || vacant(tag)).take(WINDOW_OPS);
+        let entries = (0..depth).flat_map(window).collect();
         Self { entries, next_serial: 0, fast_path: 0, count: 0, transfers: 0 }
     }
 
     /// The tag of an entry.
     #[inline]
     pub fn tag_of(key: OpKey) -> Tag {
-        Tag(key.place / TAG_ENTRIES)
+        Tag(key.index / TAG_ENTRIES)
     }
 
     /// Whether the entry is the first of its tag, which operations on the fast path use.
     #[inline]
     pub const fn is_first(key: OpKey) -> bool {
-        key.place % TAG_ENTRIES == 0
+        key.index % TAG_ENTRIES == 0
     }
 
     /// The key for an operation on the fast path, of a tag without operations in flight.
     #[inline]
     pub fn first_key(&self, tag: Tag) -> OpKey {
-        OpKey { place: tag.0 * TAG_ENTRIES, serial: self.next_serial }
+        OpKey { index: tag.0 * TAG_ENTRIES, serial: self.next_serial }
     }
 
     /// Counts an operation on the fast path with key [`InFlightTable::first_key`]. The table does
@@ -171,7 +171,7 @@ impl InFlightTable {
     /// Adds an operation that moves from the fast path to the general path.
     pub fn insert_fast(&mut self, serial: u32, inflight: InFlight) {
         let next_serial = self.next_serial;
-        self.insert(OpKey { place: inflight.tag.0 * TAG_ENTRIES, serial }, inflight);
+        self.insert(OpKey { index: inflight.tag.0 * TAG_ENTRIES, serial }, inflight);
         self.next_serial = next_serial;
     }
 
@@ -179,15 +179,15 @@ impl InFlightTable {
     #[inline]
     pub fn next_key(&self, tag: Tag) -> Option<OpKey> {
         let first = tag.index() * WINDOW_OPS;
-        let places = self.entries.get(first..first + WINDOW_OPS)?;
-        let place = first + places.iter().position(|entry| !entry.live)?;
-        Some(OpKey { place: u16::try_from(place).ok()?, serial: self.next_serial })
+        let entries = self.entries.get(first..first + WINDOW_OPS)?;
+        let index = first + entries.iter().position(|entry| !entry.live)?;
+        Some(OpKey { index: u16::try_from(index).ok()?, serial: self.next_serial })
     }
 
     /// Adds an operation with the key that [`InFlightTable::next_key`] has just returned.
     #[inline]
     pub fn insert(&mut self, key: OpKey, inflight: InFlight) {
-        let entry = &mut self.entries[usize::from(key.place)];
+        let entry = &mut self.entries[usize::from(key.index)];
         debug_assert!(!entry.live && entry.inflight.tag == inflight.tag);
         *entry = Entry { live: true, serial: key.serial, inflight };
         self.next_serial = key.serial.wrapping_add(1);
@@ -197,7 +197,7 @@ impl InFlightTable {
 
     #[inline]
     pub fn get_mut(&mut self, key: OpKey) -> Option<&mut InFlight> {
-        let entry = self.entries.get_mut(usize::from(key.place))?;
+        let entry = self.entries.get_mut(usize::from(key.index))?;
         (entry.live && entry.serial == key.serial).then_some(&mut entry.inflight)
     }
 
@@ -208,15 +208,15 @@ impl InFlightTable {
     pub fn renew(&mut self, key: OpKey) -> (OpKey, InFlight) {
         let serial = self.next_serial;
         self.next_serial = serial.wrapping_add(1);
-        let entry = &mut self.entries[usize::from(key.place)];
+        let entry = &mut self.entries[usize::from(key.index)];
         assert!(entry.live && entry.serial == key.serial, "renewed a stale operation");
         entry.serial = serial;
-        (OpKey { place: key.place, serial }, entry.inflight)
+        (OpKey { index: key.index, serial }, entry.inflight)
     }
 
     pub fn remove(&mut self, key: OpKey) -> Option<InFlight> {
         let inflight = *self.get_mut(key)?;
-        self.entries[usize::from(key.place)].live = false;
+        self.entries[usize::from(key.index)].live = false;
         self.count -= 1;
         self.transfers -= usize::from(inflight.op.has_data());
         Some(inflight)
@@ -233,7 +233,7 @@ impl InFlightTable {
             .iter_mut()
             .zip(0..=u16::MAX)
             .filter(|(entry, _)| entry.live)
-            .map(|(entry, place)| (OpKey { place, serial: entry.serial }, &mut entry.inflight))
+            .map(|(entry, index)| (OpKey { index, serial: entry.serial }, &mut entry.inflight))
     }
 
     pub fn is_empty(&self) -> bool {
@@ -241,7 +241,7 @@ impl InFlightTable {
     }
 
     pub fn get(&self, key: OpKey) -> Option<&InFlight> {
-        let entry = self.entries.get(usize::from(key.place))?;
+        let entry = self.entries.get(usize::from(key.index))?;
         (entry.live && entry.serial == key.serial).then_some(&entry.inflight)
     }
 }
@@ -249,14 +249,14 @@ impl InFlightTable {
 impl OpKey {
     /// The registry's identifier of the operation.
     pub(super) fn borrower(self) -> Borrower {
-        Borrower((u64::from(self.place) << 32) | u64::from(self.serial))
+        Borrower((u64::from(self.index) << 32) | u64::from(self.serial))
     }
 
     /// The operation with this identifier in the registry.
     pub(super) fn of_borrower(borrower: Borrower) -> Self {
         let [_, _, p1, p0, s3, s2, s1, s0] = borrower.0.to_be_bytes();
-        let place = u16::from_be_bytes([p1, p0]);
-        Self { place, serial: u32::from_be_bytes([s3, s2, s1, s0]) }
+        let index = u16::from_be_bytes([p1, p0]);
+        Self { index, serial: u32::from_be_bytes([s3, s2, s1, s0]) }
     }
 }
 
@@ -326,7 +326,7 @@ mod tests {
         assert!(table.get(OpKey::of_borrower(renewed.borrower())).is_some());
         assert!(table.remove(renewed).is_some());
         let next = insert(&mut table).unwrap();
-        assert_eq!(next.place, renewed.place);
+        assert_eq!(next.index, renewed.index);
         assert!(table.remove(renewed).is_none());
         assert!(table.remove(next).is_some());
         assert!(table.is_empty());
@@ -340,7 +340,7 @@ mod tests {
         }
         assert!(insert(&mut table).is_none());
         let other = table.next_key(Tag(1)).unwrap();
-        assert_eq!(usize::from(other.place), WINDOW_OPS);
+        assert_eq!(usize::from(other.index), WINDOW_OPS);
         assert!(table.get_mut(other).is_none(), "not yet");
         assert!(table.next_key(Tag(2)).is_none(), "there is no such tag");
         assert_eq!(table.iter_mut().count(), WINDOW_OPS);

@@ -7,7 +7,7 @@ use crate::units::Tag;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct OpKey {
     /// Index in the table of operations in flight.
-    pub place: u16,
+    pub index: u16,
     /// The number of this submission.
     pub serial: u32,
 }

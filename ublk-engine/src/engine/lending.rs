@@ -371,9 +371,9 @@ impl<P: Planner> Engine<P> {
 pub(super) fn retire(
     registry: &mut Registry,
     stats: &mut EngineStats,
-    place: &mut Held,
+    held: &mut Held,
 ) -> Result<Option<Lease<Retiring>>, StillInUse> {
-    *place = match place.take() {
+    *held = match held.take() {
         Held::Nothing => return Ok(None),
         Held::Active(lease) => match registry.retire(lease) {
             Ok(lease) => return Ok(Some(lease)),

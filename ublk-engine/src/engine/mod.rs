@@ -312,7 +312,7 @@ impl<P: Planner> Engine<P> {
 
     /// The backing of an operation in flight.
     pub fn backing_of(&self, key: OpKey) -> Option<BackingIndex> {
-        let fast_path = self.fast_path_tag(key).map(|state| state.fast_path.place.backing);
+        let fast_path = self.fast_path_tag(key).map(|state| state.fast_path.position.backing);
         fast_path.or_else(|| self.inflight.get(key).map(|it| it.op.backing))
     }
 
@@ -379,7 +379,7 @@ impl<P: Planner> Engine<P> {
     pub fn borrower(&self, borrower: Borrower) -> Option<(Tag, Op)> {
         let key = OpKey::of_borrower(borrower);
         let fast_path = self.fast_path_tag(key).map(|state| {
-            let op = Op::all_of(&state.fast_path.request, state.fast_path.place);
+            let op = Op::all_of(&state.fast_path.request, state.fast_path.position);
             (InFlightTable::tag_of(key), op)
         });
         fast_path.or_else(|| self.inflight.get(key).map(|inflight| (inflight.tag, inflight.op)))

@@ -6,7 +6,7 @@ use uring_ext::Errno;
 use super::answer::Answer;
 use super::inflight::{InFlight, Progress};
 use super::latency::Stamps;
-use crate::plan::{BackingIndex, Place, Plan};
+use crate::plan::{BackingIndex, BackingPosition, Plan};
 use crate::request::{Request, RequestKind};
 
 /// The owner and state of a tag.
@@ -40,7 +40,7 @@ pub(super) struct FastPath {
     /// The serial of the operation, which uses the tag's first entry.
     pub serial: u32,
     pub request: Request,
-    pub place: Place,
+    pub position: BackingPosition,
 }
 
 /// The state of a tag. Allocated at construction.
@@ -63,11 +63,11 @@ pub(super) struct TagState {
 impl TagState {
     pub fn new() -> Self {
         let nothing = Request { kind: RequestKind::Flush, offset: 0, len: 0 };
-        let place = Place { backing: BackingIndex(0), offset: 0 };
+        let position = BackingPosition { backing: BackingIndex(0), offset: 0 };
         Self {
             phase: Phase::WithDriver,
             seq: 0,
-            fast_path: FastPath { lease: None, serial: 0, request: nothing, place },
+            fast_path: FastPath { lease: None, serial: 0, request: nothing, position },
             run: Run::new(nothing, false, Stamps::default()),
             plan: Plan::default(),
             quarantined: None,

@@ -20,7 +20,7 @@ pub use transfer_limit::TransferLimit;
 
 use uring_ext::Errno;
 
-use crate::plan::{BackingIndex, Op, OpKind, Place, Plan, Planner, Verdict};
+use crate::plan::{BackingIndex, BackingPosition, Op, OpKind, Plan, Planner, Verdict};
 use crate::request::Request;
 use crate::units::Qid;
 
@@ -96,7 +96,7 @@ impl AnyTarget {
 
 impl AnyTarget {
     #[inline(never)]
-    fn single_of_others(&self, request: &Request) -> Option<Place> {
+    fn single_of_others(&self, request: &Request) -> Option<BackingPosition> {
         match self {
             Self::Loop(target) => target.single(request),
             Self::Linear(target) => target.single(request),
@@ -118,7 +118,7 @@ impl Planner for AnyTarget {
     }
 
     #[inline(always)]
-    fn single(&self, request: &Request) -> Option<Place> {
+    fn single(&self, request: &Request) -> Option<BackingPosition> {
         if let Self::Loop(target) = self {
             return target.single(request);
         }
