@@ -57,7 +57,7 @@ impl fmt::Display for Lent {
     }
 }
 
-/// A lent slot whose lease nobody holds any more.
+/// A lent slot with a lost lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Leak {
     /// The slot and the request that it is lent for.

@@ -432,7 +432,7 @@ impl World {
     }
 }
 
-/// Miri is slow, and lets nobody write down what failed.
+/// Miri is slow, and allows no file to record failures in.
 fn config() -> ProptestConfig {
     let config = ProptestConfig::with_cases(if cfg!(miri) { 5 } else { 500 });
     if cfg!(miri) { ProptestConfig { failure_persistence: None, ..config } } else { config }

@@ -14,7 +14,7 @@
 //!   registration, user copy, and the references that keep a request open while its buffer is in a
 //!   slot or in use;
 //! * the ring (`io_uring/`): a submission queue of few entries, hard-linked chains, silent
-//!   successes, the buffer table, whose first slots may belong to other queues, and cancellation;
+//!   successes, the buffer table (other queues may own its first slots), cancellation;
 //! * drives with a volatile cache, so that flushes and FUA can be checked;
 //! * how drivers handle a success with too few bytes: one kind requeues the rest, the other treats
 //!   it as the whole. The seed chooses the kind. Such an answer fails the run with both;

@@ -39,7 +39,7 @@ pub struct EngineStats {
     pub substituted: u64,
     /// Failed operations that the planner ignored.
     pub ignored: u64,
-    /// Requests whose automatic registration failed (`UBLK_IO_F_NEED_REG_BUF`).
+    /// Requests with a failed automatic registration (`UBLK_IO_F_NEED_REG_BUF`).
     pub need_reg_buf: u64,
     /// Buffers that the server registered by explicit commands.
     pub registered: u64,
