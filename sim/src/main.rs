@@ -1,6 +1,6 @@
-//! `sim`: runs many seeds, and reports their speed and the faults that occurred.
+//! `sim`: plays many seeds, and prints their speed and the faults they have seen.
 //!
-//! For a seed that breaks an invariant, it prints the command that runs it again.
+//! Prints a seed that fails a check, with the command that replays it.
 
 mod report;
 
@@ -44,11 +44,11 @@ struct Arguments {
     json: bool,
 }
 
-/// After so many seeds, every fault must have occurred.
+/// After this many seeds, every fault must have been seen.
 const ENOUGH: u64 = 1000;
-/// Interval of progress messages.
+/// The interval between progress messages.
 const PROGRESS: Duration = Duration::from_secs(10);
-/// A step takes a microsecond; one that takes this long counts as endless.
+/// The time limit of a step, which usually takes a microsecond.
 const STEP_LIMIT: Duration = Duration::from_millis(10);
 const LEAST_LIMIT: Duration = Duration::from_secs(30);
 
@@ -66,17 +66,17 @@ fn main() -> ExitCode {
     }
     let mut campaign = Campaign::default();
     let watchdog = watch(options, arguments.json);
-    let (start, mut told) = (Instant::now(), Instant::now());
+    let (start, mut last_progress) = (Instant::now(), Instant::now());
     for seed in arguments.seed..arguments.seed.saturating_add(count) {
-        // The receiver is gone only if it has ended the process.
+        // Sending fails only if the watchdog has ended the process.
         let _ = watchdog.send(seed);
         if let Err(failure) = campaign.play(seed, &options) {
             report::failure(&failure, &options, arguments.json);
             return ExitCode::FAILURE;
         }
-        if told.elapsed() > PROGRESS {
+        if last_progress.elapsed() > PROGRESS {
             eprintln!("{} of {count} seeds, {} requests", campaign.seeds, campaign.total.requests);
-            told = Instant::now();
+            last_progress = Instant::now();
         }
     }
     let elapsed = start.elapsed();
@@ -91,7 +91,7 @@ fn main() -> ExitCode {
     if complete { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// Runs stacks; each ends in a bounded number of steps.
+/// Plays stacks. They need no watchdog, since their number of steps is bounded.
 fn stacks(seeds: Range<u64>, options: &Options) -> ExitCode {
     let (mut requests, mut waits) = (0, 0);
     let count = seeds.end - seeds.start;
@@ -112,8 +112,8 @@ fn stacks(seeds: Range<u64>, options: &Options) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// Ends the process if the next seed does not come in time: an engine that loops for ever breaks an
-/// invariant, too.
+/// Starts a watchdog. It ends the process if a seed is not followed by the next one in time: an
+/// endless loop of the engine is a failure too.
 fn watch(options: Options, json: bool) -> Sender<u64> {
     let (sender, seeds) = channel();
     let limit = LEAST_LIMIT.max(STEP_LIMIT * options.steps);

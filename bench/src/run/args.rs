@@ -71,7 +71,7 @@ pub struct RunArgs {
 }
 
 impl RunArgs {
-    /// What is wanted of the table of subjects.
+    /// The selection of subjects.
     pub fn selection(&self) -> Selection {
         let Self { only, rivals, lend, .. } = self.clone();
         Selection { only, rivals, lend }
@@ -108,23 +108,23 @@ pub enum Profile {
     Vm,
 }
 
-/// What a profile sets.
+/// The settings of a profile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Settings {
-    /// What results call it.
+    /// Its name in results.
     pub name: &'static str,
     /// Rounds.
     pub rounds: u32,
-    /// How long a measurement lasts.
+    /// The duration of a measurement.
     pub sample: Duration,
-    /// How much of the backing is used.
+    /// How much of the backing to use.
     pub span: Bytes,
-    /// Leave the loads out that are not essential.
+    /// Measure only the essential loads.
     pub only_essential: bool,
 }
 
 impl Profile {
-    /// What it sets.
+    /// Its settings.
     pub const fn settings(self) -> Settings {
         let (name, rounds, millis, mib, only_essential) = match self {
             Self::Quick => ("quick", 3, 2_000, 4 << 10, true),
@@ -136,13 +136,14 @@ impl Profile {
     }
 }
 
-/// About how long so many measurements take: to each belong its device and the start of fio.
+/// An estimate of the duration of this many measurements, including making the devices and starting
+/// fio.
 pub fn estimate(measurements: usize, sample: Duration) -> Duration {
     let each = sample + warm_up(sample) + Duration::from_secs(1);
     each * u32::try_from(measurements).unwrap_or(u32::MAX)
 }
 
-/// What precedes a measurement of this length and is not counted.
+/// The duration of the warm-up before a measurement of this length.
 pub fn warm_up(sample: Duration) -> Duration {
     (sample / 4).clamp(Duration::from_millis(200), Duration::from_secs(2))
 }

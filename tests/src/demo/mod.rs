@@ -4,12 +4,12 @@
 mod closing;
 mod commands;
 mod device;
+mod environment;
 mod figures;
 mod files;
 mod guest;
 mod measure;
 mod native;
-mod place;
 mod show;
 mod undo;
 

@@ -42,7 +42,7 @@ impl Event {
     #[inline(always)]
     pub fn encode(self, incarnation: Incarnation) -> u64 {
         let of_tag = |key: TagKey| (u64::from(key.tag.0) << 32) | u64::from(key.seq);
-        let of_op = |key: OpKey| (u64::from(key.place) << 32) | u64::from(key.serial);
+        let of_op = |key: OpKey| (u64::from(key.index) << 32) | u64::from(key.serial);
         let (kind, payload): (u64, u64) = match self {
             Self::Fetched(key) => (0, of_tag(key)),
             Self::Op(key) => (1, of_op(key)),
@@ -106,7 +106,7 @@ impl Common {
     /// Those of an incarnation.
     pub fn of(incarnation: Incarnation) -> Self {
         let fetched = Event::Fetched(TagKey { tag: Tag(0), seq: 0 });
-        let op = Event::Op(OpKey { place: 0, serial: 0 });
+        let op = Event::Op(OpKey { index: 0, serial: 0 });
         let head = |event: Event| event.encode(incarnation) >> INCARNATION_SHIFT;
         Self { fetched: head(fetched), op: head(op) }
     }
@@ -130,8 +130,8 @@ fn tag_key(user_data: u64) -> TagKey {
 }
 
 fn op_key(user_data: u64) -> OpKey {
-    let (place, serial) = halves(user_data);
-    OpKey { place, serial }
+    let (index, serial) = halves(user_data);
+    OpKey { index, serial }
 }
 
 #[inline]
@@ -146,16 +146,16 @@ mod tests {
 
     const EVENTS: [Event; 11] = [
         Event::Fetched(TagKey { tag: Tag(4095), seq: u32::MAX }),
-        Event::Op(OpKey { place: 0, serial: 0 }),
-        Event::Op(OpKey { place: u16::MAX, serial: u32::MAX }),
+        Event::Op(OpKey { index: 0, serial: 0 }),
+        Event::Op(OpKey { index: u16::MAX, serial: u32::MAX }),
         Event::Registered(TagKey { tag: Tag(0), seq: 7 }),
         Event::Unregistered(TagKey { tag: Tag(u16::MAX), seq: 0 }),
         Event::Cancelled,
-        Event::Injected(OpKey { place: 3, serial: 9 }),
+        Event::Injected(OpKey { index: 3, serial: 9 }),
         Event::Wake,
         Event::Told,
         Event::Unsent,
-        Event::Command(OpKey { place: 2047, serial: 1 }),
+        Event::Command(OpKey { index: 2047, serial: 1 }),
     ];
 
     #[test]

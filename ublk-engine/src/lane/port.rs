@@ -259,7 +259,7 @@ impl<Io: LaneIo> RingPort<'_, Io> {
             // No delay comes here.
             OpKind::Flush | OpKind::Delay => namespace.flush(file),
             OpKind::Discard => {
-                namespace.deallocate(file, self.io.range(key.place, namespace, op.offset, op.len))
+                namespace.deallocate(file, self.io.range(key.index, namespace, op.offset, op.len))
             }
             OpKind::WriteZeroes { may_unmap } => {
                 namespace.write_zeroes(file, op.offset, op.len, may_unmap && deallocates_zeroes)

@@ -3,7 +3,7 @@
 use uring_ext::Errno;
 
 use super::{FaultLayer, Layer, Layered, LinearTarget, LoopTarget, NullTarget, StripeTarget};
-use crate::plan::{Op, Place, Plan, Planner, Verdict};
+use crate::plan::{BackingPosition, Op, Plan, Planner, Verdict};
 use crate::request::Request;
 use crate::units::Qid;
 
@@ -74,7 +74,7 @@ impl Planner for BaseTarget {
     }
 
     #[inline]
-    fn single(&self, request: &Request) -> Option<Place> {
+    fn single(&self, request: &Request) -> Option<BackingPosition> {
         match self {
             Self::Null(target) => target.single(request),
             Self::Loop(target) => target.single(request),
@@ -97,7 +97,7 @@ impl Layer for AnyLayer {
         }
     }
 
-    fn single(&self, below: &impl Planner, request: &Request) -> Option<Place> {
+    fn single(&self, below: &impl Planner, request: &Request) -> Option<BackingPosition> {
         match self {
             Self::Fault(layer) => layer.single(below, request),
         }
@@ -178,7 +178,7 @@ impl AnyTarget {
     }
 
     #[inline(never)]
-    fn single_of_others(&self, request: &Request) -> Option<Place> {
+    fn single_of_others(&self, request: &Request) -> Option<BackingPosition> {
         match &self.0 {
             Shape::Bare(base) => base.single(request),
             Shape::Layered(layered) => layered.single(request),
@@ -203,7 +203,7 @@ impl Planner for AnyTarget {
     }
 
     #[inline(always)]
-    fn single(&self, request: &Request) -> Option<Place> {
+    fn single(&self, request: &Request) -> Option<BackingPosition> {
         if let Shape::Bare(BaseTarget::Loop(target)) = &self.0 {
             return target.single(request);
         }

@@ -2,7 +2,7 @@
 
 use uring_ext::Errno;
 
-use crate::plan::{Op, Place, Plan, Planner, Verdict};
+use crate::plan::{BackingPosition, Op, Plan, Planner, Verdict};
 use crate::request::Request;
 
 /// Sees the requests of a device before its target does, and may delay, refuse, change or count them.
@@ -32,7 +32,7 @@ pub trait Layer {
     /// What [`Layer::plan`] would say of a request that needs one operation only, sooner; see
     /// [`Planner::single`]. A layer that leaves such requests as they are says `below.single(request)`.
     #[inline]
-    fn single(&self, _below: &impl Planner, _request: &Request) -> Option<Place> {
+    fn single(&self, _below: &impl Planner, _request: &Request) -> Option<BackingPosition> {
         None
     }
 
@@ -119,7 +119,7 @@ impl<L: Layer, B: Planner> Planner for Layered<L, B> {
         self.stack().plan(request, from, plan)
     }
 
-    fn single(&self, request: &Request) -> Option<Place> {
+    fn single(&self, request: &Request) -> Option<BackingPosition> {
         self.stack().single(request)
     }
 
@@ -159,7 +159,7 @@ impl<L: Layer, B: Planner> Planner for Stack<'_, L, B> {
         }
     }
 
-    fn single(&self, request: &Request) -> Option<Place> {
+    fn single(&self, request: &Request) -> Option<BackingPosition> {
         match self.split() {
             Some((layer, below)) => layer.single(&below, request),
             None => self.base.single(request),
@@ -217,7 +217,7 @@ mod tests {
             plan_below(below, request, from, plan)
         }
 
-        fn single(&self, below: &impl Planner, request: &Request) -> Option<Place> {
+        fn single(&self, below: &impl Planner, request: &Request) -> Option<BackingPosition> {
             self.note("single", request.offset);
             below.single(request)
         }
@@ -263,8 +263,8 @@ mod tests {
             Ok(())
         }
 
-        fn single(&self, request: &Request) -> Option<Place> {
-            Some(Place { backing: BackingIndex(3), offset: request.offset })
+        fn single(&self, request: &Request) -> Option<BackingPosition> {
+            Some(BackingPosition { backing: BackingIndex(3), offset: request.offset })
         }
 
         fn scratch_bytes(&self) -> u32 {
@@ -283,7 +283,7 @@ mod tests {
         let (noted, asked) = (RefCell::default(), RefCell::default());
         let layered = Layered::new([1, 2, 3].map(|it| Noting(it, &noted)), Base(&asked));
         assert_eq!(layered.scratch_bytes(), 106);
-        let place = Place { backing: BackingIndex(3), offset: READ.offset };
+        let place = BackingPosition { backing: BackingIndex(3), offset: READ.offset };
         assert_eq!(layered.single(&READ), Some(place));
         let op = Op::all_of(&READ, place);
         assert_eq!(layered.failed(&READ, &op, Errno::EIO), Verdict::Ignore);

@@ -4,7 +4,7 @@ use uring_ext::Errno;
 
 use super::push_flushes;
 use super::transfer_limit::TransferLimit;
-use crate::plan::{BackingIndex, Op, OpKind, Place, Plan, Planner};
+use crate::plan::{BackingIndex, BackingPosition, Op, OpKind, Plan, Planner};
 use crate::request::{Request, RequestKind};
 
 /// A contiguous range of a backing, and where it begins on the device.
@@ -129,7 +129,7 @@ impl Planner for LinearTarget {
     }
 
     #[inline]
-    fn single(&self, request: &Request) -> Option<Place> {
+    fn single(&self, request: &Request) -> Option<BackingPosition> {
         if !request.has_data() || request.end_within(self.size).is_err() {
             return None;
         }
@@ -137,7 +137,7 @@ impl Planner for LinearTarget {
         let into = request.offset - extent.device_start;
         let offset = extent.start + into;
         let is_inside = request.len <= extent.len - into && self.limit.holds(offset, request.len);
-        is_inside.then_some(Place { backing: extent.backing, offset })
+        is_inside.then_some(BackingPosition { backing: extent.backing, offset })
     }
 }
 

@@ -4,7 +4,7 @@ use uring_ext::Errno;
 
 use super::push_flushes;
 use super::transfer_limit::TransferLimit;
-use crate::plan::{BackingIndex, Op, OpKind, Place, Plan, Planner};
+use crate::plan::{BackingIndex, BackingPosition, Op, OpKind, Plan, Planner};
 use crate::request::{Request, RequestKind};
 
 /// Fewest and most backings.
@@ -228,7 +228,7 @@ impl Planner for StripeTarget {
     }
 
     #[inline]
-    fn single(&self, request: &Request) -> Option<Place> {
+    fn single(&self, request: &Request) -> Option<BackingPosition> {
         if !request.has_data() || request.end_within(self.size).is_err() {
             return None;
         }
@@ -240,8 +240,8 @@ impl Planner for StripeTarget {
         }
         let (row, column) = zone.row_and_column(chunk);
         let offset = zone.start + row * self.chunk + into_chunk;
-        let place = Place { backing: zone.backings[column], offset };
-        self.limit.holds(offset, request.len).then_some(place)
+        let position = BackingPosition { backing: zone.backings[column], offset };
+        self.limit.holds(offset, request.len).then_some(position)
     }
 }
 

@@ -150,7 +150,7 @@ impl<'ring> EventLoop<'ring> {
             return self.rings.submit_and_wait(Some(Duration::ZERO), self.in_flight);
         }
         let look_for = self.idle_policy.look_for();
-        if look_for > 0 && self.rings.submit_and_look(look_for)? {
+        if look_for > 0 && self.rings.submit_and_poll(look_for)? {
             return Ok(());
         }
         self.rings.submit_and_wait(self.patience(), self.in_flight)
@@ -161,7 +161,7 @@ impl<'ring> EventLoop<'ring> {
     fn reap(&mut self) -> Result<usize, LaneError> {
         let mut reaped = 0;
         loop {
-            self.rings.look();
+            self.rings.sync();
             // While nobody measures, coarse time does: it costs no system call and no clock read.
             self.now = if self.measures { precise_now() } else { coarse_now() };
             let mut count = 0;
@@ -170,7 +170,7 @@ impl<'ring> EventLoop<'ring> {
                 count += 1;
                 self.handle(cqe)?;
             }
-            self.rings.look();
+            self.rings.sync();
             reaped += count;
             if count < REAP_BATCH {
                 return Ok(reaped);

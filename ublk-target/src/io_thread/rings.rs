@@ -73,16 +73,16 @@ impl<'ring> Rings<'ring> {
 
     /// Submits what is queued, and looks for completions for at most `ns` nanoseconds. Returns
     /// whether there are any.
-    pub fn submit_and_look(&mut self, ns: u64) -> Result<bool, LaneError> {
+    pub fn submit_and_poll(&mut self, ns: u64) -> Result<bool, LaneError> {
         self.tell_io_lane()?;
-        self.queues.submit_and_look(ns).map_err(LaneError::Ring)
+        self.queues.submit_and_poll(ns).map_err(LaneError::Ring)
     }
 
-    /// Sees what has come; see [`Queues::look`].
-    pub fn look(&mut self) {
-        self.queues.look();
+    /// Sees what has come; see [`Queues::sync`].
+    pub fn sync(&mut self) {
+        self.queues.sync();
         if let Some(side) = &mut self.side {
-            side.look();
+            side.sync();
         }
     }
 

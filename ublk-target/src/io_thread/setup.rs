@@ -156,7 +156,7 @@ impl RingNeeds {
             show_work: self.show_work,
         };
         let mut ring = Ring::new(&setup).map_err(failed("making the ring"))?;
-        ring.register_places_of_files(self.files).map_err(failed("registering files"))?;
+        ring.register_empty_files(self.files).map_err(failed("registering files"))?;
         let set = ring.queues().set_files(EVENT, &[event.as_fd().as_raw_fd()]);
         set.map_err(failed("registering files"))?;
         Ok(ring)

@@ -68,7 +68,7 @@ impl SideQueues<'_> {
     /// Submits to both rings and looks once for completions on both.
     pub fn poll(&mut self, polling: &mut Queues<'_>) -> Result<(), Errno> {
         polling.submit()?;
-        if self.queues.has_queued() || self.queues.has_news() {
+        if self.queues.has_queued() || self.queues.has_pending() {
             self.queues.submit()?;
         }
         Ok(())
@@ -93,7 +93,7 @@ impl SideQueues<'_> {
         // A kernel that is short of memory has neither taken all entries nor done all work. The side
         // ring is not asked for news: waiting sees them, and is not misled by a mark of work that was
         // made after the work had been done, which would stay until there is other work.
-        let slept = if polling.has_queued() || polling.has_news() {
+        let slept = if polling.has_queued() || polling.has_pending() {
             self.queues.submit()
         } else {
             match limit {
@@ -108,9 +108,9 @@ impl SideQueues<'_> {
         polling.submit()
     }
 
-    /// See [`Queues::look`].
-    pub fn look(&mut self) {
-        self.queues.look();
+    /// See [`Queues::sync`].
+    pub fn sync(&mut self) {
+        self.queues.sync();
     }
 
     /// See [`Queues::take`]. Completions of the bell are its own.

@@ -85,7 +85,8 @@ fn digest(target: &AnyTarget) -> u64 {
         }
     };
     for request in requests() {
-        note(format!("{:?}", target.single(&request)));
+        // The digests have the former name of the type.
+        note(format!("{:?}", target.single(&request)).replace("BackingPosition", "Place"));
         let (mut plan, mut from) = (Plan::default(), Some(0));
         while let Some(cursor) = from {
             plan.clear();
