@@ -35,11 +35,11 @@ pub use crate::control::device_to_delete::users;
 #[derive(Debug, thiserror::Error)]
 pub enum DeleteError {
     /// There is none.
-    #[error("there is no ublk device {0}; `ublk-target list` shows those that are")]
+    #[error("there is no ublk device {0}; `ublk-target list` lists the existing ones")]
     NoDevice(u32),
     /// Somebody uses it.
     #[error(
-        "{} is in use: {}; stop that use first, or have it fail with --force",
+        "{} is in use: {}; stop that use first, or use --force, which fails its I/O",
         paths::block_path(*id).display(), users.join(", ")
     )]
     InUse {
@@ -219,7 +219,7 @@ impl Deletion<'_> {
     fn await_users(&mut self, device: &DeviceToDelete) -> Result<bool, DeleteError> {
         let Some((major, minor)) = device.number else { return Ok(true) };
         let (id, control) = (device.id, self.control);
-        let what = format!("udev to let go of {device}");
+        let what = format!("udev to close {device}");
         // Nobody tells when a device is closed.
         patient(self.progress).every(Duration::from_millis(10)).until(|| {
             let (users, is_open) = users_of((major, minor));
@@ -309,7 +309,7 @@ impl Deletion<'_> {
     fn await_removal(&mut self, device: &DeviceToDelete) -> Result<(), DeleteError> {
         let control = self.control;
         let force = self.force;
-        let what = format!("{}, to let go of device {}", device.holders(), device.id);
+        let what = format!("{}, to close device {}", device.holders(), device.id);
         let began = Instant::now();
         // The driver tells nobody when it has let go of an id.
         let users = patient(self.progress).every(Duration::from_millis(5)).until(|| {
@@ -329,7 +329,7 @@ impl Deletion<'_> {
         })??;
         if !users.is_empty() {
             let users = users.join(", ");
-            (self.progress)(&format!("note: id {} is taken as long as it is {users}", device.id));
+            (self.progress)(&format!("note: id {} stays in use while it is {users}", device.id));
         }
         Ok(())
     }

@@ -130,8 +130,7 @@ pub(super) fn take_over(
     server.await_recovery(end)?;
     let live = began.elapsed();
     let times = format!(
-        "{} ms until the device was let go of, {} to open the backings, {} to start the lanes, {} to be \
-         live",
+        "{} ms until the device was free, {} to open the backings, {} to start the lanes, {} to be live",
         claimed.as_millis(),
         (opened - claimed).as_millis(),
         (ready - opened).as_millis(),
@@ -156,7 +155,7 @@ fn claim(server: &Server, wait: &mut Wait<'_>) -> Result<File, RecoverError> {
     let holder = Words(|| {
         let openers = usage::openers_of_char_device(&path);
         match openers.first() {
-            Some(opener) => format!("{opener} to let go of {}", path.display()),
+            Some(opener) => format!("{opener} to close {}", path.display()),
             None => format!("the kernel to end the I/O of the dead server of device {id}"),
         }
     });
@@ -219,7 +218,7 @@ fn plan(
                 problem: BackingProblem::InUse(users),
             }))) => {
                 let what =
-                    move || format!("{} to be let go of ({})", path.display(), users.join(", "));
+                    move || format!("{} to be closed ({})", path.display(), users.join(", "));
                 ControlFlow::Continue(Words(what))
             }
             planned => ControlFlow::Break(planned),

@@ -149,7 +149,11 @@ fn several(ctx: &Ctx) -> Result<Outcome> {
     write_at(&device, 159 * MIB, 2)?;
     lengthen(&one, 96)?;
     let refused = process::run_for_code(&[PROGRAM, "resize", "-n", &device.id()], 1)?;
-    ensure!(refused.stderr.contains("would be elsewhere"), "{}", refused.stderr);
+    ensure!(
+        refused.stderr.contains("the place of existing data would change"),
+        "{}",
+        refused.stderr
+    );
     ensure!(size(&device)? == 160 * MIB, "after a refusal");
     device.delete()?;
 
@@ -161,7 +165,11 @@ fn several(ctx: &Ctx) -> Result<Outcome> {
     write_at(&device, 224 * MIB - 4096, 4)?;
     lengthen(&two, 128)?;
     let refused = process::run_for_code(&[PROGRAM, "resize", "-n", &device.id()], 1)?;
-    ensure!(refused.stderr.contains("would be elsewhere"), "{}", refused.stderr);
+    ensure!(
+        refused.stderr.contains("the place of existing data would change"),
+        "{}",
+        refused.stderr
+    );
     device.delete()?;
     mount.unmount()?;
     Ok(Outcome::Pass)

@@ -13,8 +13,8 @@ pub enum AddError {
     Plan(#[from] PlanError),
     /// A device below it has no server.
     #[error(
-        "the backings stand on device {0}, which has no server, so that its I/O waits; \
-         `ublk-target recover -n {0}` first"
+        "the backings are on device {0}, which has no server, so its I/O waits; \
+         run `ublk-target recover -n {0}` first"
     )]
     OnUnserved(u32),
     /// The id is taken.

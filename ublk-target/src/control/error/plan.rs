@@ -45,15 +45,15 @@ pub enum LayoutError {
     #[error(transparent)]
     Stripe(#[from] BadStripe),
     /// A backing is given twice.
-    #[error("{} is given twice; each backing of a stripe is one of its own", .0.display())]
+    #[error("{} is given twice; a stripe needs different backings", .0.display())]
     GivenTwice(PathBuf),
     /// The size asked for is less than a block.
     #[error("a device of {0} bytes is less than one block of 512; give it a greater --size")]
     TooSmall(u64),
     /// Growing would change where data is.
     #[error(
-        "the device cannot grow: with the backings' new sizes, data that is on it would be \
-         elsewhere; a stripe grows if all its backings do, a linear device if its last extent does"
+        "the device cannot grow: with the backings' new sizes, the place of existing data would \
+         change; a stripe grows if all its backings do, a linear device if its last extent does"
     )]
     WouldMove,
     /// A target without backings, which only a state file can have.
@@ -124,12 +124,12 @@ pub enum PlanError {
     IdTooBig(u32),
     /// Its I/O would come back to it.
     #[error(
-        "device {0} would stand on itself: a backing of it lies on {path}, directly or through other \
-         devices; give it a backing elsewhere", path = crate::device::paths::block_path(*.0).display()
+        "device {0} would be stacked on itself: one of its backings is on {path}, directly or through \
+         other devices; give it a backing elsewhere", path = crate::device::paths::block_path(*.0).display()
     )]
     OnItself(u32),
     /// Blocks that there are not.
-    #[error("blocks of {0} bytes; they have 512, 1024, 2048 or 4096")]
+    #[error("{0} is not a block size; use 512, 1024, 2048 or 4096")]
     BlockSize(u32),
     /// Options that exclude each other.
     #[error("{option} needs {needs}, and this device lends by {lend}; {instead}")]

@@ -12,12 +12,12 @@ use crate::device::state_file::StateProblem;
 #[derive(Debug, thiserror::Error)]
 pub enum RecoverError {
     /// There is none.
-    #[error("there is no ublk device {0}; `ublk-target list` shows those that are")]
+    #[error("there is no ublk device {0}; `ublk-target list` lists the existing ones")]
     NoDevice(u32),
     /// A device below it has no server.
     #[error(
-        "device {id} stands on device {lower}, which has no server; `ublk-target recover -n {lower}` first, \
-         or `recover --all`"
+        "device {id} is stacked on device {lower}, which has no server; run \
+         `ublk-target recover -n {lower}` first, or `recover --all`"
     )]
     Below {
         /// The device.
@@ -38,7 +38,7 @@ pub enum RecoverError {
     )]
     NotStarted(u32),
     /// It has a server.
-    #[error("device {id} is served by {server}; nothing is to be recovered")]
+    #[error("device {id} is served by {server}; nothing to recover")]
     Served {
         /// The device.
         id: u32,
@@ -47,7 +47,7 @@ pub enum RecoverError {
     },
     /// Its state file is missing or cannot be used.
     #[error(
-        "{problem}; without it nobody knows what device {id} is made of: delete it \
+        "{problem}; without it the configuration of device {id} is unknown: delete it \
          (`ublk-target del -n {id}`) and add it again"
     )]
     State {
@@ -69,8 +69,8 @@ pub enum RecoverError {
     },
     /// The backings take less than the device promises.
     #[error(
-        "the backings of device {id} are not what they were: {difference}; give the device its own \
-         ones back, or delete it"
+        "the backings of device {id} are not what they were: {difference}; restore the original \
+         backings, or delete the device"
     )]
     LimitsChanged {
         /// The device.
@@ -87,7 +87,7 @@ pub enum RecoverError {
         waited: Duration,
     },
     /// A signal came before the device was recovered.
-    #[error("interrupted before the device was recovered; it is as it was")]
+    #[error("interrupted before the device was recovered; nothing has changed")]
     NotRecovered,
     /// It cannot be made of what was recorded.
     #[error(transparent)]

@@ -21,7 +21,7 @@ pub enum ServeError {
     #[error("the device could not be stopped; `ublk-target del` may")]
     NotStopped,
     /// The process that was to make I/O wait has failed, and said why.
-    #[error("the device's I/O could not be made to wait")]
+    #[error("the device's I/O could not be quiesced")]
     NotQuiesced,
     /// The server let go of the device and could not take it back.
     #[error(transparent)]
@@ -61,7 +61,7 @@ impl From<RecoverError> for ServeError {
 #[derive(Debug, thiserror::Error)]
 pub enum AnnounceError {
     /// Whoever asked for the device went away before it was live.
-    #[error("nobody waits for the device any more; nothing is left of it")]
+    #[error("the command that waits for the device is gone; the device is deleted")]
     Abandoned,
     /// A step failed.
     #[error(transparent)]

@@ -40,9 +40,9 @@ pub(super) enum MemberError {
     Serve(#[from] ServeError),
     /// One device of a process would have to wait for another.
     #[error(
-        "device {upper} has to wait for device {lower} of the same process: it stands on it, directly or \
-         through other devices and their servers; if the process were killed, neither might ever end; \
-         serve one of them by a process of its own (`ublk-target add`, or `recover` if it waits)"
+        "device {upper} would wait for device {lower} of the same process: it is stacked on device {lower}, \
+         directly or through other devices and their servers; after a kill neither might end; serve one \
+         of them in its own process (`ublk-target add`, or `recover` if it waits)"
     )]
     Beside {
         /// The one that stands on the other.
@@ -51,7 +51,7 @@ pub(super) enum MemberError {
         lower: u32,
     },
     /// What a dead server has left of the device does not go away.
-    #[error("cannot delete what a dead server has left of device {id}: {error}")]
+    #[error("cannot delete the leftovers of a dead server of device {id}: {error}")]
     Remains {
         /// The device.
         id: u32,

@@ -267,8 +267,8 @@ impl Member {
         let status = (hooks.quiesce)(id).and_then(|mut process| process.wait());
         match status {
             Ok(status) if status.success() => {}
-            Ok(status) => log::error!("device {id}: it cannot be quiesced: {status}"),
-            Err(error) => log::error!("device {id}: it cannot be quiesced: {error}"),
+            Ok(status) => log::error!("device {id}: its I/O could not be quiesced: {status}"),
+            Err(error) => log::error!("device {id}: its I/O could not be quiesced: {error}"),
         }
     }
 

@@ -38,11 +38,11 @@ fn stacked(_ctx: &Ctx) -> Result<Outcome> {
     kill_server(&lower)?;
     let began = Instant::now();
     let said = refused(&upper)?;
-    ensure!(said.contains("stands on device 5, which has no server"), "{said}");
+    ensure!(said.contains("is stacked on device 5, which has no server"), "{said}");
     ensure!(began.elapsed() < Duration::from_secs(10), "after {:?}", began.elapsed());
     let new = [PROGRAM, "add", "loop", "-n", "9", "-f", lower.path()?];
     let said = process::run_for_code(&new, 1)?.stderr;
-    ensure!(said.contains("stand on device 5, which has no server"), "{said}");
+    ensure!(said.contains("are on device 5, which has no server"), "{said}");
     // By their ids, the upper one would come first.
     process::run(&[PROGRAM, "recover", "--all"])?;
     (lower.described, upper.described) = (look(&lower)?, look(&upper)?);
@@ -120,7 +120,7 @@ fn without_need(_ctx: &Ctx) -> Result<Outcome> {
     load_driver()?;
     let said = process::run_for_code(&[PROGRAM, "recover", "-n", "77"], 1)?.stderr;
     ensure!(
-        said == "ublk-target: there is no ublk device 77; `ublk-target list` shows those that are\n",
+        said == "ublk-target: there is no ublk device 77; `ublk-target list` lists the existing ones\n",
         "{said}"
     );
     for on_death in ["fail", "wait", "reissue", "error"] {

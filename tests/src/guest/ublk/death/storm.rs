@@ -293,7 +293,7 @@ fn print_phases(log: &str) {
         times.iter().zip(&mut phases).for_each(|(ms, phase)| phase.push(*ms));
     }
     let names = [
-        "until the dead one's device was let go of",
+        "until the dead one's device was free",
         "to open the backings",
         "to be protected",
         "to start the lanes",

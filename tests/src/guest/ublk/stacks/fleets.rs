@@ -91,7 +91,7 @@ pub(super) fn refused(ctx: &Ctx) -> Result<Outcome> {
     let other = Fleet::start(&directory, &config)?;
     let there = ids()?;
 
-    let line = format!("device 1 has to wait for device {BOTTOM} of the same process");
+    let line = format!("device 1 would wait for device {BOTTOM} of the same process");
     let mut refused = 0;
     let on =
         [part(1), mapper.path(), files[0].clone(), kernel_loop.path().to_owned(), node(5), node(7)];
@@ -126,7 +126,7 @@ pub(super) fn refused_again(ctx: &Ctx) -> Result<Outcome> {
     let drive = fresh_drive("drive0")?.path();
     let bottom = section(BOTTOM, &drive, "on-death = \"wait\"")?;
     let top = section(1, &node(BOTTOM), "on-death = \"wait\"")?;
-    let line = format!("device 1 has to wait for device {BOTTOM} of the same process");
+    let line = format!("device 1 would wait for device {BOTTOM} of the same process");
     let state_of = |id| -> Result<String> {
         let device = listed()?.into_iter().find(|device| device.id == id);
         Ok(device.context("it is there")?.state)
