@@ -1,14 +1,14 @@
-//! What a completion is about, as its `user_data` carries it.
+//! The event that a completion reports, encoded in its `user_data`.
 
 use bufreg::Incarnation;
 
 use crate::engine::{OpKey, TagKey};
 use crate::units::Tag;
 
-/// What a completion is about.
+/// The event that a completion reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// A fetch or commit: a request was delivered, or none will come.
+    /// A fetch or commit: a request was delivered, or will not come.
     Fetched(TagKey),
     /// An operation.
     Op(OpKey),
@@ -20,9 +20,9 @@ pub enum Event {
     Unregistered(TagKey),
     /// The request to cancel an operation; the operation has a completion of its own.
     Cancelled,
-    /// An entry that stands for an operation which a test wants to fail with `EAGAIN`.
+    /// An entry in place of an operation that a test makes fail with `EAGAIN`.
     Injected(OpKey),
-    /// Somebody has a message for the lane.
+    /// There is a message for the lane.
     Wake,
     /// The lane's other ring has entries or completions for this one.
     Told,
@@ -30,8 +30,8 @@ pub enum Event {
     Unsent,
 }
 
-/// The kind is in the top 4 bits, the incarnation in the next 12, and below them a tag (16 bits)
-/// and its turn (32), or an operation's place (16) and serial (32).
+/// The top 4 bits are the kind, the next 12 the incarnation. Below are a tag (16 bits) and its
+/// sequence number (32), or an operation's index (16) and serial number (32).
 const KIND_SHIFT: u32 = 60;
 const INCARNATION_SHIFT: u32 = 48;
 const INCARNATION_MASK: u32 = 0xfff;
@@ -59,8 +59,8 @@ impl Event {
         (kind << KIND_SHIFT) | incarnation | payload
     }
 
-    /// Whose a completion is, by the incarnation that its `user_data` carries: the lower 12 bits of
-    /// it.
+    /// The lower 12 bits of the incarnation in a completion's `user_data`. They identify the
+    /// station.
     #[must_use]
     #[inline]
     pub fn whose(user_data: u64) -> u16 {
@@ -68,8 +68,8 @@ impl Event {
         u16::from_be_bytes([head & 0xf, low])
     }
 
-    /// From the `user_data` of a completion; `None` for what another incarnation asked for, and
-    /// for what nobody did.
+    /// Decodes the `user_data` of a completion; `None` for an event of another incarnation, or an
+    /// unknown event.
     #[must_use]
     pub fn decode(user_data: u64, incarnation: Incarnation) -> Option<Self> {
         if (user_data >> INCARNATION_SHIFT) & u64::from(INCARNATION_MASK)
@@ -94,8 +94,7 @@ impl Event {
     }
 }
 
-/// How the two events that almost all completions are begin, so that these are told from others by
-/// one comparison each.
+/// Prefixes of the two most common events, so that one comparison identifies each.
 #[derive(Clone, Copy, Debug)]
 pub struct Common {
     fetched: u64,
@@ -103,7 +102,7 @@ pub struct Common {
 }
 
 impl Common {
-    /// Those of an incarnation.
+    /// The prefixes of an incarnation.
     pub fn of(incarnation: Incarnation) -> Self {
         let fetched = Event::Fetched(TagKey { tag: Tag(0), seq: 0 });
         let op = Event::Op(OpKey { index: 0, serial: 0 });

@@ -20,13 +20,13 @@ impl LoopTarget {
         Self { size, limit: TransferLimit::UNLIMITED }
     }
 
-    /// On a backing that takes no more than this as one.
+    /// Sets the limit of one transfer on the backing.
     #[must_use]
     pub const fn within(self, limit: TransferLimit) -> Self {
         Self { limit, ..self }
     }
 
-    /// What the backing takes as one.
+    /// The limit of one transfer on the backing.
     #[must_use]
     pub const fn transfer_limit(&self) -> TransferLimit {
         self.limit
@@ -58,7 +58,7 @@ impl Planner for LoopTarget {
                 return Ok(());
             }
             offset += len;
-            // A flush has no length, and is one operation all the same.
+            // A flush has no length, but is one operation.
             if offset >= end {
                 return Ok(());
             }

@@ -35,7 +35,7 @@ pub struct CannotLend {
     instead: &'static str,
 }
 
-/// A mode, and why it was chosen.
+/// A mode, with the reason for the choice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Choice {
     /// The mode.
@@ -100,10 +100,10 @@ fn best(features: Features) -> Choice {
     unreachable!("copy needs no feature");
 }
 
-/// Checks that operations can be issued from another lane than the fetching one.
+/// Checks that an I/O lane can issue the operations.
 ///
 /// # Errors
-/// [`CannotLend`] on kernels that register a buffer only for the task that fetched it.
+/// [`CannotLend`] if the kernel registers a buffer only for the task that fetched it.
 pub fn check_io_lane(features: Features) -> Result<(), CannotLend> {
     let Some(feature) = features.first_missing(&[BUF_REG_OFF_DAEMON]) else { return Ok(()) };
     let release = kernel::release().unwrap_or_default();

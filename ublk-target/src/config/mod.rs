@@ -60,8 +60,8 @@ pub struct DeviceConfig {
     pub no_part_scan: bool,
     /// The target.
     pub target: TargetConfig,
-    /// What stands before the target.
-    // Not written where there are none, for the same reason.
+    /// The layers before the target.
+    // Not written if there are none, for the same reason.
     #[serde(default, skip_serializing_if = "Layers::is_empty")]
     pub layers: Layers,
 }
@@ -90,7 +90,7 @@ impl DeviceConfig {
         }
     }
 
-    /// The target within its layers, in a word: `loop`, `fault(loop)`.
+    /// The target with its layers, as text: `loop`, `fault(loop)`.
     #[must_use]
     pub fn target_name(&self) -> String {
         let name = self.target.name().to_owned();

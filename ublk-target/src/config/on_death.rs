@@ -1,4 +1,4 @@
-//! What becomes of a device when its server dies.
+//! What happens to a device when its server dies.
 
 use serde::{Deserialize, Serialize};
 use uring_ext::feature::{
@@ -69,7 +69,7 @@ impl OnDeath {
         matches!(self, Self::Wait | Self::Reissue)
     }
 
-    /// What a device with these features does.
+    /// The behaviour of a device with these features.
     #[must_use]
     pub const fn of_flags(flags: u64) -> Self {
         let features = Features(flags);

@@ -35,7 +35,7 @@ pub enum TargetConfig {
 }
 
 impl TargetConfig {
-    /// The word for it.
+    /// The name of the target.
     #[must_use]
     pub const fn name(&self) -> &'static str {
         match self {

@@ -1,14 +1,13 @@
-//! What a process of this program says of itself, for as long as it lives: its role, and which device it is
-//! about.
+//! The role file of a process of this program: its role and its device, for as long as it lives.
 //!
-//! Each process that others must recognise has a file of its own with a name drawn by lot, and keeps it
-//! locked (`flock(2)`). A file is believed only while it is locked, if it is root's alone, and for the
-//! process that it names by its id, its pid namespace and the time of its start. So neither a dead process
-//! nor a later one of the same id is taken for what the file says. A file that nobody has locked is left
-//! over, and is removed by whoever finds it.
+//! Each process that others must recognise has its own file with a random name, and keeps it locked
+//! (`flock(2)`). A file is used only while it is locked, if only root can open it, and only for the
+//! process that it names by id, pid namespace and start time. So it cannot stand for a dead process
+//! or a later one of the same id. An unlocked file is stale, and any process that finds it removes
+//! it.
 //!
-//! The lock ends with the program: the descriptor is closed by execve(2), so that no other program keeps it.
-//! After an upgrade the next program writes a file of its own.
+//! The lock ends with the program: execve(2) closes the descriptor, so another program does not
+//! keep it. After an upgrade the new program writes its own file.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -26,48 +25,48 @@ use crate::os::procfs;
 use crate::os::random;
 use crate::os::steps::step;
 
-/// What a process of this program is.
+/// The role of a process of this program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Role {
-    /// A command that a user waits for, and that ends with what it has started. It has no file.
+    /// A command that a user waits for. It ends together with what it has started, and has no file.
     Command,
     /// A server of one device.
     Server,
-    /// A server of many devices, which goes on without any one of them.
+    /// A server of many devices. It continues when one of them ends.
     Fleet,
     /// A supervisor.
     Supervisor,
-    /// One that does for others what may take long.
+    /// A helper: does for other processes what may take long.
     Helper,
 }
 
-/// What a process says of itself.
+/// The content of a role file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Told {
     /// What it is.
     pub role: Role,
-    /// The device that it was told to see to.
+    /// The device that it is responsible for.
     pub device: Option<u32>,
     /// Process id of its supervisor, in its own pid namespace.
     pub supervisor: Option<u32>,
-    /// What it marks the device with that it adds, where another process knows that.
+    /// Its mark on the device that it adds, if another process knows it.
     pub nonce: Option<Nonce>,
 }
 
-/// Which process a file is of.
+/// Identifies the process of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Identity {
     /// Its id in its own pid namespace.
     pid: u32,
-    /// The inode of that namespace; none where the kernel has no such namespaces.
+    /// The inode of that namespace; none if the kernel has no pid namespaces.
     pid_namespace: Option<u64>,
-    /// When it was started, in milliseconds since the machine was.
+    /// Its start time in milliseconds since boot.
     started_ms: u64,
 }
 
 impl Identity {
-    /// Of a process by its name in `/proc`, which may be `self`.
+    /// Reads it for a process by its name in `/proc`, which may be `self`.
     fn of(process: &str) -> Option<Self> {
         let started = procfs::stat_of(process)?.started;
         Some(Self {
@@ -90,24 +89,26 @@ struct Content {
 /// The longest file that is read, in bytes.
 const MAX_BYTES: u64 = 4 << 10;
 
-/// Where the files are, below the directory of the state files. It is there while there are any.
+/// The directory of the files, below the directory of the state files. It exists while there are
+/// files.
 fn directory_in(run: &Path) -> PathBuf {
     run.join("process")
 }
 
-/// The file of the calling process, which is removed with this.
+/// The file of the calling process. Dropping this removes the file.
 #[derive(Debug)]
 #[must_use = "the file is removed with it"]
 pub struct RoleFile {
     path: PathBuf,
-    /// Locked; closed at last.
+    /// The locked file; the last field, so that it is closed last.
     _file: Flock<File>,
 }
 
 impl RoleFile {
-    /// Says what the calling process is. Where there is no room for it, others go by its command line.
+    /// Writes the role file of the calling process. If there is no room for it, other processes use
+    /// its command line.
     pub fn hold(run: &Path, told: Told) -> Option<Self> {
-        // What it has left itself, as another program.
+        // Removes also the file that this process has written before an upgrade.
         sweep(run);
         match Self::try_hold(run, told) {
             Ok(held) => Some(held),
@@ -121,7 +122,8 @@ impl RoleFile {
     fn try_hold(run: &Path, told: Told) -> io::Result<Self> {
         let of = Identity::of("self").ok_or(io::ErrorKind::NotFound)?;
         let text = serde_json::to_string(&Content { told, of })?;
-        // The directory, or the file before it is locked, may be taken for left over meanwhile.
+        // Another process may remove the directory as empty, or the file as stale before it is
+        // locked.
         let mut attempts = 0..16;
         loop {
             match Self::write(run, text.as_bytes()) {
@@ -137,10 +139,11 @@ impl RoleFile {
         let directory = directory_in(run);
         own_files::directory(&directory)?;
         let path = directory.join(format!("{:016x}.json", random::number()));
-        // Nobody but root can have it locked in the place of its process.
+        // Only root can lock it instead of its process.
         let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
         step("role-unlocked");
-        // Whoever has it locked is about to remove it, and is not waited for: he may be suspended.
+        // A process that has it locked is about to remove it. Do not wait for it: it may be
+        // suspended.
         let locked = Flock::lock(file, FlockArg::LockExclusiveNonblock);
         let locked = locked.map_err(|(_, errno)| {
             if errno == Errno::EWOULDBLOCK { io::ErrorKind::NotFound.into() } else { errno.into() }
@@ -169,25 +172,25 @@ impl Drop for RoleFile {
     }
 }
 
-/// Removes a file, and the directory with the last one.
+/// Removes a file, and the directory after the last one.
 fn remove(path: &Path) {
-    // Missing files are what is wanted, and a directory with others in it stays.
+    // A missing file is fine, and a directory with other files stays.
     let _ = fs::remove_file(path);
     let _ = path.parent().map(fs::remove_dir);
 }
 
-/// What the processes that live now say of themselves.
+/// The role files of all live processes.
 #[derive(Debug, Default)]
 pub struct RoleFiles(Vec<Content>);
 
 impl RoleFiles {
-    /// Reads the files of all processes, and removes those that are left over.
+    /// Reads the files of all processes, and removes stale ones.
     #[must_use]
     pub fn read(run: &Path) -> Self {
         Self(all(run))
     }
 
-    /// What a process says of itself; `None` if it has no file that is to be believed.
+    /// The role of a process; `None` if it has no valid file.
     #[must_use]
     pub fn of(&self, pid: u32) -> Option<Told> {
         let of = Identity::of(&pid.to_string()).filter(|_| !self.0.is_empty())?;
@@ -195,7 +198,7 @@ impl RoleFiles {
     }
 }
 
-/// Removes the files of processes that are dead.
+/// Removes the files of dead processes.
 pub fn sweep(run: &Path) {
     let _ = all(run);
 }
@@ -209,7 +212,7 @@ fn all(run: &Path) -> Vec<Content> {
             remove(&path);
             None
         }
-        // One that is gone by now, is just being written, or is of another version of this program.
+        // The file is gone, is being written, or comes from another version of this program.
         Err(_) => None,
     });
     found.collect()
@@ -226,7 +229,7 @@ fn read(path: &Path) -> io::Result<Found> {
     if meta.uid() != geteuid().as_raw() || meta.mode() & 0o077 != 0 || meta.nlink() > 1 {
         return Err(io::ErrorKind::PermissionDenied.into());
     }
-    // Shared, so that two who look do not take each other for the process.
+    // The lock is shared, so that two readers do not take each other for the owner.
     let file = match Flock::lock(file, FlockArg::LockSharedNonblock) {
         Ok(_) => return Ok(Found::Left),
         Err((file, Errno::EWOULDBLOCK)) => file,
@@ -261,7 +264,7 @@ mod tests {
         assert_eq!(RoleFiles::read(run).of(own), None);
         let held = RoleFile::hold(run, told(Role::Server)).unwrap();
         assert_eq!(RoleFiles::read(run).of(own), Some(told(Role::Server)));
-        // Not of its parent, nor of one that there is not.
+        // Neither its parent's, nor that of a process that does not exist.
         assert_eq!(RoleFiles::read(run).of(std::os::unix::process::parent_id()), None);
         assert_eq!(RoleFiles::read(run).of(u32::MAX), None);
         drop(held);
@@ -269,7 +272,7 @@ mod tests {
         assert!(!directory_in(run).exists(), "nothing is left");
     }
 
-    /// Each is changed in one thing.
+    /// Each has one change.
     #[test]
     fn a_file_is_of_one_process() {
         let own = Identity::of("self").unwrap();
@@ -337,7 +340,7 @@ mod tests {
         assert_eq!(RoleFiles::read(&run).of(std::process::id()), None);
     }
 
-    /// Neither the program that this process starts nor the one that it becomes has the lock.
+    /// Neither a program that this process starts nor the program that it becomes has the lock.
     #[test]
     fn the_lock_is_not_inherited() {
         let run = tempfile::tempdir().unwrap();
@@ -349,7 +352,7 @@ mod tests {
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        // It is the other program by now.
+        // The process is the other program now.
         io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut [0]).unwrap();
         let aside = run.path().join("aside");
         fs::rename(&path, &aside).unwrap();
@@ -359,7 +362,7 @@ mod tests {
         };
         assert!(is_locked());
         drop(held);
-        // Another test may just be starting a program.
+        // Another test may be starting a program at this moment.
         let freed =
             Wait::at_most(Duration::from_secs(60)).every(Duration::from_millis(1)).until(|| {
                 if is_locked() { ControlFlow::Continue("the lock") } else { ControlFlow::Break(()) }
@@ -369,7 +372,7 @@ mod tests {
         child.wait().unwrap();
     }
 
-    /// Whoever looks for files that are left over does not take away one that is just being made.
+    /// Removing stale files does not remove a file that is being made.
     #[test]
     fn those_who_begin_and_those_who_sweep_do_not_hinder_each_other() {
         let run = tempfile::tempdir().unwrap();

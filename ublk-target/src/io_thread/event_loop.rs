@@ -1,10 +1,10 @@
-//! The loop that serves queues: one thread's rings, and the stations on them.
+//! The loop that serves queues: the rings of one thread, and the stations on them.
 //!
-//! A lane of its own has one station for life; stations of a shared lane come and go. Each
-//! completion says by its incarnation which station it is for; number 0 is the lane's own. The loop
-//! is: look after the stations that something has happened to, submit and wait, reap, let the
-//! engines decide. Nothing in it allocates, locks, logs or blocks: what a station is made of comes
-//! with it, and goes with it.
+//! A lane of its own has one station for life. In a shared lane, stations come and go. Each
+//! completion names its station by the incarnation; number 0 is the lane itself. One round of the
+//! loop: handle the stations that have an event, submit and wait, reap, let the engines decide.
+//! Nothing in it allocates, locks, logs or blocks: a station brings all its memory, and takes it
+//! away.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -30,7 +30,7 @@ use crate::io_thread::station::{Arrival, Ended, MAX_STATIONS, NAMES, OWN, Parts,
 use crate::os::clock::{coarse_now, precise_now};
 use crate::os::wakeups::Wakeups;
 
-/// Completions that are taken off the queue before the kernel is told so.
+/// Completions that are taken off the queue before the kernel is informed.
 pub(crate) const REAP_BATCH: usize = 64;
 /// No station has this key.
 const NOBODY: u16 = u16::MAX;
@@ -46,15 +46,15 @@ struct Station {
     wakeups: Arc<Wakeups>,
     looks: bool,
     is_withdrawn: Arc<AtomicBool>,
-    /// Reads and writes in flight when it was looked at last.
+    /// Its reads and writes in flight at the last check.
     in_flight: usize,
-    /// Something has happened to it since it was looked at.
+    /// It has had an event since the last check.
     is_due: bool,
-    /// Why it has to end, as soon as the driver has taken its fetches back.
+    /// The reason why it must end. It ends when the driver has taken its fetches back.
     failure: Option<LaneError>,
 }
 
-/// What is left of a station, and who is to know.
+/// The remains of a station, and the channel that announces its end.
 pub(crate) struct Leaving {
     ended: Ended,
     end: SyncSender<Ended>,
@@ -65,35 +65,37 @@ pub(crate) struct Leaving {
 pub(crate) struct EventLoop<'ring> {
     rings: Rings<'ring>,
     stations: Slab<Station>,
-    /// Key of the station of each name.
+    /// The key of the station for each name.
     at: Box<[u16; NAMES as usize]>,
-    /// Names of the stations that are due.
+    /// Names of the stations that have an event.
     due: Vec<u16>,
-    /// Where stations come from, as long as somebody can send any.
+    /// The source of stations, while it has a sender.
     arrivals: Option<Receiver<Arrival>>,
     wake: Arc<EventFd>,
-    /// When completions were reaped last.
+    /// The time of the last reaping.
     now: u64,
-    /// A station measures latencies, which takes a better clock.
+    /// A station measures latencies, so the lane reads the precise clock.
     measures: bool,
     idle_policy: IdlePolicy,
-    /// Reads and writes in flight, of all stations together.
+    /// Reads and writes in flight, of all stations.
     in_flight: usize,
-    /// The lane is of one station, and ends with it.
+    /// The lane belongs to one station, and ends with it.
     is_alone: bool,
     /// The lane ends once no request is in hand.
     is_draining: bool,
-    /// Stations of a lane that is alone, until its rings have gone.
+    /// Stations of a lane of one queue, kept until its rings are closed.
     left: Vec<Leaving>,
 }
 
 impl<'ring> EventLoop<'ring> {
-    /// The loop of a lane that serves the stations that arrive. The calling thread's.
+    /// The loop of a shared lane, which serves the stations that arrive. It runs on the calling
+    /// thread.
     pub fn shared(rings: Rings<'ring>, arrivals: Receiver<Arrival>, wake: Arc<EventFd>) -> Self {
         Self::new(rings, Some(arrivals), wake, BusyWait::Auto, MAX_STATIONS)
     }
 
-    /// The loop of a lane of one station, which [arrives](EventLoop::take_in) before it runs.
+    /// The loop of a lane with one station, which [arrives](EventLoop::take_in) before the loop
+    /// runs.
     pub fn alone(rings: Rings<'ring>, wake: Arc<EventFd>, busy_wait: BusyWait) -> Self {
         Self::new(rings, None, wake, busy_wait, 1)
     }
@@ -123,11 +125,12 @@ impl<'ring> EventLoop<'ring> {
         }
     }
 
-    /// Serves until nobody can send stations any more and all have ended, or the lane is drained.
+    /// Serves until no sender can send stations any more and all stations have ended, or the lane
+    /// is drained.
     ///
     /// # Errors
-    /// [`LaneError::Ring`] if the ring does not work any more. Those of the station if it has the
-    /// lane to itself.
+    /// [`LaneError::Ring`] if the ring does not work any more. If the lane has one station only,
+    /// also the errors of the station.
     pub fn run(&mut self) -> Result<(), LaneError> {
         while self.arrivals.is_some() || !self.stations.is_empty() {
             self.look_after_due()?;
@@ -136,8 +139,8 @@ impl<'ring> EventLoop<'ring> {
             self.submit_and_wait(is_idle)?;
             self.idle_policy.ended(in_flight);
             let reaped = self.reap()?;
-            // All deliveries that were under way have been seen: there was a submission after the
-            // driver had stopped delivering, and it has brought nothing.
+            // All deliveries have been seen: there was a submission after the driver had stopped
+            // delivering, and it has brought no completion.
             if is_idle && reaped == 0 {
                 break;
             }
@@ -156,13 +159,14 @@ impl<'ring> EventLoop<'ring> {
         self.rings.submit_and_wait(self.patience(), self.in_flight)
     }
 
-    /// Deals with all completions that are there, in batches; returns how many there were. The kernel
-    /// is told of each batch, so that it has room for more.
+    /// Handles all available completions in batches, and returns their number. The kernel is
+    /// informed after each batch, so that it has room for more.
     fn reap(&mut self) -> Result<usize, LaneError> {
         let mut reaped = 0;
         loop {
             self.rings.sync();
-            // While nobody measures, coarse time does: it costs no system call and no clock read.
+            // Without measuring, the coarse clock is enough: it costs no system call and no clock
+            // read.
             self.now = if self.measures { precise_now() } else { coarse_now() };
             let mut count = 0;
             while count < REAP_BATCH {
@@ -178,13 +182,13 @@ impl<'ring> EventLoop<'ring> {
         }
     }
 
-    /// Whether no request is in hand and every commit is on its way.
+    /// Whether no request is open and every commit has been submitted.
     fn is_idle(&self) -> bool {
         let mut stations = self.stations.iter().map(|(_, station)| &station.lane);
         stations.all(|lane| lane.engine().holdings().requests == 0 && lane.backlog() == 0)
     }
 
-    /// How long there may be nothing to do. Stations with deadlines are always due.
+    /// The longest wait for a completion. Stations with deadlines always have an event.
     fn patience(&self) -> Option<Duration> {
         let keys = self.due.iter().map(|name| usize::from(self.at[usize::from(*name)]));
         let due = keys.filter_map(|key| self.stations.get(key));
@@ -207,7 +211,7 @@ impl<'ring> EventLoop<'ring> {
         Ok(())
     }
 
-    /// Deals with a completion of the lane's own.
+    /// Handles a completion of the lane itself.
     #[cold]
     fn handle_own(&mut self, cqe: Cqe) -> Result<(), LaneError> {
         match Event::decode(cqe.user_data, OWN) {
@@ -216,7 +220,7 @@ impl<'ring> EventLoop<'ring> {
             Some(Event::Unsent) => {
                 Err(LaneError::Ring(Errno::from_result(cqe.res).err().unwrap_or(Errno::EIO)))
             }
-            // What comes late for a station that has gone is for nobody.
+            // A late completion for a removed station is dropped.
             Some(
                 Event::Fetched(_)
                 | Event::Op(_)
@@ -237,8 +241,7 @@ impl<'ring> EventLoop<'ring> {
         Ok(())
     }
 
-    /// Looks at the stations that something has happened to, before what they have decided is
-    /// submitted.
+    /// Handles the stations that have an event, before their entries are submitted.
     fn look_after_due(&mut self) -> Result<(), LaneError> {
         if self.rings.is_spare_wanted {
             self.pass_spares_on();
@@ -281,8 +284,8 @@ impl<'ring> EventLoop<'ring> {
         if engine.is_finished() {
             return Ok(Standing::Over);
         }
-        // Somebody has made the device wait for another server while a request was in hand. On a
-        // shared ring the other fetches stay with the driver, which delivers no more.
+        // The device was quiesced while a request was open. On a shared ring the other fetches stay
+        // with the driver, which delivers no more.
         if engine.has_ended_tags()
             && !station.is_withdrawn.load(Ordering::Relaxed)
             && (self.is_alone || engine.holdings().requests == 0)
@@ -294,7 +297,7 @@ impl<'ring> EventLoop<'ring> {
         Ok(if station.is_due { Standing::Due } else { Standing::Idle })
     }
 
-    /// Gives spare buffers that are free to the stations that wait for them.
+    /// Gives free spare buffers to the stations that wait for them.
     #[cold]
     fn pass_spares_on(&mut self) {
         for index in 0..MAX_SPARES {
@@ -313,21 +316,21 @@ impl<'ring> EventLoop<'ring> {
         self.rings.is_spare_wanted = self.rings.spares.iter().flatten().any(Spare::is_wanted);
     }
 
-    /// Asks to be woken by the next message.
+    /// Asks for a wake-up by the next message.
     pub fn watch(&mut self) -> Result<(), LaneError> {
         self.rings.push_own(Sqe::poll_readable(EVENT).user_data(Event::Wake.encode(OWN)))
     }
 
     fn read_messages(&mut self) -> Result<(), LaneError> {
-        // Nothing to read is no error: the descriptor only wakes.
+        // An empty descriptor is no error: it only wakes.
         let _ = self.wake.read();
         self.watch()?;
-        // The I/O lane wakes its lane so when its ring has failed.
+        // The I/O lane wakes its lane this way if its own ring has failed.
         self.take_of_io_lane()?;
         for (_, station) in &mut self.stations {
             while let Ok(message) = station.inbox.try_recv() {
                 let mut io = StationIo { rings: &mut self.rings, parts: &mut station.parts };
-                // Nobody has a station of a shared lane drained: its fetches would stay with the
+                // A station of a shared lane is never drained: its fetches would stay with the
                 // ring.
                 self.is_draining |= attend(&mut station.lane, &mut io, message) && self.is_alone;
                 if !station.is_due {
@@ -386,7 +389,7 @@ impl<'ring> EventLoop<'ring> {
         fetched
     }
 
-    /// Ends a station that has nothing in flight.
+    /// Ends a station that has no operation in flight.
     fn end(&mut self, name: u16) {
         let key = std::mem::replace(&mut self.at[usize::from(name)], NOBODY);
         let Some(station) = self.stations.try_remove(key.into()) else { return };
@@ -396,23 +399,24 @@ impl<'ring> EventLoop<'ring> {
         self.let_go(station);
     }
 
-    /// Empties a station's places of the tables, and sends it back: they are free again then.
+    /// Removes a station from the tables and sends it back. Its ranges are then free again.
     fn let_go(&mut self, station: Station) {
         if self.is_alone {
-            // The tables go with the rings.
+            // The tables are closed with the rings.
             return self.left.push(station.leave());
         }
         self.empty_tables(&station);
         station.leave().announce();
     }
 
-    /// One station is enough to have the lane do without busy waits.
+    /// One station with this setting is enough to disable busy polling in the lane.
     fn allow_looks(&mut self) {
         let are_allowed = self.stations.iter().all(|(_, station)| station.looks);
         self.idle_policy.allow(are_allowed);
     }
 
-    /// The end of the lane: what is left of its stations. If it ends for an error, so do they.
+    /// The end of the lane: the remains of its stations. If it ends with an error, its stations do
+    /// too.
     pub fn end_all(mut self, error: Option<LaneError>) -> Vec<Leaving> {
         let mut left = std::mem::take(&mut self.left);
         for mut station in self.stations.drain() {
@@ -435,7 +439,7 @@ impl<'ring> EventLoop<'ring> {
         self.rings.set_buffers(arrival.place.first_slot + lent, pool)
     }
 
-    /// The kernel can only refuse places that are beyond the tables.
+    /// The kernel can refuse only ranges beyond the tables.
     fn empty_tables(&mut self, station: &Station) {
         let (place, parts) = (station.place, &station.parts);
         let lent = station.lane.engine().config().slots.lent;
@@ -454,13 +458,13 @@ impl Station {
 
 impl Leaving {
     pub fn announce(self) {
-        // There is room for the only one.
+        // There is room for the only station.
         let _ = self.end.try_send(self.ended);
         self.wakeups.lane_ended();
     }
 }
 
-/// What is to be done about a station.
+/// What to do with a station.
 enum Standing {
     Idle,
     Due,

@@ -1,12 +1,12 @@
-//! State files of format 3, in which a target with faults had the other target inside.
+//! State files of format 3, in which a fault target contained another target.
 
 use serde_json::{Map, Value, json};
 
-/// Makes the record one of the present format: the targets around the innermost one become layers. What is
-/// of no known shape is left to be refused with the rest.
+/// Converts a record to the present format: the fault targets around the innermost target become
+/// layers. Records of an unknown form are left unchanged, and refused later.
 ///
 /// # Errors
-/// That the record has layers already, which no program has written.
+/// The record already has layers, which no program has written in this format.
 pub(super) fn unfold(record: &mut Value) -> Result<(), String> {
     let Some(config) = record.get_mut("config").and_then(Value::as_object_mut) else {
         return Ok(());
@@ -31,7 +31,7 @@ pub(super) fn unfold(record: &mut Value) -> Result<(), String> {
     Ok(())
 }
 
-/// The faults of a target that has another one inside, and that one.
+/// The options of a fault target, and the target that it contains.
 fn outermost(target: &mut Value) -> Option<(Map<String, Value>, Value)> {
     let fields = target.as_object_mut().filter(|fields| fields.len() == 1)?;
     let fault = fields.get_mut("fault")?.as_object_mut()?;
