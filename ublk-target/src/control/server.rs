@@ -296,7 +296,8 @@ impl Server {
         self.await_driver(end, false).map(drop)
     }
 
-    /// Checks whether the device is live. A signal ends the wait if `heeds_signals` is set.
+    /// Waits until the device is live. With `heed`, a signal ends the wait. Returns whether the device
+    /// is live.
     fn await_driver(&mut self, mut start: Pending, heed: bool) -> Result<bool, ServeError> {
         let (id, control, lanes) = (self.id, &self.control, &mut self.lanes);
         let words = Duration::from_secs(10);
