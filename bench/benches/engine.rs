@@ -1,5 +1,5 @@
-//! What a request costs in user space: the registry, the planners and the making of entries each
-//! alone, and the engine with the loop target in each lend mode.
+//! The cost of a request in user space: the registry, the planners and the building of entries
+//! separately, and the engine with the loop target in each lend mode.
 
 #![allow(missing_docs, reason = "the macros of criterion make public items without docs")]
 
@@ -40,7 +40,7 @@ fn lend_and_return(criterion: &mut Criterion) {
 fn plan(criterion: &mut Criterion) {
     const CHUNK: u64 = 64 << 10;
     let whole = LoopTarget::new(1 << 30);
-    let stripe = StripeTarget::new(CHUNK, &[1 << 30; 4]).expect("it is a stripe");
+    let stripe = StripeTarget::new(CHUNK, &[1 << 30; 4]).expect("the stripe is valid");
     let (inside, across) = (3 * CHUNK, 3 * CHUNK - 2048);
     one(criterion, "loop, 4 KiB", &whole, inside);
     one(criterion, "stripe, 4 KiB in one chunk", &stripe, inside);
@@ -55,7 +55,9 @@ fn plan(criterion: &mut Criterion) {
                 planner.single(request).map_or_else(
                     || {
                         plan.clear();
-                        planner.plan(request, 0, &mut plan).expect("it is within the device");
+                        planner
+                            .plan(request, 0, &mut plan)
+                            .expect("the request is within the device");
                         plan.len()
                     },
                     |place| usize::from(black_box(place).backing.0),
@@ -78,7 +80,7 @@ fn entries(criterion: &mut Criterion) {
     });
 }
 
-/// Remembers what a request of the loop target needs next.
+/// A port that records what the benchmark needs to complete a request of the loop target.
 #[derive(Default)]
 struct Last {
     /// The tag's last fetch or commit.

@@ -1,4 +1,4 @@
-//! The command line. Every failure is one line: what, why, what to do.
+//! The command line. Every error is one line: what failed, why, what to do.
 
 use std::process::ExitCode;
 
@@ -8,7 +8,7 @@ use crate::run::{self, RunArgs};
 use crate::{compare, explain, report, table};
 
 /// Measures block devices side by side: a backing, the kernel's own drivers on it, and ublk servers
-/// that copy and that do not.
+/// with and without a copy.
 #[derive(Debug, Parser)]
 #[command(name = "ublk-bench", version, max_term_width = 100)]
 struct Cli {
@@ -21,11 +21,11 @@ enum Command {
     /// Measure a backing and the devices on it, interleaved and repeated
     #[command(after_help = run::args::HELP)]
     Run(RunArgs),
-    /// Make a page of the results of a run: one HTML file that needs no network
+    /// Write the results of a run as one HTML page that needs no network
     Report(report::cli::Arguments),
     /// Show the results of a run as tables
     Table(table::cli::Arguments),
-    /// Show what changed from one run to another, and whether it is more than noise
+    /// Show what changed between two runs, and whether it is more than noise
     Compare(compare::cli::Arguments),
     /// Show where the time of one I/O goes, stage by stage
     Explain(explain::cli::Arguments),

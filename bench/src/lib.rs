@@ -1,5 +1,5 @@
-//! `ublk-bench`: the zero-copy benchmark, and micro-benchmarks of the parts of the data path that
-//! run in user space (`benches/`; `cargo bench -p ublk-bench` runs them on any machine).
+//! `ublk-bench`: the zero-copy benchmark, and micro-benchmarks of the user-space parts of the data
+//! path (`benches/`; `cargo bench -p ublk-bench` runs them on any machine).
 
 #![forbid(unsafe_code)]
 

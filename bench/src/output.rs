@@ -4,10 +4,10 @@ use std::io::{self, ErrorKind, Write};
 
 use anyhow::Context;
 
-/// Prints a text to standard output. That nobody reads it to its end is no error.
+/// Prints a text to standard output. A closed pipe is no error.
 ///
 /// # Errors
-/// When it cannot be written otherwise.
+/// If writing fails for another reason.
 pub fn print(text: &str) -> anyhow::Result<()> {
     write_to(&mut io::stdout().lock(), text)
 }
@@ -23,7 +23,7 @@ fn write_to(out: &mut impl Write, text: &str) -> anyhow::Result<()> {
 mod tests {
     use super::*;
 
-    /// Fails in one way.
+    /// A writer that always fails with this error.
     struct Fails(ErrorKind);
 
     impl Write for Fails {

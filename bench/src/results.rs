@@ -1,15 +1,15 @@
-//! What a run of the benchmark has found: the file that `run` writes, and `compare` and the report
-//! read. It is plain data, and *untrusted* when it is read back.
+//! The results of a run: the file that `run` writes, and that the other commands read. Plain data,
+//! *untrusted* when it is read back.
 
 use serde::{Deserialize, Serialize};
 
 /// Version of the file's format.
 pub const FORMAT: u32 = 1;
 
-/// A run: what was measured, on what, how, and what came of it.
+/// A run: what was measured, on what, how, and the results.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Results {
-    /// [`FORMAT`] of the program that wrote it.
+    /// The [`FORMAT`] of the program that wrote it.
     pub format: u32,
     /// Version of ublk-bench.
     pub version: String,
@@ -27,11 +27,11 @@ pub struct Results {
     pub method: Method,
     /// What was measured, in the order of the tables.
     pub subjects: Vec<Subject>,
-    /// With what, in the order of the tables.
+    /// The loads, in the order of the tables.
     pub loads: Vec<Load>,
-    /// Each single measurement, in the order in which they were made.
+    /// All measurements, in the order in which they were made.
     pub samples: Vec<Sample>,
-    /// Why the run is not whole, if it is not: interrupted, or given up.
+    /// Why the run is incomplete, if it is.
     pub incomplete: Option<String>,
 }
 
@@ -40,28 +40,28 @@ pub struct Results {
 pub struct Machine {
     /// Release of the kernel.
     pub kernel: String,
-    /// What the processor calls itself.
+    /// The model name of the processor.
     pub cpu: String,
     /// Processors that are online.
     pub cpus: u32,
     /// Memory, in bytes.
     pub memory_bytes: u64,
-    /// What virtual machine this is, if it is one.
+    /// The kind of virtual machine, if it is one.
     pub virtualization: Option<String>,
-    /// The governor of the processors' frequency, where there is one.
+    /// The CPU frequency governor, if there is one.
     pub governor: Option<String>,
     /// Version of fio.
     pub fio: String,
 }
 
-/// The backing that all devices lie on.
+/// The backing below all devices.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Backing {
-    /// Its path, as it was given.
+    /// Its path, as given by the user.
     pub path: String,
-    /// What it is: `nvme`, `block` or `file`.
+    /// Its kind: `nvme`, `block` or `file`.
     pub kind: String,
-    /// What the drive calls itself, where it says.
+    /// The model name of the drive, if known.
     pub model: Option<String>,
     /// Its size, in bytes.
     pub size_bytes: u64,
@@ -69,9 +69,9 @@ pub struct Backing {
     pub logical_block_bytes: u32,
     /// How much of it was used, in bytes.
     pub span_bytes: u64,
-    /// Its scheduler, where it has one.
+    /// Its I/O scheduler, if it has one.
     pub scheduler: Option<String>,
-    /// Its queues for polled I/O.
+    /// The number of its queues for polled I/O.
     pub poll_queues: u32,
 }
 
@@ -80,15 +80,15 @@ pub struct Backing {
 pub struct Method {
     /// Name of the profile.
     pub profile: String,
-    /// Rounds that were wanted; in each, each subject is measured once with each load.
+    /// The planned number of rounds. In each round, each subject is measured once with each load.
     pub rounds: u32,
-    /// How long a sample lasts, in seconds, without its warm-up.
+    /// The duration of a sample, in seconds, without its warm-up.
     pub sample_s: f64,
-    /// What precedes each sample and is not counted, in seconds.
+    /// The duration of the warm-up before each sample, in seconds.
     pub warm_up_s: f64,
 }
 
-/// Who made a subject.
+/// The maker of a subject.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Family {
@@ -105,26 +105,26 @@ pub enum Family {
 /// A device that was measured.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Subject {
-    /// What samples and options call it.
+    /// Its name in samples and options.
     pub name: String,
-    /// What tables call it.
+    /// Its title in tables.
     pub title: String,
-    /// Who made it.
+    /// Its maker.
     pub family: Family,
-    /// The version, where it is not the kernel's.
+    /// The version, if it is no part of the kernel.
     pub version: Option<String>,
     /// The command that made the device, without the backing's path.
     pub command: String,
-    /// Why it was not measured, if it was not.
+    /// Why it was not measured, if so.
     pub skipped: Option<String>,
 }
 
 /// A load.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Load {
-    /// What samples call it.
+    /// Its name in samples.
     pub name: String,
-    /// What tables call it.
+    /// Its title in tables.
     pub title: String,
     /// fio's `rw`.
     pub rw: String,
@@ -132,7 +132,7 @@ pub struct Load {
     pub block_bytes: u64,
     /// Requests in flight.
     pub depth: u32,
-    /// Percentage of reads, where the load is mixed.
+    /// The percentage of reads, if the load is mixed.
     pub read_percent: Option<u32>,
 }
 
@@ -149,31 +149,31 @@ pub struct Sample {
     pub iops: f64,
     /// Bytes moved in a second.
     pub bytes_per_s: f64,
-    /// How long requests took.
+    /// The latencies.
     pub latency: Latency,
-    /// Processor time for each request.
+    /// CPU time for each request.
     pub cpu: Cpu,
 }
 
-/// How long requests took, reads and writes together, in nanoseconds.
+/// Latencies of reads and writes together, in nanoseconds.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Latency {
     /// The mean.
     pub mean_ns: f64,
-    /// The longest.
+    /// The maximum.
     pub max_ns: u64,
-    /// Percentile and value, the least percentile first: 1 to 99.99.
+    /// Percentiles, 1 to 99.99, with their values, in ascending order.
     pub percentiles: Vec<(f64, u64)>,
 }
 
-/// Processor time for each request, in microseconds.
+/// CPU time for each request, in microseconds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Cpu {
     /// Of the whole machine while the sample ran, interrupts included.
     pub machine_us: f64,
     /// Of the load generator.
     pub client_us: f64,
-    /// Of the server, where there is one.
+    /// Of the server, if there is one.
     pub server_us: Option<f64>,
 }
 

@@ -1,10 +1,13 @@
-//! Made-up results with seeded noise, which look like those of a run in a virtual machine.
+//! Invented results with seeded noise, similar to those of a run in a virtual machine.
+
+use rand::{RngExt as _, SeedableRng as _};
+use rand_xoshiro::SplitMix64;
 
 use crate::results::{
     Backing, Cpu, FORMAT, Family, Latency, Load, Machine, Method, Results, Sample, Subject,
 };
 
-/// Percentiles that runs have.
+/// The percentiles of a run.
 const PERCENTILES: [f64; 12] =
     [1.0, 5.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 99.0, 99.9, 99.95, 99.99];
 
@@ -26,8 +29,8 @@ pub fn load(name: &str, rw: &str, block_bytes: u64, depth: u32) -> Load {
     Load { name: name.into(), title, rw: rw.into(), block_bytes, depth, read_percent: None }
 }
 
-/// Subjects with how much longer than on the raw backing a request takes: a fixed time in
-/// microseconds, and nanoseconds for each KiB.
+/// Subjects with their overhead over the raw backing: a fixed time in microseconds, and nanoseconds
+/// for each KiB.
 fn subjects() -> Vec<(Subject, f64, f64)> {
     let ours = |name: &str, options: &str| {
         let mut made =
@@ -49,7 +52,7 @@ fn subjects() -> Vec<(Subject, f64, f64)> {
     ]
 }
 
-/// What a run may measure.
+/// Loads of a run.
 pub fn loads() -> Vec<Load> {
     let mut loads = vec![
         load("randread-qd1", "randread", 4096, 1),
@@ -63,40 +66,26 @@ pub fn loads() -> Vec<Load> {
     loads
 }
 
-/// Numbers that look drawn, the same for the same seed.
-struct Draws(u64);
-
-impl Draws {
-    /// From 0 to 1.
-    fn uniform(&mut self) -> f64 {
-        // SplitMix64.
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) >> 11) as f64 / (1_u64 << 53) as f64
-    }
-
-    /// About 1, by so much more or less.
-    fn about_one(&mut self, spread: f64) -> f64 {
-        let sum: f64 = (0..12).map(|_| self.uniform()).sum();
-        ((sum - 6.0) * spread).exp()
-    }
+/// A factor with a median of 1: log-normal, with the standard deviation `spread` of its logarithm.
+fn about_one(rng: &mut SplitMix64, spread: f64) -> f64 {
+    // The sum of 12 uniform numbers is close to a normal distribution.
+    let sum: f64 = rng.random_iter::<f64>().take(12).sum();
+    ((sum - 6.0) * spread).exp()
 }
 
-/// What a run of so many rounds might have found.
+/// Results of a run of this many rounds.
 pub fn results(seed: u64, rounds: u32) -> Results {
     let (subjects, loads) = (subjects(), loads());
-    let mut draws = Draws(seed);
+    let mut rng = SplitMix64::seed_from_u64(seed);
     let mut samples = Vec::new();
     for round in 0..rounds {
-        // What slowly changes about the machine.
+        // A slow drift of the machine.
         let drift = 1.0 + f64::from(round) * 0.01;
         for load in &loads {
             for (subject, fixed_us, per_kib_ns) in &subjects {
                 let kib = (load.block_bytes >> 10) as f64;
                 let more_us = fixed_us + per_kib_ns * kib / 1000.0;
-                samples.push(sample(&mut draws, subject, load, round, more_us * drift));
+                samples.push(sample(&mut rng, subject, load, round, more_us * drift));
             }
         }
     }
@@ -107,19 +96,25 @@ pub fn results(seed: u64, rounds: u32) -> Results {
     Results { subjects, loads, samples, ..header(rounds) }
 }
 
-fn sample(draws: &mut Draws, subject: &Subject, load: &Load, round: u32, more_us: f64) -> Sample {
+fn sample(
+    rng: &mut SplitMix64,
+    subject: &Subject,
+    load: &Load,
+    round: u32,
+    more_us: f64,
+) -> Sample {
     let kib = (load.block_bytes >> 10) as f64;
-    // Requests in flight overlap, but for their work on processors.
+    // Requests in flight overlap, except for their CPU time.
     let alone_us = 45.0 + kib * 0.29;
     let depth = f64::from(load.depth);
     let busy_us = 9.0 + kib * 0.2 + more_us * 0.8;
-    let each_us = ((alone_us + more_us) / depth).max(busy_us) * draws.about_one(0.02);
+    let each_us = ((alone_us + more_us) / depth).max(busy_us) * about_one(rng, 0.02);
     let iops = 1e6 / each_us;
     let mean_ns = each_us * depth * 1000.0;
-    let tail = draws.about_one(0.2);
+    let tail = about_one(rng, 0.2);
     let mut at = 0.0_f64;
     let percentiles = PERCENTILES.map(|percentile| {
-        // Logarithmic in what is left above the percentile.
+        // Logarithmic in the fraction above the percentile.
         let spread = 0.75 + 0.35 * tail * (100.0 / (100.0 - percentile)).ln();
         at = at.max(mean_ns * spread);
         (percentile, format!("{at:.0}").parse().unwrap())
@@ -137,7 +132,7 @@ fn sample(draws: &mut Draws, subject: &Subject, load: &Load, round: u32, more_us
             percentiles: percentiles.to_vec(),
         },
         cpu: Cpu {
-            machine_us: busy_us * draws.about_one(0.02),
+            machine_us: busy_us * about_one(rng, 0.02),
             client_us: 5.0,
             server_us: has_server.then_some(more_us * 0.5),
         },

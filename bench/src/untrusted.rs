@@ -1,4 +1,4 @@
-//! Results from anywhere make a line or a page, and never a panic.
+//! Untrusted results lead to an error or a page, and never to a panic.
 
 use std::path::Path;
 
@@ -9,7 +9,7 @@ use crate::results::Results;
 use crate::summary::check::parse;
 use crate::{report, sample, table};
 
-/// What numbers and texts are replaced by.
+/// Replacements for numbers and texts.
 const PIECES: [&str; 16] = [
     "0",
     "-1",
@@ -38,7 +38,7 @@ fn small() -> String {
     serde_json::to_string(&results).unwrap()
 }
 
-/// Where the values of a JSON text begin and end, those that are numbers or texts.
+/// The ranges of the numbers and texts in a JSON text.
 fn values(text: &str) -> Vec<(usize, usize)> {
     let ends = |from: usize| text[from..].find([',', '}', ']']).map(|length| from + length);
     let after_colon = text.match_indices(':').map(|(at, _)| at + 1);

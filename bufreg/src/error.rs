@@ -1,4 +1,4 @@
-//! Why the registry refuses.
+//! Errors of the registry.
 
 use crate::identity::SlotIndex;
 use crate::lease::{Active, Lease, MAX_BORROWS, Quarantined};
@@ -7,7 +7,7 @@ use crate::report::Lent;
 /// The chosen slot cannot be reserved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Busy {
-    /// It is lent.
+    /// The slot is lent.
     #[error("{0}")]
     Lent(Lent),
     /// The registry has no such slot.
@@ -25,13 +25,13 @@ pub struct NoneFree;
 #[error("{MAX_BORROWS} operations borrow the lease, which is the limit")]
 pub struct NotBorrowable;
 
-/// A borrow of another incarnation, of an earlier lending of its slot, or one that was given back
-/// before.
+/// The borrow belongs to another incarnation or to an earlier lending of its slot, or was already
+/// given back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("stale borrow")]
 pub struct Stale;
 
-/// The lease cannot be retired yet; it comes back.
+/// The lease cannot be retired yet. The error returns it.
 #[derive(Debug, thiserror::Error)]
 #[error("{borrows} operations still borrow slot {}", lease.slot().0)]
 pub struct StillBorrowed {
@@ -41,7 +41,7 @@ pub struct StillBorrowed {
     pub borrows: u32,
 }
 
-/// The fate of the lease is not settled yet; it comes back.
+/// The lease cannot be settled yet. The error returns it.
 #[derive(Debug, thiserror::Error)]
 #[error("{borrows} operations still borrow the quarantined slot {}", lease.slot().0)]
 pub struct Unsettled {

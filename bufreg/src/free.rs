@@ -1,11 +1,10 @@
-//! Where free slots are.
+//! The set of free slots.
 
 use crate::identity::SlotIndex;
 
-/// One bit for each slot that may be free, which all free slots are among, and one bit a word that
-/// has any: the lowest free slot is found in at most
-/// 16 + 1 words (4 + 1 for a ring's largest table), and a slot chosen by the caller is taken out
-/// as cheaply as the lowest.
+/// A bitmap of slots that may be free. Every free slot is in it; a slot in it may be lent. A second
+/// level has one bit for each word that is not 0, so the lowest free slot is found in at most 16 +
+/// 1 words (4 + 1 for a ring's largest table). Removing any slot costs the same.
 #[derive(Debug)]
 pub(crate) struct FreeSlots {
     words: Box<[u64]>,
@@ -39,8 +38,8 @@ impl FreeSlots {
         }
     }
 
-    /// The lowest that is free. Slots used lately tend to be low, so this one is likely in the
-    /// cache.
+    /// The lowest free slot. Recently used slots tend to have low numbers, so this one is probably
+    /// in the cache.
     #[inline]
     pub(crate) fn lowest(&self, is_free: impl Fn(SlotIndex) -> bool) -> Option<SlotIndex> {
         for (group, occupied) in self.occupied.iter().enumerate() {
@@ -56,7 +55,7 @@ impl FreeSlots {
     }
 }
 
-/// The bits that are set, the lowest first.
+/// The indices of the set bits, lowest first.
 fn bits(word: u64) -> impl Iterator<Item = usize> {
     std::iter::successors(Some(word), |word| word.checked_sub(1).map(|below| word & below))
         .take_while(|word| *word != 0)

@@ -1,12 +1,12 @@
-//! By which names registry, caller and kernel speak of the same thing.
+//! Identifiers that registry, caller and kernel share.
 
-/// Which life of the server a key was made in. Keys pass through the kernel, which may outlive
-/// the server that made them.
+/// The incarnation of the server that made a key. Keys pass through the kernel, which may return
+/// them after that server has died.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Incarnation(pub u32);
 
 impl Incarnation {
-    /// The life after this one; wraps.
+    /// The next incarnation. Wraps.
     #[must_use]
     pub const fn next(self) -> Self {
         Self(self.0.wrapping_add(1))
@@ -17,7 +17,7 @@ impl Incarnation {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SlotIndex(pub u16);
 
-/// How often a slot had been reserved before in this incarnation; wraps after 2^32 times.
+/// How many times the slot was reserved before in this incarnation. Wraps after 2^32 times.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Generation(pub u32);
 
@@ -32,8 +32,8 @@ pub struct Owner {
     pub tag: u16,
 }
 
-/// The name by which the caller knows a borrowing operation. Kept and reported, never
-/// interpreted; printed in hexadecimal, since such names are usually packed fields.
+/// The caller's identifier of a borrowing operation. The registry keeps and reports it and never
+/// interprets it. It is printed in hexadecimal, since such identifiers are usually packed fields.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Borrower(pub u64);
 
@@ -43,10 +43,10 @@ impl std::fmt::Display for Borrower {
     }
 }
 
-/// Names one lending of one slot. Plain data: it gives no right to the slot.
+/// Identifies one lending of one slot. Plain data: it gives no right to the slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LeaseKey {
-    /// The life of the server that lent it.
+    /// The incarnation of the server that lent it.
     pub incarnation: Incarnation,
     /// The slot.
     pub slot: SlotIndex,

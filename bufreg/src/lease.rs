@@ -1,29 +1,29 @@
-//! What callers hold: leases, typed by state, and borrows, plain data.
+//! Leases, typed by state, and borrows, which are plain data.
 
 use std::marker::PhantomData;
 
 use crate::identity::{Generation, Incarnation, LeaseKey, SlotIndex};
 use crate::report::SlotState;
 
-/// State of a lease whose registration is under way.
+/// State of a lease while its buffer is being registered.
 #[derive(Debug)]
 pub enum Reserved {}
-/// State of a lease whose buffer one operation borrows, and no other may: the lease stands for
-/// that borrow too.
+/// State of a lease with exactly one borrow, which the lease itself represents. No other operation
+/// may borrow it.
 #[derive(Debug)]
 pub enum Sole {}
-/// State of a lease whose buffer may be borrowed.
+/// State of a lease that operations may borrow.
 #[derive(Debug)]
 pub enum Active {}
-/// State of a lease whose buffer is on its way back.
+/// State of a lease while its buffer is being given back.
 #[derive(Debug)]
 pub enum Retiring {}
-/// State of a lease of which nobody knows whether the kernel still uses the buffer.
+/// State of a lease while it is unknown whether the kernel still uses its buffer.
 #[derive(Debug)]
 pub enum Quarantined {}
 
-/// What the slot's state is while its lease has a given type. Not exported, so that the states are
-/// these.
+/// Maps a lease's type parameter to the state of its slot. Not exported, so that no other states
+/// exist.
 pub trait LeaseState {
     /// The slot's state.
     const SLOT: SlotState;
@@ -51,8 +51,8 @@ pub trait Quarantinable: LeaseState {}
 impl Quarantinable for Active {}
 impl Quarantinable for Retiring {}
 
-/// The right to a slot while its request is open. One lease exists per lent slot; losing it does
-/// not free the slot.
+/// The right to use a slot while its request is open. Each lent slot has one lease. Losing the
+/// lease does not free the slot.
 #[derive(Debug)]
 #[must_use = "a lost lease keeps its slot for ever"]
 pub struct Lease<State> {
@@ -78,7 +78,7 @@ impl<State> Lease<State> {
         self.key.generation
     }
 
-    /// The lease's name, for tables and for [`Registry::leaks`](crate::Registry::leaks).
+    /// The lease's identifier, for tables and for [`Registry::leaks`](crate::Registry::leaks).
     #[must_use]
     pub const fn key(&self) -> LeaseKey {
         self.key
@@ -94,11 +94,11 @@ impl<State> Lease<State> {
 pub struct Borrow {
     pub(crate) incarnation: Incarnation,
     pub(crate) generation: Generation,
-    /// How many borrows the lease had had before. Places are used again; this tells the borrow
-    /// from the later ones of its place.
-    pub(crate) turn: u32,
+    /// How many borrows of the lease came before. Indices are reused, so this distinguishes the
+    /// borrow from later ones with the same index.
+    pub(crate) sequence: u32,
     pub(crate) slot: SlotIndex,
-    pub(crate) place: Place,
+    pub(crate) index: BorrowIndex,
 }
 
 impl Borrow {
@@ -112,52 +112,54 @@ impl Borrow {
 /// How many operations may borrow one lease at a time.
 pub const MAX_BORROWS: u32 = u16::BITS;
 
-/// One of a slot's [`MAX_BORROWS`] places, as its bit in [`Places`].
+/// An index below [`MAX_BORROWS`] among the borrows of a slot, as its bit in [`BorrowSet`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Place(u16);
+pub(crate) struct BorrowIndex(u16);
 
-impl Place {
-    /// The lowest.
+impl BorrowIndex {
+    /// The lowest index.
     pub(crate) const FIRST: Self = Self(1);
 
-    pub(crate) const fn index(self) -> usize {
+    pub(crate) const fn position(self) -> usize {
         self.0.trailing_zeros() as usize
     }
 }
 
-/// The places of a slot whose borrows are out.
+/// The borrows of a slot that are not given back, by index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Places(u16);
+pub(crate) struct BorrowSet(u16);
 
-impl Places {
+impl BorrowSet {
     pub(crate) const NONE: Self = Self(0);
-    /// The first place, and no other.
-    pub(crate) const FIRST: Self = Self(Place::FIRST.0);
+    /// The first index only.
+    pub(crate) const FIRST: Self = Self(BorrowIndex::FIRST.0);
 
-    /// The lowest place that is not taken; the low ones share a cache line.
-    pub(crate) const fn vacant(self) -> Option<Place> {
+    /// The lowest unused index. Records with low indices share a cache line.
+    pub(crate) const fn lowest_free(self) -> Option<BorrowIndex> {
         let lowest = !self.0 & self.0.wrapping_add(1);
-        if lowest == 0 { None } else { Some(Place(lowest)) }
+        if lowest == 0 { None } else { Some(BorrowIndex(lowest)) }
     }
 
-    pub(crate) const fn take(&mut self, place: Place) {
-        self.0 |= place.0;
+    pub(crate) const fn insert(&mut self, index: BorrowIndex) {
+        self.0 |= index.0;
     }
 
-    pub(crate) const fn vacate(&mut self, place: Place) {
-        self.0 &= !place.0;
+    pub(crate) const fn remove(&mut self, index: BorrowIndex) {
+        self.0 &= !index.0;
     }
 
-    pub(crate) const fn holds(self, place: Place) -> bool {
-        self.0 & place.0 != 0
+    pub(crate) const fn contains(self, index: BorrowIndex) -> bool {
+        self.0 & index.0 != 0
     }
 
     pub(crate) const fn count(self) -> u32 {
         self.0.count_ones()
     }
 
-    /// In order of their index.
-    pub(crate) fn iter(self) -> impl Iterator<Item = Place> {
-        (0..MAX_BORROWS).map(|index| Place(1 << index)).filter(move |place| self.holds(*place))
+    /// In ascending order.
+    pub(crate) fn iter(self) -> impl Iterator<Item = BorrowIndex> {
+        (0..MAX_BORROWS)
+            .map(|index| BorrowIndex(1 << index))
+            .filter(move |index| self.contains(*index))
     }
 }

@@ -1,10 +1,10 @@
-//! The registry of lent buffers: which slot of a ring's buffer table is lent for which request,
-//! since when, and which operations borrow it.
+//! The registry of lent buffers: for each slot of a ring's buffer table, the request that it is
+//! lent for, since when, and the operations that borrow it.
 //!
 //! The registry issues no system call, reads no clock and allocates nothing after construction. It
-//! does not move buffers; it is the place where the program's knowledge about them is kept, so
-//! that a buffer is given back once, after its last borrow, and never while the kernel may still
-//! use it. `docs/lifetimes.md` tells a buffer's life, the kernel's part in it included.
+//! does not move buffers. It records who uses them, so that a buffer is given back once, after its
+//! last borrow, and never while the kernel may still use it. `docs/lifetimes.md` describes the life
+//! of a buffer, including the kernel's part.
 //!
 //! ```text
 //!          reserve               activate            retire               release
@@ -15,18 +15,18 @@
 //!                                             Quarantined ───────────┘
 //! ```
 //!
-//! * *Reserved*: the slot is spoken for, its registration is under way.
-//! * *Active*: the kernel has the request's buffer in the slot; operations may borrow it.
-//! * *Retiring*: no new borrow is possible; the buffer is on its way back.
-//! * *Quarantined*: nobody knows whether the kernel still uses the buffer, so that nothing is done
-//!   with the slot until that is settled.
+//! * *Reserved*: the buffer is being registered in the slot.
+//! * *Active*: the request's buffer is in the slot, and operations may borrow it.
+//! * *Retiring*: no new borrow is possible, and the buffer is being given back.
+//! * *Quarantined*: it is unknown whether the kernel still uses the buffer. The slot is not used
+//!   until that is settled.
 //!
-//! What code holds is typed: a [`Lease`] carries its state as a parameter, is neither `Copy`
-//! nor `Clone`, and each transition consumes it. What the kernel holds is plain data: a
-//! [`Borrow`] names incarnation, slot, generation and place, travels with an operation, and is
-//! checked when it comes back.
+//! What code holds is typed: a [`Lease`] has its state as a type parameter, is neither `Copy` nor
+//! `Clone`, and each transition consumes it. What the kernel holds is plain data: a [`Borrow`]
+//! names incarnation, slot, generation and index, travels with an operation, and is checked when it
+//! comes back.
 //!
-//! What the registry promises, and which test checks it, is listed in [`invariants`].
+//! [`invariants`] lists what the registry promises, and the test for each promise.
 //!
 //! # Example
 //! ```

@@ -4,32 +4,32 @@ use crate::error::{Busy, NoneFree, NotBorrowable, Stale, StillBorrowed, Unsettle
 use crate::free::FreeSlots;
 use crate::identity::{Borrower, Generation, Incarnation, LeaseKey, Owner, SlotIndex};
 use crate::lease::{
-    Active, Borrow, Lease, LeaseState, MAX_BORROWS, Place, Places, Quarantinable, Quarantined,
-    Reserved, Retiring, Sole,
+    Active, Borrow, BorrowIndex, BorrowSet, Lease, LeaseState, MAX_BORROWS, Quarantinable,
+    Quarantined, Reserved, Retiring, Sole,
 };
 use crate::report::{Borrowers, Counts, Leak, Lent, SlotState, Stats};
 
-/// What every request touches, half a cache line.
+/// The fields that every request uses: half a cache line.
 #[derive(Clone, Copy, Debug)]
 struct Slot {
     state: SlotState,
-    /// Not empty only in the states `Active` and `Quarantined`.
-    out: Places,
+    /// Empty except in the states `Active` and `Quarantined`.
+    borrowed: BorrowSet,
     generation: Generation,
-    /// How many borrows the present lease has had.
-    turn: u32,
+    /// How many borrows the current lease has had.
+    sequence: u32,
     owner: Owner,
     since: u64,
 }
 
 const _: () = assert!(size_of::<Slot>() <= 32);
 
-/// What is kept of a borrow that is out.
+/// A borrow that is not given back yet.
 #[derive(Clone, Copy, Debug)]
 struct BorrowRecord {
     borrower: Borrower,
-    /// [`Borrow::turn`] of the borrow.
-    turn: u32,
+    /// [`Borrow::sequence`] of the borrow.
+    sequence: u32,
 }
 
 /// The slots of one ring's buffer table.
@@ -37,29 +37,30 @@ struct BorrowRecord {
 pub struct Registry {
     incarnation: Incarnation,
     slots: Box<[Slot]>,
-    /// By slot and place; meaningful where the slot's `out` has the place.
+    /// By slot and index. Valid where the slot's `borrowed` contains the index.
     borrows: Box<[[BorrowRecord; MAX_BORROWS as usize]]>,
-    /// The slots in state `Free`, and those that [`Registry::lend`] has lent, which spares it the
-    /// look into yet another table.
+    /// The slots in state `Free`, and slots that [`Registry::lend`] has lent: it leaves them here
+    /// to avoid access to one more table.
     free: FreeSlots,
     stats: Stats,
 }
 
-// What every request goes through is inlined into the caller's crate, which halves its cost.
+// The functions that every request calls are inlined into the caller's crate, which halves their
+// cost.
 impl Registry {
-    /// A registry of `capacity` free slots, numbered from 0, for one life of the server. A ring's
-    /// table has at most 16,384 slots.
+    /// A registry of `capacity` free slots, numbered from 0, for one incarnation of the server. A
+    /// ring's table has at most 16,384 slots.
     #[must_use]
     pub fn new(capacity: u16, incarnation: Incarnation) -> Self {
         let slot = Slot {
             state: SlotState::Free,
-            out: Places::NONE,
+            borrowed: BorrowSet::NONE,
             generation: Generation(0),
-            turn: 0,
+            sequence: 0,
             owner: Owner { device: 0, qid: 0, tag: 0 },
             since: 0,
         };
-        let record = BorrowRecord { borrower: Borrower(0), turn: 0 };
+        let record = BorrowRecord { borrower: Borrower(0), sequence: 0 };
         Self {
             incarnation,
             slots: vec![slot; usize::from(capacity)].into(),
@@ -69,14 +70,14 @@ impl Registry {
         }
     }
 
-    /// The life of the server that the registry was made for.
+    /// The incarnation of the server that the registry was made for.
     #[must_use]
     pub const fn incarnation(&self) -> Incarnation {
         self.incarnation
     }
 
-    /// Reserves the slot of the caller's choice for a request, before its buffer is registered.
-    /// `now` is kept as the time of lending.
+    /// Reserves a slot that the caller chooses, before the request's buffer is registered. `now` is
+    /// stored as the time of lending.
     ///
     /// # Errors
     /// [`Busy`] if the slot is lent or beyond the table.
@@ -92,8 +93,14 @@ impl Registry {
             return Err(Busy::Lent(entry.describe(slot)));
         }
         let generation = Generation(entry.generation.0.wrapping_add(1));
-        *entry =
-            Slot { state: SlotState::Reserved, generation, turn: 0, owner, since: now, ..*entry };
+        *entry = Slot {
+            state: SlotState::Reserved,
+            generation,
+            sequence: 0,
+            owner,
+            since: now,
+            ..*entry
+        };
         self.free.remove(slot);
         self.stats.reserved += 1;
         Ok(Lease::new(LeaseKey { incarnation: self.incarnation, slot, generation }))
@@ -110,7 +117,7 @@ impl Registry {
         Ok(self.reserve(slot, owner, now).expect("a slot in the free set is free"))
     }
 
-    /// The buffer is registered: it may be borrowed.
+    /// Records that the buffer is registered: operations may borrow it.
     ///
     /// # Panics
     /// If the lease is of another registry, like all transitions.
@@ -120,7 +127,7 @@ impl Registry {
         lease.into_state()
     }
 
-    /// The registration failed: the slot is free again.
+    /// Records that the registration failed: the slot is free again.
     ///
     /// # Panics
     /// If the lease is of another registry.
@@ -128,8 +135,7 @@ impl Registry {
         self.end(&lease);
     }
 
-    /// Counts one more operation that uses the buffer, under the name by which the caller knows
-    /// it.
+    /// Records one more operation that uses the buffer, with the caller's identifier of it.
     ///
     /// # Errors
     /// [`NotBorrowable`] at [`MAX_BORROWS`] borrows.
@@ -143,17 +149,17 @@ impl Registry {
         borrower: Borrower,
     ) -> Result<Borrow, NotBorrowable> {
         let entry = self.held(lease);
-        let place = entry.out.vacant().ok_or(NotBorrowable)?;
-        let turn = entry.turn;
-        entry.out.take(place);
-        entry.turn = turn.wrapping_add(1);
+        let index = entry.borrowed.lowest_free().ok_or(NotBorrowable)?;
+        let sequence = entry.sequence;
+        entry.borrowed.insert(index);
+        entry.sequence = sequence.wrapping_add(1);
         let LeaseKey { incarnation, slot, generation } = lease.key();
-        self.borrows[usize::from(slot.0)][place.index()] = BorrowRecord { borrower, turn };
+        self.borrows[usize::from(slot.0)][index.position()] = BorrowRecord { borrower, sequence };
         self.stats.borrowed += 1;
-        Ok(Borrow { incarnation, generation, turn, slot, place })
+        Ok(Borrow { incarnation, generation, sequence, slot, index })
     }
 
-    /// Reserves a slot whose buffer is registered already, for a request that is one operation:
+    /// Reserves a slot that already has its buffer registered, for a request of one operation:
     /// [`reserve`](Self::reserve), [`activate`](Self::activate) and [`borrow`](Self::borrow) in
     /// one.
     ///
@@ -172,17 +178,18 @@ impl Registry {
             return Err(Busy::Lent(entry.describe(slot)));
         }
         let generation = Generation(entry.generation.0.wrapping_add(1));
-        let out = Places::FIRST;
-        *entry = Slot { state: SlotState::Active, out, generation, turn: 1, owner, since: now };
-        let first = Place::FIRST.index();
-        self.borrows[usize::from(slot.0)][first] = BorrowRecord { borrower, turn: 0 };
+        let borrowed = BorrowSet::FIRST;
+        *entry =
+            Slot { state: SlotState::Active, borrowed, generation, sequence: 1, owner, since: now };
+        let first = BorrowIndex::FIRST.position();
+        self.borrows[usize::from(slot.0)][first] = BorrowRecord { borrower, sequence: 0 };
         self.stats.reserved += 1;
         self.stats.borrowed += 1;
         Ok(Lease::new(LeaseKey { incarnation: self.incarnation, slot, generation }))
     }
 
-    /// The only operation that borrows a buffer has completed, and the buffer goes back with the
-    /// answer: [`give_back`](Self::give_back), [`retire`](Self::retire) and
+    /// Records that the only operation on the buffer has completed, and that the answer gives the
+    /// buffer back: [`give_back`](Self::give_back), [`retire`](Self::retire) and
     /// [`release`](Self::release) in one.
     ///
     /// # Panics
@@ -191,44 +198,45 @@ impl Registry {
     pub fn take_back(&mut self, lease: Lease<Sole>) {
         let entry = self.held(&lease);
         entry.state = SlotState::Free;
-        entry.out = Places::NONE;
+        entry.borrowed = BorrowSet::NONE;
         self.stats.given_back += 1;
         self.stats.released += 1;
     }
 
-    /// Parts what [`lend`](Self::lend) has made into the lease and the borrow, for a request that
-    /// turns out to need more than one operation.
+    /// Splits the result of [`lend`](Self::lend) into lease and borrow, for a request that needs
+    /// more than one operation after all.
     ///
     /// # Panics
     /// If the lease is of another registry.
-    pub fn part(&mut self, lease: Lease<Sole>) -> (Lease<Active>, Borrow) {
+    pub fn split(&mut self, lease: Lease<Sole>) -> (Lease<Active>, Borrow) {
         self.held(&lease);
         let LeaseKey { incarnation, slot, generation } = lease.key();
-        let borrow = Borrow { incarnation, generation, turn: 0, slot, place: Place::FIRST };
+        let borrow =
+            Borrow { incarnation, generation, sequence: 0, slot, index: BorrowIndex::FIRST };
         (lease.into_state(), borrow)
     }
 
-    /// The operation was issued again and has a new name.
+    /// Records that the operation was issued again with a new identifier.
     ///
     /// # Errors
     /// [`Stale`] as for [`give_back`](Self::give_back).
     pub fn relabel(&mut self, borrow: Borrow, borrower: Borrower) -> Result<(), Stale> {
         self.live(borrow)?;
-        self.borrows[usize::from(borrow.slot.0)][borrow.place.index()].borrower = borrower;
+        self.borrows[usize::from(borrow.slot.0)][borrow.index.position()].borrower = borrower;
         Ok(())
     }
 
-    /// An operation has completed, be it late, in quarantine; returns how many still borrow the
-    /// buffer.
+    /// Records that an operation has completed, even if its slot is in quarantine by now. Returns
+    /// how many operations still borrow the buffer.
     ///
     /// # Errors
-    /// [`Stale`] if the borrow is of another incarnation, if the slot has had another lease
-    /// since, or if it was given back before. Nothing changes then but the counter.
+    /// [`Stale`] if the borrow is of another incarnation, if the slot has had another lease since,
+    /// or if the borrow was given back before. Only the counter changes then.
     #[inline]
     pub fn give_back(&mut self, borrow: Borrow) -> Result<u32, Stale> {
         let entry = self.live(borrow)?;
-        entry.out.vacate(borrow.place);
-        let left = entry.out.count();
+        entry.borrowed.remove(borrow.index);
+        let left = entry.borrowed.count();
         self.stats.given_back += 1;
         Ok(left)
     }
@@ -236,22 +244,22 @@ impl Registry {
     /// Ends the borrowing: the buffer is about to be given back.
     ///
     /// # Errors
-    /// [`StillBorrowed`] with the lease, as long as an operation borrows it.
+    /// [`StillBorrowed`] with the lease, while an operation borrows it.
     ///
     /// # Panics
     /// If the lease is of another registry.
     #[inline]
     pub fn retire(&mut self, lease: Lease<Active>) -> Result<Lease<Retiring>, StillBorrowed> {
         let entry = self.held(&lease);
-        if entry.out != Places::NONE {
-            let borrows = entry.out.count();
+        if entry.borrowed != BorrowSet::NONE {
+            let borrows = entry.borrowed.count();
             return Err(StillBorrowed { lease, borrows });
         }
         entry.state = SlotState::Retiring;
         Ok(lease.into_state())
     }
 
-    /// The buffer is back with the driver: the slot is free.
+    /// Records that the driver has its buffer back: the slot is free.
     ///
     /// # Panics
     /// If the lease is of another registry.
@@ -260,9 +268,9 @@ impl Registry {
         self.end(&lease);
     }
 
-    /// Sets a slot apart whose buffer the kernel may still use, though the program knows no way to
-    /// get it back: an operation neither completed nor was cancelled (its borrow stays out), or
-    /// the unregistration failed.
+    /// Quarantines a slot. The kernel may still use its buffer, and the program cannot get it back:
+    /// an operation neither completed nor was cancelled (its borrow remains), or unregistration
+    /// failed.
     ///
     /// # Panics
     /// If the lease is of another registry.
@@ -272,17 +280,18 @@ impl Registry {
         lease.into_state()
     }
 
-    /// The fate of a quarantined slot is known: its buffer is about to be given back.
+    /// Ends the quarantine of a slot: the kernel no longer uses its buffer, which is about to be
+    /// given back.
     ///
     /// # Errors
-    /// [`Unsettled`] with the lease, as long as an operation borrows it.
+    /// [`Unsettled`] with the lease, while an operation borrows it.
     ///
     /// # Panics
     /// If the lease is of another registry.
     pub fn settle(&mut self, lease: Lease<Quarantined>) -> Result<Lease<Retiring>, Unsettled> {
         let entry = self.held(&lease);
-        if entry.out != Places::NONE {
-            let borrows = entry.out.count();
+        if entry.borrowed != BorrowSet::NONE {
+            let borrows = entry.borrowed.count();
             return Err(Unsettled { lease, borrows });
         }
         entry.state = SlotState::Retiring;
@@ -290,7 +299,7 @@ impl Registry {
         Ok(lease.into_state())
     }
 
-    /// All lent slots, in order of their index. After a drain there must be none.
+    /// All lent slots, in order of their index. After a drain there are none.
     pub fn lent(&self) -> impl Iterator<Item = Lent> {
         let indexed = self.slots.iter().zip((0_u16..).map(SlotIndex));
         indexed
@@ -298,14 +307,15 @@ impl Registry {
             .map(|(entry, slot)| entry.describe(slot))
     }
 
-    /// Who borrows a slot, in order of place; nobody if it is free or beyond the table.
+    /// The borrowers of a slot, in order of their index. Empty if the slot is free or beyond the
+    /// table.
     pub fn borrowers(&self, slot: SlotIndex) -> impl Iterator<Item = Borrower> {
         let index = usize::from(slot.0);
-        let out = self.slots.get(index).map_or(Places::NONE, |entry| entry.out);
-        out.iter().map(move |place| self.borrows[index][place.index()].borrower)
+        let borrowed = self.slots.get(index).map_or(BorrowSet::NONE, |entry| entry.borrowed);
+        borrowed.iter().map(move |borrow| self.borrows[index][borrow.position()].borrower)
     }
 
-    /// The lent slots whose lease the caller no longer holds, by its own account. Such a slot is
+    /// The lent slots for which the caller holds no lease, according to `holds`. Such a slot is
     /// never lent again.
     pub fn leaks(
         &self,
@@ -323,12 +333,12 @@ impl Registry {
         })
     }
 
-    /// How many slots are doing what. Scans all slots, so that no transition pays for it and it
-    /// cannot disagree with them.
+    /// How many slots are in each state. Scans all slots: transitions then need no counters, and
+    /// the counts cannot be wrong.
     #[must_use]
     pub fn counts(&self) -> Counts {
         let mut counts = Counts::default();
-        self.slots.iter().for_each(|entry| counts.add(entry.state, entry.out.count()));
+        self.slots.iter().for_each(|entry| counts.add(entry.state, entry.borrowed.count()));
         counts
     }
 
@@ -344,7 +354,7 @@ impl Registry {
         self.stats
     }
 
-    /// Ends a lease; without borrows, since `Reserved` has none yet and `Retiring` none left.
+    /// Ends a lease. It has no borrows: `Reserved` has none yet, and `Retiring` has none left.
     #[inline]
     fn end<S: LeaseState>(&mut self, lease: &Lease<S>) {
         self.held(lease).state = SlotState::Free;
@@ -352,9 +362,9 @@ impl Registry {
         self.stats.released += 1;
     }
 
-    /// The slot of a lease. A lease is made by `reserve` alone, is not copied, and every
-    /// transition consumes it, so slot and lease can only disagree if the lease is of another
-    /// registry: a bug that must not go on.
+    /// The slot of a lease. Only this registry makes leases, they cannot be copied, and every
+    /// transition consumes them. So slot and lease disagree only if the lease is of another
+    /// registry, which is a bug.
     #[inline]
     fn held<S: LeaseState>(&mut self, lease: &Lease<S>) -> &mut Slot {
         let LeaseKey { incarnation, slot, generation } = lease.key();
@@ -366,8 +376,8 @@ impl Registry {
         entry.unwrap_or_else(|| foreign(slot))
     }
 
-    /// The slot of a borrow that is out. Unlike a lease a borrow is copied and comes back by way of
-    /// the kernel, so that it may name anything that once was.
+    /// The slot of a borrow that is not given back. Unlike a lease, a borrow is copied and comes
+    /// back through the kernel, so it may be of any earlier lending.
     #[inline]
     fn live(&mut self, borrow: Borrow) -> Result<&mut Slot, Stale> {
         let index = usize::from(borrow.slot.0);
@@ -375,8 +385,8 @@ impl Registry {
         let entry = self.slots.get_mut(index).filter(|entry| {
             let same_lease = ours && entry.generation == borrow.generation;
             same_lease
-                && entry.out.holds(borrow.place)
-                && self.borrows[index][borrow.place.index()].turn == borrow.turn
+                && entry.borrowed.contains(borrow.index)
+                && self.borrows[index][borrow.index.position()].sequence == borrow.sequence
         });
         if entry.is_none() {
             self.stats.stale += 1;
@@ -398,7 +408,7 @@ impl Slot {
             owner: self.owner,
             since: self.since,
             state: self.state,
-            borrows: self.out.count(),
+            borrows: self.borrowed.count(),
         }
     }
 }

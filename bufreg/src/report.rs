@@ -1,22 +1,22 @@
-//! What the registry tells about itself.
+//! State and statistics of the registry.
 
 use std::fmt;
 
 use crate::identity::{Borrower, Generation, Owner, SlotIndex};
 use crate::lease::MAX_BORROWS;
 
-/// What a slot is doing.
+/// The state of a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SlotState {
     /// Not lent.
     Free,
-    /// Spoken for; its registration is under way.
+    /// The request's buffer is being registered in it.
     Reserved,
-    /// The kernel has the request's buffer in it, and operations may borrow it.
+    /// The request's buffer is in it, and operations may borrow it.
     Active,
-    /// The buffer is on its way back.
+    /// The buffer is being given back.
     Retiring,
-    /// Nobody knows whether the kernel still uses the buffer.
+    /// It is unknown whether the kernel still uses the buffer.
     Quarantined,
 }
 
@@ -32,7 +32,7 @@ impl fmt::Display for SlotState {
     }
 }
 
-/// What is known about a lent slot.
+/// A lent slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lent {
     /// The slot.
@@ -43,7 +43,7 @@ pub struct Lent {
     pub owner: Owner,
     /// When it was reserved, in the caller's unit of time.
     pub since: u64,
-    /// What it is doing; never [`SlotState::Free`].
+    /// Its state; never [`SlotState::Free`].
     pub state: SlotState,
     /// How many operations borrow it.
     pub borrows: u32,
@@ -57,12 +57,12 @@ impl fmt::Display for Lent {
     }
 }
 
-/// A lent slot whose lease nobody holds any more.
+/// A lent slot with a lost lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Leak {
     /// The slot and the request that it is lent for.
     pub lent: Lent,
-    /// For how long it has been lent, in the caller's unit of time; 0 if that lies in the future.
+    /// How long it has been lent, in the caller's unit of time. 0 if it was lent after `now`.
     pub age: u64,
     /// The operations that borrow it.
     pub borrowers: Borrowers,
@@ -78,7 +78,7 @@ impl fmt::Display for Leak {
     }
 }
 
-/// The borrowers of one slot, in order of their place; held without allocation.
+/// The borrowers of one slot, in order of their index. Does not allocate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Borrowers {
     labels: [Borrower; MAX_BORROWS as usize],
@@ -102,7 +102,7 @@ impl Borrowers {
     }
 }
 
-/// How many slots are doing what. `free`, `reserved`, `active`, `retiring` and `quarantined` add
+/// How many slots are in each state. `free`, `reserved`, `active`, `retiring` and `quarantined` add
 /// up to `capacity`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
@@ -110,15 +110,15 @@ pub struct Counts {
     pub capacity: u32,
     /// Slots that are not lent.
     pub free: u32,
-    /// Slots whose registration is under way.
+    /// Slots in which a buffer is being registered.
     pub reserved: u32,
     /// Slots that may be borrowed.
     pub active: u32,
-    /// Slots with at least one borrow out, whether active or quarantined.
+    /// Slots with at least one borrow, active or quarantined.
     pub borrowed: u32,
-    /// Borrows that are out, of all slots together.
+    /// Borrows of all slots that are not given back.
     pub borrows: u32,
-    /// Slots whose buffer is on its way back.
+    /// Slots whose buffer is being given back.
     pub retiring: u32,
     /// Slots in quarantine.
     pub quarantined: u32,

@@ -1,5 +1,5 @@
-//! A lease that contradicts the registry is of another one: a bug, which ends in a panic. One
-//! test for each way to contradict it.
+//! A lease that contradicts the registry is of another registry, and panics. One test for each kind
+//! of contradiction.
 
 use bufreg::{Incarnation, Lease, Owner, Registry, Reserved, SlotIndex};
 

@@ -1,4 +1,5 @@
-//! The choice of slots, in tables of more than a word and more than a group of words of free bits.
+//! The choice of slots, in tables that need several words of free bits, and several words at the
+//! second level.
 
 use std::collections::BTreeMap;
 
@@ -25,7 +26,7 @@ fn a_chosen_and_an_automatic_slot_never_collide() {
         let slot = lease.slot();
         registry.cancel(lease);
         let lease = registry.reserve_any(OWNER, 0).unwrap();
-        assert_eq!(lease.slot(), slot, "the only free one");
+        assert_eq!(lease.slot(), slot, "the only free slot");
     }
 }
 
@@ -51,17 +52,17 @@ fn tables_of_any_size_are_used_up() {
 enum Step {
     Choose(u16),
     Any,
-    /// Cancels the lease at this place among those held, modulo their number.
+    /// Cancels the held lease with this index, modulo their number.
     Cancel(usize),
 }
 
 fn step() -> impl Strategy<Value = Step> {
-    // Few distinct words, so that they become empty and full again.
+    // Few distinct words, so that each becomes empty and full repeatedly.
     let slot = prop_oneof![0..4_u16, 62..66_u16, 4094..4098_u16, CAPACITY - 2..CAPACITY + 2];
     prop_oneof![slot.prop_map(Step::Choose), Just(Step::Any), (0..64_usize).prop_map(Step::Cancel)]
 }
 
-/// Miri is slow, and lets nobody write down what failed.
+/// Miri is slow, and allows no file to record failures in.
 fn config() -> ProptestConfig {
     let config = ProptestConfig::with_cases(if cfg!(miri) { 1 } else { 100 });
     if cfg!(miri) { ProptestConfig { failure_persistence: None, ..config } } else { config }
@@ -70,7 +71,8 @@ fn config() -> ProptestConfig {
 proptest! {
     #![proptest_config(config())]
 
-    /// All slots are lent but those that the steps move, so that the lowest free one is anywhere.
+    /// All slots are lent except those that the steps change, so that the lowest free slot can be
+    /// anywhere.
     #[test]
     fn the_lowest_free_slot_is_found(steps in prop::collection::vec(step(), 1..80)) {
         let mut registry = Registry::new(CAPACITY, Incarnation(0));

@@ -1,5 +1,5 @@
-//! The invariants listed in `bufreg::invariants`, each by name. `model.rs` checks all of them
-//! together, `free_slots.rs` the choice of slots in large tables.
+//! One test for each invariant of `bufreg::invariants`. `model.rs` checks all of them together,
+//! `free_slots.rs` the choice of slots in large tables.
 
 use bufreg::{
     Active, Borrow, Borrower, Busy, Counts, Incarnation, Lease, LeaseKey, MAX_BORROWS, NoneFree,
@@ -31,7 +31,7 @@ fn borrowers(registry: &Registry, slot: u16) -> Vec<u64> {
     registry.borrowers(SlotIndex(slot)).map(|borrower| borrower.0).collect()
 }
 
-/// Tries everything that can be done with a borrow, and finds that nothing has changed.
+/// Tries every operation on a borrow, and checks that nothing changes.
 fn assert_stale(registry: &mut Registry, borrow: Borrow) {
     let slot = borrow.slot();
     let before: Vec<_> = registry.lent().collect();
@@ -85,7 +85,7 @@ fn a_borrow_is_given_back_once() {
     let borrow = registry.borrow(&lease, Borrower(1)).unwrap();
     assert_eq!(registry.give_back(borrow), Ok(0));
     assert_stale(&mut registry, borrow);
-    // Nor does it ever count for a later borrow, though that be in the same place.
+    // It is not mistaken for a later borrow with the same index either.
     for _ in 0..3 * MAX_BORROWS {
         let later = registry.borrow(&lease, Borrower(2)).unwrap();
         assert_stale(&mut registry, borrow);
@@ -103,7 +103,7 @@ fn a_borrow_outlives_those_beside_it() {
     assert_eq!(registry.give_back(second), Ok(2));
     assert_eq!(borrowers(&registry, 0), [10, 12]);
     let fourth = registry.borrow(&lease, Borrower(13)).unwrap();
-    assert_eq!(borrowers(&registry, 0), [10, 13, 12], "the free place is used again");
+    assert_eq!(borrowers(&registry, 0), [10, 13, 12], "the free index is used again");
     assert_eq!(registry.relabel(third, Borrower(20)), Ok(()));
     assert_eq!(borrowers(&registry, 0), [10, 13, 20]);
     assert_stale(&mut registry, second);
@@ -210,13 +210,13 @@ fn borrows_are_bounded() {
     assert_eq!(registry.stats().borrowed, 16);
     assert_eq!(registry.leaks(NOW, |_| false).next().unwrap().borrowers.as_slice().len(), 16);
     let other = lend(&mut registry, 1);
-    assert!(registry.borrow(&other, Borrower(17)).is_ok(), "each lease has its own places");
+    assert!(registry.borrow(&other, Borrower(17)).is_ok(), "each lease has its own borrows");
     assert_eq!(registry.give_back(borrows[11]), Ok(15));
     assert!(registry.borrow(&lease, Borrower(18)).is_ok());
     assert_eq!(registry.borrow(&lease, Borrower(19)), Err(NotBorrowable));
 }
 
-/// That it is neither borrowed nor retired is checked by the compiler: see `bufreg::invariants`.
+/// The compiler checks that it is neither borrowed nor retired: see `bufreg::invariants`.
 #[test]
 fn a_quarantined_slot_is_not_lent() {
     let mut registry = registry(2);
@@ -233,10 +233,10 @@ fn a_quarantined_slot_is_not_lent() {
         assert_eq!(lent.state, SlotState::Quarantined);
     }
     assert_eq!(registry.reserve_any(owner(9), NOW).unwrap_err(), NoneFree);
-    assert_eq!(borrowers(&registry, 0), [1], "who is missed is still known");
+    assert_eq!(borrowers(&registry, 0), [1], "the borrower is still known");
     assert_eq!(registry.counts().quarantined, 2);
 
-    assert_eq!(registry.give_back(unanswered), Ok(0), "it was only late");
+    assert_eq!(registry.give_back(unanswered), Ok(0), "a late completion counts");
     assert!(registry.reserve(SlotIndex(0), owner(9), NOW).is_err());
     for lease in [active, retiring] {
         let lease = registry.settle(lease).unwrap();

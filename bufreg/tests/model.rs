@@ -1,5 +1,5 @@
-//! All operations in random order, against a model that keeps everything in the plainest way.
-//! After each step all that the registry tells is compared with what the model says.
+//! All operations in random order, against a model that stores everything in the simplest way.
+//! After each step, everything the registry reports is compared with the model.
 
 use bufreg::{
     Active, Borrow, Borrower, Busy, Counts, Generation, Incarnation, Lease, LeaseKey, Lent,
@@ -10,27 +10,27 @@ use proptest::prelude::*;
 
 const CAPACITY: u16 = 4;
 const SLOTS: usize = 4;
-const PLACES: usize = 16;
+const BORROWS: usize = 16;
 
-/// What is asked of a slot that is not in the state for it is left out.
+/// One operation. It is skipped if the slot is not in the right state.
 #[derive(Clone, Copy, Debug)]
 enum Step {
     Reserve(usize),
     ReserveAny,
     /// Reserves, activates and borrows, with a label.
     Lend(usize, u64),
-    /// Ends the lease of a slot that was lent.
+    /// Takes back the slot's lease after `Lend`.
     TakeBack(usize),
-    /// Makes it a lease with a borrow.
-    Part(usize),
+    /// Splits it into a lease and a borrow.
+    Split(usize),
     Activate(usize),
     Cancel(usize),
-    /// A number of borrows, with labels from the one given.
+    /// This many borrows, with consecutive labels from the one given.
     Borrow(usize, u64, u64),
-    /// This and the next take the n-th last of all borrows ever made, live or not.
+    /// This and the next use the n-th last of all borrows ever made, live or not.
     Relabel(usize, u64),
     GiveBack(usize),
-    /// Gives back what is out, retires and releases: the slot can be lent again.
+    /// Gives back all borrows, retires and releases: the slot can be lent again.
     Drain(usize),
     Retire(usize),
     Release(usize),
@@ -44,14 +44,14 @@ enum Step {
 
 fn step() -> impl Strategy<Value = Step> {
     let slot = || 0..SLOTS;
-    // Now and then more than there are places.
+    // Sometimes more than the maximum.
     let burst = prop_oneof![6 => 1..3_u64, 1 => 1..20_u64];
     prop_oneof![
         3 => (0..SLOTS + 1).prop_map(Step::Reserve),
         3 => Just(Step::ReserveAny),
         4 => (0..SLOTS + 1, 0..1000_u64).prop_map(|(slot, label)| Step::Lend(slot, label)),
         6 => slot().prop_map(Step::TakeBack),
-        2 => slot().prop_map(Step::Part),
+        2 => slot().prop_map(Step::Split),
         8 => slot().prop_map(Step::Activate),
         1 => slot().prop_map(Step::Cancel),
         8 => (slot(), 0..1000_u64, burst).prop_map(|(slot, label, n)| Step::Borrow(slot, label, n)),
@@ -67,7 +67,7 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// A lease in the caller's hands.
+/// A lease that the caller holds.
 enum Held {
     Reserved(Lease<Reserved>),
     Sole(Lease<Sole>),
@@ -88,26 +88,26 @@ impl Held {
     }
 }
 
-/// A place to borrow at: which borrow of the history is out there, and its label.
-type Place = Option<(usize, u64)>;
+/// A borrow that is not given back: its index in the history, and its label.
+type BorrowEntry = Option<(usize, u64)>;
 
-/// A borrow that nobody but the lease stands for.
+/// The history index of a borrow that only the lease represents.
 const UNMADE: usize = usize::MAX;
 
-/// What a slot must be.
+/// The expected state of a slot.
 struct Slot {
     state: SlotState,
     generation: u32,
     owner: Owner,
     since: u64,
-    out: [Place; PLACES],
+    out: [BorrowEntry; BORROWS],
     held: Option<Held>,
 }
 
 impl Slot {
     fn free() -> Self {
         let owner = Owner { device: 0, qid: 0, tag: 0 };
-        let (state, out) = (SlotState::Free, [None; PLACES]);
+        let (state, out) = (SlotState::Free, [None; BORROWS]);
         Self { state, generation: 0, owner, since: 0, out, held: None }
     }
 
@@ -176,7 +176,7 @@ impl World {
             Step::Activate(slot)
             | Step::Cancel(slot)
             | Step::TakeBack(slot)
-            | Step::Part(slot)
+            | Step::Split(slot)
             | Step::Retire(slot)
             | Step::Release(slot)
             | Step::Quarantine(slot)
@@ -255,7 +255,7 @@ impl World {
         self.slots[slot].held = held;
     }
 
-    /// What becomes of a lease: the same again if the step is not for its state.
+    /// The lease after the step. Unchanged if the step does not apply to its state.
     fn transition(&mut self, step: Step, slot: usize, held: Held) -> Option<Held> {
         let (registry, stats) = (&mut self.registry, &mut self.stats);
         let borrows = self.slots[slot].borrows();
@@ -270,15 +270,15 @@ impl World {
             }
             (Step::TakeBack(_), Held::Sole(lease)) => {
                 registry.take_back(lease);
-                self.slots[slot].out = [None; PLACES];
+                self.slots[slot].out = [None; BORROWS];
                 stats.given_back += 1;
                 stats.released += 1;
                 None
             }
-            (Step::Part(_), Held::Sole(lease)) => {
-                let (lease, borrow) = registry.part(lease);
+            (Step::Split(_), Held::Sole(lease)) => {
+                let (lease, borrow) = registry.split(lease);
                 assert_eq!(borrow.slot(), index(slot));
-                assert!(!self.history.contains(&borrow), "no borrow is like another");
+                assert!(!self.history.contains(&borrow), "every borrow is unique");
                 let label = self.slots[slot].out[0].map_or(0, |(_, label)| label);
                 self.slots[slot].out[0] = Some((self.history.len(), label));
                 self.history.push(borrow);
@@ -327,10 +327,10 @@ impl World {
         let Some(Held::Active(lease)) = &entry.held else { return };
         let vacant = entry.out.iter().position(Option::is_none);
         match (self.registry.borrow(lease, Borrower(label)), vacant) {
-            (Ok(borrow), Some(place)) => {
+            (Ok(borrow), Some(free)) => {
                 assert_eq!(borrow.slot(), index(slot));
-                assert!(!self.history.contains(&borrow), "no borrow is like another");
-                entry.out[place] = Some((self.history.len(), label));
+                assert!(!self.history.contains(&borrow), "every borrow is unique");
+                entry.out[free] = Some((self.history.len(), label));
                 self.history.push(borrow);
                 self.stats.borrowed += 1;
             }
@@ -340,7 +340,7 @@ impl World {
     }
 
     fn drain(&mut self, slot: usize) {
-        for made in self.slots[slot].out.map(|place| place.map(|(made, _)| made)) {
+        for made in self.slots[slot].out.map(|entry| entry.map(|(made, _)| made)) {
             made.filter(|made| *made != UNMADE).into_iter().for_each(|made| self.give_back(made));
         }
         self.change(Step::TakeBack(slot), slot);
@@ -348,19 +348,19 @@ impl World {
         self.change(Step::Release(slot), slot);
     }
 
-    /// Which is the n-th last borrow ever made.
+    /// The history index of the n-th last borrow ever made.
     fn recall(&self, number: usize) -> Option<usize> {
         self.history.len().checked_sub(number + 1)
     }
 
-    /// The place where a borrow is out, if it is.
-    fn place(&mut self, made: usize) -> Option<&mut Place> {
-        let mut places = self.slots.iter_mut().flat_map(|slot| &mut slot.out);
-        places.find(|place| place.is_some_and(|(out, _)| out == made))
+    /// The entry of a borrow, if it is not given back.
+    fn entry_of(&mut self, made: usize) -> Option<&mut BorrowEntry> {
+        let mut entries = self.slots.iter_mut().flat_map(|slot| &mut slot.out);
+        entries.find(|entry| entry.is_some_and(|(out, _)| out == made))
     }
 
     fn relabel(&mut self, made: usize, label: u64) {
-        let live = self.place(made).map(|place| *place = Some((made, label)));
+        let live = self.entry_of(made).map(|entry| *entry = Some((made, label)));
         self.stats.stale += u64::from(live.is_none());
         let relabelled = self.registry.relabel(self.history[made], Borrower(label));
         assert_eq!(relabelled, live.ok_or(Stale));
@@ -368,7 +368,7 @@ impl World {
 
     fn give_back(&mut self, made: usize) {
         let borrow = self.history[made];
-        if self.place(made).map(Option::take).is_some() {
+        if self.entry_of(made).map(Option::take).is_some() {
             self.stats.given_back += 1;
             let left = self.slots[usize::from(borrow.slot().0)].borrows();
             assert_eq!(self.registry.give_back(borrow), Ok(left));
@@ -432,7 +432,7 @@ impl World {
     }
 }
 
-/// Miri is slow, and lets nobody write down what failed.
+/// Miri is slow, and allows no file to record failures in.
 fn config() -> ProptestConfig {
     let config = ProptestConfig::with_cases(if cfg!(miri) { 5 } else { 500 });
     if cfg!(miri) { ProptestConfig { failure_persistence: None, ..config } } else { config }

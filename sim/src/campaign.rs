@@ -1,4 +1,4 @@
-//! Many seeds, and what they came to together.
+//! Plays many seeds and adds their results up.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -6,55 +6,55 @@ use crate::ending::Outcome;
 use crate::stack;
 use crate::world::{Options, play};
 
-/// A seed that broke a promise.
+/// A seed on which a check failed.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Failure {
     /// The seed.
     pub seed: u64,
-    /// What was found wrong.
+    /// The message of the check that failed.
     pub message: String,
 }
 
-/// Plays a seed's stack of devices, none of which waits for another one of its process.
+/// Plays a seed's stack of devices. No device waits for another one of its process.
 ///
 /// # Errors
-/// [`Failure`] if it broke a promise, or nothing moved any more.
+/// [`Failure`] if a check failed or the stack deadlocked.
 pub fn play_stack(seed: u64, options: &Options) -> Result<stack::Outcome, Failure> {
     caught(seed, || stack::play(seed, stack::Sharing::Apart, options))
 }
 
-/// What a seed comes to, or why it panics.
+/// The result of a seed, or the message of its panic.
 fn caught<T>(seed: u64, play: impl FnOnce() -> T) -> Result<T, Failure> {
     catch_unwind(AssertUnwindSafe(play)).map_err(|panic| {
         let text = panic.downcast_ref::<String>().map(String::as_str);
         let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
         let text = text.unwrap_or("a panic without a message");
-        // On one line, however the assertion was worded.
+        // On one line, even if the assertion has several.
         Failure { seed, message: text.split_whitespace().collect::<Vec<_>>().join(" ") }
     })
 }
 
-/// What a number of seeds came to.
+/// The results of a number of seeds.
 #[derive(Clone, Debug, Default)]
 pub struct Campaign {
     /// Seeds played.
     pub seeds: u64,
-    /// All their runs together.
+    /// The sum of their results.
     pub total: Outcome,
 }
 
 impl Campaign {
-    /// Plays a seed and adds what it came to.
+    /// Plays a seed and adds its result.
     ///
     /// # Errors
-    /// [`Failure`] if it broke a promise; nothing is added then.
+    /// [`Failure`] if a check failed. Nothing is added then.
     pub fn play(&mut self, seed: u64, options: &Options) -> Result<(), Failure> {
         let outcome = caught(seed, || play(seed, options))?;
         self.add(&outcome);
         Ok(())
     }
 
-    /// Adds what a run came to.
+    /// Adds the result of a run.
     pub fn add(&mut self, outcome: &Outcome) {
         self.seeds += 1;
         self.total.merge(outcome);

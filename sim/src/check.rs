@@ -1,4 +1,4 @@
-//! What must be true after every step, whatever the kernel does.
+//! Invariants that are checked after every step.
 
 use bufreg::{Borrower, SlotState};
 use ublk_engine::engine::Engine;
@@ -15,27 +15,27 @@ use crate::setup::MAX_SLOTS;
 struct Held {
     tag: u16,
     state: SlotState,
-    /// Operations that borrow it, by the registry's count, less those found in the kernel.
+    /// Its borrows in the registry, minus the operations found in the kernel.
     unaccounted: u32,
 }
 
-/// What the engine says it knows, and the time that it was told last.
+/// The engine, and the time that it was last given.
 pub struct View<'engine> {
     /// The engine.
     pub engine: &'engine Engine<Mapping>,
-    /// The time that it was told last.
-    pub told: u64,
-    /// It has just looked after its deadlines.
+    /// The time that it was last given.
+    pub lane_time: u64,
+    /// It has just checked its deadlines.
     pub looked: bool,
 }
 
-/// The name by which the registry knows the operation behind an entry's user data.
+/// The registry's identifier of the operation with this `user_data`.
 fn label(user_data: u64) -> Borrower {
     Borrower(user_data & 0xffff_ffff_ffff)
 }
 
 impl View<'_> {
-    /// Compares what engine and registry believe with what is so.
+    /// Compares the state of engine and registry with the kernel's.
     ///
     /// # Panics
     /// If they differ.
@@ -86,8 +86,7 @@ impl View<'_> {
         held
     }
 
-    /// No operation is issued for a request that has failed, nor one that does something else than
-    /// the request.
+    /// No operation is issued for a request that has failed, and each operation serves its request.
     fn check_pushed(&self, kernel: &Kernel) {
         for entry in kernel.pushed().filter(|entry| entry.tag.is_none()) {
             let operation = self.engine.borrower(label(entry.user_data));
@@ -97,18 +96,18 @@ impl View<'_> {
             let serves = request.is_some_and(|request| entry.serves(request.kind));
             let copies = matches!(entry.work, Work::Transfer(it) if kernel.is_scratch(it.slot));
             assert!(serves || copies, "{request:?} became {:?}", entry.work);
-            let begin = model.blame.since.saturating_add(model.blame.decision.delay_ns);
+            let begin = model.faults_met.since.saturating_add(model.faults_met.decision.delay_ns);
             let early = entry.pushed_at < begin && !entry.is_delay();
             assert!(!early, "{:?} is issued before {begin}", entry.work);
-            let first = model.blame.first;
-            // Unless it waited in the backlog.
-            let failed = first.filter(|(_, told)| kernel.busy_at < *told);
+            let first = model.faults_met.first;
+            // Operations that waited in the backlog are exempt.
+            let failed = first.filter(|(_, since)| kernel.busy_at < *since);
             assert!(failed.is_none(), "tag {} goes on after {first:?}", tag.0);
         }
     }
 
-    /// An operation in flight is one that the engine knows, of a request that it has, and borrows
-    /// what it uses. Says whether it is an operation.
+    /// The engine knows every operation in flight and has its request, and the operation borrows
+    /// the slot that it uses. Returns whether the entry is an operation.
     fn check_entry(&self, entry: &mut Entry, held: &mut [Option<Held>; MAX_SLOTS]) -> bool {
         let slot = match entry.work {
             Work::Transfer(transfer) => Some(transfer.slot),
@@ -132,7 +131,7 @@ impl View<'_> {
             }
         }
         let Some(slot) = slot else {
-            // What the port has made of a transfer still borrows.
+            // A transfer that the port replaced still borrows.
             if op.has_data() {
                 self.account(label, tag.0, held);
             }
@@ -160,8 +159,8 @@ impl View<'_> {
         held.unaccounted = held.unaccounted.checked_sub(1).expect("borrows are counted");
     }
 
-    /// A slot is lent for a request that the engine has, unless its fate is unknown; and what
-    /// borrows it is in flight.
+    /// The engine has the request of every lent slot, unless the slot is in quarantine. Every
+    /// operation that borrows the slot is in flight.
     fn check_slot(&self, slot: usize, held: &Held, backlogged: bool, kernel: &Kernel) {
         let is_open = self.engine.has_request(Tag(held.tag));
         let quarantined = held.state == SlotState::Quarantined;
@@ -173,18 +172,18 @@ impl View<'_> {
         if !is_open {
             let model = &kernel.tags[usize::from(held.tag)];
             let before = if model.handled { 0 } else { model.stuck_before };
-            let stuck = (model.blame.stuck | before) & (1 << slot);
+            let stuck = (model.faults_met.stuck | before) & (1 << slot);
             assert!(stuck != 0, "slot {slot} is in quarantine for no reason");
         }
-        // Operations in the lane's backlog are not seen here.
+        // Operations in the lane's backlog are not visible here.
         assert!(
             held.unaccounted == 0 || backlogged,
             "slot {slot} has borrows of operations that are not in flight"
         );
     }
 
-    /// A buffer in the table is lent to its request, or will be at the delivery's handling, or is
-    /// about to be taken out by the commit.
+    /// A buffer in the table is lent to its request, or its delivery is not handled yet, or its
+    /// commit is about to remove it.
     fn check_table(&self, held: &[Option<Held>; MAX_SLOTS], kernel: &Kernel) {
         for (slot, buffer) in kernel.table.iter().enumerate() {
             let Some(Buffer::Lent { tag }) = *buffer else { continue };
@@ -207,7 +206,8 @@ impl View<'_> {
         assert_eq!(sum, slots.capacity, "{slots:?}");
         assert_eq!(slots.capacity, u32::from(kernel.setup.slots.capacity()));
         let serving = kernel.serving();
-        // Those whose commit is on its way are with the server and no longer with the engine.
+        // Requests with a commit in flight are still with the server, but no longer with the
+        // engine.
         assert!(holdings.requests <= serving, "{} of {serving} requests", holdings.requests);
         if !kernel.backlogged {
             let committing = kernel.pushed().filter(|entry| entry.is_commit()).count();
@@ -220,7 +220,7 @@ impl View<'_> {
         }
     }
 
-    /// Nobody asks for the end of an operation that has not been pushed yet.
+    /// Only operations that were pushed are cancelled.
     fn check_cancels(&self, kernel: &mut Kernel) {
         let is_cancel = |entry: &Entry| matches!(entry.work, Work::Cancel { .. });
         if !kernel.pushed().any(is_cancel) {
@@ -241,32 +241,32 @@ impl View<'_> {
         }
     }
 
-    /// Operations past their deadline have been cancelled, and the slots of those that are past
-    /// that too are in quarantine.
+    /// Operations past their deadline have been cancelled. If they are past the deadline for that
+    /// too, their slots are in quarantine.
     fn check_deadlines(&self, kernel: &Kernel, held: &[Option<Held>; MAX_SLOTS]) {
         let Some(limit) = kernel.setup.deadline.filter(|_| !kernel.backlogged) else { return };
         let flights = kernel.queued.iter().chain(&kernel.running);
         let entries = flights.flat_map(crate::kernel::Flight::entries);
         for entry in kernel.pushed().chain(entries).filter(|entry| entry.is_operation()) {
             let Some(cancelled_at) = entry.cancelled_at else {
-                let late = entry.pushed_at + limit <= self.told;
+                let late = entry.pushed_at + limit <= self.lane_time;
                 assert!(!late, "{:#x} is past its deadline and not cancelled", entry.user_data);
                 continue;
             };
             if let Work::Transfer(transfer) = entry.work {
-                let lost = cancelled_at + limit <= self.told;
+                let lost = cancelled_at + limit <= self.lane_time;
                 let state = held[usize::from(transfer.slot)].map(|held| held.state);
                 let apart = state == Some(SlotState::Quarantined);
                 assert!(!lost || apart, "{:#x} is lost and its slot is {state:?}", entry.user_data);
             }
         }
-        if self.told.saturating_sub(kernel.busy_at) > 2 * limit {
+        if self.lane_time.saturating_sub(kernel.busy_at) > 2 * limit {
             self.check_quarantine(kernel, held, limit);
         }
     }
 
-    /// Nothing is given up before its time. Only if nothing has waited in the lane's backlog, or
-    /// the engine may know of an earlier time than the kernel.
+    /// No slot is in quarantine before its time. Checked only if nothing has waited in the lane's
+    /// backlog: otherwise the engine's times may be earlier than the kernel's.
     fn check_quarantine(&self, kernel: &Kernel, held: &[Option<Held>; MAX_SLOTS], limit: u64) {
         for held in held.iter().flatten().filter(|held| held.state == SlotState::Quarantined) {
             if !self.engine.has_request(Tag(held.tag)) || kernel.is_stuck(held.tag) {
@@ -277,14 +277,15 @@ impl View<'_> {
             let posted = kernel.posted.iter().filter_map(|posted| posted.of.as_ref());
             let mut all = kernel.pushed().chain(entries).chain(posted);
             let lost = |entry: &Entry| {
-                let overdue = |at| at + limit <= self.told;
+                let overdue = |at| at + limit <= self.lane_time;
                 entry.tag == Some(held.tag) && entry.cancelled_at.is_some_and(overdue)
             };
-            let blame = &kernel.tags[usize::from(held.tag)].blame;
-            // Where nobody is asked to cancel, only the request's age tells.
-            let aged = kernel.setup.polled && blame.since.saturating_add(limit) <= self.told;
-            // It may be that the one that was lost has completed and others go on.
-            let given_up = all.any(lost) || blame.overdue || aged;
+            let faults_met = &kernel.tags[usize::from(held.tag)].faults_met;
+            // A polling ring has no cancel commands, so only the age of the request counts.
+            let aged =
+                kernel.setup.polled && faults_met.since.saturating_add(limit) <= self.lane_time;
+            // The lost operation may have completed while others of the request are still running.
+            let given_up = all.any(lost) || faults_met.overdue || aged;
             assert!(given_up, "the slot of tag {} is in quarantine before its time", held.tag);
         }
     }

@@ -1,6 +1,6 @@
-//! NVMe commands as the drive reads them: `struct nvme_uring_cmd` in a double entry.
+//! Decoder of NVMe commands: `struct nvme_uring_cmd` in a double entry.
 //!
-//! Written from the specification, like the decoder of the other entries.
+//! Written from the specification, as is the decoder of the other entries.
 
 use crate::entry::{Transfer, Work, u16_at, u32_at};
 use crate::kernel::backing::Zeroing;
@@ -11,17 +11,17 @@ pub const URING_CMD128: u8 = 64;
 const NVME_URING_CMD_IO: u32 = 0xc048_4e80;
 const URING_CMD_FIXED: u32 = 1;
 
-/// The namespace that every backing is, where it is one.
+/// The number of the namespace, for backings that are one.
 pub const NSID: u32 = 5;
-/// Base-two logarithm of its blocks.
+/// Base-two logarithm of its block size.
 pub const BLOCK_SHIFT: u8 = 9;
 
-/// A status that means `EIO`, and one that means `EAGAIN`.
+/// Status: internal error, do not retry. The engine takes it as `EIO`.
 pub const INTERNAL_ERROR: i32 = 0x4006;
-/// Namespace not ready.
+/// Status: namespace not ready. The engine retries.
 pub const NOT_READY: i32 = 0x0082;
 
-/// A range that the engine has written down, and where.
+/// A range that the engine has stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Range {
     /// Its address.
@@ -32,7 +32,7 @@ pub struct Range {
     pub len: u64,
 }
 
-/// The payload of both halves.
+/// The payload of a double entry.
 struct Payload([u8; 80]);
 
 impl Payload {
@@ -45,10 +45,10 @@ impl Payload {
     }
 }
 
-/// What the command of a double entry asks for.
+/// Decodes the command of a double entry.
 ///
 /// # Panics
-/// If the drive or the kernel would refuse it outright.
+/// If the drive or the kernel would refuse it.
 #[must_use]
 pub fn decode(first: &[u8; 64], second: &[u8; 64], ranges: &[Range]) -> Work {
     let mut payload = [0; 80];

@@ -1,5 +1,5 @@
-//! Copy on write: what a chunk of the device was at first is kept in a store before the chunk is
-//! changed for the first time.
+//! Copy on write: before a chunk of the device changes for the first time, its original contents
+//! are copied to a store.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -8,7 +8,7 @@ use ublk_engine::plan::{BackingIndex, Op, OpKind, Plan, Planner};
 use ublk_engine::request::{Request, RequestKind};
 use uring_ext::Errno;
 
-/// Bytes of scratch.
+/// Bytes of the scratch buffer.
 const SCRATCH: u64 = 16 << 10;
 
 const ORIGIN: BackingIndex = BackingIndex(0);
@@ -17,24 +17,24 @@ const STORE: BackingIndex = BackingIndex(1);
 /// A device with a snapshot of its beginning.
 #[derive(Clone, Debug)]
 pub struct Cow {
-    /// Bytes of a chunk; the device has no more than 64 of them.
+    /// Bytes of a chunk. The device has at most 64 chunks.
     pub chunk: u64,
-    /// Chunks, as bits, that are in the store. The next server knows them too, as if that stood
-    /// in the store.
+    /// A bit for each chunk in the store. The next server shares it, as if the store contained it.
     copied: Rc<Cell<u64>>,
-    /// Chunks that a request is about to copy, or has copied; all that change them wait for it.
+    /// A bit for each chunk that a request is copying or has copied. Other requests that change the
+    /// chunk wait for it.
     locked: Cell<u64>,
 }
 
 impl Cow {
-    /// Nothing is in the store yet.
+    /// A device with an empty store.
     #[must_use]
     pub fn new(chunk: u64) -> Self {
         assert_eq!(SCRATCH % chunk, 0, "whole chunks fit the scratch buffer");
         Self { chunk, copied: Rc::default(), locked: Cell::new(0) }
     }
 
-    /// Whether the store has what the chunk was at first.
+    /// Whether the store has the original contents of a chunk.
     #[must_use]
     pub fn is_copied(&self, chunk: u64) -> bool {
         self.copied.get() & (1 << chunk) != 0
@@ -58,7 +58,7 @@ impl Cow {
     }
 
     /// Copies the first of these chunks that are not in the store, as many as fit the scratch
-    /// buffer. Returns the one behind the last, unless all are there.
+    /// buffer. Returns the chunk after the last one copied, or `None` if all are in the store.
     fn copy(&self, chunks: std::ops::Range<u64>, fua: bool, plan: &mut Plan) -> Option<u64> {
         let missing = chunks.filter(|chunk| !self.is_copied(*chunk));
         let room = usize::try_from(SCRATCH / self.chunk).unwrap_or(0);
@@ -97,12 +97,12 @@ impl Cow {
     }
 }
 
-/// The bits of these chunks.
+/// A mask of these chunks.
 fn bits(chunks: std::ops::Range<u64>) -> u64 {
     chunks.fold(0, |bits, chunk| bits | 1 << chunk)
 }
 
-/// The cursor is one more than the number of chunks that need no look any more.
+/// The cursor is one more than the number of chunks that are done.
 impl Planner for Cow {
     fn plan(&self, request: &Request, from: u64, plan: &mut Plan) -> Result<(), Errno> {
         let chunks = self.changes(request);
@@ -115,7 +115,7 @@ impl Planner for Cow {
             }
             self.locked.set(self.locked.get() | all & !self.copied.get());
         }
-        // This is asked when the window before is done, so what it has copied is in the store.
+        // The window before is done, so the store has what it copied.
         self.copied.set(self.copied.get() | bits(chunks.start..done));
         let fua = request.kind == RequestKind::Write { fua: true };
         match self.copy(done..chunks.end, fua, plan) {
@@ -129,7 +129,7 @@ impl Planner for Cow {
         u32::try_from(SCRATCH).unwrap_or(u32::MAX)
     }
 
-    /// What is locked of a request's chunks, it has locked itself: it would have had to wait.
+    /// A request has locked all its locked chunks itself: otherwise it would have waited.
     fn settled(&self, request: &Request, _result: Result<(), Errno>) {
         self.locked.set(self.locked.get() & !bits(self.changes(request)));
     }

@@ -1,35 +1,36 @@
-//! The end of a life, and of a run: are all accounts settled?
+//! The checks at the end of an incarnation, and at the end of a run.
 
 use ublk_engine::engine::STAGES;
 use ublk_engine::request::RequestKind;
 
 use crate::cow::Cow;
+use crate::draw::Draw as _;
 use crate::fault::{Fault, Tally};
 use crate::kernel::Kernel;
 use crate::setup::ShortResults;
 use crate::world::World;
 
-/// What a run came to, or several.
+/// The result of a run, or of several.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Outcome {
-    /// Requests that clients asked for. Each was answered once, or failed by its server's death.
+    /// Requests of the clients. Each was answered once, or failed at its server's death.
     pub requests: u64,
     /// Requests that were answered with success.
     pub succeeded: u64,
-    /// Steps, those of the end included, each followed by all checks.
+    /// Steps, including those of the end. All checks ran after each.
     pub steps: u64,
-    /// Runs by what their driver makes of short results, in the order of [`ShortResults::ALL`].
+    /// Runs by their driver's handling of short results, in the order of [`ShortResults::ALL`].
     pub drivers: [u64; ShortResults::ALL.len()],
-    /// Faults.
+    /// How often each fault happened.
     pub tally: Tally,
     /// The engines' counters, by name.
     pub counters: Vec<(&'static str, u64)>,
-    /// A number that only the same runs have.
+    /// A hash of everything that happened.
     pub hash: u64,
 }
 
 impl Outcome {
-    /// Adds what another run came to.
+    /// Adds the result of another run.
     pub fn merge(&mut self, other: &Self) {
         self.requests += other.requests;
         self.succeeded += other.succeeded;
@@ -41,7 +42,7 @@ impl Outcome {
     }
 }
 
-/// Adds counters, which have the same names every time.
+/// Adds counters. Their names are the same every time.
 fn add_counters(sums: &mut Vec<(&'static str, u64)>, counters: &[(&'static str, u64)]) {
     if sums.is_empty() {
         return sums.extend_from_slice(counters);
@@ -52,7 +53,7 @@ fn add_counters(sums: &mut Vec<(&'static str, u64)>, counters: &[(&'static str, 
 }
 
 impl World {
-    /// At the end of a life: what the engine has counted.
+    /// Checks the engine's counters at the end of an incarnation.
     pub(crate) fn settle_accounts(&mut self) {
         let stats = *self.lane.engine().stats();
         assert_eq!(stats.stale + stats.unexpected, self.noise, "{stats}");
@@ -74,13 +75,13 @@ impl World {
         kernel.tally.add(Fault::PlannedShort, stats.planned_short);
     }
 
-    /// No more requests; those that are open come to their end, and so does the lane.
+    /// Ends the run: no new requests come, the open ones end, and then the lane.
     pub(crate) fn end(&mut self) {
         {
             let mut kernel = self.kernel.borrow_mut();
             (kernel.closing, kernel.broken) = (true, None);
         }
-        // Half the time the device is stopped while requests are open.
+        // In half of the runs the device is stopped while requests are open.
         let abruptly = self.kernel.borrow_mut().rng.chance(512);
         self.run_until("requests come to an end", |kernel| kernel.is_quiet(abruptly));
         self.kernel.borrow_mut().stop();
@@ -95,12 +96,12 @@ impl World {
         assert_eq!(kernel.asked, kernel.answered + kernel.failed_at_death, "answers");
         kernel.check_snapshot();
         let locked = engine.planner().snapshot().is_some_and(Cow::is_locked);
-        assert!(!locked, "a request has settled and its planner was not told");
+        assert!(!locked, "a request has settled and its planner was not notified");
         if !kernel.setup.hostile {
             assert_eq!(kernel.succeeded, kernel.asked, "a sound kernel's requests succeed");
             let troubles = [stats.failed, stats.retries, stats.stale];
             assert_eq!(troubles, [0; 3], "{stats}");
-            // Nothing comes short but what was to, and all of that.
+            // Exactly the transfers that were planned short are short.
             let (partial, short) = (stats.partial, stats.planned_short);
             assert!(partial >= short && (short > 0 || partial == 0), "{stats}");
             assert_eq!((stats.unexpected, stats.cancelled, stats.lost_ops), (0, 0, 0), "{stats}");
@@ -115,7 +116,7 @@ impl World {
                 return;
             }
             self.step();
-            // What is held back comes in the end.
+            // Operations that are held back complete in the end.
             if number % 64 == 63 {
                 self.kernel.borrow_mut().now += 200_000;
             }

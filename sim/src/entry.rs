@@ -1,7 +1,6 @@
-//! Submission queue entries as the kernel reads them: `struct io_uring_sqe`, 64 bytes.
+//! Decoder of submission queue entries: `struct io_uring_sqe`, 64 bytes.
 //!
-//! The decoder is written from the kernel's headers and shares nothing with the encoder in
-//! `uring-ext` but the bytes.
+//! It is written from the kernel's headers and shares no code with the encoder in `uring-ext`.
 
 use ublk_engine::plan::{Op, OpKind};
 use ublk_engine::request::RequestKind;
@@ -36,28 +35,28 @@ const UBLK_U_IO_UNREGISTER_IO_BUF: u32 = 0xc010_7524;
 const BLOCK_URING_CMD_DISCARD: u32 = 0x1200;
 const UBLK_AUTO_BUF_REG_FALLBACK: u64 = 1;
 
-/// What an entry asks for.
+/// The work of an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Work {
     /// Nothing.
     Nop,
-    /// A tag's next request.
+    /// Fetches a tag's next request.
     Fetch(Fetch),
-    /// The end of a tag's request, and its next one.
+    /// Completes a tag's request, and fetches the next one.
     Commit {
         /// Bytes, or a negated error number.
         result: i32,
         /// How the next one is to be delivered.
         fetch: Fetch,
     },
-    /// A request's buffer into a slot.
+    /// Registers a request's buffer in a slot.
     Register {
         /// The request's tag.
         tag: u16,
         /// The slot.
         slot: u16,
     },
-    /// A buffer out of a slot.
+    /// Removes a buffer from a slot.
     Unregister {
         /// The tag that the server names.
         tag: u16,
@@ -71,7 +70,7 @@ pub enum Work {
         /// The backing.
         backing: usize,
     },
-    /// A discard or write-zeroes.
+    /// A discard or a write of zeros.
     Zero {
         /// The backing.
         backing: usize,
@@ -82,14 +81,14 @@ pub enum Work {
         /// Which.
         how: Zeroing,
     },
-    /// Time to pass.
+    /// A delay.
     Timeout {
         /// Nanoseconds.
         ns: u64,
     },
-    /// The end of another entry.
+    /// Cancels another entry.
     Cancel {
-        /// What that entry was pushed with.
+        /// The `user_data` of that entry.
         user_data: u64,
     },
 }
@@ -99,9 +98,9 @@ pub enum Work {
 pub struct Fetch {
     /// The tag.
     pub tag: u16,
-    /// `sqe->addr`, where automatic registration takes the slot from.
+    /// `sqe->addr`, which contains the slot for automatic registration.
     pub auto: u64,
-    /// `ublksrv_io_cmd.addr`, where data is copied to and from.
+    /// `ublksrv_io_cmd.addr`: the address of the data in copy mode.
     pub copy_to: u64,
 }
 
@@ -109,8 +108,8 @@ impl Fetch {
     /// The slot for automatic registration.
     ///
     /// # Panics
-    /// If `UBLK_AUTO_BUF_REG_FALLBACK` is not asked for: a failed registration would then end the
-    /// request behind the server's back.
+    /// If `UBLK_AUTO_BUF_REG_FALLBACK` is not set: then a failed registration would end the request
+    /// and the server would not see it.
     #[must_use]
     pub fn auto_slot(&self) -> u16 {
         assert_eq!(self.auto >> 16, UBLK_AUTO_BUF_REG_FALLBACK, "fallback is always asked for");
@@ -123,7 +122,7 @@ impl Fetch {
 pub struct Transfer {
     /// From the buffer to the backing.
     pub write: bool,
-    /// The data is to be on stable storage at completion.
+    /// The data has to be on stable storage at completion.
     pub dsync: bool,
     /// The backing.
     pub backing: usize,
@@ -140,21 +139,21 @@ pub struct Transfer {
 /// An entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// What it asks for.
+    /// Its work.
     pub work: Work,
-    /// What its completion carries.
+    /// The `user_data` of its completion.
     pub user_data: u64,
     /// The next entry starts when this one has completed.
     pub linked: bool,
     /// There is no completion unless it fails.
     pub skip_success: bool,
-    /// The tag that the engine issued it for, once the checker has asked the engine.
+    /// The tag that the engine issued it for. The checker fills it in.
     pub tag: Option<u16>,
-    /// It is a command to a drive: its result is 0 or a status.
+    /// It is an NVMe command: its result is 0 or a status.
     pub command: bool,
     /// When it was pushed.
     pub pushed_at: u64,
-    /// When its cancelling was pushed.
+    /// When its cancellation was pushed.
     pub cancelled_at: Option<u64>,
 }
 
@@ -180,13 +179,12 @@ impl Entry {
     /// Decodes an entry.
     ///
     /// # Panics
-    /// If it asks for what the kernel would refuse outright, or what the engine has no business
-    /// to ask for.
+    /// If the kernel would refuse it, or the engine must never push it.
     #[must_use]
     pub fn decode(raw: &[u8; 64], qid: u16) -> Self {
         let (opcode, flags, user_data) = (raw[0], raw[1], u64_at(raw, 32));
         let discards = opcode == IORING_OP_URING_CMD && u32_at(raw, 8) == BLOCK_URING_CMD_DISCARD;
-        // The submitter's own discards may not wait, which some drivers refuse.
+        // A discard that the submitter starts may not wait, and some drivers refuse that.
         let needed = if discards { IOSQE_ASYNC } else { 0 };
         let known = IOSQE_FIXED_FILE | IOSQE_IO_HARDLINK | IOSQE_CQE_SKIP_SUCCESS;
         assert_eq!(flags & !known, needed, "flags of an entry");
@@ -212,7 +210,7 @@ impl Entry {
             }),
             IORING_OP_TIMEOUT_REMOVE => {
                 assert_eq!((off, rw_flags, flags), (0, 0, 0), "a delay, and no update");
-                // What a ring makes a timeout of.
+                // A ring replaces this entry by a timeout.
                 Work::Timeout { ns: addr }
             }
             IORING_OP_ASYNC_CANCEL => Work::Cancel { user_data: addr },
@@ -240,7 +238,7 @@ impl Entry {
         }
     }
 
-    /// Decodes an entry of both halves.
+    /// Decodes a double entry.
     ///
     /// # Panics
     /// As [`Entry::decode`].
@@ -264,7 +262,7 @@ impl Entry {
 }
 
 impl Entry {
-    /// Whether it is an operation of a request, which somebody may want to cancel.
+    /// Whether it is an operation of a request, which can be cancelled.
     #[must_use]
     pub const fn is_operation(&self) -> bool {
         self.is_transfer() || self.is_delay() || self.changes_cache()
@@ -274,13 +272,13 @@ impl Entry {
         matches!(self.work, Work::Flush { .. } | Work::Zero { .. })
     }
 
-    /// Whether it only takes time.
+    /// Whether it is a delay.
     #[must_use]
     pub const fn is_delay(&self) -> bool {
         matches!(self.work, Work::Timeout { .. })
     }
 
-    /// Whether a polling ring takes it.
+    /// Whether a polling ring accepts it.
     #[must_use]
     pub const fn may_be_polled(&self) -> bool {
         matches!(
@@ -300,7 +298,7 @@ impl Entry {
         matches!(self.work, Work::Transfer(_))
     }
 
-    /// Whether it is something that a request of this kind may become.
+    /// Whether a request of this kind may need it.
     #[must_use]
     pub fn serves(&self, kind: RequestKind) -> bool {
         match self.work {
@@ -324,7 +322,7 @@ impl Entry {
         }
     }
 
-    /// Whether it is what the engine has decided, or what the port was told to make of that.
+    /// Whether it is the engine's operation, or what a fault of the port replaces it by.
     #[must_use]
     pub fn says(&self, op: &Op) -> bool {
         let same =
@@ -346,7 +344,7 @@ impl Entry {
                 let kind = match how {
                     Zeroing::Discard => op.kind == OpKind::Discard,
                     Zeroing::Punch => op.kind == OpKind::Discard || unmaps,
-                    // A drive whose deallocated blocks do not read as zeros keeps them.
+                    // A drive that does not zero deallocated blocks must not deallocate them.
                     Zeroing::ZeroRange if unmaps => self.command,
                     Zeroing::ZeroRange => op.kind == OpKind::WriteZeroes { may_unmap: false },
                 };
@@ -361,7 +359,7 @@ impl Entry {
         }
     }
 
-    /// The backing that it is about.
+    /// Its backing.
     #[must_use]
     pub const fn backing(&self) -> Option<usize> {
         if let Work::Transfer(Transfer { backing, .. })

@@ -1,6 +1,6 @@
-//! What the simulated kernel does to the engine, and how often it has.
+//! Faults of the simulated kernel, with their rates and counts.
 
-/// Declares the kinds with the name and the usual rate (out of 1024 chances) of each.
+/// Declares the faults, each with its name and its usual rate (out of 1024).
 macro_rules! faults {
     ($($(#[$doc:meta])* $kind:ident = $name:literal, $rate:literal;)*) => {
         /// A kind of fault.
@@ -21,8 +21,8 @@ macro_rules! faults {
                 }
             }
 
-            /// How often it happens out of 1024 chances; 0 for what is decided elsewhere, or
-            /// follows from others.
+            /// How often it happens, out of 1024. 0 if it is drawn elsewhere or follows from other
+            /// faults.
             pub(crate) const fn rate(self) -> u32 {
                 match self {
                     $(Self::$kind => $rate,)*
@@ -53,13 +53,13 @@ faults! {
     PartialEffect = "error after part was moved", 400;
     /// An operation takes longer than its deadline.
     Delayed = "operation past its deadline", 6;
-    /// An operation can for long be neither completed nor cancelled.
+    /// An operation neither completes nor can be cancelled for a long time.
     Lost = "operation lost for long", 6;
-    /// An operation completes after the engine has given it up.
+    /// An operation completes after the engine has quarantined its slot.
     LostCompletes = "completion of a lost operation", 0;
     /// An operation is cancelled.
     Cancelled = "operation cancelled", 0;
-    /// An operation to be cancelled runs.
+    /// An operation to be cancelled is running.
     CancelRuns = "cancel EALREADY", 0;
     /// An operation to be cancelled is not found.
     CancelMisses = "cancel ENOENT", 0;
@@ -73,17 +73,17 @@ faults! {
     Duplicated = "completion duplicated", 0;
     /// A completion belongs to an earlier incarnation.
     Ghost = "completion of an earlier life", 0;
-    /// A completion with user data that nobody could have set.
-    Senseless = "completion without sense", 0;
-    /// A completion answers what is not being asked.
-    Unasked = "answer that nobody asked for", 0;
+    /// A completion with invalid user data.
+    Invalid = "invalid completion", 0;
+    /// A completion of a command that the engine did not issue.
+    Unasked = "answer without a command", 0;
     /// The submission queue has no room.
     QueueFull = "submission queue full", 20;
     /// The kernel takes only part of the submission queue.
     PartialSubmit = "part of the queue submitted", 100;
     /// Automatic registration fails, with fallback.
     AutoRegister = "automatic registration fails", 40;
-    /// The engine was made to ask for automatic registration beyond the table.
+    /// A fault of the port asks for automatic registration beyond the table.
     AutoRegisterBeyond = "automatic registration beyond the table", 0;
     /// Registration fails with `ENOMEM`.
     RegisterNoMem = "registration ENOMEM", 30;
@@ -131,23 +131,23 @@ faults! {
     Kill = "server killed", 0;
     /// An operation has its effect after the death of the server that asked for it.
     EffectAfterDeath = "operation completes after death", 0;
-    /// A request is failed since its server has died.
+    /// A request fails because its server has died.
     FailedAtDeath = "request failed at death", 0;
     /// A request is given to the next incarnation.
     Reissued = "request reissued", 0;
-    /// The ring refuses to be fed.
+    /// The ring refuses entries.
     RingBroken = "ring broken", 0;
     /// The driver refuses a commit.
     CommitRefused = "commit refused", 1;
-    /// A request's transfers ask for less than all at first, as its planner wants.
+    /// The planner shortens the first transfers of a request.
     PlannedShort = "transfers cut by the planner", 0;
-    /// A request is answered with an error that the fault target has decided on.
+    /// A request is answered with an error of the fault target.
     ErrorAnswer = "error of the fault target", 0;
     /// The planner is replaced while the device is live.
     Replaced = "planner replaced", 0;
-    /// The port was made to shorten a transfer.
+    /// A fault of the port shortens a transfer.
     PortShort = "transfer shortened by the port", 0;
-    /// The port was made to fail an operation with `EAGAIN`.
+    /// A fault of the port fails an operation with `EAGAIN`.
     PortAgain = "EAGAIN made by the port", 0;
 }
 
@@ -162,12 +162,12 @@ impl Default for Tally {
 }
 
 impl Tally {
-    /// Counts one.
+    /// Counts one occurrence.
     pub const fn note(&mut self, fault: Fault) {
         self.0[fault as usize] += 1;
     }
 
-    /// Counts several.
+    /// Counts several occurrences.
     pub const fn add(&mut self, fault: Fault, count: u64) {
         self.0[fault as usize] += count;
     }
@@ -189,7 +189,7 @@ impl Tally {
     }
 }
 
-/// How likely each fault is, out of 1024 chances.
+/// The rate of each fault, out of 1024.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rates([u32; Fault::ALL.len()]);
 
@@ -200,7 +200,7 @@ impl Rates {
         Self([0; Fault::ALL.len()])
     }
 
-    /// The usual rate of each, times what `factor` says.
+    /// The usual rates, each multiplied by a `factor`.
     pub fn scaled(mut factor: impl FnMut() -> u32) -> Self {
         let mut rates = Self::none();
         for (rate, fault) in rates.0.iter_mut().zip(Fault::ALL) {

@@ -1,5 +1,7 @@
-//! Which planner a seed has, and the drives under it.
+//! Draws the planner of a seed and the sizes of its backings.
 
+use rand_xoshiro::SplitMix64;
+use rand_xoshiro::rand_core::Rng as _;
 use ublk_engine::plan::BackingIndex;
 use ublk_engine::target::{
     BaseTarget, FaultLayer, Layered, LinearTarget, LoopTarget, MIN_CHUNK, NullTarget, StripeTarget,
@@ -8,16 +10,16 @@ use ublk_engine::target::{
 
 use crate::SECTOR;
 use crate::cow::Cow;
+use crate::draw::Draw as _;
 use crate::mapping::{Mapping, Spread, Trap};
 use crate::mirror::Mirror;
-use crate::rng::Rng;
 
-/// Of what devices are made, so that they have whole blocks of any size.
+/// The unit of device sizes, so that they are multiples of any block size.
 const PAGE: u64 = 4096;
 
-/// Draws a planner of a device with such blocks; returns it with the sizes of the device and of each
-/// backing.
-pub fn draw(rng: &mut Rng, hostile: bool, block: u32) -> (Mapping, u64, Vec<u64>) {
+/// Draws a planner for a device with this block size. Returns it with the sizes of the device and
+/// of each backing.
+pub fn draw(rng: &mut SplitMix64, hostile: bool, block: u32) -> (Mapping, u64, Vec<u64>) {
     let (mut mapping, size, backings) = sound(rng, hostile);
     if rng.chance(300) {
         mapping = with_faults(rng, hostile, block, mapping);
@@ -25,7 +27,8 @@ pub fn draw(rng: &mut Rng, hostile: bool, block: u32) -> (Mapping, u64, Vec<u64>
     (mapping, size, backings)
 }
 
-/// Rules that leave requests with success, then some that do not. The errors are no others'.
+/// First rules with which requests succeed, then rules with which some fail. No other fault has
+/// their errors.
 const RULES: [&str; 8] = [
     "p=0.3,short",
     "op=write,p=0.2,delay=40us",
@@ -39,20 +42,20 @@ const RULES: [&str; 8] = [
 const GENTLE: usize = 4;
 
 /// Puts one to three layers before a planner.
-pub fn with_faults(rng: &mut Rng, hostile: bool, block: u32, base: Mapping) -> Mapping {
+pub fn with_faults(rng: &mut SplitMix64, hostile: bool, block: u32, base: Mapping) -> Mapping {
     let all = if hostile { &RULES[..] } else { &RULES[..GENTLE] };
-    let layer = |rng: &mut Rng| {
+    let layer = |rng: &mut SplitMix64| {
         let rules = (0..1 + rng.below(3)).map(|_| rng.pick(all).parse());
         let rules = rules.map(|rule| rule.unwrap_or_else(|error| panic!("{error}")));
         let rules: Vec<_> = rules.collect();
-        FaultLayer::new(rules, rng.next(), block)
+        FaultLayer::new(rules, rng.next_u64(), block)
     };
     let count = if rng.chance(300) { 2 + rng.below(2) } else { 1 };
     let layers: Vec<_> = (0..count).map(|_| layer(rng)).collect();
     Mapping::Layered(Box::new(Layered::new(layers, base)))
 }
 
-fn sound(rng: &mut Rng, hostile: bool) -> (Mapping, u64, Vec<u64>) {
+fn sound(rng: &mut SplitMix64, hostile: bool) -> (Mapping, u64, Vec<u64>) {
     let size = u64::from(rng.below(24) + 16) * PAGE;
     match rng.below(17) {
         0..4 => {
@@ -81,8 +84,8 @@ fn sound(rng: &mut Rng, hostile: bool) -> (Mapping, u64, Vec<u64>) {
     }
 }
 
-/// What the backings take as one: anything, or so little that many a request needs several windows.
-pub fn transfer_limit(rng: &mut Rng) -> TransferLimit {
+/// The transfer limit of the backings: none, or so small that many requests need several windows.
+pub fn transfer_limit(rng: &mut SplitMix64) -> TransferLimit {
     if rng.chance(512) {
         return TransferLimit::UNLIMITED;
     }
@@ -93,7 +96,7 @@ pub fn transfer_limit(rng: &mut Rng) -> TransferLimit {
 }
 
 /// A few short extents of up to three backings.
-fn linear(rng: &mut Rng) -> (Mapping, u64, Vec<u64>) {
+fn linear(rng: &mut SplitMix64) -> (Mapping, u64, Vec<u64>) {
     let mut ends = [0; 3];
     let mut extents = Vec::new();
     for _ in 0..4 + rng.below(8) {
@@ -103,7 +106,7 @@ fn linear(rng: &mut Rng) -> (Mapping, u64, Vec<u64>) {
         ends[backing] = start + len;
         extents.push((BackingIndex(u16::try_from(backing).unwrap_or(0)), start, len));
     }
-    // Requests are up to a quarter of the device, and have to fit.
+    // Requests are at most a quarter of the device, and this extent has to fit them.
     extents.push((BackingIndex(0), ends[0], 16 * PAGE));
     ends[0] += 16 * PAGE;
     let target = LinearTarget::new(extents).unwrap_or_else(|error| panic!("{error}"));
@@ -112,10 +115,11 @@ fn linear(rng: &mut Rng) -> (Mapping, u64, Vec<u64>) {
     (Mapping::Target(BaseTarget::Linear(target).into()), size, ends.to_vec())
 }
 
-/// The least chunk, or twice that, on two to four backings of unequal sizes.
-fn stripe(rng: &mut Rng) -> (Mapping, u64, Vec<u64>) {
+/// The minimum chunk size or twice that, on two to four backings of different sizes.
+fn stripe(rng: &mut SplitMix64) -> (Mapping, u64, Vec<u64>) {
     let chunk = MIN_CHUNK << rng.below(2);
-    let bytes = |rng: &mut Rng| chunk * u64::from(4 + rng.below(12)) + u64::from(rng.below(4096));
+    let bytes =
+        |rng: &mut SplitMix64| chunk * u64::from(4 + rng.below(12)) + u64::from(rng.below(4096));
     let sizes: Vec<_> = (0..2 + rng.below(3)).map(|_| bytes(rng) + 4 * PAGE).collect();
     let target = StripeTarget::new(chunk, &sizes).unwrap_or_else(|error| panic!("{error}"));
     let target = target.within(transfer_limit(rng));
@@ -123,7 +127,7 @@ fn stripe(rng: &mut Rng) -> (Mapping, u64, Vec<u64>) {
     (Mapping::Target(BaseTarget::Stripe(target).into()), size, sizes)
 }
 
-fn spread(rng: &mut Rng, hostile: bool) -> Spread {
+fn spread(rng: &mut SplitMix64, hostile: bool) -> Spread {
     Spread {
         backings: u16::try_from(rng.below(3) + 2).unwrap_or(2),
         chunk: u64::from(rng.pick(&[1, 2, 3, 5, 8, 16_u32])) * SECTOR,

@@ -1,6 +1,6 @@
-//! `sim`: plays many seeds, says how fast, and which faults they have seen.
+//! `sim`: plays many seeds, and prints their speed and the faults they have seen.
 //!
-//! A seed that breaks a promise is printed with the command that plays it again.
+//! Prints a seed that fails a check, with the command that replays it.
 
 mod report;
 
@@ -14,26 +14,26 @@ use ublk_sim::campaign::{Campaign, Failure, play_stack};
 use ublk_sim::setup::Hostility;
 use ublk_sim::{DEFAULT_STEPS, Options};
 
-/// The engine of ublk-target on a simulated kernel.
+/// Runs the engine of ublk-target on a simulated kernel.
 #[derive(Debug, Parser)]
 #[command(name = "sim", version)]
 struct Arguments {
-    /// How many seeds to play.
+    /// How many seeds to run.
     #[arg(long, default_value_t = 1000)]
     seeds: u64,
     /// The first seed.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Play no other seed.
+    /// Run only the first seed.
     #[arg(long)]
     only: bool,
-    /// How many steps a seed has before its requests stop coming.
+    /// Steps of a seed before new requests stop.
     #[arg(long, default_value_t = DEFAULT_STEPS)]
     steps: u32,
-    /// How hostile the kernel is.
+    /// Which faults the kernel injects.
     #[arg(long, value_enum, default_value_t = Hostility::Mixed)]
     faults: Hostility,
-    /// Play stacks of devices on a sound kernel with few workers instead.
+    /// Run stacked devices on a kernel without faults and with few workers instead.
     #[arg(long, conflicts_with_all = ["faults", "json"])]
     stacks: bool,
     /// Print every step.
@@ -44,11 +44,11 @@ struct Arguments {
     json: bool,
 }
 
-/// How many seeds must have seen every fault.
+/// After this many seeds, every fault must have been seen.
 const ENOUGH: u64 = 1000;
-/// How often progress is told.
+/// The interval between progress messages.
 const PROGRESS: Duration = Duration::from_secs(10);
-/// A step takes a microsecond; one that takes this long never ends.
+/// The time limit of a step, which usually takes a microsecond.
 const STEP_LIMIT: Duration = Duration::from_millis(10);
 const LEAST_LIMIT: Duration = Duration::from_secs(30);
 
@@ -66,17 +66,17 @@ fn main() -> ExitCode {
     }
     let mut campaign = Campaign::default();
     let watchdog = watch(options, arguments.json);
-    let (start, mut told) = (Instant::now(), Instant::now());
+    let (start, mut last_progress) = (Instant::now(), Instant::now());
     for seed in arguments.seed..arguments.seed.saturating_add(count) {
-        // It is gone only if it has ended the process.
+        // Sending fails only if the watchdog has ended the process.
         let _ = watchdog.send(seed);
         if let Err(failure) = campaign.play(seed, &options) {
             report::failure(&failure, &options, arguments.json);
             return ExitCode::FAILURE;
         }
-        if told.elapsed() > PROGRESS {
+        if last_progress.elapsed() > PROGRESS {
             eprintln!("{} of {count} seeds, {} requests", campaign.seeds, campaign.total.requests);
-            told = Instant::now();
+            last_progress = Instant::now();
         }
     }
     let elapsed = start.elapsed();
@@ -91,7 +91,7 @@ fn main() -> ExitCode {
     if complete { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// Plays stacks, which end in a bounded number of steps whatever happens.
+/// Plays stacks. They need no watchdog, since their number of steps is bounded.
 fn stacks(seeds: Range<u64>, options: &Options) -> ExitCode {
     let (mut requests, mut waits) = (0, 0);
     let count = seeds.end - seeds.start;
@@ -112,8 +112,8 @@ fn stacks(seeds: Range<u64>, options: &Options) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// Ends the process if a seed that it was sent is not followed by another one in time: an engine
-/// that goes round for ever breaks a promise, too.
+/// Starts a watchdog. It ends the process if a seed is not followed by the next one in time: an
+/// endless loop of the engine is a failure too.
 fn watch(options: Options, json: bool) -> Sender<u64> {
     let (sender, seeds) = channel();
     let limit = LEAST_LIMIT.max(STEP_LIMIT * options.steps);

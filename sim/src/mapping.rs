@@ -1,7 +1,9 @@
 //! Planners of the simulation: the real targets, and some that need many operations, several stages
 //! and several windows.
 
-use ublk_engine::plan::{BackingIndex, Op, OpKind, Place, Plan, Planner, Verdict, WINDOW_OPS};
+use ublk_engine::plan::{
+    BackingIndex, BackingPosition, Op, OpKind, Plan, Planner, Verdict, WINDOW_OPS,
+};
 use ublk_engine::request::{Request, RequestKind};
 use ublk_engine::target::{AnyTarget, BaseTarget, FaultLayer, Layered, TransferLimit};
 use uring_ext::Errno;
@@ -15,13 +17,13 @@ use crate::mirror::Mirror;
 pub enum Mapping {
     /// A target of the program.
     Target(AnyTarget),
-    /// Chunks in turn on several backings.
+    /// Chunks alternate between several backings.
     Stripe(Spread),
-    /// The same on several backings, piece by piece.
+    /// The same data on several backings, piece by piece.
     Mirror(Mirror),
     /// A device with a snapshot.
     Cow(Cow),
-    /// Another one with layers of faults.
+    /// Another planner with fault layers.
     Layered(Box<Layered<FaultLayer, Mapping>>),
 }
 
@@ -32,15 +34,16 @@ pub struct Spread {
     pub backings: u16,
     /// Bytes of a chunk or piece.
     pub chunk: u64,
-    /// Pieces of a window, at most.
+    /// The maximum number of pieces of a window.
     pub pieces: usize,
-    /// FUA by a stage of flushes behind the writes, instead of by FUA writes.
+    /// Implements FUA by a stage of flushes after the writes, instead of by FUA writes.
     pub flush_stage: bool,
-    /// A byte of the device whose window the planner does not plan, and what it does instead.
+    /// A byte of the device, and what the planner does instead of planning the window with that
+    /// byte.
     pub trap: Option<(u64, Trap)>,
 }
 
-/// What a planner does that does not plan.
+/// What a planner does instead of planning a window.
 #[derive(Clone, Copy, Debug)]
 pub enum Trap {
     /// It refuses, with `ENOSPC`.
@@ -50,7 +53,7 @@ pub enum Trap {
 }
 
 impl Mapping {
-    /// The error that the planner may answer a request with.
+    /// The error with which the planner may refuse a request.
     #[must_use]
     pub fn refusal(&self, request: &Request) -> Option<Errno> {
         match self {
@@ -68,7 +71,7 @@ impl Mapping {
         }
     }
 
-    /// The layers of faults, the outermost first.
+    /// The fault layers, the outermost first.
     #[must_use]
     pub fn faults(&self) -> &[FaultLayer] {
         match self {
@@ -77,7 +80,7 @@ impl Mapping {
         }
     }
 
-    /// What is below the layers, or this.
+    /// The planner below the layers, or this one.
     #[must_use]
     pub fn core(&self) -> &Self {
         match self {
@@ -95,7 +98,7 @@ impl Mapping {
         }
     }
 
-    /// The mirror, which may succeed though operations have failed.
+    /// The mirror, if there is one. It may succeed although operations have failed.
     #[must_use]
     pub fn mirror(&self) -> Option<&Mirror> {
         match self.core() {
@@ -104,13 +107,14 @@ impl Mapping {
         }
     }
 
-    /// Whether writes are forgotten, and all reads as zeros.
+    /// Whether writes have no effect, and everything reads as zeros.
     #[must_use]
     pub fn is_null(&self) -> bool {
         matches!(self.core(), Self::Target(target) if target.base().is_null())
     }
 
-    /// How many operations of a request may be in flight, with all places where each is tried.
+    /// How many operations of a request may be in flight, times the number of backings that each is
+    /// tried on.
     #[must_use]
     pub fn at_once(&self) -> usize {
         match self {
@@ -145,7 +149,7 @@ impl Planner for Mapping {
         }
     }
 
-    fn single(&self, request: &Request) -> Option<Place> {
+    fn single(&self, request: &Request) -> Option<BackingPosition> {
         match self {
             Self::Target(target) => target.single(request),
             Self::Stripe(_) | Self::Mirror(_) | Self::Cow(_) | Self::Layered(_) => None,
@@ -181,8 +185,8 @@ impl Planner for Mapping {
 }
 
 impl Spread {
-    /// Cuts the rest of the request at the chunks' borders and has each piece placed, as many as
-    /// the window takes.
+    /// Splits the rest of the request at chunk boundaries, and places each piece, as many as fit
+    /// the window.
     pub(crate) fn plan(
         &self,
         request: &Request,
@@ -226,12 +230,12 @@ impl Spread {
         }
         if fua && self.flush_stage {
             plan.next_stage();
-            // A window whose flushes do not fit leaves them out if another follows.
+            // If the flushes do not fit the window, they are left to a following window.
             let fits = plan.len() + usize::from(self.backings) <= WINDOW_OPS;
             if fits {
                 return self.flush(plan);
             }
-            // Half of it now, the rest with room for the flushes.
+            // Half of it now, and the rest in a window with the flushes.
             let half = (done - from) / 2 / SECTOR * SECTOR;
             plan.clear();
             let first = Request { len: from + half, ..*request };

@@ -1,5 +1,5 @@
-//! A mirror: every write goes to all legs; a leg that fails one is left out from then on; a read
-//! that fails is tried on the next leg.
+//! A mirror: every write goes to all legs. A leg that fails a write is no longer used. A read that
+//! fails is tried on the next leg.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -11,18 +11,18 @@ use uring_ext::Errno;
 use crate::SECTOR;
 use crate::mapping::Spread;
 
-/// The same on several backings, piece by piece.
+/// The same data on several backings, piece by piece.
 #[derive(Clone, Debug)]
 pub struct Mirror {
-    /// How requests are cut, and the legs.
+    /// How requests are split, and the legs.
     pub spread: Spread,
-    /// Legs, as bits, that lack a write. They are known to the next server too, as if they stood
-    /// on the legs.
+    /// A bit for each leg that lacks a write. The next server shares it, as if the legs contained
+    /// it.
     out: Rc<Cell<u16>>,
 }
 
 impl Mirror {
-    /// A mirror whose legs are all the same.
+    /// A mirror with all legs in use.
     #[must_use]
     pub fn new(spread: Spread) -> Self {
         Self { spread, out: Rc::default() }
@@ -40,7 +40,7 @@ impl Mirror {
         u16::try_from(number).unwrap_or(0)
     }
 
-    /// A leg that has everything, from this one on, and before `end` comes round.
+    /// The first leg that lacks no write, cyclically from `from` on and before `end`.
     fn sound_leg(&self, from: u16, end: Option<u16>) -> Option<BackingIndex> {
         let legs = (from..from + self.spread.backings).map(|leg| leg % self.spread.backings);
         let mut legs = legs.take_while(|leg| Some(*leg) != end);

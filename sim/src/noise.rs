@@ -1,18 +1,20 @@
-//! Completions that mean nothing: again, of an earlier life, without sense, or unasked for. They
-//! must be counted and change nothing.
+//! Spurious completions: duplicates, completions of an earlier incarnation, invalid ones, and ones
+//! of commands that were not issued. They must be counted and have no effect.
 
+use rand_xoshiro::rand_core::Rng as _;
 use ublk_engine::engine::{EngineStats, OpKey, TagKey};
 use ublk_engine::lane::event::Event;
 use ublk_engine::units::Tag;
 use uring_ext::ring::Cqe;
 
+use crate::draw::Draw as _;
 use crate::fault::Fault;
 use crate::world::World;
 
-/// Completions that were handled: the first ones of a life, whose keys come again in the next one,
-/// and the latest.
+/// Completions that were handled: the first ones of an incarnation, since their keys recur in the
+/// next one, and the latest.
 #[derive(Debug)]
-pub struct Past {
+pub struct HandledCompletions {
     first: Vec<Cqe>,
     latest: Vec<Cqe>,
     next: usize,
@@ -20,17 +22,17 @@ pub struct Past {
 
 const FIRST: usize = 24;
 const LATEST: usize = 32;
-/// How many completions of an earlier life are kept.
+/// How many completions of an earlier incarnation are kept.
 const GHOSTS: usize = 64;
 
-impl Default for Past {
+impl Default for HandledCompletions {
     fn default() -> Self {
         Self { first: Vec::with_capacity(FIRST), latest: Vec::with_capacity(LATEST), next: 0 }
     }
 }
 
-impl Past {
-    /// A completion was handled.
+impl HandledCompletions {
+    /// Records a completion that was handled.
     pub fn note(&mut self, cqe: Cqe) {
         if self.first.len() < FIRST {
             self.first.push(cqe);
@@ -42,8 +44,8 @@ impl Past {
         }
     }
 
-    /// The life is over: what is left of it.
-    pub fn bury(&mut self, unreaped: impl Iterator<Item = Cqe>, ghosts: &mut Vec<Cqe>) {
+    /// Keeps completions of an incarnation that has ended.
+    pub fn end(&mut self, unreaped: impl Iterator<Item = Cqe>, ghosts: &mut Vec<Cqe>) {
         ghosts.clear();
         ghosts
             .extend(self.first.drain(..).chain(unreaped).chain(self.latest.drain(..)).take(GHOSTS));
@@ -58,16 +60,16 @@ impl Past {
 }
 
 impl World {
-    /// Feeds the lane a completion that means nothing.
+    /// Passes a spurious completion to the lane.
     ///
     /// # Panics
-    /// If it changes something, or is not counted.
+    /// If it has an effect, or is not counted.
     pub(crate) fn make_noise(&mut self) {
         let choice = self.kernel.borrow_mut().rng.below(8);
         let noise = match choice {
             0..3 => self.duplicate().map(|cqe| (Fault::Duplicated, cqe)),
             3..5 => self.ghost().map(|cqe| (Fault::Ghost, cqe)),
-            5 => self.senseless().map(|cqe| (Fault::Senseless, cqe)),
+            5 => self.invalid().map(|cqe| (Fault::Invalid, cqe)),
             _ => self.unasked().map(|cqe| (Fault::Unasked, cqe)),
         };
         let Some((fault, cqe)) = noise else { return };
@@ -93,7 +95,7 @@ impl World {
         (kernel.pushed().count(), kernel.answered)
     }
 
-    /// One that was handled before.
+    /// A completion that was handled before.
     fn duplicate(&mut self) -> Option<Cqe> {
         let number = self.kernel.borrow_mut().rng.index(FIRST + LATEST);
         self.past.pick(number)
@@ -105,18 +107,18 @@ impl World {
         self.ghosts.get(number).copied()
     }
 
-    /// One with user data that no engine would have set: unknown kinds, tags and places that do
-    /// not exist, turns that have not come.
-    fn senseless(&mut self) -> Option<Cqe> {
+    /// A completion with user data that no engine sets: unknown kinds, tags and indices that do not
+    /// exist, future sequence numbers.
+    fn invalid(&mut self) -> Option<Cqe> {
         let mut kernel = self.kernel.borrow_mut();
         let incarnation = kernel.incarnation;
-        let payload = kernel.rng.next() & 0xffff_ffff_ffff;
+        let payload = kernel.rng.next_u64() & 0xffff_ffff_ffff;
         let own = Event::Cancelled.encode(incarnation) & 0x0fff_0000_0000_0000;
         let kind = u64::from(kernel.rng.pick(&[0, 1, 2, 3, 5, 9, 12, 15_u32])) << 60;
         let user_data = match kernel.rng.below(3) {
-            0 => kernel.rng.next(),
+            0 => kernel.rng.next_u64(),
             1 => kind | own | payload,
-            // Of a tag that exists, but at a turn far away.
+            // Of a tag that exists, but with a distant sequence number.
             _ => {
                 let depth = u32::from(kernel.setup.depth);
                 let tag = u64::from(kernel.rng.below(depth));
@@ -139,16 +141,16 @@ impl World {
     }
 
     fn is_live(&self, key: OpKey) -> bool {
-        let label = (u64::from(key.place) << 32) | u64::from(key.serial);
+        let label = (u64::from(key.index) << 32) | u64::from(key.serial);
         self.lane.engine().borrower(bufreg::Borrower(label)).is_some()
     }
 
-    /// An answer to a command that the tag has not given, with the tag's present turn.
+    /// A completion of a command that was not issued, with the tag's current sequence number.
     fn unasked(&mut self) -> Option<Cqe> {
         let mut kernel = self.kernel.borrow_mut();
         let depth = u32::from(kernel.setup.depth);
         let tag = Tag(u16::try_from(kernel.rng.below(depth)).unwrap_or(0));
-        // Of a tag that the driver has, nothing but a delivery can come.
+        // For a tag that the driver owns, only a delivery can arrive.
         if self.lane.engine().has_request(tag) {
             return None;
         }
@@ -161,15 +163,15 @@ impl World {
         Some(Cqe { user_data: event.encode(kernel.incarnation), res })
     }
 
-    /// Whether a completion may be repeated: it is one that the lane counts when it is stale, and
-    /// no answer to a request to cancel, which it ignores.
+    /// Whether a completion may be duplicated: the lane counts it when it is stale. It ignores
+    /// completions of cancellations.
     pub(crate) fn is_counted(&self, cqe: Cqe) -> bool {
         let incarnation = self.lane.engine().config().incarnation;
         Event::decode(cqe.user_data, incarnation) != Some(Event::Cancelled)
     }
 }
 
-/// The counters but for those that noise may change.
+/// The counters, except those that spurious completions may change.
 fn quiet(stats: EngineStats) -> EngineStats {
     EngineStats { stale: 0, unexpected: 0, ..stats }
 }

@@ -1,8 +1,8 @@
-//! The one real buffer pool of the process.
+//! The process's only real buffer pool.
 //!
 //! The engine's copy modes need addresses that only a [`BufferPool`] makes, and a pool stays mapped
-//! until the process ends. So there is one, which all seeds share; its memory is never touched,
-//! since the model keeps the bytes elsewhere.
+//! until the process ends. So all seeds share one. Its memory is never used, since the model keeps
+//! the bytes elsewhere.
 
 use std::cell::Cell;
 use std::sync::Mutex;
@@ -19,17 +19,17 @@ thread_local! {
     static RANGES: Cell<Option<Ranges>> = const { Cell::new(None) };
 }
 
-/// Writes down a range, in memory of this thread that is never unmapped.
+/// Stores a range, in memory of this thread that is never unmapped.
 ///
 /// # Panics
-/// If it, a few pages, cannot be mapped.
+/// If the memory, a few pages, cannot be mapped.
 #[must_use]
-pub fn range(place: u16, namespace: Namespace, offset: u64, len: u64) -> RangeAddr {
-    const PLACES: u16 = MAX_DEPTH * 8;
-    let new = || Ranges::new(PLACES).unwrap_or_else(|errno| panic!("ranges: {errno}"));
+pub fn range(index: u16, namespace: Namespace, offset: u64, len: u64) -> RangeAddr {
+    const COUNT: u16 = MAX_DEPTH * 8;
+    let new = || Ranges::new(COUNT).unwrap_or_else(|errno| panic!("ranges: {errno}"));
     let mut ranges = RANGES.get().unwrap_or_else(new);
     RANGES.set(Some(ranges));
-    ranges.set(place, namespace, offset, len)
+    ranges.set(index, namespace, offset, len)
 }
 
 /// Addresses in the pool, and back.
@@ -41,7 +41,7 @@ pub struct Addresses {
 }
 
 impl Addresses {
-    /// Those of the process's pool.
+    /// The addresses in the process's pool.
     ///
     /// # Panics
     /// If the pool, a few hundred KiB, cannot be mapped.
@@ -64,7 +64,7 @@ impl Addresses {
     /// Buffer and offset of an address.
     ///
     /// # Panics
-    /// If it is not one of the pool's.
+    /// If it is outside the pool.
     #[must_use]
     pub fn find(&self, addr: u64) -> (u16, usize) {
         let distance = addr.checked_sub(self.base).unwrap_or_else(|| panic!("address {addr:#x}"));

@@ -1,4 +1,4 @@
-//! What is printed.
+//! Output.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -28,7 +28,7 @@ fn per_second(count: u64, elapsed: Duration) -> u64 {
     u64::try_from(u128::from(count) * 1_000_000_000 / nanos).unwrap_or(u64::MAX)
 }
 
-/// With separators of thousands.
+/// With separators between thousands.
 fn grouped(number: u64) -> String {
     let digits = number.to_string();
     let mut text = String::new();
@@ -88,7 +88,7 @@ pub fn json(campaign: &Campaign, elapsed: Duration) {
     println!("{}", serde_json::json!(json));
 }
 
-/// A seed that broke a promise, and how to play it again.
+/// Prints a seed that failed a check, and how to replay it.
 pub fn failure(failure: &Failure, options: &Options, json: bool) {
     let mut replay = format!("cargo sim --seed {} --only --trace", failure.seed);
     if options.steps != DEFAULT_STEPS {
@@ -105,7 +105,7 @@ pub fn failure(failure: &Failure, options: &Options, json: bool) {
     eprintln!("seed {} failed: {}; replay with `{replay}`", failure.seed, failure.message);
 }
 
-/// Whether every fault was seen; says which were not.
+/// Whether every fault was seen. Prints those that were not.
 pub fn nothing_unseen(campaign: &Campaign) -> bool {
     let unseen: Vec<_> = campaign.total.tally.unseen().map(Fault::name).collect();
     if !unseen.is_empty() {

@@ -1,5 +1,7 @@
 //! What a seed chooses: the device, its lend mode and planner, and how hostile the kernel is.
 
+use rand_xoshiro::SplitMix64;
+use rand_xoshiro::rand_core::SeedableRng as _;
 use ublk_engine::engine::{SlotChoice, SlotTable};
 use ublk_engine::lane::TableRange;
 use ublk_engine::lend::LendMode;
@@ -10,49 +12,50 @@ use uring_ext::nvme::{Namespace, RetryDelays};
 
 use crate::MAX_REQUEST;
 use crate::command::{BLOCK_SHIFT, NSID};
+use crate::draw::Draw as _;
 use crate::fault::{Fault, Rates};
 use crate::layout;
 use crate::mapping::Mapping;
-use crate::rng::Rng;
 
-/// Greatest number of tags.
+/// Maximum number of tags.
 pub const MAX_DEPTH: u16 = 8;
-/// Greatest number of slots in front of those that are used.
+/// Maximum number of slots before those that the queue uses.
 const MAX_FIRST: u16 = 3;
-/// Greatest number of spare buffers.
+/// Maximum number of spare buffers.
 const MAX_SPARE: u16 = 2;
 /// Slots of the largest table.
 pub const MAX_SLOTS: usize = (2 * MAX_DEPTH + MAX_FIRST + MAX_SPARE) as usize;
 /// Buffers of the largest pool, scratch buffers included.
 pub const MAX_POOL: u16 = 2 * MAX_DEPTH + MAX_SPARE;
 
-/// Which faults there are.
+/// Which faults happen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Hostility {
-    /// A sound kernel for every eighth seed, all faults for half of them, some for the rest.
+    /// No faults for every eighth seed, all faults for half of the seeds, some for the rest.
     #[default]
     Mixed,
-    /// Every fault, whatever the seed.
+    /// All faults for every seed.
     All,
-    /// A sound kernel.
+    /// No faults.
     None,
 }
 
-/// What the driver makes of a success of fewer bytes than a request has. No server of ours may
+/// How the driver handles a success with fewer bytes than the request has. Our servers must not
 /// commit one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ShortResults {
-    /// What is left of the request is a request again (up to Linux 7.2).
+    /// It requeues the rest of the request (up to Linux 7.2).
     Redelivered,
-    /// It is taken for the whole, but for reads that the driver copies itself (from Linux 7.3 on).
+    /// It treats the request as done, except for reads that the driver copies itself (from Linux
+    /// 7.3 on).
     Believed,
 }
 
 impl ShortResults {
-    /// All kinds, as they are counted.
+    /// All kinds, in the order of the counters.
     pub const ALL: [Self; 2] = [Self::Redelivered, Self::Believed];
 
-    /// What is said of drivers of this kind.
+    /// A description of drivers of this kind.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -62,10 +65,10 @@ impl ShortResults {
     }
 }
 
-/// What becomes of open requests when their server has died.
+/// What happens to open requests when their server has died.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Recovery {
-    /// They are given to the next one.
+    /// The next server gets them.
     Reissue,
     /// They fail.
     Fail,
@@ -73,14 +76,14 @@ pub enum Recovery {
     Either,
 }
 
-/// What a seed chooses.
+/// The configuration that a seed chooses.
 #[derive(Clone, Debug)]
 pub struct Setup {
     /// Tags.
     pub depth: u16,
-    /// How the device lends.
+    /// The lend mode.
     pub lend: LendMode,
-    /// What the driver makes of short results.
+    /// How the driver handles short results.
     pub short_results: ShortResults,
     /// The buffer table.
     pub slots: SlotTable,
@@ -90,44 +93,44 @@ pub struct Setup {
     pub backings: Vec<u64>,
     /// The device.
     pub geometry: Geometry,
-    /// Nanoseconds after which operations are cancelled.
+    /// The deadline after which operations are cancelled, in nanoseconds.
     pub deadline: Option<u64>,
-    /// Operations are issued from a ring of their own.
+    /// Operations are issued from a second ring.
     pub io_lane: bool,
-    /// Entries that a submission queue holds.
+    /// The size of a submission queue, in entries.
     pub queue_entries: usize,
-    /// How readily the kernel takes what is in it.
+    /// The weight of steps in which the kernel takes entries from it.
     pub submit_weight: u32,
-    /// The first ring polls, and refuses much.
+    /// The first ring polls, and refuses other operations.
     pub polled: bool,
-    /// How operations reach each backing.
+    /// The route to each backing.
     pub routes: Vec<Route>,
-    /// How likely each fault is.
+    /// The rate of each fault.
     pub rates: Rates,
-    /// Whether there are faults at all.
+    /// Whether there are any faults.
     pub hostile: bool,
-    /// Whether a server may be killed, out of 1024 chances a step.
+    /// How often a server is killed, out of 1024 steps.
     pub kill_rate: u32,
-    /// What becomes of open requests then.
+    /// What happens to open requests then.
     pub recovery: Recovery,
-    /// Faults that the lane's own port is asked for.
+    /// Faults of the lane's port.
     pub port_faults: Option<&'static str>,
     /// Whether latencies are measured.
     pub measure: bool,
-    /// Whether the planner is replaced now and then.
+    /// Whether the planner is replaced sometimes.
     pub swaps: bool,
-    /// A backing on which nothing succeeds.
+    /// A backing on which every operation fails.
     pub dead_leg: Option<usize>,
-    /// Where in the tables of its ring the queue has its files and slots: other queues share it.
-    pub place: TableRange,
+    /// The queue's files and slots in the tables of the ring, which it shares with other queues.
+    pub table_range: TableRange,
 }
 
 impl Setup {
-    /// What this seed chooses.
+    /// The configuration of a seed.
     #[must_use]
     pub fn of(seed: u64, hostility: Hostility) -> Self {
-        // Not the stream that the run itself uses.
-        let mut rng = Rng::new(!seed);
+        // Not the generator that the run itself uses.
+        let mut rng = SplitMix64::seed_from_u64(!seed);
         let some = seed % 8 >= 5;
         let hostile = match hostility {
             Hostility::Mixed => seed % 8 != 0,
@@ -190,7 +193,7 @@ impl Setup {
             measure: rng.chance(16),
             swaps: rng.chance(200),
             dead_leg: None,
-            place: TableRange {
+            table_range: TableRange {
                 first_file: rng.pick(&[0, 0, 1, 700]),
                 first_slot: rng.pick(&[0, 0, 1, 9000]),
                 spare: None,
@@ -201,24 +204,24 @@ impl Setup {
         Self { polled, short_results, ..setup }.with_shared_spare(&mut rng)
     }
 
-    /// Some queues share their spare buffer with others.
-    fn with_shared_spare(mut self, rng: &mut Rng) -> Self {
+    /// Lets some queues share their spare buffer with other queues.
+    fn with_shared_spare(mut self, rng: &mut SplitMix64) -> Self {
         if self.lend.is_zero_copy() && self.slots.pool > 0 && rng.chance(400) {
             self.slots.pool = 1;
-            self.place.spare = Some(12_000);
+            self.table_range.spare = Some(12_000);
         }
         self
     }
 
-    /// How likely a fault is, out of 1024 chances.
+    /// The rate of a fault, out of 1024.
     #[must_use]
     pub const fn rate(&self, fault: Fault) -> u32 {
         self.rates.of(fault)
     }
 }
 
-/// Some devices have namespaces among their backings.
-fn routes(rng: &mut Rng, backings: usize) -> Vec<Route> {
+/// Draws the routes. Some backings are namespaces.
+fn routes(rng: &mut SplitMix64, backings: usize) -> Vec<Route> {
     let namespaces = rng.pick(&[0, 0, 512, 1024]);
     let files = [DiscardCall::BlockCommand, DiscardCall::PunchHole];
     let route = |_| {
@@ -235,7 +238,7 @@ fn routes(rng: &mut Rng, backings: usize) -> Vec<Route> {
     (0..backings).map(route).collect()
 }
 
-fn slot_table(rng: &mut Rng, lend: LendMode, depth: u16, hostile: bool) -> SlotTable {
+fn slot_table(rng: &mut SplitMix64, lend: LendMode, depth: u16, hostile: bool) -> SlotTable {
     let spare = rng.pick(&[0, 1, MAX_SPARE]);
     let first = rng.pick(&[0, 1, MAX_FIRST]);
     let from =
@@ -244,7 +247,7 @@ fn slot_table(rng: &mut Rng, lend: LendMode, depth: u16, hostile: bool) -> SlotT
         LendMode::Fused => from,
         LendMode::Slot if rng.chance(512) => from,
         LendMode::Slot => {
-            // With fewer slots than tags the rest has to be copied.
+            // With fewer slots than tags, some requests have to be copied.
             let scarce = hostile && spare > 0 && depth > 2 && rng.chance(256);
             let lent = if scarce { depth - 2 } else { depth };
             SlotTable { lent, pool: spare, scratch: 0, choice: SlotChoice::AnyFree }

@@ -1,64 +1,66 @@
-//! Devices on devices, and the lanes of all of them in the threads of a few processes, with few workers.
+//! Devices on devices. Their lanes share the threads of a few processes, with few workers.
 //!
-//! Each device has a real lane and a kernel of its own; what its operations do on their backing is a request
-//! to the device below. The kernel is sound, so all that can go wrong is that things wait for each other:
-//! if nothing moves while requests are open, the run fails and says who holds what.
+//! Each device has a real lane and its own kernel. The operations of a device are requests to the
+//! device below. The kernel is sound, so only a deadlock can happen: if nothing progresses while
+//! requests are open, the run fails and reports who holds what.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::rc::Rc;
 
+use rand_xoshiro::SplitMix64;
+use rand_xoshiro::rand_core::{Rng as _, SeedableRng as _};
 use ublk_engine::request::Geometry;
 use ublk_engine::route::{DiscardCall, Route};
 use ublk_engine::target::{BaseTarget, LoopTarget};
 
-use crate::kernel::{Ended, Part, Phase, Wanted, Workers};
+use crate::draw::Draw as _;
+use crate::kernel::{EndedRequest, PendingRequest, Phase, StackPart, Workers};
 use crate::layout;
 use crate::mapping::Mapping;
-use crate::rng::Rng;
 use crate::setup::{Hostility, Setup};
 use crate::world::{Options, World};
 
-/// Which devices a process serves beside each other.
+/// Which devices may share a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sharing {
-    /// None that has to wait for another one of the process, as of a server. A device waits for those below
-    /// it, for those beside these, and for what these wait for.
+    /// As in a server: no device waits for another one of the process. A device waits for those
+    /// below it, for those that share a process with these, and for what these wait for.
     Apart,
-    /// None that is below another one of the process.
+    /// No device is below another one of the process.
     NoneBelow,
     /// Any.
     Any,
 }
 
-/// What a run came to.
+/// The result of a run.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Outcome {
-    /// Requests, those to the lower devices by the upper ones included.
+    /// Requests, including those of upper devices to lower ones.
     pub requests: u64,
-    /// Of these, those that one device has made of another.
-    pub handed_down: u64,
+    /// Those of upper devices to lower ones.
+    pub passed_down: u64,
     /// How many devices are below the highest one.
     pub top: usize,
     /// Devices that share a process with another.
     pub beside: usize,
-    /// How often a worker was wanted and none was free.
+    /// How often a worker was needed and none was free.
     pub missed: u64,
-    /// How often an operation found no free tag below.
+    /// How often an operation found no free tag of the device below.
     pub punted: u64,
-    /// Steps, each followed by all checks of its device.
+    /// Steps. All checks of the device ran after each.
     pub steps: u64,
 }
 
-/// Pages of a device that are its clients' own.
+/// The pages of a device that its clients use.
 const OWN_PAGES: u32 = 16;
 const PAGE: u64 = 4096;
-/// Steps in which all that is open has to end.
+/// The maximum number of steps until all open requests have ended.
 const PATIENCE: u64 = 400_000;
 
 struct Member {
     world: World,
-    /// The device below, and where the backing begins on it.
+    /// The device below, and the offset of the backing on it.
     on: Option<(usize, u64)>,
     thread: usize,
 }
@@ -71,30 +73,30 @@ struct Thread {
 
 /// Devices and threads.
 struct Stack {
-    rng: Rng,
+    rng: SplitMix64,
     members: Vec<Member>,
     threads: Vec<Thread>,
     outcome: Outcome,
 }
 
-/// What may happen next to a device.
+/// A step of a device.
 #[derive(Clone, Copy, Debug)]
 enum Step {
-    /// A client asks for something.
+    /// A client sends a request.
     Ask,
     Submit,
     Start,
     Finish,
     Handle,
     Turn,
-    /// An operation that is to be a request of the device below comes closer to that.
-    HandDown(Wanted),
+    /// An operation tries to become a request of the device below.
+    PassDown(PendingRequest),
 }
 
 /// Plays a seed.
 ///
 /// # Panics
-/// If a promise is broken, or nothing moves any more.
+/// If a check fails, or the stack deadlocks.
 #[must_use]
 pub fn play(seed: u64, sharing: Sharing, options: &Options) -> Outcome {
     let mut stack = Stack::new(seed, sharing, options);
@@ -105,12 +107,12 @@ pub fn play(seed: u64, sharing: Sharing, options: &Options) -> Outcome {
     stack.outcome
 }
 
-/// Which device each stands on, if on any: a lower one comes first.
-fn draw_shape(rng: &mut Rng) -> Vec<Option<usize>> {
+/// The device below each device, if there is one. Lower devices come first.
+fn draw_shape(rng: &mut SplitMix64) -> Vec<Option<usize>> {
     let count = 2 + rng.index(5);
     let mut below: Vec<Option<usize>> = vec![None];
     for device in 1..count {
-        // The second one is on the first, so that there is a stack.
+        // The second device is always on the first, so that there is a stack.
         let is_on_drive = device > 1 && rng.chance(350);
         below.push((!is_on_drive).then(|| rng.index(device)));
     }
@@ -123,8 +125,8 @@ fn depth(shape: &[Option<usize>]) -> usize {
     (0..shape.len()).map(below).max().unwrap_or(0)
 }
 
-/// Which process serves each.
-fn draw_processes(rng: &mut Rng, shape: &[Option<usize>], sharing: Sharing) -> Vec<usize> {
+/// The process that serves each device.
+fn draw_processes(rng: &mut SplitMix64, shape: &[Option<usize>], sharing: Sharing) -> Vec<usize> {
     let mut processes: Vec<usize> = Vec::new();
     for device in 0..shape.len() {
         let waits_for = waited_for(device, shape, &processes, sharing);
@@ -140,7 +142,7 @@ fn draw_processes(rng: &mut Rng, shape: &[Option<usize>], sharing: Sharing) -> V
     processes
 }
 
-/// The devices that this one has to wait for, as far as such matter.
+/// The devices that this one has to wait for, as far as `sharing` forbids them.
 fn waited_for(
     device: usize,
     shape: &[Option<usize>],
@@ -162,12 +164,12 @@ fn waited_for(
 
 impl Stack {
     fn new(seed: u64, sharing: Sharing, options: &Options) -> Self {
-        let mut rng = Rng::new(seed ^ 0x57ac_57ac_57ac_57ac);
+        let mut rng = SplitMix64::seed_from_u64(seed ^ 0x57ac_57ac_57ac_57ac);
         let shape = draw_shape(&mut rng);
         let block = rng.pick(&[512, 512, 4096]);
         let own: Vec<_> =
             shape.iter().map(|_| u64::from(OWN_PAGES + rng.below(16)) * PAGE).collect();
-        // The bytes of the devices on a device are behind its own.
+        // The bytes of devices above come after the device's own.
         let mut sizes = own.clone();
         let mut on = vec![None; shape.len()];
         for device in (0..shape.len()).rev() {
@@ -177,7 +179,7 @@ impl Stack {
             }
         }
         let mut stack = Self {
-            rng: Rng::new(seed),
+            rng: SplitMix64::seed_from_u64(seed),
             members: Vec::new(),
             threads: Vec::new(),
             outcome: Outcome::default(),
@@ -188,9 +190,9 @@ impl Stack {
             let setup = draw_setup(&mut rng, sizes[device], block);
             let tags = u32::from(setup.depth);
             let thread = stack.thread_for(processes[device], tags, limit, workers);
-            let world = World::new(rng.next(), setup, options);
+            let world = World::new(rng.next_u64(), setup, options);
             let workers = Rc::clone(&stack.threads[thread].workers);
-            let part = Part::new(device, workers, 0..own[device], on[device].is_some());
+            let part = StackPart::new(device, workers, 0..own[device], on[device].is_some());
             world.kernel.borrow_mut().part = Some(part);
             stack.members.push(Member { world, on: on[device], thread });
         }
@@ -200,7 +202,7 @@ impl Stack {
         stack
     }
 
-    /// The thread of this process that has least to do, or a new one.
+    /// The least loaded thread of this process, or a new one.
     fn thread_for(&mut self, process: usize, tags: u32, limit: usize, workers: usize) -> usize {
         let is_fit = |at: &usize| self.threads[*at].process == process;
         let fitting = (0..self.threads.len()).filter(is_fit);
@@ -218,7 +220,7 @@ impl Stack {
     fn step(&mut self) {
         let mut steps = self.steps();
         if !steps.iter().any(|(_, step)| step.is_progress()) {
-            // A lane may have something to push.
+            // Each lane may have entries to push.
             (0..self.members.len()).for_each(|device| self.take(device, Step::Turn));
             steps = self.steps();
             let moves = steps.iter().any(|(_, step)| step.is_progress());
@@ -229,7 +231,7 @@ impl Stack {
         }
     }
 
-    /// All that may happen next.
+    /// All possible steps.
     fn steps(&self) -> Vec<(usize, Step)> {
         let mut steps = Vec::new();
         for (device, member) in self.members.iter().enumerate() {
@@ -253,7 +255,7 @@ impl Stack {
                     (false, true) => has_free,
                     (false, false) => true,
                 };
-                may(moves, Step::HandDown(*wanted));
+                may(moves, Step::PassDown(*wanted));
             }
         }
         steps
@@ -263,7 +265,7 @@ impl Stack {
         let world = &mut self.members[device].world;
         let shared = Rc::clone(&world.kernel);
         let mut kernel = shared.borrow_mut();
-        kernel.now += 500 + (kernel.rng.next() & 0xfff);
+        kernel.now += 500 + (kernel.rng.next_u64() & 0xfff);
         kernel.trace.note(|| format!("device {device}: {step:?}"));
         match step {
             Step::Ask => {
@@ -299,18 +301,18 @@ impl Stack {
                 drop(kernel);
                 world.turn();
             }
-            Step::HandDown(wanted) => {
+            Step::PassDown(wanted) => {
                 drop(kernel);
-                self.hand_down(device, wanted);
+                self.pass_down(device, wanted);
             }
         }
-        self.tell_above(device);
+        self.report_above(device);
         self.members[device].world.look(matches!(step, Step::Turn));
         self.outcome.steps += 1;
     }
 
-    /// An operation gets a tag of the device below; or finds none, and has a worker wait for one.
-    fn hand_down(&mut self, device: usize, wanted: Wanted) {
+    /// Gives an operation a tag of the device below. If none is free, a worker waits for one.
+    fn pass_down(&mut self, device: usize, wanted: PendingRequest) {
         let Some((below, offset)) = self.members[device].on else { return };
         let mut upper = self.members[device].world.kernel.borrow_mut();
         let mut lower = self.members[below].world.kernel.borrow_mut();
@@ -327,20 +329,20 @@ impl Stack {
             return;
         };
         part.wanted.retain(|it| it.ticket != wanted.ticket);
-        let (request, data) = upper.ask_below(wanted.ticket, offset);
-        lower.take_up(tag, request, data.as_deref(), (device, wanted.ticket));
-        self.outcome.handed_down += 1;
+        let (request, data) = upper.request_below(wanted.ticket, offset);
+        lower.deliver_from_above(tag, request, data.as_deref(), (device, wanted.ticket));
+        self.outcome.passed_down += 1;
     }
 
-    /// Tells the devices above which of their operations have ended on this one.
-    fn tell_above(&self, device: usize) {
+    /// Reports ended operations to the devices above.
+    fn report_above(&self, device: usize) {
         let mut kernel = self.members[device].world.kernel.borrow_mut();
-        let ended: Vec<Ended> =
+        let ended: Vec<EndedRequest> =
             kernel.part.as_mut().map_or_else(Vec::new, |it| it.ended.split_off(0));
         drop(kernel);
         for ended in ended {
             let above = &self.members[ended.of.0].world;
-            above.kernel.borrow_mut().answered_below(&ended);
+            above.kernel.borrow_mut().complete_below(&ended);
         }
     }
 
@@ -348,7 +350,7 @@ impl Stack {
         self.members.iter().all(|member| member.world.kernel.borrow().is_quiet(false))
     }
 
-    /// Who holds what, and who waits for it.
+    /// A report on a deadlock: who holds what, and who waits for it.
     fn deadlock(&self) -> String {
         let mut said = vec![format!("deadlock after {} steps", self.outcome.steps)];
         for (number, thread) in self.threads.iter().enumerate() {
@@ -378,7 +380,7 @@ impl Stack {
         said.join("\n")
     }
 
-    /// No more requests; those that are open come to their end, and then the devices from the top.
+    /// Ends the run: open requests end, and then the devices, from the top.
     fn end(&mut self) {
         for member in &self.members {
             member.world.kernel.borrow_mut().closing = true;
@@ -419,15 +421,15 @@ impl Stack {
 }
 
 impl Step {
-    /// Whether what is open comes closer to its end by it.
+    /// Whether the step brings an open request closer to its end.
     const fn is_progress(self) -> bool {
         !matches!(self, Self::Ask | Self::Turn)
     }
 }
 
-/// A device of this size on one backing, with a sound kernel.
-fn draw_setup(rng: &mut Rng, size: u64, block: u32) -> Setup {
-    let drawn = Setup::of(rng.next(), Hostility::None);
+/// The configuration of a device of this size on one backing, with a sound kernel.
+fn draw_setup(rng: &mut SplitMix64, size: u64, block: u32) -> Setup {
+    let drawn = Setup::of(rng.next_u64(), Hostility::None);
     let target = LoopTarget::new(size).within(layout::transfer_limit(rng));
     let mut slots = drawn.slots;
     slots.scratch = 0;
@@ -437,7 +439,7 @@ fn draw_setup(rng: &mut Rng, size: u64, block: u32) -> Setup {
         mapping: Mapping::Target(BaseTarget::Loop(target).into()),
         backings: vec![size],
         geometry: Geometry { size, block, ..drawn.geometry },
-        // Such devices have lanes of their own.
+        // Devices with an I/O lane do not share lanes.
         io_lane: false,
         polled: false,
         routes: vec![Route::File(discard)],

@@ -1,4 +1,5 @@
-//! A ring whose tables other queues share: entries as if this one had them to itself.
+//! Converts entries of a queue that shares the ring's tables to entries of a queue with its own
+//! tables.
 
 use ublk_engine::engine::SlotTable;
 use ublk_engine::lane::TableRange;
@@ -16,23 +17,24 @@ const UBLK_U_IO_COMMIT_AND_FETCH_REQ: u32 = 0xc010_7521;
 const UBLK_U_IO_REGISTER_IO_BUF: u32 = 0xc010_7523;
 const UBLK_U_IO_UNREGISTER_IO_BUF: u32 = 0xc010_7524;
 
-/// The first half of an entry with its file and slot counted from the queue's own.
+/// The first half of an entry, with file and slot counted from the queue's first.
 ///
 /// # Panics
 /// If it names a file or a slot of another queue.
 #[must_use]
-pub fn rebased(raw: &[u8; 64], place: TableRange, slots: &SlotTable) -> [u8; 64] {
+pub fn rebased(raw: &[u8; 64], range: TableRange, slots: &SlotTable) -> [u8; 64] {
     let mut own = *raw;
     let (opcode, flags) = (raw[0], raw[1]);
     if flags & IOSQE_FIXED_FILE != 0 {
-        let file = u32_at(raw, 4).checked_sub(place.first_file);
+        let file = u32_at(raw, 4).checked_sub(range.first_file);
         let file = file.unwrap_or_else(|| panic!("a file of another queue"));
         own[4..8].copy_from_slice(&file.to_ne_bytes());
     }
     let slot_at = match (opcode, u32_at(raw, 8)) {
         (IORING_OP_READ_FIXED | IORING_OP_WRITE_FIXED, _) => Some(40),
         (IORING_OP_URING_CMD, UBLK_U_IO_REGISTER_IO_BUF | UBLK_U_IO_UNREGISTER_IO_BUF) => Some(56),
-        // Automatic registration says so above the slot (`UBLK_AUTO_BUF_REG_FALLBACK`).
+        // The bits above the slot are flags of automatic registration
+        // (`UBLK_AUTO_BUF_REG_FALLBACK`).
         (IORING_OP_URING_CMD, UBLK_U_IO_FETCH_REQ | UBLK_U_IO_COMMIT_AND_FETCH_REQ) => {
             (u16_at(raw, 18) != 0).then_some(16)
         }
@@ -40,20 +42,20 @@ pub fn rebased(raw: &[u8; 64], place: TableRange, slots: &SlotTable) -> [u8; 64]
         _ => None,
     };
     if let Some(at) = slot_at {
-        let slot = own_slot(u16_at(raw, at), place, slots);
+        let slot = own_slot(u16_at(raw, at), range, slots);
         own[at..at + 2].copy_from_slice(&slot.to_ne_bytes());
     }
     own
 }
 
-/// A slot of the ring as the queue's engine knows it.
-fn own_slot(slot: u16, place: TableRange, slots: &SlotTable) -> u16 {
-    if Some(slot) == place.spare {
+/// The number that the queue's engine has for a slot of the ring.
+fn own_slot(slot: u16, range: TableRange, slots: &SlotTable) -> u16 {
+    if Some(slot) == range.spare {
         return slots.lent;
     }
-    let own = slot.checked_sub(place.first_slot);
+    let own = slot.checked_sub(range.first_slot);
     let own = own.unwrap_or_else(|| panic!("a slot of another queue"));
-    // The queue has no slot of its own for a spare buffer that is shared.
-    let shared = if place.spare.is_some() { slots.pool } else { 0 };
+    // The queue has no slot of its own for a shared spare buffer.
+    let shared = if range.spare.is_some() { slots.pool } else { 0 };
     if own < slots.lent { own } else { own + shared }
 }

@@ -1,4 +1,4 @@
-//! What happens in a run: a hash of all of it, and words for those who ask.
+//! The trace of a run: a hash of everything that happens, and text if it is printed.
 
 /// A trace.
 #[derive(Clone, Debug)]
@@ -8,19 +8,19 @@ pub struct Trace {
 }
 
 impl Trace {
-    /// A trace that prints what happens, or does not.
+    /// A trace that prints its text if `printing`.
     #[must_use]
     pub const fn new(printing: bool) -> Self {
         Self { hash: 0xcbf2_9ce4_8422_2325, printing }
     }
 
-    /// Something happened.
+    /// Adds an event to the hash.
     #[inline]
     pub const fn mix(&mut self, what: u64) {
         self.hash = (self.hash ^ what).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
     }
 
-    /// In words, which are made only if they are printed.
+    /// Prints a text, which is built only if it is printed.
     #[inline]
     pub fn note(&self, words: impl FnOnce() -> String) {
         if self.printing {
@@ -28,7 +28,7 @@ impl Trace {
         }
     }
 
-    /// A number that two runs have in common only if all that happened was the same.
+    /// The hash. It is equal for two runs if the same things happened.
     #[must_use]
     pub const fn hash(&self) -> u64 {
         self.hash

@@ -1,8 +1,9 @@
-//! A run: one seed's kernel, and the lane on it, step by step.
+//! A run: the kernel of a seed and the lane on it, step by step.
 
 use std::cell::RefCell;
 use std::rc::Rc;
 
+use rand_xoshiro::rand_core::Rng as _;
 use ublk_engine::engine::{EngineConfig, QueueIdentity, Recorder};
 use ublk_engine::lane::event::Event;
 use ublk_engine::lane::fault::Faults;
@@ -12,23 +13,24 @@ use uring_ext::Errno;
 use uring_ext::ring::Cqe;
 
 use crate::check::View;
+use crate::draw::Draw as _;
 use crate::ending::Outcome;
 use crate::fault::Fault;
 use crate::kernel::{Kernel, Phase, QID, SimIo, SpareHolder};
 use crate::layout;
 use crate::mapping::Mapping;
-use crate::noise::Past;
+use crate::noise::HandledCompletions;
 use crate::setup::{Hostility, Setup};
 use crate::trace::Trace;
 
-/// How long a run is.
+/// Options of a run.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
     /// Steps before requests stop coming.
     pub steps: u32,
-    /// Which faults there are.
+    /// Which faults happen.
     pub hostility: Hostility,
-    /// Whether what happens is printed.
+    /// Whether every step is printed.
     pub trace: bool,
 }
 
@@ -38,23 +40,23 @@ pub struct World {
     pub(crate) lane: Lane<Mapping>,
     /// The lane's view of the kernel.
     pub(crate) io: SimIo,
-    /// Completions that were handled in this life.
-    pub(crate) past: Past,
-    /// Completions of earlier lives.
+    /// Completions that were handled in this incarnation.
+    pub(crate) past: HandledCompletions,
+    /// Completions of earlier incarnations.
     pub(crate) ghosts: Vec<Cqe>,
-    /// Deliveries that the lane has handled in this life.
+    /// Deliveries that the lane has handled in this incarnation.
     pub(crate) delivered: u64,
-    /// Completions without meaning that the lane was fed in this life.
+    /// Spurious completions that the lane got in this incarnation.
     pub(crate) noise: u64,
-    /// The time that the lane was told last.
-    told: u64,
+    /// The time that the lane was last given.
+    lane_time: u64,
     pub(crate) steps: u64,
-    /// Requests that earlier lives had answered.
+    /// Requests that earlier incarnations answered.
     pub(crate) answered_before: u64,
     pub(crate) counters: Vec<(&'static str, u64)>,
 }
 
-/// What may happen next.
+/// A step of a run.
 #[derive(Clone, Copy)]
 enum Step {
     Deliver,
@@ -76,16 +78,16 @@ enum Step {
 /// Plays a seed.
 ///
 /// # Panics
-/// If a promise is broken.
+/// If a check fails.
 #[must_use]
 pub fn play(seed: u64, options: &Options) -> Outcome {
     play_setup(seed, Setup::of(seed, options.hostility), options)
 }
 
-/// Plays a seed with another set-up than it would choose.
+/// Plays a seed with another configuration than its own.
 ///
 /// # Panics
-/// If a promise is broken.
+/// If a check fails.
 #[must_use]
 pub fn play_setup(seed: u64, setup: Setup, options: &Options) -> Outcome {
     let mut world = World::new(seed, setup, options);
@@ -110,7 +112,7 @@ fn lane(kernel: &Rc<RefCell<Kernel>>, io: &mut SimIo) -> Lane<Mapping> {
     let faults =
         setup.port_faults.map(|list| Faults::parse(list).unwrap_or_else(|error| panic!("{error}")));
     let (mapping, measure) = (setup.mapping.clone(), setup.measure);
-    let (routes, polled, place) = (setup.routes.as_slice().into(), setup.polled, setup.place);
+    let (routes, polled, place) = (setup.routes.as_slice().into(), setup.polled, setup.table_range);
     let port = PortConfig { routes, polled, faults, place };
     drop(model);
     let mut lane = Lane::new(mapping, config, port);
@@ -132,11 +134,11 @@ impl World {
             kernel,
             lane,
             io,
-            past: Past::default(),
+            past: HandledCompletions::default(),
             ghosts: Vec::new(),
             delivered: 0,
             noise: 0,
-            told: 0,
+            lane_time: 0,
             steps: 0,
             answered_before: 0,
             counters: Vec::new(),
@@ -150,7 +152,7 @@ impl World {
         self.look(matches!(step, Step::Turn));
     }
 
-    /// Checks the invariants. A lane that must not go on dies.
+    /// Checks the invariants. Ends a lane that has failed.
     pub(crate) fn look(&mut self, looked: bool) {
         self.steps += 1;
         if let Err(error) = self.lane.check() {
@@ -163,14 +165,14 @@ impl World {
             drop(kernel);
             return self.kill();
         }
-        assert!(!self.kernel.borrow().breakage_told, "the lane goes on with a broken ring");
+        assert!(!self.kernel.borrow().breakage_reported, "the lane goes on with a broken ring");
         let backlog = self.lane.backlog();
         self.kernel.borrow_mut().note_backlog(backlog);
-        let view = View { engine: self.lane.engine(), told: self.told, looked };
+        let view = View { engine: self.lane.engine(), lane_time: self.lane_time, looked };
         view.check(&mut self.kernel.borrow_mut());
     }
 
-    /// Draws what happens next, out of what can.
+    /// Draws one of the possible steps.
     fn choose(&mut self) -> Step {
         let mut kernel = self.kernel.borrow_mut();
         let kernel = &mut *kernel;
@@ -190,7 +192,7 @@ impl World {
             (Step::Replace, if_any(setup.swaps, 1)),
             (Step::ReturnSpare, if_any(kernel.spare == SpareHolder::Others, 12)),
         ];
-        let rare = kernel.rng.next();
+        let rare = kernel.rng.next_u64();
         if setup.hostile && !kernel.closing {
             if kernel.rng.chance(kernel.setup.kill_rate) && rare & 1 == 0 {
                 return Step::Kill;
@@ -215,7 +217,7 @@ impl World {
 
     fn take(&mut self, step: Step) {
         let mut kernel = self.kernel.borrow_mut();
-        kernel.now += 500 + (kernel.rng.next() & 0xfff);
+        kernel.now += 500 + (kernel.rng.next_u64() & 0xfff);
         kernel.trace.mix(step as u64);
         match step {
             Step::Deliver => {
@@ -232,7 +234,7 @@ impl World {
                 let at = kernel.rng.index(running);
                 kernel.finish(at);
             }
-            Step::Unstick => kernel.unstick(),
+            Step::Unstick => kernel.free_stuck_slot(),
             Step::BreakRing => {
                 let errno = kernel.rng.pick(&[Errno::ENXIO, Errno::EINVAL]);
                 kernel.broken.get_or_insert(errno);
@@ -256,7 +258,7 @@ impl World {
                 kernel.cancel_by_hand();
                 let now = kernel.now;
                 drop(kernel);
-                self.tell(now);
+                self.set_time(now);
                 self.kernel.borrow_mut().presume_cancelled(true);
                 self.lane.cancel_all(&mut self.io);
             }
@@ -272,14 +274,14 @@ impl World {
                 let (is_wanted, now) = (kernel.others_give_spare(), kernel.now);
                 drop(kernel);
                 if is_wanted {
-                    self.tell(now);
+                    self.set_time(now);
                     self.lane.serve_waiting(&mut self.io);
                 }
             }
         }
     }
 
-    /// Layers come or go while the device is live, if no request is in hand.
+    /// Adds or removes layers while the device is live. Requires that no request is in flight.
     fn replace_planner(&mut self) {
         let mut kernel = self.kernel.borrow_mut();
         let engine = self.lane.engine_mut();
@@ -300,22 +302,22 @@ impl World {
         }
     }
 
-    /// Tells the lane the time.
-    fn tell(&mut self, now: u64) {
-        self.told = now;
-        self.kernel.borrow_mut().told = now;
+    /// Gives the lane the time.
+    fn set_time(&mut self, now: u64) {
+        self.lane_time = now;
+        self.kernel.borrow_mut().lane_time = now;
         self.lane.set_now(now);
     }
 
-    /// Before the lane submits.
+    /// Runs the lane's turn before it submits.
     pub(crate) fn turn(&mut self) {
         let now = self.kernel.borrow().now;
-        self.tell(now);
+        self.set_time(now);
         self.kernel.borrow_mut().presume_cancelled(false);
         self.lane.before_submit(&mut self.io);
     }
 
-    /// The lane reaps a completion, not always the oldest.
+    /// Makes the lane handle a completion, not always the oldest.
     pub(crate) fn handle(&mut self) {
         let mut kernel = self.kernel.borrow_mut();
         let posted = kernel.posted.len();
@@ -325,7 +327,7 @@ impl World {
             kernel.tally.note(Fault::Reordered);
         }
         let posted = kernel.posted.remove(at);
-        kernel.note_told(&posted);
+        kernel.note_reaped(&posted);
         let cqe = posted.cqe;
         kernel.trace.note(|| format!("handle {cqe:x?}"));
         kernel.trace.mix(cqe.user_data);
@@ -336,7 +338,7 @@ impl World {
             if cqe.res >= 0 {
                 model.handled = true;
                 self.delivered += 1;
-                model.blame.since = now;
+                model.faults_met.since = now;
                 kernel.decide(key.tag.0);
             } else if cqe.res != Errno::ENODEV.negated() {
                 kernel.refused = true;
@@ -344,19 +346,19 @@ impl World {
         }
         let now = kernel.now;
         drop(kernel);
-        self.tell(now);
+        self.set_time(now);
         self.lane.handle(cqe, &mut self.io);
         if self.is_counted(cqe) {
             self.past.note(cqe);
         }
     }
 
-    /// The server dies at this instant, and the next one starts.
+    /// Kills the server, and starts the next one.
     fn kill(&mut self) {
         self.settle_accounts();
         let mut kernel = self.kernel.borrow_mut();
         kernel.tally.note(Fault::Kill);
-        self.past.bury(kernel.bury(), &mut self.ghosts);
+        self.past.end(kernel.end_server(), &mut self.ghosts);
         self.answered_before = kernel.answered;
         drop(kernel);
         (self.noise, self.delivered) = (0, 0);

@@ -1,12 +1,12 @@
-//! The simulator's drives have volatile caches: a port that does not keep what a flush or FUA
-//! promises is found out.
+//! The simulator's drives have volatile caches, so that it detects a port that ignores flushes or
+//! FUA.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use ublk_sim::setup::{Hostility, Setup};
 use ublk_sim::{Options, play_setup};
 
-/// Plays seeds of a sound kernel with a fault of the port; returns why those failed that did.
+/// Plays seeds of a sound kernel with a fault of the port. Returns the messages of the failures.
 fn failures(port_faults: &'static str) -> Vec<String> {
     let options = Options { steps: 1500, hostility: Hostility::None, trace: false };
     let play = |seed| {
@@ -25,7 +25,7 @@ fn ignored_flushes_are_found_out() {
     let failures = failures("ignore-flush");
     assert!(failures.len() > 10, "{failures:?}");
     for failure in failures {
-        // The latter where a planner flushes for a write with FUA.
+        // The latter if the planner implements FUA by flushes.
         let found = ["a flush has not reached all writes", "is not on stable storage"];
         assert!(found.iter().any(|found| failure.contains(found)), "{failure}");
     }

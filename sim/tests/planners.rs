@@ -1,10 +1,10 @@
-//! Planners that say more than where bytes go: a mirror, copy on write, and faults.
+//! Planners that do more than map bytes: a mirror, copy on write, and faults.
 
 use ublk_sim::campaign::Campaign;
 use ublk_sim::setup::{Hostility, Setup};
 use ublk_sim::{Options, play_setup};
 
-/// Plays seeds whose set-up a test has changed; which of them is its to say.
+/// Plays seeds after `change` has modified their configuration. Skips a seed if it returns false.
 fn campaign(
     hostility: Hostility,
     seeds: std::ops::Range<u64>,
@@ -28,7 +28,7 @@ fn counter(campaign: &Campaign, name: &str) -> u64 {
 
 #[test]
 fn a_mirror_serves_without_the_leg_that_fails() {
-    // Nothing else goes wrong, so every request succeeds, and rightly.
+    // There are no other faults, so every request succeeds.
     let campaign = campaign(Hostility::None, 0..240, |setup| {
         let legs = setup.mapping.mirror().map(|mirror| mirror.spread.backings);
         setup.dead_leg = legs.map(|legs| usize::from(legs) - 1);

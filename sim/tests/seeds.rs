@@ -10,7 +10,8 @@ const OPTIONS: Options =
 
 const USUAL_SEEDS: u64 = 160;
 
-/// `UBLK_SIM_SEEDS`, or the budget of a long run, or what takes seconds without optimization.
+/// `UBLK_SIM_SEEDS`, or the number for a long run, or a number that takes seconds without
+/// optimization.
 fn seeds() -> u64 {
     let asked = std::env::var("UBLK_SIM_SEEDS").ok().and_then(|count| count.parse().ok());
     let usual = if std::env::var_os("UBLK_VM_LONG").is_some() { 10_000 } else { USUAL_SEEDS };

@@ -1,5 +1,5 @@
-//! Stacks of devices whose lanes share threads: what a lower device does must never wait for what a
-//! device above it holds.
+//! Stacks of devices with lanes that share threads. A lower device must never wait for a resource
+//! of a device above it.
 
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -9,7 +9,7 @@ use ublk_sim::campaign::{Failure, play_stack};
 use ublk_sim::setup::Hostility;
 use ublk_sim::stack::{Outcome, Sharing, play};
 
-/// Few steps where there are few seeds, since all is slow there.
+/// Fewer steps with few seeds, since unoptimized builds use few.
 fn options() -> Options {
     let steps = if seeds() >= USUAL_SEEDS { 3000 } else { 800 };
     Options { steps, hostility: Hostility::None, trace: false }
@@ -17,7 +17,8 @@ fn options() -> Options {
 
 const USUAL_SEEDS: u64 = 80;
 
-/// `UBLK_SIM_SEEDS`, or the budget of a long run, or what takes seconds without optimization.
+/// `UBLK_SIM_SEEDS`, or the number for a long run, or a number that takes seconds without
+/// optimization.
 fn seeds() -> u64 {
     let asked = std::env::var("UBLK_SIM_SEEDS").ok().and_then(|count| count.parse().ok());
     let usual = if std::env::var_os("UBLK_VM_LONG").is_some() { 5_000 } else { USUAL_SEEDS };
@@ -37,7 +38,7 @@ fn a_stack_of_processes_always_moves() {
         });
         total.steps += played.steps;
         total.requests += played.requests;
-        total.handed_down += played.handed_down;
+        total.passed_down += played.passed_down;
         total.missed += played.missed;
         total.punted += played.punted;
         total.top = total.top.max(played.top);
@@ -45,15 +46,15 @@ fn a_stack_of_processes_always_moves() {
     }
     println!("{total:?}");
     let each = |count: u64| count / seeds();
-    assert!(each(total.handed_down) > 10, "{total:?}");
+    assert!(each(total.passed_down) > 10, "{total:?}");
     if seeds() >= USUAL_SEEDS {
-        // What could stop it has happened all the time.
+        // The dangerous situations have occurred often.
         assert!(each(total.missed) > 4 && each(total.punted) > 20, "{total:?}");
         assert!(total.top >= 3 && total.beside > 100, "{total:?}");
     }
 }
 
-/// In how many of these seeds nothing moves any more.
+/// How many of these seeds deadlock.
 fn hangs(seeds: Range<u64>, sharing: Sharing) -> u64 {
     let (mut found, count) = (0, seeds.clone().count());
     let hook = std::panic::take_hook();
@@ -73,13 +74,13 @@ fn hangs(seeds: Range<u64>, sharing: Sharing) -> u64 {
     found
 }
 
-/// What the server forbids is found by itself when it is allowed.
+/// The simulator detects the deadlocks that the server's rules prevent.
 #[test]
 fn a_stack_within_a_process_is_found_to_hang() {
     let all = seeds().min(40);
     assert!(hangs(0..all, Sharing::Any) > all / 2);
     if all == 40 {
-        // Two processes, each of which has a device on one of the other's: 8 of 1,000 seeds.
+        // Two processes, each with a device on a device of the other: 8 of 1,000 seeds.
         assert!(hangs(100..200, Sharing::NoneBelow) > 0);
     }
 }

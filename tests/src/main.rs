@@ -1,4 +1,4 @@
-//! `vm`: makes the guest image, boots it, runs programs and all tests in it.
+//! `vm`: makes the guest image, boots it, and runs programs and all tests in it.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -12,13 +12,13 @@ use vm_harness::{bench, cleanup, demo, image, setup, shell, ui};
 
 /// VM harness of ublk-target.
 ///
-/// Everything that needs the ublk driver runs in a QEMU guest made of
-/// distribution packages. The first run makes the guest image (about a minute)
-/// and keeps it under ${XDG_CACHE_HOME:-~/.cache}/ublk-target/vm; missing host
+/// Everything that needs the ublk driver runs in a QEMU guest. The guest image is
+/// made from distribution packages. The first run makes it (about a minute) and
+/// keeps it under ${XDG_CACHE_HOME:-~/.cache}/ublk-target/vm. Missing host
 /// packages are installed with apt.
 ///
-/// UBLK_VM_MIRROR: the Debian mirror the image is made from, where apt on this
-/// machine is not set up with one.
+/// UBLK_VM_MIRROR: the Debian mirror for the image, if apt on this machine has
+/// none.
 #[derive(Parser)]
 #[command(name = "vm", bin_name = "cargo vm", max_term_width = 100)]
 struct Cli {
@@ -28,9 +28,9 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Install the host packages that are missing
+    /// Install missing host packages
     Setup,
-    /// Make the guest image, if need be, and print its directory
+    /// Make the guest image if it is missing or outdated, and print its directory
     Image {
         /// Print the directory of the kernel's user-space headers instead
         #[arg(long)]
@@ -44,16 +44,16 @@ enum Command {
     Run {
         #[command(flatten)]
         guest: GuestArgs,
-        /// Kill the program after so many seconds, and exit with code 124
+        /// Kill the program after this time, and exit with code 124
         #[arg(long, value_name = "SECONDS")]
         timeout: Option<u64>,
-        /// The program and its arguments, looked up in the guest
+        /// The program in the guest, and its arguments
         #[arg(required = true, last = true)]
         command: Vec<String>,
     },
-    /// Show ublk-target at work
+    /// Demonstrate ublk-target: a device, a file system, verification, speed
     Demo(demo::DemoArgs),
-    /// Count instructions for each request and measure throughput, rivals and ublk-target side by side
+    /// Count instructions per request and measure throughput of ublk-target and of other drivers
     Bench(bench::BenchArgs),
 }
 
@@ -68,25 +68,25 @@ struct GuestArgs {
     /// Virtual CPUs
     #[arg(long, value_name = "N", default_value_t = 2)]
     cpus: u32,
-    /// Memory of the guest
+    /// Memory of the guest in MiB
     #[arg(long, value_name = "MIB", default_value_t = 2048)]
     memory: u32,
-    /// NVMe queues to be polled, on each drive
+    /// Poll queues of each NVMe drive
     #[arg(long, value_name = "N", default_value_t = 0)]
     poll_queues: u32,
-    /// One instruction is one nanosecond of guest time, on one CPU
+    /// Count each instruction as one nanosecond of guest time; implies one CPU
     #[arg(long)]
     icount: bool,
-    /// Build the programs as users install them, which takes longer: for measuring
+    /// Build the programs as users install them, for measuring; this takes longer
     #[arg(long)]
     release: bool,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
 enum KernelArg {
-    /// The newest, with all ublk features
+    /// The newest kernel, with all ublk features
     Backports,
-    /// The Debian release's own, without zero copy
+    /// The kernel of the Debian release, without zero copy
     Stable,
 }
 
@@ -107,7 +107,7 @@ impl GuestArgs {
         .drives(self.drives)
     }
 
-    /// The programs, as they are to be built.
+    /// The programs with their build profile.
     fn built(&self, set: Set) -> Set {
         if self.release { set.released() } else { set }
     }
@@ -115,20 +115,20 @@ impl GuestArgs {
 
 #[derive(Args)]
 struct TestArgs {
-    /// Only what has this in its name; a guest test's full name boots one guest
-    /// and builds nothing else
+    /// Run only tests with this text in their names; the full name of a guest test
+    /// boots one guest and builds only what it needs
     #[arg(long, value_name = "SUBSTRING")]
     filter: Option<String>,
-    /// Print the names, run nothing
+    /// Print the names of the tests, and run nothing
     #[arg(long)]
     list: bool,
-    /// More rounds, cases and seeds, and bigger data, in the tests that can use them
+    /// Use more rounds, cases and seeds, and bigger data, in tests that support it
     #[arg(long)]
     long: bool,
-    /// Only what runs on this machine
+    /// Run only the checks and tests of this machine
     #[arg(long, conflicts_with = "vm_only")]
     host_only: bool,
-    /// Only the guest tests
+    /// Run only the guest tests
     #[arg(long)]
     vm_only: bool,
     /// Stop at the first failure

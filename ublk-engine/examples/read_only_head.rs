@@ -1,6 +1,6 @@
-//! A target of one's own: two backings, one after the other, of which the first can only be read.
+//! An example target: two backings, one after the other. The first is read-only.
 //!
-//! `cargo run -p ublk-engine --example read_only_head` prints what requests become.
+//! `cargo run -p ublk-engine --example read_only_head` prints the plans of some requests.
 
 use ublk_engine::plan::{BackingIndex, Op, OpKind, Plan, Planner};
 use ublk_engine::request::{Request, RequestKind};
@@ -9,19 +9,19 @@ use uring_ext::Errno;
 const HEAD: BackingIndex = BackingIndex(0);
 const TAIL: BackingIndex = BackingIndex(1);
 
-/// `head` bytes that are read only, then `tail` bytes that are written, too.
+/// `head` read-only bytes, then `tail` writable bytes.
 struct ReadOnlyHead {
     head: u64,
     tail: u64,
 }
 
 impl Planner for ReadOnlyHead {
-    // A planner says what is to be done, and does nothing. The engine carries the operations out, goes
-    // on with those that come short, and answers the request when all have ended.
+    // A planner only decides. The engine carries the operations out, continues short ones, and
+    // answers the request when all have ended.
     fn plan(&self, request: &Request, _from: u64, plan: &mut Plan) -> Result<(), Errno> {
         let kind = OpKind::of_request(request.kind);
         if request.kind == RequestKind::Flush {
-            // Nothing is written to the head, so nothing of it has to be flushed.
+            // Nothing is written to the head, so it needs no flush.
             let op = Op { kind, backing: TAIL, offset: 0, len: 0, buf_offset: 0 };
             return plan.push(op).map_err(|_| Errno::EIO);
         }
@@ -29,7 +29,7 @@ impl Planner for ReadOnlyHead {
         if start < self.head && request.kind != RequestKind::Read {
             return Err(Errno::EPERM);
         }
-        // Two operations at most, which fit into a window and may run side by side.
+        // At most two operations. They fit a window and may run concurrently.
         let boundary = self.head.clamp(start, end);
         for (backing, first, from, to) in
             [(HEAD, 0, start, boundary), (TAIL, self.head, boundary, end)]

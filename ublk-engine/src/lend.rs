@@ -1,19 +1,18 @@
-//! Lend modes: how a request's data gets to the secondary operations.
+//! Lend modes: how secondary operations get a request's data.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use uring_ext::feature::{AUTO_BUF_REG, Feature, Features, SUPPORT_ZERO_COPY, USER_COPY};
 
-/// How a device lends.
+/// The lend mode of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum LendMode {
     /// The driver registers a request's buffer in the lane's ring at delivery and takes it back
     /// at commit (`UBLK_F_AUTO_BUF_REG`).
     Fused,
-    /// The server registers and unregisters it by commands of its own
-    /// (`UBLK_U_IO_REGISTER_IO_BUF`).
+    /// The server registers and unregisters it by explicit commands (`UBLK_U_IO_REGISTER_IO_BUF`).
     Slot,
     /// The server copies between the request and a buffer of its own (`UBLK_F_USER_COPY`).
     UserCopy,
@@ -22,8 +21,9 @@ pub enum LendMode {
 }
 
 impl LendMode {
-    /// The driver features that it cannot do without. Fused mode without `SUPPORT_ZERO_COPY` would
-    /// be refused the explicit registration that a failed automatic one falls back to.
+    /// The driver features that the mode requires. Fused mode needs `SUPPORT_ZERO_COPY` too:
+    /// without it the driver refuses the explicit registration that replaces a failed automatic
+    /// one.
     #[must_use]
     pub const fn needs(self) -> &'static [Feature] {
         match self {
@@ -34,7 +34,7 @@ impl LendMode {
         }
     }
 
-    /// Whether requests lend their own pages.
+    /// Whether the mode lends the requests' pages.
     #[must_use]
     pub const fn is_zero_copy(self) -> bool {
         match self {
@@ -43,8 +43,8 @@ impl LendMode {
         }
     }
 
-    /// The driver features that a device of this mode is added with. Those that lend add user
-    /// copy, the last resort for a buffer that cannot be registered.
+    /// The driver features that a device of this mode is added with. Modes that lend also use user
+    /// copy, for buffers that cannot be registered.
     #[must_use]
     pub fn flags(self, features: Features) -> u64 {
         let needed = self.needs().iter().fold(0, |bits, feature| bits | feature.bit);
@@ -52,7 +52,7 @@ impl LendMode {
         needed | resort
     }
 
-    /// The mode of a device that has these features.
+    /// The mode of a device with these features.
     #[must_use]
     pub fn of_flags(flags: u64) -> Self {
         let features = Features(flags);

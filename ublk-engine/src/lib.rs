@@ -1,5 +1,5 @@
-//! What a ublk target does with a request, without any I/O of its own: it opens no file, reads no clock
-//! and starts no thread.
+//! Turns the requests of a ublk device into operations on backings. The crate does no I/O: it opens
+//! no file, reads no clock and starts no thread.
 //!
 //! ```text
 //!  request ──> Planner::plan ──> Plan (stages of ops) ──> Engine ──> SQEs ──> ring ──> NVMe
@@ -9,8 +9,9 @@
 //!                                     bufreg (who holds what)
 //! ```
 //!
-//! A target of your own is a [`plan::Planner`], and what stands before any target is a
-//! [`target::Layer`]. The example `read_only_head` has a target, and drives an [`engine::Engine`] with it.
+//! To write a target, implement [`plan::Planner`]; to write a layer, which may be before any target,
+//! implement [`target::Layer`]. The example `read_only_head` implements a target and drives an
+//! [`engine::Engine`] with it.
 
 #![forbid(unsafe_code)]
 

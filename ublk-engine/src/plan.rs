@@ -1,24 +1,24 @@
-//! Plans: what a request becomes.
+//! Plans: the operations of a request.
 //!
-//! A planner is pure: it turns a request into operations on backings and does no I/O. The engine
-//! carries the operations out, stage after stage, a window at a time.
+//! A planner turns a request into operations on backings and does no I/O. The engine carries the
+//! operations out, stage after stage, one window at a time.
 
 use smallvec::SmallVec;
 use uring_ext::Errno;
 
 use crate::request::{Request, RequestKind};
 
-/// How many operations a window holds. A request that needs more gets more windows, one after
-/// the other, so that no request takes more than this from the bounded tables.
+/// The maximum number of operations of a window. A request that needs more has several windows, one
+/// after the other. So each request needs only a bounded number of table entries.
 pub const WINDOW_OPS: usize = 8;
 
-/// Which backing of a device an operation goes to, in the order that the target lists them.
+/// The index of a backing, in the target's order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BackingIndex(pub u16);
 
-/// A place on a backing.
+/// A position on a backing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct BackingPosition {
     /// The backing.
     pub backing: BackingIndex,
     /// First byte on it.
@@ -35,13 +35,13 @@ pub enum OpKind {
         /// Complete only when the data is on stable storage.
         fua: bool,
     },
-    /// Bring the backing's completed writes to stable storage.
+    /// Write the backing's completed writes to stable storage.
     Flush,
     /// Discard a range of the backing.
     Discard,
     /// Make a range of the backing read as zeros.
     WriteZeroes {
-        /// Space may be given back.
+        /// The space may be deallocated.
         may_unmap: bool,
     },
     /// Read from the backing into the scratch buffer of the request's tag.
@@ -51,16 +51,16 @@ pub enum OpKind {
         /// Complete only when the data is on stable storage.
         fua: bool,
     },
-    /// Let time pass; no backing is concerned.
+    /// Wait. Uses no backing.
     Delay,
 }
 
 /// A buffer that operations move bytes to or from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Buffer {
-    /// That of the request.
+    /// The buffer of the request.
     Request,
-    /// The scratch buffer of its tag.
+    /// The scratch buffer of the request's tag.
     Scratch,
 }
 
@@ -69,18 +69,18 @@ pub enum Buffer {
 pub struct Op {
     /// What it does.
     pub kind: OpKind,
-    /// Where.
+    /// The backing.
     pub backing: BackingIndex,
     /// First byte on the backing.
     pub offset: u64,
-    /// Length in bytes; of a delay, in nanoseconds.
+    /// Length in bytes. For a delay: its duration in nanoseconds.
     pub len: u64,
-    /// For reads and writes: its first byte in the buffer.
+    /// For reads and writes: the offset in the buffer.
     pub buf_offset: u32,
 }
 
 impl OpKind {
-    /// What is asked of a backing that has a part of a request's range.
+    /// The kind of the operations that carry out a request of this kind.
     #[must_use]
     #[inline]
     pub const fn of_request(kind: RequestKind) -> Self {
@@ -95,11 +95,11 @@ impl OpKind {
 }
 
 impl Op {
-    /// The whole of a request, at one place.
+    /// An operation for a whole request at one position.
     #[must_use]
     #[inline]
-    pub const fn all_of(request: &Request, place: Place) -> Self {
-        let Place { backing, offset } = place;
+    pub const fn all_of(request: &Request, position: BackingPosition) -> Self {
+        let BackingPosition { backing, offset } = position;
         let kind = OpKind::of_request(request.kind);
         Self { kind, backing, offset, len: request.len, buf_offset: 0 }
     }
@@ -127,7 +127,7 @@ impl Op {
     }
 }
 
-/// The window is full; the planner returns and is asked again for the rest.
+/// The window is full. The planner returns, and plans the rest in the next window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the window of {WINDOW_OPS} operations is full")]
 pub struct WindowFull;
@@ -143,18 +143,18 @@ pub struct Plan {
     directives: Directives,
 }
 
-/// What a planner asks for in addition to a window's operations. Most windows have none.
+/// Directives of a planner in addition to a window's operations. Most windows have none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Directives {
-    /// Nanoseconds before anything is issued.
+    /// The delay before the operations are issued, in nanoseconds.
     pub delay_ns: u64,
-    /// Reads and writes ask for no more than so many bytes at first.
+    /// The maximum length with which reads and writes are first issued, in bytes.
     pub at_first: Option<u64>,
-    /// The request is to wait for another one, and the planner asked again from here.
+    /// The request is deferred, and this is the cursor for planning it again.
     pub wait_at: Option<u64>,
-    /// What the request is answered with after the delay.
+    /// The request fails with this error after the delay.
     pub failure: Option<Errno>,
-    /// There was a delay, and it is over.
+    /// The delay is over.
     pub delayed: bool,
 }
 
@@ -169,7 +169,7 @@ impl Plan {
         }
     }
 
-    /// Adds an operation to the current stage. Operations of one stage may run side by side.
+    /// Adds an operation to the current stage. Operations of one stage may run concurrently.
     ///
     /// # Errors
     /// [`WindowFull`] if the window holds [`WINDOW_OPS`] operations.
@@ -181,11 +181,11 @@ impl Plan {
         Ok(())
     }
 
-    /// Makes the plan that of a request with one operation.
+    /// Sets a plan with one operation.
     #[inline]
     pub(crate) fn set_single(&mut self, op: Op) {
         self.clear();
-        // Within its own room, so nothing is allocated.
+        // It fits the inline storage, so this does not allocate.
         self.ops.push((0, op));
     }
 
@@ -194,49 +194,50 @@ impl Plan {
         self.stage += 1;
     }
 
-    /// Says that this window is not the last: the next one begins at `cursor`, which is greater
-    /// than this one's and whose meaning is the planner's own.
+    /// Announces another window after this one, which begins at `cursor`. The cursor must be
+    /// greater than that of this window. Only the planner interprets it.
     pub fn continue_at(&mut self, cursor: u64) {
         self.next = Some(cursor);
     }
 
-    /// Holds the window back for so many nanoseconds more, and the error too if planning it fails.
+    /// Adds `ns` nanoseconds to the delay of the window. If planning it fails, the error is
+    /// delayed.
     pub fn delay(&mut self, ns: u64) {
         self.directives.delay_ns = self.directives.delay_ns.saturating_add(ns);
         self.has_directives |= ns > 0;
     }
 
-    /// How long the window is held back, in nanoseconds.
+    /// The delay of the window, in nanoseconds.
     #[must_use]
     pub const fn delay_ns(&self) -> u64 {
         self.directives.delay_ns
     }
 
-    /// Says that reads and writes come short: from this window on, each that is longer than `bytes`
-    /// asks for no more than that at first, and the engine goes on with the rest, as with a backing
-    /// that moves fewer bytes than it was asked for. Whole blocks, not 0. For tests of whatever has
-    /// to do with that; the request is served as a whole all the same.
+    /// Makes reads and writes short, for tests: from this window on, each that is longer than
+    /// `bytes` is first issued for only `bytes`, and the engine continues with the rest, as after a
+    /// short transfer. The request is still served as a whole. `bytes` is a multiple of the block
+    /// size, and not 0.
     pub fn transfer_at_first(&mut self, bytes: u64) {
         self.directives.at_first =
             Some(self.directives.at_first.map_or(bytes, |least| least.min(bytes)));
         self.has_directives = true;
     }
 
-    /// For how many bytes reads and writes ask at first, if not for all.
+    /// The maximum length with which reads and writes are first issued, in bytes, if there is one.
     #[must_use]
     pub const fn at_first(&self) -> Option<u64> {
         self.directives.at_first
     }
 
-    /// Says that the request has to wait until another one has settled. The planner is then asked
-    /// again, from `cursor` on. For the first window, and only while the planner has accepted a
-    /// request that has not settled; operations of the window are not issued.
+    /// Defers the request until another one has settled. The planner then plans it again from
+    /// `cursor` on. Allowed only in the first window, and only while an accepted request has not
+    /// settled. Operations of the window are not issued.
     pub fn wait_at(&mut self, cursor: u64) {
         self.directives.wait_at = Some(cursor);
         self.has_directives = true;
     }
 
-    /// From where the planner is asked again when another request has settled.
+    /// The cursor for planning again, if the request is deferred.
     #[must_use]
     pub const fn waits_at(&self) -> Option<u64> {
         self.directives.wait_at
@@ -246,24 +247,24 @@ impl Plan {
         self.has_directives
     }
 
-    /// What is said beside the operations.
+    /// The directives.
     pub(crate) const fn directives_mut(&mut self) -> &mut Directives {
         &mut self.directives
     }
 
-    /// All that is said beside the operations has been heeded.
+    /// Removes the directives after they were applied.
     pub(crate) fn clear_directives(&mut self) {
         self.has_directives = false;
         self.directives = Directives::default();
     }
 
-    /// Whether the request is neither to wait nor to fail.
+    /// Whether the request is neither deferred nor fails.
     pub(crate) const fn is_accepting(&self) -> bool {
         !self.has_directives
             || self.directives.wait_at.is_none() && self.directives.failure.is_none()
     }
 
-    /// Forgets the operations, not what is said beside them.
+    /// Removes the operations and keeps the directives.
     pub(crate) fn drop_ops(&mut self) {
         self.ops.clear();
         self.next = None;
@@ -287,13 +288,13 @@ impl Plan {
         self.ops.is_empty()
     }
 
-    /// The operation at a place of the window and its stage.
+    /// The stage and the operation at an index of the window.
     #[must_use]
     pub fn op(&self, index: usize) -> Option<(u8, Op)> {
         self.ops.get(index).copied()
     }
 
-    /// The operation of a request that needs no other.
+    /// The operation of a request that needs only one.
     #[must_use]
     pub fn single(&self) -> Option<Op> {
         match self.ops.as_slice() {
@@ -302,7 +303,7 @@ impl Plan {
         }
     }
 
-    /// Puts an operation in the place of the only one.
+    /// Replaces the only operation.
     pub(crate) fn replace_single(&mut self, op: Op) {
         if let [(_, single)] = self.ops.as_mut_slice() {
             *single = op;
@@ -315,14 +316,14 @@ impl Plan {
     }
 }
 
-/// What is to be done about an operation that has failed for good.
+/// What to do about a failed operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// The request fails with the operation's error.
     Fail,
-    /// The request goes on without it. Not for reads: their buffer is not filled.
+    /// The request continues without it. Not for reads: their buffer would not be filled.
     Ignore,
-    /// The same, elsewhere: what is left of the operation is issued there.
+    /// The rest of the operation is issued elsewhere.
     Instead {
         /// The other backing.
         backing: BackingIndex,
@@ -333,41 +334,42 @@ pub enum Verdict {
 
 /// The mapping policy of a device.
 ///
-/// A planner does no I/O and reads no clock. What it remembers, it changes only when it is asked
-/// or told something. A queue has a planner of its own, which one thread calls.
+/// A planner does no I/O and reads no clock. Its state changes only in calls of these functions.
+/// Each queue has its own planner, which one thread calls.
 pub trait Planner {
-    /// Plans the window of `request` that begins at the cursor `from`: 0 for the first one, then
-    /// what the window before has passed to [`Plan::continue_at`], once all operations of that
-    /// have succeeded. The plan is empty on entry.
+    /// Plans the window of `request` that begins at the cursor `from`: 0 for the first window,
+    /// later the value that the previous window passed to [`Plan::continue_at`], after all its
+    /// operations have succeeded. The plan is empty on entry.
     ///
     /// # Errors
-    /// What the request is to be answered with; nothing of the window is then issued.
+    /// The errno to answer the request with. Nothing of the window is issued then.
     fn plan(&self, request: &Request, from: u64, plan: &mut Plan) -> Result<(), Errno>;
 
-    /// Where the whole of a read or write is, if it is at one place and needs no more than one
-    /// operation there: what [`Planner::plan`] would say, sooner. `None` sends the request there.
+    /// The position of a whole read or write, if it needs only one operation. A faster alternative
+    /// to [`Planner::plan`], with the same result. With `None` the engine calls `plan`.
     #[inline]
-    fn single(&self, _request: &Request) -> Option<Place> {
+    fn single(&self, _request: &Request) -> Option<BackingPosition> {
         None
     }
 
-    /// Bytes of scratch buffer that a request may need, 0 for none. Each tag has its own.
+    /// The size of the scratch buffer that a request may need, in bytes; 0 for none. Each tag has
+    /// its own.
     #[inline]
     fn scratch_bytes(&self) -> u32 {
         0
     }
 
-    /// What is left of an operation of `request` has failed for good, or was cancelled. Told of
-    /// every such operation, also when the request has failed already and the verdict is not
-    /// heeded. An operation is issued elsewhere so often at most as the engine allows
+    /// The rest of an operation of `request` has failed after all retries, or was cancelled. Called
+    /// for every such operation, even if the request has already failed and the verdict has no
+    /// effect. The engine limits how often an operation is issued elsewhere
     /// ([`MAX_SUBSTITUTES`](crate::engine::MAX_SUBSTITUTES)).
     #[inline]
     fn failed(&self, _request: &Request, _op: &Op, _errno: Errno) -> Verdict {
         Verdict::Fail
     }
 
-    /// A request is about to be answered. Told exactly once of each request whose first window
-    /// was planned without an error and without [`Plan::wait_at`].
+    /// A request is about to be answered. Called exactly once for each request that was accepted:
+    /// its first window was planned without an error and without [`Plan::wait_at`].
     #[inline]
     fn settled(&self, _request: &Request, _result: Result<(), Errno>) {}
 }

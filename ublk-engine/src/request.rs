@@ -5,7 +5,7 @@ use uring_ext::{Errno, sys};
 
 use crate::units::{Bytes, Sectors};
 
-/// What a request asks for.
+/// The kind of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RequestKind {
     /// Fill the buffer from the device (`UBLK_IO_OP_READ`).
@@ -17,11 +17,11 @@ pub enum RequestKind {
     },
     /// All writes completed before it must be on stable storage (`UBLK_IO_OP_FLUSH`).
     Flush,
-    /// The range is no longer used; what it reads as is undefined (`UBLK_IO_OP_DISCARD`).
+    /// The range is no longer used, and its contents become undefined (`UBLK_IO_OP_DISCARD`).
     Discard,
     /// The range must read as zeros (`UBLK_IO_OP_WRITE_ZEROES`).
     WriteZeroes {
-        /// Space may be given back (`UBLK_IO_F_NOUNMAP` is absent).
+        /// The space may be deallocated (`UBLK_IO_F_NOUNMAP` is not set).
         may_unmap: bool,
     },
 }
@@ -29,7 +29,7 @@ pub enum RequestKind {
 /// A block request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Request {
-    /// What it asks for.
+    /// Its kind.
     pub kind: RequestKind,
     /// First byte on the device; a multiple of 512.
     pub offset: u64,
@@ -37,31 +37,31 @@ pub struct Request {
     pub len: u64,
 }
 
-/// What a device's requests have to keep to. The block layer sees to it; it is checked all the
-/// same, since a descriptor that is wrong must not become an operation.
+/// The limits of a device's requests. The block layer enforces them. They are checked nevertheless,
+/// since an invalid descriptor must not become an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
     /// Size of the device in bytes.
     pub size: u64,
-    /// Logical block in bytes; all offsets and lengths are multiples of it.
+    /// Logical block size in bytes. All offsets and lengths are multiples of it.
     pub block: u32,
-    /// Greatest length of a read or write in bytes.
+    /// Maximum length of a read or write in bytes.
     pub max_bytes: u32,
 }
 
-/// Why a descriptor is not carried out.
+/// Why a descriptor is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
     /// An operation that no target serves (zone commands, write same).
     #[error("operation {0} is not known")]
     Unknown(u32),
-    /// Beyond the device's end, longer than its requests may be, or unaligned.
+    /// A range that exceeds the device, is too long, or is unaligned.
     #[error("the range does not fit the device")]
     Malformed,
 }
 
 impl Refusal {
-    /// What the request is answered with.
+    /// The errno to answer the request with.
     #[must_use]
     pub const fn errno(self) -> Errno {
         match self {
@@ -105,24 +105,24 @@ impl Request {
         inside && aligned && short && self.len > 0
     }
 
-    /// Its end on a device of `size` bytes.
+    /// The end of the range on a device of `size` bytes.
     ///
     /// # Errors
-    /// `EIO` beyond the device's end: what the driver delivers is checked, not trusted.
+    /// `EIO` beyond the device's end: deliveries of the driver are not trusted.
     pub fn end_within(&self, size: u64) -> Result<u64, Errno> {
         self.offset.checked_add(self.len).filter(|end| *end <= size).ok_or(Errno::EIO)
     }
 
-    /// Where a byte of the device is in the request's buffer; 0 if it has none.
+    /// The offset of a byte of the device in the request's buffer; 0 if it has none.
     ///
     /// # Errors
-    /// `EINVAL` for requests beyond 4 GiB, which the driver does not have.
+    /// `EINVAL` for offsets of 4 GiB or more, which the driver never delivers.
     pub fn buf_offset(&self, at: u64) -> Result<u32, Errno> {
         let offset = if self.has_data() { at - self.offset } else { 0 };
         u32::try_from(offset).map_err(|_| Errno::EINVAL)
     }
 
-    /// Whether the driver lends a buffer for it.
+    /// Whether it has a buffer.
     #[must_use]
     pub const fn has_data(&self) -> bool {
         matches!(self.kind, RequestKind::Read | RequestKind::Write { .. })
@@ -133,7 +133,7 @@ impl RequestKind {
     /// The kinds in the order of [`RequestKind::index`].
     pub const NAMES: [&str; 5] = ["read", "write", "flush", "discard", "write-zeroes"];
 
-    /// Index into tables with an entry a kind.
+    /// Index into tables with an entry for each kind.
     #[must_use]
     pub const fn index(self) -> usize {
         match self {

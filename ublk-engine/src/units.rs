@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Qid(pub u16);
 
-/// A request's place in its queue, below the queue's depth.
+/// The index of a request in its queue, below the queue's depth.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Tag(pub u16);
 
@@ -31,7 +31,7 @@ pub struct Sectors(pub u64);
 #[serde(transparent)]
 pub struct Bytes(pub u64);
 
-/// The one place where the shift between sectors and bytes stands.
+/// The shift between sectors and bytes. Defined only here.
 const SECTOR_SHIFT: u32 = 9;
 
 impl From<Sectors> for Bytes {
@@ -41,7 +41,7 @@ impl From<Sectors> for Bytes {
 }
 
 impl Sectors {
-    /// In bytes, unless that overflows.
+    /// The number of bytes. `None` on overflow.
     #[must_use]
     pub fn checked_bytes(self) -> Option<Bytes> {
         self.0.checked_mul(1 << SECTOR_SHIFT).map(Bytes)
@@ -49,7 +49,7 @@ impl Sectors {
 }
 
 impl Bytes {
-    /// Whole sectors in it, rounded down.
+    /// The number of whole sectors.
     #[must_use]
     pub const fn sectors(self) -> Sectors {
         Sectors(self.0 >> SECTOR_SHIFT)
@@ -76,7 +76,7 @@ impl fmt::Display for Bytes {
     }
 }
 
-/// Why a size could not be read.
+/// A text is not a size.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "`{0}` is not a size: give bytes, or a number, as 1.5, with K, M, G, T or P (powers of 1024)"
@@ -103,7 +103,8 @@ impl std::str::FromStr for Bytes {
     }
 }
 
-/// A number, with a decimal point or without, of units of so many bytes, rounded down to bytes.
+/// Parses a number, with or without a decimal point, of units of `unit` bytes. Rounds down to
+/// bytes.
 fn bytes_of(number: &str, unit: u64) -> Option<u64> {
     let (whole, fraction) = number.split_once('.').unwrap_or((number, "0"));
     let is_number = |text: &str| !text.is_empty() && text.bytes().all(|it| it.is_ascii_digit());

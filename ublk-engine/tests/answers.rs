@@ -1,5 +1,5 @@
-//! What requests are answered with, whatever a drive does to them: all that was asked for, or an
-//! error. A driver may take fewer bytes for the whole.
+//! The answers to requests, whatever a drive does: the whole request, or an error. A driver may
+//! treat fewer bytes as the whole.
 
 #[path = "answers/drive.rs"]
 mod drive;
@@ -73,7 +73,8 @@ fn what_comes_short_is_completed() {
     const AGAIN: &[Fate] = &[Fate::Again];
     let whole = u64::from(LEN);
     type Case<'a> = (&'a str, Pieces, &'a [Fate], &'a [u64], u64);
-    // The planner, what becomes of the first operations, how long all are, how many come short.
+    // The planner, the fates of the first operations, the lengths of all operations, and how many
+    // are first issued for a part.
     let table: [Case<'_>; 8] = [
         ("nothing is cut", pieces(1, None), &[], &[whole], 0),
         ("the rest follows", pieces(1, Some(512)), &[], &[512, whole - 512], 1),
@@ -112,7 +113,7 @@ fn commands_come_short_as_well() {
     }
 }
 
-/// A drive may say that a command would succeed later, and when.
+/// A drive may demand that a command is retried after a delay.
 #[test]
 fn what_the_drive_asks_for_again_is_issued_again() {
     let cases = modes().into_iter().flat_map(|mode| KINDS.map(|kind| (mode, kind)));
@@ -124,8 +125,8 @@ fn what_the_drive_asks_for_again_is_issued_again() {
                 let mut fates = vec![Fate::Whole; before_operations(mode.0, op_flags)];
                 for ask in 0..asks {
                     fates.push(Fate::Retry(pause_ns));
-                    // Between two chains there are an unregistration and a registration. Of an
-                    // operation that pauses only the first is a chain.
+                    // Between two chains there are an unregistration and a registration. Only the
+                    // first try of an operation that pauses is a chain.
                     if mode.0 == LendMode::Slot && (ask == 0 || pause_ns == 0) {
                         fates.extend([Fate::Whole; 2]);
                     }

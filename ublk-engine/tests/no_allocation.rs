@@ -1,4 +1,4 @@
-//! After its construction a lane allocates nothing, whatever requests do.
+//! A lane allocates nothing after construction, whatever requests do.
 
 #[path = "no_allocation/memory.rs"]
 mod memory;
@@ -32,11 +32,11 @@ thread_local! {
 
 struct Counting;
 
-// SAFETY: passes everything on to the system's allocator.
+// SAFETY: forwards everything to the system's allocator.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATIONS.with(|count| count.set(count.get() + 1));
-        // SAFETY: the caller keeps the contract of `alloc`, which is the same.
+        // SAFETY: the caller meets the contract of `alloc`, which is the same.
         unsafe { System.alloc(layout) }
     }
 
@@ -54,15 +54,15 @@ const DEADLINE: u64 = 1_000_000;
 const BUFFER_BYTES: u32 = 16 << 10;
 const ROUNDS: u64 = 300;
 
-/// A lane, and what its kernel has in hand.
+/// A lane, and the state of its kernel.
 struct Play<P> {
     lane: Lane<P>,
     io: Memory,
-    /// By tag: what the completion of its fetch will carry, while the driver has it.
+    /// For each tag: the `user_data` of its fetch, while the driver has it.
     fetches: [Option<u64>; DEPTH as usize],
     /// Operations that do not complete.
     held: Vec<Entry>,
-    /// The registration of the chain that is being carried out has failed.
+    /// The registration of the current chain has failed.
     unregistered: bool,
     answers: u64,
 }
@@ -119,18 +119,18 @@ impl<P: Planner> Play<P> {
             if fused && (u64::from(tag) + round) % 5 == 0 {
                 op_flags |= sys::UBLK_IO_F_NEED_REG_BUF;
             }
-            // Now and then one beyond the end.
+            // Sometimes a request beyond the end.
             let start_sector = if (round + u64::from(tag)) % 23 == 0 { 1 << 40 } else { 32 };
             let nr_sectors = 1 + u32::from(tag) % 20;
             self.io.iods[usize::from(tag)] = IoDesc { op_flags, nr_sectors, start_sector };
             self.lane.handle(Cqe { user_data, res: 0 }, &mut self.io);
-            // Again, and one of an earlier life: both change nothing.
+            // A duplicate, and a completion of an earlier incarnation: both change nothing.
             self.lane.handle(Cqe { user_data, res: 0 }, &mut self.io);
             self.lane.handle(Cqe { user_data: 1 << 48, res: 0 }, &mut self.io);
         }
     }
 
-    /// Has the kernel carry out everything that it can.
+    /// Makes the kernel carry out everything that it can.
     fn serve(&mut self, turn: &mut u64) {
         loop {
             self.lane.before_submit(&mut self.io);
@@ -208,7 +208,7 @@ impl<P: Planner> Play<P> {
     fn round(&mut self, round: u64, turn: &mut u64) {
         self.deliver(round);
         self.serve(turn);
-        // Some are cancelled, and the rest given up; then they complete after all.
+        // Some operations are cancelled, and the others are lost; then they complete after all.
         self.let_deadlines_pass();
         self.serve(turn);
         self.let_deadlines_pass();
@@ -229,7 +229,7 @@ fn allocations() -> u64 {
     ALLOCATIONS.with(Cell::get)
 }
 
-/// Requests of all kinds in one mode; what the engine has counted.
+/// Serves requests of all kinds in one mode. Returns the engine's counters.
 fn play(planner: impl Planner, lend: LendMode, slots: SlotTable) -> EngineStats {
     let mut play = Play::new(planner, lend, slots);
     let mut turn = 0;
@@ -243,7 +243,7 @@ fn play(planner: impl Planner, lend: LendMode, slots: SlotTable) -> EngineStats 
     play.stats()
 }
 
-/// The ways to lend, each with its buffer table.
+/// The lend modes, each with its buffer table.
 fn modes() -> [(LendMode, SlotTable); 5] {
     let from_zero = SlotChoice::From(0);
     let own = SlotTable { lent: DEPTH, pool: 1, scratch: 0, choice: from_zero };
@@ -268,7 +268,7 @@ fn serving_requests_allocates_nothing() {
             play(faults(), lend, slots),
             play(Turns::default(), lend, SlotTable { scratch: DEPTH, ..slots }),
         ];
-        // It was what it says: retries, short transfers, errors, deadlines and what follows.
+        // The run did include retries, short transfers, errors and deadlines.
         for stats in &all {
             assert!(stats.retries > 0 && stats.partial > 0 && stats.failed > 0, "{lend}: {stats}");
             assert!(stats.timed_out > 0 && stats.lost_ops > 0, "{lend}: {stats}");
@@ -289,8 +289,8 @@ fn serving_requests_allocates_nothing() {
     }
 }
 
-/// The worst that the lane's backlog can come to: while the ring takes nothing, the operations of
-/// a window are cancelled but complete, those of the next one follow, and are cancelled too.
+/// The longest possible backlog of a lane: while the ring takes nothing, the operations of a window
+/// are cancelled but complete, then those of the next window are issued and cancelled too.
 #[test]
 fn a_ring_that_takes_nothing_makes_nobody_allocate() {
     let slots = SlotTable { lent: DEPTH, pool: 0, scratch: 0, choice: SlotChoice::From(0) };
@@ -312,7 +312,7 @@ fn a_ring_that_takes_nothing_makes_nobody_allocate() {
         play.complete(entry, entry.len);
     }
     play.let_deadlines_pass();
-    // Of the second window's operations four are commands, which are double entries.
+    // Four operations of the second window are commands, which are double entries.
     let (waiting, per_tag) = (play.lane.backlog(), 7 + (3 + 2 * 4) + 7);
     assert_eq!(waiting, usize::from(DEPTH) * per_tag);
     assert_eq!(allocations() - before, 0);

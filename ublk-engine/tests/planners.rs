@@ -1,4 +1,4 @@
-//! What the engine promises to planners, and does not let them do.
+//! What the engine guarantees to planners, and what it does not let them do.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -10,7 +10,7 @@ use ublk_engine::engine::{
     SlotTable, TagKey,
 };
 use ublk_engine::lend::LendMode;
-use ublk_engine::plan::{BackingIndex, Op, OpKind, Place, Plan, Planner, Verdict};
+use ublk_engine::plan::{BackingIndex, BackingPosition, Op, OpKind, Plan, Planner, Verdict};
 use ublk_engine::request::{Geometry, Request};
 use ublk_engine::units::{Qid, Tag};
 use uring_ext::iod::IoDesc;
@@ -22,8 +22,8 @@ const EIO: i32 = -5;
 
 type Planning = dyn Fn(&Request, u64, &mut Plan) -> Result<(), Errno>;
 
-/// Does what a test says, and notes what it is told.
-struct Told {
+/// A planner that a test controls. Records its calls.
+struct RecordingPlanner {
     planning: Box<Planning>,
     verdict: Cell<Verdict>,
     scratch: u32,
@@ -36,7 +36,7 @@ struct Told {
     busy: Rc<Cell<bool>>,
 }
 
-impl Told {
+impl RecordingPlanner {
     fn new(planning: impl Fn(&Request, u64, &mut Plan) -> Result<(), Errno> + 'static) -> Self {
         Self {
             planning: Box::new(planning),
@@ -51,16 +51,16 @@ impl Told {
     }
 }
 
-impl Planner for Told {
+impl Planner for RecordingPlanner {
     fn plan(&self, request: &Request, from: u64, plan: &mut Plan) -> Result<(), Errno> {
         assert!(plan.is_empty() && plan.next().is_none() && plan.delay_ns() == 0);
         self.asked.borrow_mut().push((request.offset, from));
         (self.planning)(request, from, plan)
     }
 
-    fn single(&self, request: &Request) -> Option<Place> {
-        let place = Place { backing: BackingIndex(0), offset: 0 };
-        (self.is_single && request.has_data()).then_some(place)
+    fn single(&self, request: &Request) -> Option<BackingPosition> {
+        let position = BackingPosition { backing: BackingIndex(0), offset: 0 };
+        (self.is_single && request.has_data()).then_some(position)
     }
 
     fn scratch_bytes(&self) -> u32 {
@@ -78,7 +78,7 @@ impl Planner for Told {
     }
 }
 
-/// Notes what the engine wants.
+/// A port that records the engine's calls.
 #[derive(Default)]
 struct Wanted {
     fetches: [Option<TagKey>; DEPTH as usize],
@@ -109,14 +109,14 @@ impl Port for Wanted {
     }
 }
 
-/// An engine in fused mode, and what it wants.
+/// An engine in fused mode, and its port.
 struct Play {
-    engine: Engine<Told>,
+    engine: Engine<RecordingPlanner>,
     wanted: Wanted,
 }
 
 impl Play {
-    fn new(planner: Told) -> Self {
+    fn new(planner: RecordingPlanner) -> Self {
         let scratch = if planner.scratch > 0 { DEPTH } else { 0 };
         let config = EngineConfig {
             queue: QueueIdentity { device: 0, qid: Qid(0), depth: DEPTH },
@@ -131,14 +131,14 @@ impl Play {
         play
     }
 
-    /// Delivers a request of 16 KiB that begins at so many MiB/16.
+    /// Delivers a request of 16 KiB that begins at `number` times 16 KiB.
     fn deliver(&mut self, tag: u16, op_flags: u32, number: u64) {
         let key = self.wanted.fetches[usize::from(tag)].take().unwrap();
         let iod = IoDesc { op_flags, nr_sectors: 32, start_sector: number * 32 };
         self.engine.delivered(key, iod, &mut self.wanted);
     }
 
-    /// Completes the operation that was wanted first.
+    /// Completes the operation that was issued first.
     fn complete(&mut self, res: i32) -> Op {
         let (key, op, _) = self.wanted.ops.pop_front().unwrap();
         self.engine.completed(key, res, &mut self.wanted);
@@ -166,7 +166,7 @@ fn push(plan: &mut Plan, kind: OpKind, len: u64) {
 }
 
 fn single(verdict: Verdict) -> Play {
-    let mut told = Told::new(|request, _, plan| {
+    let mut told = RecordingPlanner::new(|request, _, plan| {
         push(plan, OpKind::Read, request.len);
         Ok(())
     });
@@ -211,19 +211,19 @@ fn requests_that_need_no_planning_end_like_others() {
 
 #[test]
 fn what_is_unusual_is_planned_all_the_same() {
-    // Delivered again, without having been answered.
+    // Delivered again without an answer.
     let mut play = single(Verdict::Fail);
     let key = play.wanted.fetches[0].unwrap();
     play.deliver(0, READ, 0);
     play.wanted.fetches[0] = Some(key);
     play.deliver(0, READ, 0);
     assert_eq!((play.wanted.ops.len(), play.engine.stats().unexpected), (1, 1));
-    // Of an earlier turn.
+    // Of an earlier submission.
     play.complete(16384);
     play.wanted.fetches[0] = Some(key);
     play.deliver(0, READ, 0);
     assert_eq!((play.wanted.ops.len(), play.engine.stats().stale), (0, 1));
-    // Not lent by the driver; beyond the end.
+    // One that the driver did not lend, and one beyond the end.
     play.deliver(1, READ | sys::UBLK_IO_F_NEED_REG_BUF, 0);
     assert_eq!((play.wanted.ops.len(), play.engine.stats().need_reg_buf), (0, 1));
     assert_eq!(play.engine.planner().asked.take().len(), 1);
@@ -233,7 +233,7 @@ fn what_is_unusual_is_planned_all_the_same() {
 
 #[test]
 fn a_delay_holds_operations_back() {
-    let mut play = Play::new(Told::new(|request, _, plan| {
+    let mut play = Play::new(RecordingPlanner::new(|request, _, plan| {
         plan.delay(500);
         plan.delay(200);
         push(plan, OpKind::Read, request.len);
@@ -245,7 +245,7 @@ fn a_delay_holds_operations_back() {
     assert_eq!((delay.kind, delay.len), (OpKind::Delay, 700));
     assert_eq!(play.complete(16384).kind, OpKind::Read);
     assert_eq!(play.answers(), [(0, 16384)]);
-    // One that is cancelled fails the request, and the planner is not asked what to do.
+    // A cancelled delay fails the request, and the planner is not asked.
     play.deliver(0, READ, 0);
     play.complete(Errno::ECANCELED.negated());
     assert_eq!(play.answers(), [(0, Errno::ECANCELED.negated())]);
@@ -256,7 +256,7 @@ fn a_delay_holds_operations_back() {
 
 #[test]
 fn an_error_can_come_late() {
-    let mut play = Play::new(Told::new(|_, _, plan| {
+    let mut play = Play::new(RecordingPlanner::new(|_, _, plan| {
         plan.delay(500);
         push(plan, OpKind::Read, 512);
         Err(Errno::ENOSPC)
@@ -272,7 +272,7 @@ fn an_error_can_come_late() {
 #[test]
 fn who_waits_is_asked_again_when_another_has_settled() {
     let busy: Rc<Cell<bool>> = Rc::default();
-    let mut told = Told::new({
+    let mut told = RecordingPlanner::new({
         let busy = Rc::clone(&busy);
         move |_, _, plan| {
             if busy.replace(true) {
@@ -297,7 +297,7 @@ fn who_waits_is_asked_again_when_another_has_settled() {
     play.complete(0);
     assert_eq!(asked(&play), [at(2, 7), at(3, 7)]);
     play.complete(0);
-    // Somebody new finds the way taken.
+    // A new request has to wait.
     play.deliver(0, WRITE, 0);
     assert_eq!(asked(&play), [at(3, 7), at(0, 0)]);
     play.complete(0);
@@ -309,13 +309,13 @@ fn who_waits_is_asked_again_when_another_has_settled() {
 
 #[test]
 fn nobody_waits_alone_or_late() {
-    let mut play = Play::new(Told::new(|_, _, plan| {
+    let mut play = Play::new(RecordingPlanner::new(|_, _, plan| {
         plan.wait_at(0);
         Ok(())
     }));
     play.deliver(0, READ, 0);
     assert_eq!((play.answers(), play.settled()), (vec![(0, EIO)], vec![]));
-    let mut play = Play::new(Told::new(|_, from, plan| {
+    let mut play = Play::new(RecordingPlanner::new(|_, from, plan| {
         match from {
             0 => plan.continue_at(1),
             _ => plan.wait_at(1),
@@ -329,7 +329,7 @@ fn nobody_waits_alone_or_late() {
 #[test]
 fn who_is_held_back_does_not_miss_what_it_waits_for() {
     let busy = Cell::new(false);
-    let mut play = Play::new(Told::new(move |_, from, plan| {
+    let mut play = Play::new(RecordingPlanner::new(move |_, from, plan| {
         if from == 0 && busy.replace(true) {
             plan.delay(100);
             plan.wait_at(1);
@@ -342,7 +342,7 @@ fn who_is_held_back_does_not_miss_what_it_waits_for() {
     play.deliver(1, READ, 1);
     play.complete(16384);
     assert_eq!(play.complete(Errno::ETIME.negated()).kind, OpKind::Delay);
-    // The one that it would have waited for has settled meanwhile.
+    // The request that it waits for has settled meanwhile.
     assert_eq!(play.complete(16384).kind, OpKind::Read);
     assert_eq!(play.answers(), [(0, 16384), (1, 16384)]);
 }
@@ -359,7 +359,7 @@ fn a_write_may_be_ignored_and_a_read_may_not() {
         push(plan, OpKind::Flush, 0);
         Ok(())
     };
-    let mut play = Play::new(Told::new(both));
+    let mut play = Play::new(RecordingPlanner::new(both));
     play.engine.planner().verdict.set(Verdict::Ignore);
     play.deliver(0, WRITE, 1);
     play.complete(EIO);
@@ -372,7 +372,7 @@ fn a_write_may_be_ignored_and_a_read_may_not() {
 
 #[test]
 fn what_is_left_of_an_operation_is_issued_elsewhere() {
-    let mut play = Play::new(Told::new(|request, _, plan| {
+    let mut play = Play::new(RecordingPlanner::new(|request, _, plan| {
         push(plan, OpKind::Read, request.len);
         Ok(())
     }));
@@ -384,7 +384,7 @@ fn what_is_left_of_an_operation_is_issued_elsewhere() {
         Op { backing: BackingIndex(1), offset: 99, buf_offset: 4096, ..op(OpKind::Read, 12288) };
     assert_eq!(play.complete(12288), rest);
     assert_eq!(play.answers(), [(0, 16384)]);
-    // It does not go on for ever.
+    // The number of substitutes is limited.
     play.deliver(0, READ, 0);
     for _ in 0..MAX_SUBSTITUTES {
         play.complete(EIO);
@@ -398,7 +398,7 @@ fn what_is_left_of_an_operation_is_issued_elsewhere() {
 
 #[test]
 fn a_request_that_has_failed_issues_nothing_more() {
-    let mut play = Play::new(Told::new(|_, _, plan| {
+    let mut play = Play::new(RecordingPlanner::new(|_, _, plan| {
         push(plan, OpKind::Read, 4096);
         plan.push(Op { backing: BackingIndex(1), buf_offset: 4096, ..op(OpKind::Read, 4096) })
             .unwrap();
@@ -410,13 +410,13 @@ fn a_request_that_has_failed_issues_nothing_more() {
     play.complete(Errno::ENXIO.negated());
     assert!(play.wanted.ops.is_empty());
     assert_eq!(play.answers(), [(0, EIO)]);
-    // The planner is told all the same.
+    // The planner is still notified.
     assert_eq!(play.engine.planner().failed.take(), [(0, Errno::EIO), (1, Errno::ENXIO)]);
 }
 
 #[test]
 fn each_tag_has_its_scratch_buffer_for_as_long_as_its_request() {
-    let mut told = Told::new(|_, _, plan| {
+    let mut told = RecordingPlanner::new(|_, _, plan| {
         push(plan, OpKind::ReadScratch, 4096);
         plan.next_stage();
         push(plan, OpKind::WriteScratch { fua: false }, 4096);
@@ -442,13 +442,13 @@ fn a_planner_is_replaced_only_while_nothing_is_in_hand() {
         push(plan, OpKind::Read, request.len);
         Ok(())
     };
-    let mut play = Play::new(Told::new(read));
+    let mut play = Play::new(RecordingPlanner::new(read));
     play.deliver(0, READ, 0);
     let refuses = |_: &Request, _: u64, _: &mut Plan| Err(Errno::ENOSPC);
-    let back = play.engine.replace_planner(Told::new(refuses)).map(drop).unwrap_err();
+    let back = play.engine.replace_planner(RecordingPlanner::new(refuses)).map(drop).unwrap_err();
     play.complete(16384);
     assert_eq!(play.answers(), [(0, 16384)]);
-    let mut greedy = Told::new(refuses);
+    let mut greedy = RecordingPlanner::new(refuses);
     greedy.scratch = 512;
     assert!(play.engine.replace_planner(greedy).is_err(), "the table has no scratch buffers");
     let before = play.engine.replace_planner(back).map_err(drop).unwrap();

@@ -1,5 +1,5 @@
-//! A deliberate fault: frees a buffer that an operation still uses. `cargo vmtest` runs this
-//! under valgrind and believes what valgrind says of everything else only if it is reported.
+//! A deliberate fault: frees a buffer that an operation still uses. `cargo vmtest` runs this under
+//! valgrind first, and trusts valgrind's other results only if it reports this fault.
 
 /// An operation in flight. Like the kernel, it knows its buffer by address.
 struct Operation {
@@ -8,12 +8,12 @@ struct Operation {
 }
 
 impl Operation {
-    /// Moves the data, as a completion that comes late would.
+    /// Reads the data, as a late completion would.
     fn complete(&self) -> u32 {
         let byte = |at| {
             let address = self.buffer.wrapping_add(at);
-            // SAFETY: none, that is the point: the memory is freed. What this reads is still in
-            // this process's heap, and nothing is done with it.
+            // SAFETY: none; this is the deliberate fault: the memory is freed. The address is still
+            // in this process's heap, and the value read is only printed.
             u32::from(unsafe { address.read_volatile() })
         };
         (0..self.bytes).map(byte).sum()

@@ -1,4 +1,4 @@
-//! What block devices say of themselves that sysfs does not.
+//! Facts about block devices that sysfs does not show.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -25,31 +25,31 @@ struct LoopInfo {
     init: [u64; 2],
 }
 
-/// The file behind a loop device of the kernel, by its numbers: its name is that of whoever has
-/// attached it, and there may be others.
+/// The file behind a kernel loop device, identified by numbers: its name is valid only in the mount
+/// namespace of the process that attached it, and the file may have other names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LoopFile {
-    /// Number of the device that its file system is on, as `st_dev` has it.
+    /// The device of its file system (`st_dev`).
     pub device: u64,
-    /// Its inode.
+    /// Its inode number (`st_ino`).
     pub inode: u64,
-    /// Number of the block device that it is, as `st_rdev` has it; 0 for a regular file.
+    /// Its own device number if it is a block device (`st_rdev`), 0 for a regular file.
     pub rdevice: u64,
 }
 
 /// The file that a loop device is attached to.
 ///
 /// # Errors
-/// `ENXIO` for one that is attached to none, `ENOTTY` for another device.
+/// `ENXIO` if it is attached to no file, `ENOTTY` if it is no loop device.
 pub fn loop_file(device: BorrowedFd<'_>) -> Result<LoopFile, Errno> {
     const { assert!(size_of::<LoopInfo>() == 232) };
     let mut info = std::mem::MaybeUninit::<LoopInfo>::zeroed();
-    // SAFETY: the kernel writes a `struct loop_info64` to the address, which has room for it.
+    // SAFETY: the kernel writes a `struct loop_info64` to the address, which has enough space.
     let result = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_GET_STATUS64, info.as_mut_ptr()) };
     if result < 0 {
         return Err(Errno::of(&std::io::Error::last_os_error()));
     }
-    // SAFETY: it is made of integers, for which zeros will do, too.
+    // SAFETY: it consists of integers, and was zeroed before the call.
     let info = unsafe { info.assume_init() };
     Ok(LoopFile { device: info.device, inode: info.inode, rdevice: info.rdevice })
 }

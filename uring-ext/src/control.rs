@@ -1,7 +1,7 @@
 //! The control plane: commands to `/dev/ublk-control`, each with a bounded wait.
 //!
 //! Built on the UAPI bindings and the control ring of `libublk`. Its `UblkCtrl` is not used: it
-//! refuses features that we need, hides error numbers behind retries, and waits without bound.
+//! rejects features that we need, hides error numbers behind retries, and waits without a limit.
 
 mod error;
 mod in_flight;
@@ -28,7 +28,7 @@ use pending::{await_answer, submit};
 
 /// The node of the driver.
 pub const CONTROL_PATH: &str = "/dev/ublk-control";
-/// Its numbers, while the driver is loaded.
+/// The node's device numbers, while the driver is loaded.
 const CONTROL_NUMBERS: &str = "/sys/class/misc/ublk-control/dev";
 
 /// Plain data that the kernel reads or fills.
@@ -36,7 +36,7 @@ const CONTROL_NUMBERS: &str = "/sys/class/misc/ublk-control/dev";
 /// # Safety
 /// The type is `repr(C)`, has no padding, and any bytes are a valid value.
 unsafe trait Plain: Copy + Send + 'static {}
-// SAFETY: bound from the UAPI, integers only; its fields add up to its size.
+// SAFETY: bound from the UAPI, integers only; the sizes of its fields add up to its size.
 unsafe impl Plain for sys::ublksrv_ctrl_dev_info {}
 // SAFETY: integers only, padding explicit.
 unsafe impl Plain for Params {}
@@ -52,7 +52,7 @@ const CPU_MASK_WORDS: usize = 128;
 #[derive(Debug)]
 pub struct Control {
     file: File,
-    /// The longest wait of the plain commands.
+    /// The longest wait for a command that is not returned as [`Pending`].
     patience: Duration,
     _thread: PhantomData<*const ()>,
 }
@@ -61,12 +61,12 @@ impl Control {
     /// Opens the node and makes the thread's control ring.
     ///
     /// # Errors
-    /// Those of [`Control::open_node`] and [`Control::with`].
+    /// As [`Control::open_node`] and [`Control::with`].
     pub fn open() -> Result<Self, ControlError> {
         Self::with(Self::open_node()?)
     }
 
-    /// Opens the node, which only shows that it can be opened.
+    /// Opens the node without setting up a ring.
     ///
     /// # Errors
     /// [`ControlError::NoDriver`], [`ControlError::NoDriverNorRoot`], [`ControlError::NoNode`],
@@ -85,8 +85,8 @@ impl Control {
         }
     }
 
-    /// Makes the thread's control ring. From its first command on the kernel has workers for it, which
-    /// share the process's files and mounts.
+    /// Makes the thread's control ring. From its first command on the kernel runs workers for it,
+    /// which share the process's files and mounts.
     ///
     /// # Errors
     /// [`ControlError::NoIoUring`], [`ControlError::Setup`].
@@ -114,12 +114,12 @@ impl Control {
         }
     }
 
-    /// Adds a device; returns it as the driver corrected it. An id of `u32::MAX` lets the driver
-    /// choose one.
+    /// Adds a device, and returns its description as the driver adjusted it. With an id of
+    /// `u32::MAX` the driver chooses the id.
     ///
     /// # Errors
     /// `EEXIST` if the id is taken, `EINVAL` for queues, depth or features beyond the driver's
-    /// limits, `ENOSPC` or `EACCES` at the limit of devices.
+    /// limits, `ENOSPC` or `EACCES` at the limit of the number of devices.
     pub fn add(
         &self,
         info: sys::ublksrv_ctrl_dev_info,
@@ -140,7 +140,7 @@ impl Control {
     /// Sets the parameters of a device that is not started.
     ///
     /// # Errors
-    /// `EINVAL` if the driver finds them wrong, `EACCES` if the device is live.
+    /// `EINVAL` if the driver rejects them, `EACCES` if the device is live.
     pub fn set_params(&self, id: u32, params: Params) -> Result<(), ControlError> {
         let command = Command::new("UBLK_U_CMD_SET_PARAMS", sys::UBLK_U_CMD_SET_PARAMS);
         self.exchange(command, id, params).map(drop)
@@ -155,7 +155,7 @@ impl Control {
         self.exchange(command, id, Params::request())
     }
 
-    /// The CPUs whose requests come to a queue.
+    /// The CPUs that submit to a queue.
     ///
     /// # Errors
     /// `ENODEV`, `EINVAL` for a queue that the device does not have.
@@ -179,7 +179,7 @@ impl Control {
         self.send(command, id, None::<Box<()>>)
     }
 
-    /// Stops a device: `/dev/ublkbN` disappears, outstanding I/O is completed or failed, and the
+    /// Stops a device: `/dev/ublkbN` disappears, outstanding I/O is completed or fails, and the
     /// lanes' fetches end with `ENODEV`.
     ///
     /// # Errors
@@ -192,7 +192,7 @@ impl Control {
         )
     }
 
-    /// Stops a device that nobody has open (`UBLK_F_SAFE_STOP_DEV`, Linux 7.0).
+    /// Stops a device unless it is open (`UBLK_F_SAFE_STOP_DEV`, Linux 7.0).
     ///
     /// # Errors
     /// `EBUSY` if it is open, `EOPNOTSUPP` on older kernels, `ENODEV`.
@@ -201,46 +201,46 @@ impl Control {
         self.send(command, id, None::<Box<()>>)
     }
 
-    /// Asks whether a device whose server is dead can be given a new one
-    /// (`UBLK_F_USER_RECOVERY`, Linux 6.1).
+    /// Starts the recovery of a device after its server has died (`UBLK_F_USER_RECOVERY`, Linux
+    /// 6.1).
     ///
     /// # Errors
-    /// `EBUSY` while a server has the device, or the driver still waits for the dead one's buffers;
-    /// `EINVAL` for a device that was added without recovery, `ENODEV`.
+    /// `EBUSY` while a server has the device, or while the driver waits for buffers of the dead
+    /// server; `EINVAL` for a device that was added without recovery, `ENODEV`.
     pub fn start_recovery(&self, id: u32) -> Result<(), ControlError> {
         let (name, op) = ("UBLK_U_CMD_START_USER_RECOVERY", sys::UBLK_U_CMD_START_USER_RECOVERY);
         let pending = self.send(Command::new(name, op), id, None::<Box<()>>)?;
         self.finish(pending).map(drop)
     }
 
-    /// Gives a device whose server is dead to the server `pid`: I/O that waits goes on. The driver
-    /// first waits until every tag of every queue is fetched.
+    /// Ends the recovery of a device: `pid` is its new server, and waiting I/O continues. The
+    /// driver first waits until every tag of every queue is fetched.
     ///
     /// # Errors
-    /// `EBUSY` if the device has a server, `EINVAL` if another process has its character device,
-    /// `ENODEV`.
+    /// `EBUSY` if the device has a server, `EINVAL` if another process has the character device
+    /// open, `ENODEV`.
     pub fn end_recovery(&self, id: u32, pid: u32) -> Result<Pending, ControlError> {
         let (name, op) = ("UBLK_U_CMD_END_USER_RECOVERY", sys::UBLK_U_CMD_END_USER_RECOVERY);
         self.send(Command::new(name, op).data(u64::from(pid)), id, None::<Box<()>>)
     }
 
-    /// Makes new I/O wait, and takes back fetches that hold no request, so that the server can be
-    /// replaced (`UBLK_F_QUIESCE`, Linux 6.16). Waits at most `patience`, at least one millisecond,
-    /// until each queue has a fetch to be taken back. New I/O waits whatever the answer is, and
-    /// until the device is recovered.
+    /// Makes new I/O wait, and cancels fetches without a request, so that the server can be
+    /// replaced (`UBLK_F_QUIESCE`, Linux 6.16). Waits until each queue has a fetch to cancel, for
+    /// at most `patience` and at least one millisecond. Whatever the answer is, new I/O waits until
+    /// the device is recovered.
     ///
     /// # Errors
-    /// `EBUSY` if `patience` was not enough, `EOPNOTSUPP` for a device without the feature,
-    /// `ENODEV` for one that is not started.
+    /// `EBUSY` after `patience`, `EOPNOTSUPP` for a device without the feature, `ENODEV` for one
+    /// that is not started.
     pub fn quiesce(&self, id: u32, patience: Duration) -> Result<Pending, ControlError> {
-        // Zero would be for ever.
+        // 0 would wait without a limit.
         let ms = u64::try_from(patience.as_millis()).unwrap_or(u64::MAX).max(1);
         let command = Command::new("UBLK_U_CMD_QUIESCE_DEV", sys::UBLK_U_CMD_QUIESCE_DEV);
         self.send(command.data(ms), id, None::<Box<()>>)
     }
 
-    /// Tells the kernel of a device's new size (`UBLK_F_UPDATE_SIZE`, Linux 6.16). The device has to
-    /// be live.
+    /// Tells the kernel a device's new size in sectors of 512 bytes (`UBLK_F_UPDATE_SIZE`, Linux
+    /// 6.16). The device has to be live.
     ///
     /// # Errors
     /// `EOPNOTSUPP` on older kernels, `ENODEV`.
@@ -250,8 +250,7 @@ impl Control {
         self.finish(pending).map(drop)
     }
 
-    /// Removes a device, stopping it first, without waiting for its server to let go of it
-    /// (Linux 6.9).
+    /// Stops and removes a device without waiting for its server to close it (Linux 6.9).
     ///
     /// # Errors
     /// `ENODEV` if there is none with this id.
@@ -260,7 +259,7 @@ impl Control {
         self.send(command, id, None::<Box<()>>)
     }
 
-    /// Waits at most `timeout` for an answer; `None` if there is none yet.
+    /// Waits at most `timeout` for the answer. `None` if there is none yet.
     ///
     /// # Errors
     /// The driver's.
@@ -273,7 +272,7 @@ impl Control {
         Some(pending.result(res))
     }
 
-    /// Waits for an answer as long as the plain commands do.
+    /// Waits for the answer, as long as for other commands.
     ///
     /// # Errors
     /// The driver's, or [`ControlError::Timeout`].
@@ -307,7 +306,7 @@ impl Control {
     }
 }
 
-/// Whether a file is the character device with these numbers, as sysfs writes them.
+/// Whether a file is the character device with these numbers, in the form of sysfs.
 fn is_node(file: &File, numbers: &str) -> bool {
     let Ok(meta) = file.metadata() else { return false };
     let device = meta.rdev();
@@ -336,7 +335,7 @@ impl Command {
 fn ctrl_cmd(id: u32, len: u16, addr: u64, data: u64) -> [u8; 80] {
     let mut bytes = [0; 80];
     bytes[0..4].copy_from_slice(&id.to_ne_bytes());
-    // Not a command to one queue.
+    // The command is not for a single queue.
     bytes[4..6].copy_from_slice(&u16::MAX.to_ne_bytes());
     bytes[6..8].copy_from_slice(&len.to_ne_bytes());
     bytes[8..16].copy_from_slice(&addr.to_ne_bytes());

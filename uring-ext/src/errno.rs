@@ -1,8 +1,8 @@
-//! Error numbers, kept as the kernel gave them and printed by name.
+//! Error numbers, as the kernel returns them, printed by name.
 
 use std::fmt;
 
-/// A positive error number (`EIO` is 5), as in `include/uapi/asm-generic/errno*.h`.
+/// A positive error number (`EIO` is 5), from `include/uapi/asm-generic/errno*.h`.
 ///
 /// The kernel returns errors negated in CQEs and commits; the sign is handled only by
 /// [`Errno::from_result`] and [`Errno::negated`].
@@ -41,17 +41,17 @@ impl Errno {
     pub const ENOSYS: Self = Self(libc::ENOSYS);
     /// No space left.
     pub const ENOSPC: Self = Self(libc::ENOSPC);
-    /// The entry to be cancelled runs already.
+    /// The entry to cancel is already running.
     pub const EALREADY: Self = Self(libc::EALREADY);
-    /// An operation was cancelled.
+    /// The operation was cancelled.
     pub const ECANCELED: Self = Self(libc::ECANCELED);
-    /// There is no way to the device.
+    /// No path to the device.
     pub const ENOLINK: Self = Self(libc::ENOLINK);
-    /// A wait of `io_uring_enter(2)` has timed out.
+    /// A wait in `io_uring_enter(2)` timed out.
     pub const ETIME: Self = Self(libc::ETIME);
     /// A deadline has passed.
     pub const ETIMEDOUT: Self = Self(libc::ETIMEDOUT);
-    /// Bad address; of a fixed operation: its slot is empty, or it reaches beyond the buffer.
+    /// Bad address. For a fixed operation: its slot is empty, or it reaches beyond the buffer.
     pub const EFAULT: Self = Self(libc::EFAULT);
     /// Read-only file system.
     pub const EROFS: Self = Self(libc::EROFS);
@@ -59,12 +59,12 @@ impl Errno {
     pub const ENODATA: Self = Self(libc::ENODATA);
     /// The drive refuses the range (`BLK_STS_TARGET`).
     pub const EREMOTEIO: Self = Self(libc::EREMOTEIO);
-    /// Somebody else has reserved the drive (`BLK_STS_RESV_CONFLICT`).
+    /// Another host has reserved the drive (`BLK_STS_RESV_CONFLICT`).
     pub const EBADE: Self = Self(libc::EBADE);
     /// Protection information does not match (`BLK_STS_PROTECTION`).
     pub const EILSEQ: Self = Self(libc::EILSEQ);
 
-    /// From a positive error number.
+    /// Makes one from a positive error number.
     #[must_use]
     pub const fn new(errno: i32) -> Self {
         Self(errno)
@@ -73,24 +73,24 @@ impl Errno {
     /// Splits a kernel result: zero or more is `Ok`, a negated error number is `Err`.
     ///
     /// # Errors
-    /// The error that `res` stands for.
+    /// The error in `res`.
     pub fn from_result(res: i32) -> Result<u32, Self> {
         u32::try_from(res).map_err(|_negative| Self(res.wrapping_neg()))
     }
 
-    /// The number, positive.
+    /// The positive number.
     #[must_use]
     pub const fn number(self) -> i32 {
         self.0
     }
 
-    /// The number negated, as commits and CQEs carry it.
+    /// The negated number, as in commits and CQEs.
     #[must_use]
     pub const fn negated(self) -> i32 {
         self.0.wrapping_neg()
     }
 
-    /// The error number of an I/O error, `EIO` for one that has none.
+    /// The error number of an I/O error, or `EIO` if it has none.
     #[must_use]
     pub fn of(error: &std::io::Error) -> Self {
         Self(error.raw_os_error().unwrap_or(libc::EIO))
@@ -128,7 +128,7 @@ mod tests {
 
     #[test]
     fn results_split_at_zero() {
-        // Against literals, so that a sign error cannot be repeated here.
+        // Compared with literals, so that the test cannot repeat a sign error.
         let table: [(i32, Result<u32, i32>); 5] =
             [(0, Ok(0)), (4096, Ok(4096)), (-5, Err(5)), (-19, Err(19)), (-95, Err(95))];
         for (res, expected) in table {

@@ -11,8 +11,8 @@ pub struct Feature {
     pub since: &'static str,
 }
 
-/// Bits are numbers here, since bindings of the UAPI are older than its newest features. They are
-/// checked against the kernel's own headers (`uapi_test`).
+/// Declares the features. The bits are literal numbers because the UAPI bindings lack the newest
+/// features. `uapi_test` checks them against the kernel's headers.
 macro_rules! features {
     ($($name:ident $number:literal $since:literal $doc:literal;)*) => {
         $(
@@ -32,7 +32,7 @@ features! {
     SUPPORT_ZERO_COPY 0 "6.15" "Explicit registration of request buffers.";
     URING_CMD_COMP_IN_TASK 1 "6.0" "Completion in task work.";
     NEED_GET_DATA 2 "6.0" "Writes are delivered in two steps.";
-    USER_RECOVERY 3 "6.1" "The device survives its server.";
+    USER_RECOVERY 3 "6.1" "The device survives the death of its server.";
     USER_RECOVERY_REISSUE 4 "6.1" "Outstanding I/O is reissued after recovery.";
     UNPRIVILEGED_DEV 5 "6.3" "Devices of ordinary users.";
     CMD_IOCTL_ENCODE 6 "6.4" "Commands encoded as ioctls.";
@@ -48,7 +48,7 @@ features! {
     INTEGRITY 16 "7.0" "Integrity buffers.";
     SAFE_STOP_DEV 17 "7.0" "A stop that is refused while the device is open.";
     NO_AUTO_PART_SCAN 18 "7.0" "No partition scan at start.";
-    SHMEM_ZC 19 "7.1" "Zero copy through shared memory of client and server.";
+    SHMEM_ZC 19 "7.1" "Zero copy through memory that client and server share.";
     IO_DESC_SIZE 20 "7.3" "Request descriptors of a size that the server chooses.";
 }
 
@@ -69,7 +69,7 @@ impl Features {
         wanted.iter().copied().find(|feature| !self.has(*feature))
     }
 
-    /// Bits that no feature of [`ALL`] stands for: a driver newer than this crate.
+    /// Bits that are not in [`ALL`]: the driver is newer than this crate.
     #[must_use]
     pub fn unknown_bits(self) -> u64 {
         ALL.iter().fold(self.0, |bits, feature| bits & !feature.bit)

@@ -1,4 +1,5 @@
-//! Request descriptors: the array that the driver shares with the server, one entry a tag.
+//! Request descriptors: an array that the driver shares with the server, with one entry for each
+//! tag.
 
 use std::fs::File;
 use std::num::NonZeroUsize;
@@ -56,11 +57,11 @@ impl IoDescArray {
         let page = page_size();
         let entry = size_of::<sys::ublksrv_io_desc>();
         let bytes = (usize::from(depth) * entry).next_multiple_of(page);
-        // The driver lays the queues out as if each had the greatest depth.
+        // The driver places the queues as if each had the maximum depth.
         let stride = (sys::UBLK_MAX_QUEUE_DEPTH as usize * entry).next_multiple_of(page);
         let offset = i64::try_from(usize::from(qid) * stride).map_err(|_| Errno::EINVAL)?;
         let length = NonZeroUsize::new(bytes).ok_or(Errno::EINVAL)?;
-        // SAFETY: a new mapping at an address of the kernel's choice touches no memory of ours.
+        // SAFETY: the kernel chooses the address of the new mapping, so no other memory changes.
         let mapped = unsafe {
             mmap(
                 None,
@@ -75,8 +76,8 @@ impl IoDescArray {
         Ok(Self { base, bytes, depth })
     }
 
-    /// The descriptor of a tag. What it says is stable from the completion of a fetch to the
-    /// commit of that tag.
+    /// The descriptor of a tag. It does not change between the completion of the tag's fetch and
+    /// its commit.
     ///
     /// # Panics
     /// If `tag` is not below the queue's depth.
@@ -86,7 +87,7 @@ impl IoDescArray {
         assert!(tag < self.depth, "tag {tag} of a queue of depth {}", self.depth);
         // SAFETY: the index is below the depth that was mapped.
         let entry = unsafe { self.base.add(usize::from(tag)) };
-        // SAFETY: mapped, aligned and made of integers; volatile since the kernel writes it.
+        // SAFETY: mapped, aligned and consisting of integers. Volatile since the kernel writes it.
         let raw = unsafe { entry.read_volatile() };
         IoDesc {
             op_flags: raw.op_flags,

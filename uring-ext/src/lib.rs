@@ -1,18 +1,18 @@
-//! io_uring for ublk servers: what the `io-uring` and `libublk` crates do not give.
+//! io_uring for ublk servers: what the `io-uring` and `libublk` crates lack.
 //!
-//! * [`ring`]: ring set-up with fallback, and a handle that can only be fed with
-//!   entries which this crate built, so that pushing one is safe.
+//! * [`ring`]: ring set-up with fallback. A ring takes only entries that this crate built, so
+//!   pushing one is safe.
 //! * [`sqe`]: builders for the ublk I/O commands (fetch, commit, register, unregister) and for
 //!   the secondary operations that borrow a lent buffer.
-//! * [`nvme`]: NVMe commands to a namespace's generic device, and what it says of itself.
+//! * [`nvme`]: NVMe commands to a namespace's generic device, and its `Identify` data.
 //! * [`pool`]: page-aligned memory for the copy modes, and the buffer table entries for it.
 //! * [`iod`]: the shared array of request descriptors that the driver fills.
-//! * [`block`]: what loop devices of the kernel are attached to.
+//! * [`block`]: the files behind kernel loop devices.
 //! * [`control`]: commands to `/dev/ublk-control` and their parameters, with bounded waits.
-//! * [`feature`]: names, first kernel versions and a probe of the driver's features.
+//! * [`feature`]: the driver's features: names, first kernel versions, and a probe.
 //!
-//! All `unsafe` of the project lives in this crate. Facts about the kernel are cited as
-//! file and symbol of its source, with the first version that has them.
+//! All `unsafe` of the project lives in this crate. Facts about the kernel are cited by file and
+//! symbol of its source, with the first version.
 
 pub mod block;
 pub mod control;

@@ -1,9 +1,9 @@
 //! NVMe commands to a namespace's generic device (`/dev/ngXnY`), past the block layer.
 //!
-//! The kernel hands such a command to the drive as it is: it is never split, and fails with
-//! `EINVAL` if it is longer than `max_hw_sectors`. If its segments do not fit the queue's limits,
-//! the kernel copies silently (`blk_rq_map_user_iov`); devices that inherit all limits have no
-//! such requests. Numbers are those of the NVMe base and NVM command set specifications.
+//! The kernel passes such a command to the drive unchanged: it is never split, and fails with
+//! `EINVAL` if it is longer than `max_hw_sectors`. If its segments exceed the queue's limits, the
+//! kernel silently copies the data (`blk_rq_map_user_iov`). A device that inherits all limits never
+//! gets such requests. Numbers are those of the NVMe base and NVM command set specifications.
 
 mod identify;
 
@@ -20,11 +20,10 @@ const IOCTL_ID: u32 = 0x4e40;
 /// `NVME_IOCTL_ADMIN_CMD`.
 const IOCTL_ADMIN_CMD: u32 = 0xc048_4e41;
 
-/// Most blocks of a read, write or write-zeroes command (its count has 16 bits).
+/// The maximum number of blocks of a read, write or write-zeroes command (its count has 16 bits).
 pub const MAX_BLOCKS: u64 = 1 << 16;
 
-/// `struct nvme_uring_cmd`; `struct nvme_passthru_cmd` is the same but for its last field, which
-/// is the result.
+/// `struct nvme_uring_cmd`; `struct nvme_passthru_cmd` differs only in its last field, the result.
 #[derive(Clone, Copy, Default)]
 #[repr(C)]
 struct Command {
@@ -69,24 +68,24 @@ const DEALLOCATE: u32 = 1 << 25;
 /// Command dword 11 of dataset management: deallocate the ranges.
 const AD: u32 = 1 << 2;
 
-/// Which namespace commands are for, and how it counts.
+/// A namespace, and what its commands depend on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Namespace {
-    /// Its number.
+    /// Its number (`NSID`).
     pub nsid: u32,
     /// Base-two logarithm of its block size.
     pub block_shift: u8,
-    /// What its drive may ask for before a command is issued again.
+    /// The delays that its drive may demand before a retry.
     pub retry_delays: RetryDelays,
 }
 
 impl Namespace {
-    /// Number of the block that a byte is in.
+    /// The number of the block that contains a byte.
     fn block_of(self, offset: u64) -> u64 {
         offset >> self.block_shift
     }
 
-    /// A count of blocks, as the commands have it: less one.
+    /// The number of blocks minus one, as in the commands.
     fn count_less_one(self, len: u64) -> u32 {
         u32::try_from((len >> self.block_shift).saturating_sub(1)).unwrap_or(u32::MAX)
     }
@@ -131,7 +130,7 @@ impl Namespace {
         entry(file, Some(buffer.slot()), command)
     }
 
-    /// Brings completed writes to stable storage.
+    /// Writes all completed writes to stable storage.
     #[must_use]
     pub fn flush(self, file: FixedFile) -> [Sqe; 2] {
         entry(file, None, self.command(opcode::FLUSH))
@@ -151,7 +150,7 @@ impl Namespace {
         entry(file, None, command)
     }
 
-    /// Deallocates the range that [`Ranges::set`] has written down.
+    /// Deallocates the range that [`Ranges::set`] stored.
     #[must_use]
     pub fn deallocate(self, file: FixedFile, range: RangeAddr) -> [Sqe; 2] {
         let mut command = self.command(opcode::DATASET_MANAGEMENT);
@@ -176,44 +175,43 @@ fn entry(file: FixedFile, buffer: Option<u16>, command: Command) -> [Sqe; 2] {
     Sqe::double_command(file, URING_CMD_IO, buffer, &payload)
 }
 
-/// How often the block layer issues a command again that may succeed then (`nvme_max_retries`).
+/// How often the block layer retries a command (`nvme_max_retries`).
 pub const MAX_RETRIES: u8 = 5;
 
-/// Status: issuing the command again would change nothing (`NVME_STATUS_DNR`).
+/// Status: do not retry (`NVME_STATUS_DNR`).
 const DO_NOT_RETRY: i32 = 1 << 14;
-/// Status: the second of the drive's retry delays at 2, and so on; at 0 none (`NVME_STATUS_CRD`).
+/// Status: number of the drive's retry delay, 1 to 3; 0 for no delay (`NVME_STATUS_CRD`).
 const RETRY_DELAY_SHIFT: u32 = 11;
-/// How long to wait for another way to the drive, in nanoseconds.
+/// How long to wait for another path to the drive, in nanoseconds.
 const PATH_PAUSE_NS: u64 = 100_000_000;
 
-/// What a command's result stands for.
+/// The outcome of a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// It was carried out.
+    /// The command was carried out.
     Done,
-    /// It was not, and will not be.
+    /// The command failed.
     Failed(Errno),
-    /// It was not, and may be when it is issued again after so many nanoseconds, at most
-    /// [`MAX_RETRIES`] times. After that it has failed.
+    /// The command failed and is to be retried, at most [`MAX_RETRIES`] times.
     Again {
-        /// How it has failed if this was the last time.
+        /// The error if there are no retries left.
         errno: Errno,
-        /// How long to wait before.
+        /// How long to wait before the retry, in nanoseconds.
         pause_ns: u64,
     },
 }
 
-/// The delays before a retry that a drive may ask for (`CRDT1` to `CRDT3`), in 100 ms.
+/// The delays before a retry that a drive may demand (`CRDT1` to `CRDT3`), in units of 100 ms.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RetryDelays([u16; 3]);
 
 impl RetryDelays {
-    /// Those of the fields of `Identify Controller` data.
+    /// Parses `Identify Controller` data.
     fn parse(data: &[u8; 4096]) -> Self {
         Self([128, 130, 132].map(|at| u16::from_le_bytes([data[at], data[at + 1]])))
     }
 
-    /// The delay that a status asks for, in nanoseconds.
+    /// The delay that a status demands, in nanoseconds.
     fn of(self, status: i32) -> u64 {
         let which = usize::try_from(status >> RETRY_DELAY_SHIFT & 0x3).unwrap_or(0);
         let tenths = which.checked_sub(1).and_then(|which| self.0.get(which));
@@ -222,8 +220,9 @@ impl RetryDelays {
 }
 
 impl Namespace {
-    /// What a command's result stands for: a negated error number of the kernel, or the status of the
-    /// drive as the block layer takes it (`nvme_decide_disposition`, `nvme_error_status`).
+    /// The outcome for a command's result: a negated error number of the kernel, or a status of the
+    /// drive, which is treated as in the block layer (`nvme_decide_disposition`,
+    /// `nvme_error_status`).
     #[must_use]
     pub fn outcome(&self, res: i32) -> Outcome {
         if let Err(errno) = Errno::from_result(res) {
@@ -231,7 +230,7 @@ impl Namespace {
         }
         let Some(errno) = error_of(res) else { return Outcome::Done };
         let (kind, code) = (res >> 8 & 0x7, res & 0x7ff);
-        // What wants authentication gets it from nobody here.
+        // Status 0x191 demands authentication, which is not implemented.
         if res & DO_NOT_RETRY != 0 || code == 0x191 {
             return Outcome::Failed(errno);
         }
@@ -241,9 +240,9 @@ impl Namespace {
     }
 }
 
-/// The errno that a status stands for (`nvme_error_status`); `None` for success.
+/// The errno for a status (`nvme_error_status`); `None` for success.
 fn error_of(status: i32) -> Option<Errno> {
-    // Type and code of the status; above them is advice.
+    // Status code type and status code. The bits above advise about retries.
     match status & 0x7ff {
         0 => None,
         // Invalid opcode, field or namespace; bad attributes.
@@ -256,9 +255,9 @@ fn error_of(status: i32) -> Option<Errno> {
         0x083 => Some(Errno::EBADE),
         // Protection information is invalid, or does not match.
         0x181 | 0x282..=0x284 => Some(Errno::EILSEQ),
-        // Read-only, write fault, unrecovered read, comparing failed, access denied, deallocated.
+        // Read-only, write fault, unrecovered read, compare failure, access denied, deallocated.
         0x182 | 0x280 | 0x281 | 0x285..=0x287 => Some(Errno::ENODATA),
-        // No way to the drive.
+        // No path to the drive.
         0x370 => Some(Errno::ENOLINK),
         _ => Some(Errno::EIO),
     }
@@ -266,12 +265,12 @@ fn error_of(status: i32) -> Option<Errno> {
 
 const RANGE_BYTES: u32 = 16;
 
-/// Memory for the ranges that dataset management commands read while they are in flight: one for
-/// each of a number of places. It stays mapped until the process ends.
+/// Memory for the ranges of dataset management commands, which the kernel reads while the commands
+/// are in flight. It stays mapped until the process ends.
 #[derive(Clone, Copy, Debug)]
 pub struct Ranges(BufferPool);
 
-/// A range in memory that stays mapped for ever.
+/// The address of a range, in memory that is never unmapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RangeAddr(PoolAddr);
 
@@ -292,22 +291,22 @@ impl Ranges {
         BufferPool::new(1, u32::from(count) * RANGE_BYTES).map(Self)
     }
 
-    /// Writes down the range of `len` bytes at byte `offset` of a namespace.
+    /// Stores the range of `len` bytes at byte `offset` of a namespace as number `index`.
     ///
     /// # Panics
-    /// If there is no such place.
-    pub fn set(&mut self, place: u16, namespace: Namespace, offset: u64, len: u64) -> RangeAddr {
+    /// If `index` is not below the count.
+    pub fn set(&mut self, index: u16, namespace: Namespace, offset: u64, len: u64) -> RangeAddr {
         let blocks = u32::try_from(len >> namespace.block_shift).unwrap_or(u32::MAX);
         let mut range = [0; RANGE_BYTES as usize];
         range[4..8].copy_from_slice(&blocks.to_le_bytes());
         range[8..16].copy_from_slice(&namespace.block_of(offset).to_le_bytes());
-        let at = u32::from(place) * RANGE_BYTES;
+        let at = u32::from(index) * RANGE_BYTES;
         self.0.write(0, at, &range);
         RangeAddr(self.0.addr(0, at))
     }
 }
 
-/// What the test against the kernel's headers compares.
+/// The facts that `uapi_test` compares with the kernel's headers.
 #[cfg(test)]
 pub(crate) fn facts(mut add: impl FnMut(&str, u64)) {
     use std::mem::offset_of;
@@ -387,7 +386,7 @@ mod tests {
         let namespace = Namespace { retry_delays: RetryDelays([2, 0, 70]), ..NAMESPACE };
         let table = [
             (0, Done),
-            // The kernel's own word.
+            // An error number of the kernel.
             (-5, Failed(Errno::EIO)),
             (-libc::EAGAIN, Failed(Errno::EAGAIN)),
             (-libc::EINTR, Failed(Errno::EINTR)),
@@ -398,18 +397,18 @@ mod tests {
             (0x4082, Failed(Errno::EREMOTEIO)),
             (0x4370, Failed(Errno::ENOLINK)),
             (0x5821, Failed(Errno::EREMOTEIO)),
-            // Whatever it is, without that word.
+            // The same kind of status without that bit.
             (0x2080, again(Errno::EREMOTEIO, 0)),
             (0x0281, again(Errno::ENODATA, 0)),
             (0x0006, again(Errno::EIO, 0)),
             (0x0021, again(Errno::EREMOTEIO, 0)),
             (0x0082, again(Errno::EREMOTEIO, 0)),
             (0x0182, again(Errno::ENODATA, 0)),
-            // After a delay of the drive's.
+            // After a delay that the drive demands.
             (0x0821, again(Errno::EREMOTEIO, 200 * ms)),
             (0x1021, again(Errno::EREMOTEIO, 0)),
             (0x1882, again(Errno::EREMOTEIO, 7000 * ms)),
-            // The way to it.
+            // A path error.
             (0x0301, again(Errno::EIO, 100 * ms)),
             (0x0370, again(Errno::ENOLINK, 100 * ms)),
             (0x0b70, again(Errno::ENOLINK, 200 * ms)),

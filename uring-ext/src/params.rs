@@ -1,14 +1,14 @@
 //! Device parameters (`struct ublk_params`).
 //!
-//! `libublk` ends its struct before the DMA alignment and segment limits, without which the
-//! block layer would send buffers that the backing refuses; so the whole struct stands here,
-//! built from the members that `libublk` binds.
+//! The struct in `libublk` lacks the DMA alignment and the segment limits. Without them the block
+//! layer would send buffers that the backing refuses. So this module has the whole struct, built
+//! from the members that `libublk` binds.
 
 use libublk::sys;
 
-/// `struct ublk_params` up to and including the segment limits (Linux 6.15). Older drivers take a
-/// longer struct than theirs and ignore the rest (`ublk_ctrl_set_params` copies the lesser of the
-/// two lengths).
+/// `struct ublk_params` up to and including the segment limits (Linux 6.15). Older drivers accept a
+/// longer struct and ignore the rest (`ublk_ctrl_set_params` copies the smaller of the two
+/// lengths).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Params {
@@ -84,13 +84,13 @@ impl Params {
         self.types & part != 0
     }
 
-    /// The numbers of the device nodes; zero before the device is started.
+    /// The device numbers of the nodes; 0 before the device is started.
     #[must_use]
     pub const fn devt(&self) -> &sys::ublk_param_devt {
         &self.devt
     }
 
-    /// A struct to be filled by `UBLK_U_CMD_GET_PARAMS`.
+    /// An empty struct that `UBLK_U_CMD_GET_PARAMS` fills.
     #[must_use]
     pub fn request() -> Self {
         Self { len: LEN, ..Self::default() }
@@ -99,7 +99,7 @@ impl Params {
 
 #[cfg(test)]
 impl Params {
-    /// The offset of each part, by its name in the UAPI.
+    /// The offset of each part, with its UAPI name.
     pub(crate) fn offsets() -> [(&'static str, usize); 8] {
         use std::mem::offset_of;
         [
@@ -115,6 +115,6 @@ impl Params {
     }
 }
 
-/// `sizeof(struct ublk_params)` up to here; the padding before the segment limits is explicit.
+/// `sizeof(struct ublk_params)` up to the segment limits. The padding before them is explicit.
 const LEN: u32 = 136;
 const _: () = assert!(size_of::<Params>() == LEN as usize);

@@ -1,4 +1,4 @@
-//! Memory of the copy modes: one page-aligned buffer a tag.
+//! Memory of the copy modes: one page-aligned buffer for each tag.
 
 use std::num::NonZeroUsize;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -12,8 +12,8 @@ use crate::iod::page_size;
 
 /// Page-aligned, zeroed buffers of one size, numbered from 0.
 ///
-/// The memory is mapped once and stays mapped until the process ends: the driver and the drives
-/// hold addresses in it, and no order of tear-down can then free it too early.
+/// The memory is mapped once and stays mapped until the process ends. The driver and the drives
+/// hold addresses in it, and so no order of tear-down can free it too early.
 #[derive(Clone, Copy, Debug)]
 pub struct BufferPool {
     base: NonNull<u8>,
@@ -21,11 +21,11 @@ pub struct BufferPool {
     count: u16,
 }
 
-// SAFETY: the pool is an address range that is never unmapped; this crate never forms a
-// reference into it.
+// SAFETY: the pool is an address range that is never unmapped. This crate never creates a reference
+// into it.
 unsafe impl Send for BufferPool {}
 
-/// An address in a [`BufferPool`]; only pools make them, so it stays mapped for ever.
+/// An address in a [`BufferPool`]. Only pools make them, so it is never unmapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PoolAddr(u64);
 
@@ -37,7 +37,7 @@ impl PoolAddr {
     }
 }
 
-/// Which way [`BufferPool::copy`] goes.
+/// The direction of [`BufferPool::copy`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
     /// The data of a write, into the pool.
@@ -56,7 +56,7 @@ pub struct RequestAddr {
 }
 
 impl RequestAddr {
-    /// The file position of a byte of the request (`ublk_pos_to_*`).
+    /// The file position of byte `offset` of the request (`ublk_pos_to_*`).
     fn position(self, offset: u32) -> i64 {
         let base = i64::from(sys::UBLKSRV_IO_BUF_OFFSET);
         let queue = i64::from(self.qid) << sys::UBLK_QID_OFF;
@@ -77,8 +77,8 @@ impl BufferPool {
         let bytes = buffer_bytes.checked_mul(usize::from(count)).ok_or(Errno::EINVAL)?;
         let bytes = NonZeroUsize::new(bytes).ok_or(Errno::EINVAL)?;
         let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: a new anonymous mapping at an address of the kernel's choice touches no memory
-        // of ours.
+        // SAFETY: the kernel chooses the address of the new anonymous mapping, so no other memory
+        // changes.
         let mapped = unsafe {
             mmap_anonymous(None, bytes, protection, MapFlags::MAP_PRIVATE | MapFlags::MAP_POPULATE)
         };
@@ -95,7 +95,7 @@ impl BufferPool {
     /// The address of `offset` bytes into buffer `index`.
     ///
     /// # Panics
-    /// If the buffer or the offset is not of this pool.
+    /// If the buffer or the offset is outside the pool.
     #[must_use]
     pub fn addr(&self, index: u16, offset: u32) -> PoolAddr {
         let offset = offset as usize;
@@ -104,10 +104,10 @@ impl BufferPool {
         PoolAddr((start + usize::from(index) * self.buffer_bytes + offset) as u64)
     }
 
-    /// Copies `len` bytes between a delivered request and buffer `index`, both from byte `offset` on,
-    /// by `pread(2)` or `pwrite(2)` on the character device (`UBLK_F_USER_COPY`, Linux 6.5,
-    /// `ublk_user_copy`). Plain system calls, since the driver takes only user memory and no
-    /// registered buffer; they copy and do not wait.
+    /// Copies `len` bytes between a delivered request and buffer `index`, both from byte `offset`
+    /// on, by `pread(2)` or `pwrite(2)` on the character device (`UBLK_F_USER_COPY`, Linux 6.5,
+    /// `ublk_user_copy`). These are plain system calls, since the driver takes only user memory and
+    /// no registered buffer. They copy and do not wait.
     ///
     /// Returns the number of bytes copied, which may be less than `len`.
     ///
@@ -116,7 +116,7 @@ impl BufferPool {
     /// the wrong direction.
     ///
     /// # Panics
-    /// If the range is not of this pool.
+    /// If the range is outside the pool.
     pub fn copy(
         &self,
         cdev: BorrowedFd<'_>,
@@ -131,7 +131,7 @@ impl BufferPool {
         let memory = std::ptr::with_exposed_provenance_mut(self.addr_of(index) + start);
         let position = request.position(offset);
         let cdev = cdev.as_raw_fd();
-        // The range is mapped for ever, and no reference into it is ever formed.
+        // The range is never unmapped, and no reference into it exists.
         let copied = match direction {
             // SAFETY: see above.
             Direction::FromRequest => unsafe { libc::pread64(cdev, memory, len, position) },
@@ -144,17 +144,17 @@ impl BufferPool {
     /// Writes bytes into buffer `index` from byte `offset` on.
     ///
     /// # Panics
-    /// If the range is not of this pool.
+    /// If the range is outside the pool.
     pub(crate) fn write(&mut self, index: u16, offset: u32, bytes: &[u8]) {
         let start = offset as usize;
         assert!(index < self.count && start + bytes.len() <= self.buffer_bytes, "{index}+{offset}");
         let to = std::ptr::with_exposed_provenance_mut(self.addr_of(index) + start);
-        // SAFETY: the range is mapped for ever, no reference into it is ever formed, and `bytes`
-        // is memory of somebody else.
+        // SAFETY: the range is never unmapped, no reference into it exists, and `bytes` is outside
+        // it.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
     }
 
-    /// A buffer, as the kernel takes it.
+    /// One buffer as an I/O vector.
     pub(crate) fn iovec(&self, index: u16) -> libc::iovec {
         libc::iovec {
             iov_base: std::ptr::with_exposed_provenance_mut(self.addr_of(index)),
@@ -200,7 +200,7 @@ mod tests {
 
     #[test]
     fn bytes_are_copied_to_and_from_the_file_position_of_the_request() {
-        // A sparse file stands in for the character device.
+        // A sparse file replaces the character device.
         let file = tempfile();
         let pool = BufferPool::new(2, 4096).unwrap();
         let request = RequestAddr { qid: 1, tag: 2 };

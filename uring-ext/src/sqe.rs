@@ -1,7 +1,7 @@
 //! Submission queue entries: ublk I/O commands and the operations that borrow a lent buffer.
 //!
-//! Every constructor takes memory only as a slot of the ring's buffer table, which the kernel
-//! checks, or as a [`PoolAddr`], which is never unmapped; so an [`Sqe`] may be pushed safely.
+//! Constructors take memory only as a slot of the ring's buffer table, which the kernel checks, or
+//! as a [`PoolAddr`], which is never unmapped. So pushing an [`Sqe`] is safe.
 
 use std::os::fd::RawFd;
 
@@ -24,7 +24,7 @@ pub struct FixedFile(pub u32);
 #[repr(transparent)]
 pub struct Sqe(squeue::Entry);
 
-/// How the driver hands over the data of the next request of a tag.
+/// How the driver provides the data of a tag's next request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Delivery {
     /// Register the request's buffer in this slot before delivery, and return it at commit
@@ -36,8 +36,8 @@ pub enum Delivery {
     },
     /// Copy to and from this address (Linux 6.0).
     Copy(PoolAddr),
-    /// Nothing: the server registers the buffer or copies (`UBLK_F_SUPPORT_ZERO_COPY`,
-    /// `UBLK_F_USER_COPY`).
+    /// It does nothing: the server registers the buffer or copies the data
+    /// (`UBLK_F_SUPPORT_ZERO_COPY`, `UBLK_F_USER_COPY`).
     ByServer,
 }
 
@@ -62,7 +62,7 @@ impl Delivery {
     }
 }
 
-/// Where in the ring's buffer table the bytes of an operation are.
+/// The memory of an operation, as a position in the ring's buffer table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FixedBuffer {
     /// A lent request buffer: addresses in it count from 0 (`io_buffer_register_bvec` leaves
@@ -108,8 +108,8 @@ fn io_cmd(qid: u16, tag: u16, result: i32, addr: u64) -> [u8; 16] {
     bytes
 }
 
-/// `struct io_uring_sqe` as eight words: what every request is made of is written so, since it is
-/// far less work than by the crate's builders, which the tests compare it with.
+/// `struct io_uring_sqe` as eight words. The entries that every request needs are written this way
+/// because it is much faster than the builders of `io-uring`. The tests compare both.
 #[inline(always)]
 fn from_words(words: [u64; 8]) -> Sqe {
     // SAFETY: an entry is 64 bytes of plain integers, `repr(C)` and without padding.
@@ -160,8 +160,8 @@ impl Sqe {
     }
 
     /// `UBLK_U_IO_COMMIT_AND_FETCH_REQ`: complete a tag's request with `result` (bytes moved, or a
-    /// negated error number) and fetch its next one. Must be pushed to the ring that fetched:
-    /// from another one the buffer is not returned and the request sticks.
+    /// negated error number) and fetch its next one. Must be pushed to the ring that fetched: on
+    /// another ring the buffer is not returned, and the request never ends.
     #[must_use]
     #[inline(always)]
     pub fn commit_and_fetch(
@@ -191,7 +191,7 @@ impl Sqe {
         ublk(cdev, sys::UBLK_U_IO_REGISTER_IO_BUF, io_cmd(qid, tag, 0, u64::from(slot)), None)
     }
 
-    /// `UBLK_U_IO_UNREGISTER_IO_BUF` (Linux 6.15): take it out again.
+    /// `UBLK_U_IO_UNREGISTER_IO_BUF` (Linux 6.15): remove it from the slot.
     #[must_use]
     pub fn unregister_buffer(cdev: FixedFile, qid: u16, tag: u16, slot: u16) -> Self {
         ublk(cdev, sys::UBLK_U_IO_UNREGISTER_IO_BUF, io_cmd(qid, tag, 0, u64::from(slot)), None)
@@ -205,8 +205,8 @@ impl Sqe {
     }
 
     /// Writes `len` bytes from a fixed buffer at byte `offset` of a file. With `dsync`
-    /// (`RWF_DSYNC`) the data is on stable storage at completion: a FUA write on block devices
-    /// that have it, write and flush elsewhere.
+    /// (`RWF_DSYNC`) the data is on stable storage at completion: a FUA write on block devices that
+    /// support it, otherwise a write and a flush.
     #[must_use]
     #[inline(always)]
     pub fn write_fixed(
@@ -233,7 +233,7 @@ impl Sqe {
         Self(opcode::Fallocate::new(types::Fixed(file.0), len).offset(offset).mode(mode).build())
     }
 
-    /// A command with 80 bytes of payload, which is a double entry (`IORING_OP_URING_CMD128`, Linux
+    /// A command with 80 bytes of payload, as a double entry (`IORING_OP_URING_CMD128`, Linux
     /// 6.19). `buffer` is the slot that addresses in the payload refer to
     /// (`IORING_URING_CMD_FIXED`).
     pub(crate) fn double_command(
@@ -256,14 +256,14 @@ impl Sqe {
         [first, second].map(Self::from_bytes)
     }
 
-    /// `BLOCK_URING_CMD_DISCARD` (Linux 6.12, `block/ioctl.c`): discards a range of a block
-    /// device. Starts on an io-wq thread, since what the submitter itself starts is `REQ_NOWAIT`,
-    /// which the block layer answers with `EOPNOTSUPP` where a driver cannot promise not to wait
-    /// (`submit_bio_noacct`; dm-crypt is such a one), and nobody tries again.
+    /// `BLOCK_URING_CMD_DISCARD` (Linux 6.12, `block/ioctl.c`): discards a range of a block device.
+    /// Starts on an io-wq thread. If the submitter started it, it would be `REQ_NOWAIT`: the block
+    /// layer fails that with `EOPNOTSUPP` on drivers that may wait, such as dm-crypt
+    /// (`submit_bio_noacct`), and io_uring does not retry it.
     #[must_use]
     pub fn discard(file: FixedFile, offset: u64, len: u64) -> Self {
-        // `_IO(0x12, 0)`; the start is in `sqe->addr`, the length in `sqe->addr3`, which is where
-        // the command bytes begin.
+        // `_IO(0x12, 0)`. The start is in `sqe->addr`, the length in `sqe->addr3`, where the
+        // command bytes begin.
         const BLOCK_URING_CMD_DISCARD: u32 = 0x12 << 8;
         let mut cmd = [0; 16];
         cmd[0..8].copy_from_slice(&len.to_ne_bytes());
@@ -276,8 +276,8 @@ impl Sqe {
         )
     }
 
-    /// `IORING_OP_ASYNC_CANCEL`: asks for the end of the entry that was pushed with `user_data`. Its
-    /// own result is 0, `-ENOENT` (no such entry) or `-EALREADY` (it runs and cannot be stopped).
+    /// `IORING_OP_ASYNC_CANCEL`: cancels the entry that was pushed with `user_data`. The result is
+    /// 0, `-ENOENT` (no such entry) or `-EALREADY` (it is running and cannot be stopped).
     #[must_use]
     pub fn cancel(user_data: u64) -> Self {
         Self(opcode::AsyncCancel::new(user_data).build())
@@ -289,10 +289,10 @@ impl Sqe {
         Self(opcode::Nop::new().build())
     }
 
-    /// `IORING_OP_TIMEOUT`: completes with `-ETIME` after so many nanoseconds. The kernel reads the
-    /// time from memory, which the ring has: until the entry is pushed to one, it is an
-    /// `IORING_OP_TIMEOUT_REMOVE` with the time as the name of what to remove. As part of a chain it
-    /// would stay that, and fail with `ENOENT`.
+    /// `IORING_OP_TIMEOUT`: completes with `-ETIME` after `ns` nanoseconds. The kernel reads the
+    /// time from memory, which the ring provides. Until it is pushed, the entry is an
+    /// `IORING_OP_TIMEOUT_REMOVE` with the time in the field for the entry to remove. In a chain it
+    /// would remain that, and fail with `ENOENT`.
     #[must_use]
     pub fn delay(ns: u64) -> Self {
         Self(opcode::TimeoutRemove::new(ns).build())
@@ -312,20 +312,20 @@ impl Sqe {
         self.is_delay().then(ns)
     }
 
-    /// A delay whose time the kernel finds at an address.
+    /// A delay with its time at an address.
     pub(crate) fn delay_at(&self, time: *const types::Timespec) -> Self {
         Self(opcode::Timeout::new(time).build().user_data(self.0.get_user_data()))
     }
 
-    /// Completes once when `file` can be read, without reading it.
+    /// Completes once when `file` is readable, without reading it.
     #[must_use]
     pub fn poll_readable(file: FixedFile) -> Self {
         let events = u32::try_from(libc::POLLIN).unwrap_or(1);
         Self(opcode::PollAdd::new(types::Fixed(file.0), events).build())
     }
 
-    /// `IORING_OP_MSG_RING` (Linux 5.18): posts a completion that carries `user_data` to the ring
-    /// behind a descriptor. Its own completion appears only if it fails.
+    /// `IORING_OP_MSG_RING` (Linux 5.18): posts a completion with `user_data` to another ring,
+    /// given by its descriptor. Its own completion appears only if it fails.
     #[must_use]
     pub fn message(ring: RawFd, user_data: u64) -> Self {
         let message = opcode::MsgRingData::new(types::Fd(ring), 0, user_data, None);
@@ -351,7 +351,7 @@ impl Sqe {
         self.as_bytes()[1] & squeue::Flags::IO_HARDLINK.bits() != 0
     }
 
-    /// How many places of the queue it takes: 2 for the first half of a double entry.
+    /// How many entries of the queue it takes: 2 for the first half of a double entry.
     #[must_use]
     pub fn width(&self) -> usize {
         if self.as_bytes()[0] == URING_CMD128 { 2 } else { 1 }
@@ -365,8 +365,8 @@ impl Sqe {
         unsafe { &*std::ptr::from_ref(&self.0).cast() }
     }
 
-    /// Completes when the thread does the work that the kernel has for it (`IORING_NOP_TW`, Linux
-    /// 6.16; at once, with `EINVAL`, before that).
+    /// Completes when the thread runs the kernel's work for it (`IORING_NOP_TW`, Linux 6.16; before
+    /// that at once with `EINVAL`).
     #[cfg(test)]
     pub(crate) fn nop_as_work() -> Self {
         const IORING_NOP_TW: u32 = 1 << 4;
@@ -380,7 +380,7 @@ impl Sqe {
         Self(unsafe { std::mem::transmute::<[u8; 64], squeue::Entry>(bytes) })
     }
 
-    /// Sets what the completion will carry.
+    /// Sets the `user_data` of the completion.
     #[must_use]
     pub fn user_data(self, user_data: u64) -> Self {
         Self(self.0.user_data(user_data))

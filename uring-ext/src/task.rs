@@ -9,8 +9,8 @@ use crate::Errno;
 /// `PR_SET_IO_FLUSHER` (`include/uapi/linux/prctl.h`).
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
 
-/// Marks the thread as one that cleans memory for others: what it allocates in the kernel does
-/// not wait for writeback or throttling, which may in turn wait for it (Linux 5.6).
+/// Marks the thread as an I/O flusher (Linux 5.6): its allocations in the kernel do not wait for
+/// writeback or throttling, which may in turn wait for this thread.
 ///
 /// # Errors
 /// `EPERM` without `CAP_SYS_RESOURCE`, `EINVAL` on older kernels.
@@ -22,13 +22,13 @@ pub fn set_io_flusher() -> Result<(), Errno> {
     if result == 0 { Ok(()) } else { Err(Errno::of(&std::io::Error::last_os_error())) }
 }
 
-/// Gives the thread the least real-time priority (`SCHED_FIFO`, priority 1, which its children do
-/// not inherit), or the policy of ordinary threads again (`SCHED_OTHER`, at the nice value that it
-/// had). See `sched(7)`.
+/// Gives the thread the lowest real-time priority (`SCHED_FIFO`, priority 1, which its children do
+/// not inherit), or returns it to the default policy (`SCHED_OTHER`, with its previous nice value).
+/// See `sched(7)`.
 ///
 /// # Errors
-/// `EPERM` without `CAP_SYS_NICE` if `RLIMIT_RTPRIO` is 0, or where the thread's control group has no
-/// share of real time.
+/// `EPERM` without `CAP_SYS_NICE` if `RLIMIT_RTPRIO` is 0, or if the thread's control group has no
+/// real-time budget.
 pub fn set_real_time(on: bool) -> Result<(), Errno> {
     let policy = if on { libc::SCHED_FIFO } else { libc::SCHED_OTHER };
     let param = libc::sched_param { sched_priority: libc::c_int::from(on) };
@@ -37,7 +37,7 @@ pub fn set_real_time(on: bool) -> Result<(), Errno> {
     if result == 0 { Ok(()) } else { Err(Errno::of(&std::io::Error::last_os_error())) }
 }
 
-/// Whether the thread has the policy of ordinary threads (`SCHED_OTHER`).
+/// Whether the thread has the default policy (`SCHED_OTHER`).
 #[must_use]
 pub fn is_ordinary() -> bool {
     // SAFETY: it takes an integer; 0 is the calling thread.
@@ -45,9 +45,9 @@ pub fn is_ordinary() -> bool {
     policy & !libc::SCHED_RESET_ON_FORK == libc::SCHED_OTHER
 }
 
-/// Closes every descriptor of the process but standard input, output and error: those that its
-/// parent has left open (`close_range(2)`, Linux 5.9). To be called before the process opens any of
-/// its own, which would be closed, too.
+/// Closes the descriptors that the process has inherited, except for standard input, output and
+/// error (`close_range(2)`, Linux 5.9). Call it before the process opens files of its own, which
+/// would also be closed.
 ///
 /// # Errors
 /// `ENOSYS` on older kernels.
@@ -55,8 +55,8 @@ pub fn close_inherited_files() -> Result<(), Errno> {
     close_range(3, u32::MAX, 0)
 }
 
-/// Has the programs that this process starts not inherit the descriptors that are open now, but for
-/// standard input, output and error (`CLOSE_RANGE_CLOEXEC`, Linux 5.11).
+/// Prevents programs that this process starts from inheriting the descriptors that are open now,
+/// except for standard input, output and error (`CLOSE_RANGE_CLOEXEC`, Linux 5.11).
 ///
 /// # Errors
 /// `ENOSYS` or `EINVAL` on older kernels.
@@ -66,13 +66,13 @@ pub fn keep_files_from_children() -> Result<(), Errno> {
 
 fn close_range(first: u32, last: u32, flags: libc::c_uint) -> Result<(), Errno> {
     let [first, last, flags] = [first, last, flags].map(libc::c_ulong::from);
-    // SAFETY: it takes integers only. Nothing in this process owns the descriptors that it closes,
-    // as the caller sees to.
+    // SAFETY: it takes integers only. The caller ensures that nothing in this process owns the
+    // descriptors that it closes.
     let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) };
     if result == 0 { Ok(()) } else { Err(Errno::of(&std::io::Error::last_os_error())) }
 }
 
-/// The descriptors from 3 on that are not to be kept, as ranges.
+/// The descriptors from 3 on that are not in `keep`, as ranges.
 fn all_but(keep: &[BorrowedFd<'_>]) -> Vec<RangeInclusive<u32>> {
     let kept = keep.iter().filter_map(|fd| u32::try_from(fd.as_raw_fd()).ok());
     let kept: BTreeSet<u32> = kept.filter(|fd| *fd >= 3).collect();
@@ -88,42 +88,43 @@ fn all_but(keep: &[BorrowedFd<'_>]) -> Vec<RangeInclusive<u32>> {
     ranges
 }
 
-/// Forks, has the child do some work, and ends it. Returns the child's process id, to be waited for.
+/// Forks, runs `work` in the child, and ends the child. Returns the child's process id, which the
+/// caller has to wait for.
 ///
 /// The child has no descriptors but standard input, output and error, and those to `keep`: it may outlive
 /// what the others stand for, such as locks, which it would share. `work` must not use or drop any other
 /// descriptor of the parent. Before Linux 5.9 the child has them all.
 ///
 /// # Errors
-/// `EBUSY` if the process has several threads, whose locks the child could wait for without end;
+/// `EBUSY` if the process has several threads: the child could wait for their locks for ever;
 /// `EAGAIN` at the limit of processes, `ENOMEM`.
 pub fn in_child(keep: &[BorrowedFd<'_>], work: impl FnOnce()) -> Result<i32, Errno> {
     let threads = std::fs::read_dir("/proc/self/task").map_err(|error| Errno::of(&error))?;
     if threads.count() != 1 {
         return Err(Errno::EBUSY);
     }
-    // SAFETY: this is the only thread, so the child finds all memory and locks in order.
+    // SAFETY: this is the only thread, so memory and locks are consistent in the child.
     unsafe { fork_to(keep, work) }
 }
 
 /// # Safety
 ///
-/// Where the process has other threads, `work` must not wait for a lock that one of these may hold, such as
-/// that of the allocator.
+/// If the process has other threads, `work` must not wait for a lock that one of them may hold, such
+/// as that of the allocator.
 unsafe fn fork_to(keep: &[BorrowedFd<'_>], work: impl FnOnce()) -> Result<i32, Errno> {
     let unused = all_but(keep);
-    // SAFETY: the caller sees to what the child does.
+    // SAFETY: the caller ensures that the child can do its work.
     let pid = unsafe { libc::fork() };
     match pid {
         -1 => Err(Errno::of(&std::io::Error::last_os_error())),
         0 => {
             for fds in &unused {
-                // It is no worse with more of them.
+                // If this fails, the child has more descriptors, which does no harm.
                 let _ = close_range(*fds.start(), *fds.end(), 0);
             }
-            // Nothing of the parent's may be unwound or flushed here.
+            // The child must not unwind or flush anything of the parent.
             let worked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
-            // SAFETY: it ends the child, whatever that holds.
+            // SAFETY: it ends the child at once, without running destructors.
             unsafe { libc::_exit(i32::from(worked.is_err())) }
         }
         pid => Ok(pid),

@@ -1,4 +1,4 @@
-//! The structs and numbers of this crate against the kernel's own headers, by a C compiler.
+//! Compares the structs and numbers of this crate with the kernel's headers, by a C compiler.
 
 use std::fmt::Write as _;
 use std::mem::offset_of;
@@ -11,7 +11,7 @@ use crate::params::Params;
 use crate::ring::{SetupParams, flag};
 use crate::{feature, nvme};
 
-/// A C expression and what it must be.
+/// A C expression and its expected value.
 struct Fact(String, u64);
 
 macro_rules! offsets {
@@ -117,7 +117,7 @@ fn facts() -> Vec<Fact> {
         UBLK_PARAM_TYPE_DMA_ALIGN,
         UBLK_PARAM_TYPE_SEGMENT,
     );
-    // What the builders of `sqe` write by hand.
+    // Fields that the builders of `sqe` write by hand.
     facts.push(Fact("offsetof(struct io_uring_sqe, addr3)".into(), 48));
     facts.push(Fact("offsetof(struct io_uring_sqe, cmd)".into(), 48));
     for (field, offset) in SQE_FIELDS {
@@ -161,7 +161,7 @@ const SQE_FIELDS: [(&str, u64); 12] = [
     ("uring_cmd_flags", 28),
 ];
 
-/// Opcodes and flags that the tests of `sqe` and the simulator know by number.
+/// Opcodes and flags that the tests of `sqe` and the simulator have as literal numbers.
 const RING_CONSTANTS: [(&str, u64); 20] = [
     ("IORING_OP_NOP", 0),
     ("IORING_OP_FSYNC", 3),
@@ -233,7 +233,7 @@ fn check(text: &mut String, Fact(expression, value): &Fact) {
     );
 }
 
-/// The headers may be older than the feature, but then they do not have it.
+/// Headers that are older than the feature must lack it.
 fn check_feature(text: &mut String, feature: &feature::Feature) {
     let name = format!("UBLK_F_{}", feature.name);
     let since = feature.since.replace('.', ", ");

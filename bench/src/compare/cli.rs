@@ -13,16 +13,16 @@ use crate::table::cli::terminal_width;
 /// Arguments of `compare`.
 #[derive(Debug, Args)]
 pub struct Arguments {
-    /// A file that `run` has written: what was
+    /// A results file of `run`: before the change
     #[arg(value_name = "A.json")]
     before: PathBuf,
-    /// Another one: what is
+    /// Another one: after the change
     #[arg(value_name = "B.json")]
     after: PathBuf,
-    /// Compare the figures themselves, not their part of the raw backing's
+    /// Compare the figures themselves, not their ratios to the raw backing
     #[arg(long)]
     absolute: bool,
-    /// The least change that counts, in percent
+    /// The smallest change that counts, in percent
     #[arg(long, value_name = "PERCENT", default_value = "1", value_parser = percent)]
     least: f64,
     /// Exit with 3 if anything is worse
@@ -44,7 +44,7 @@ fn percent(text: &str) -> Result<f64, String> {
 /// Compares and prints.
 ///
 /// # Errors
-/// In a line, when a file cannot be read.
+/// One line, if a file cannot be read.
 pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let (before, after) = (read(&arguments.before)?, read(&arguments.after)?);
     let options = Options { absolute: arguments.absolute, threshold: arguments.least / 100.0 };

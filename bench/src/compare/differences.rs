@@ -1,17 +1,17 @@
-//! What differs about two runs, besides what they found.
+//! Differences between two runs, apart from their results.
 
 use super::{Change, Measure, Verdict};
 use crate::results::{Family, Results};
 use crate::summary::check::clean;
 use crate::summary::figure::{bytes, ratio};
 
-/// What makes a comparison doubtful, a sentence each.
+/// Facts that make a comparison doubtful, one sentence for each.
 #[must_use]
 pub fn warnings(before: &Results, after: &Results) -> Vec<String> {
     let mut said = Vec::new();
     for (name, results) in [("first", before), ("second", after)] {
         if let Some(why) = &results.incomplete {
-            said.push(format!("the {name} run is not whole: {}", clean(why)));
+            said.push(format!("the {name} run is incomplete: {}", clean(why)));
         }
     }
     let facts = facts(before).into_iter().zip(facts(after));
@@ -26,7 +26,7 @@ pub fn warnings(before: &Results, after: &Results) -> Vec<String> {
     said
 }
 
-/// What should be the same, by name.
+/// Facts that should be the same, with their names.
 fn facts(results: &Results) -> Vec<(&'static str, String)> {
     let (machine, backing, method) = (&results.machine, &results.backing, &results.method);
     let or_none = |text: &Option<String>| text.clone().unwrap_or_else(|| "none".to_owned());
@@ -51,7 +51,7 @@ fn facts(results: &Results) -> Vec<(&'static str, String)> {
     ]
 }
 
-/// What only one of them has measured.
+/// The names that only one of the runs has measured.
 fn only(one: &Results, other: &Results, name: &str) -> Vec<String> {
     let measured = |results: &Results, subject: &str| {
         results.samples.iter().any(|sample| sample.subject == subject)
@@ -68,7 +68,7 @@ fn only(one: &Results, other: &Results, name: &str) -> Vec<String> {
     }
 }
 
-/// Subjects of the same name that were made in another way.
+/// Subjects with the same name that were made by different commands.
 fn commands(before: &Results, after: &Results) -> Vec<String> {
     let pairs = before.subjects.iter().filter_map(|one| {
         let other = after.subjects.iter().find(|other| other.name == one.name)?;
@@ -81,7 +81,8 @@ fn commands(before: &Results, after: &Results) -> Vec<String> {
     said.collect()
 }
 
-/// Whether the limit itself has moved; then what is compared absolutely may have moved with it.
+/// Whether the raw backing's figures have changed. Then figures that are compared absolutely may
+/// have changed with them.
 #[must_use]
 pub fn moved_limit(before: &Results, changes: &[Change]) -> Option<String> {
     let raw = before.subjects.iter().find(|subject| subject.family == Family::Raw)?;
@@ -99,7 +100,7 @@ pub fn moved_limit(before: &Results, changes: &[Change]) -> Option<String> {
         return None;
     }
     Some(format!(
-        "the raw backing itself does another number of requests ({}): the machine or the drive has changed",
+        "the raw backing's throughput itself has changed ({}): the machine or the drive is different",
         moved.join(", ")
     ))
 }

@@ -1,9 +1,9 @@
 //! `compare`: what changed from one run to another, and whether it is more than noise.
 //!
-//! What is compared is each figure as a part of the raw backing's in the same round, so that a
-//! machine that has become slower as a whole is not taken for a change; the figures of the rounds
-//! are put to a test of ranks, which needs nothing of their distribution, and its probabilities are
-//! corrected for how many cells are tested.
+//! Each figure is compared as a ratio to the raw backing's in the same round, so that a slower
+//! machine does not count as a change. The figures of the rounds are compared by a rank test, which
+//! assumes nothing about their distribution. Its probabilities are corrected for the number of
+//! cells.
 
 pub mod cli;
 pub mod differences;
@@ -22,42 +22,42 @@ use crate::summary::check::Invalid;
 use crate::summary::estimate::median_of;
 use test::{corrected, least, mann_whitney};
 
-/// Probability of noise up to which a change counts.
+/// The significance level: the maximum probability of noise for a change.
 pub const LEVEL: f64 = 0.05;
 
 /// How to compare.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Options {
-    /// Compare the figures themselves, not their part of the raw backing's.
+    /// Compare the figures themselves, not their ratios to the raw backing's.
     pub absolute: bool,
-    /// The least change that counts, as a part: 0.01.
+    /// The minimum change, as a fraction, such as 0.01.
     pub threshold: f64,
 }
 
-/// What is compared of a cell.
+/// A measure of a cell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Measure {
     /// Requests a second.
     Throughput,
-    /// The latency that 99 of 100 requests do not exceed.
+    /// The 99th percentile of the latency.
     Latency,
-    /// Processor time of the machine for each request.
+    /// CPU time of the machine for each request.
     Cpu,
 }
 
 /// All measures.
 pub const MEASURES: [Measure; 3] = [Measure::Throughput, Measure::Latency, Measure::Cpu];
 
-/// What became of a cell.
+/// The verdict on a cell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Verdict {
-    /// It is better, by more than noise.
+    /// Better, by more than noise.
     Better,
-    /// It is worse, by more than noise.
+    /// Worse, by more than noise.
     Worse,
-    /// It may be noise, or is too little to matter.
+    /// Possibly noise, or too small to matter.
     Unclear,
 }
 
@@ -70,7 +70,7 @@ pub struct Change {
     pub load: String,
     /// The measure.
     pub measure: Measure,
-    /// Whether it is compared as a part of the raw backing's.
+    /// Whether it is compared as a ratio to the raw backing's.
     pub of_raw: bool,
     /// Median in the first run: a ratio, requests a second, nanoseconds, or microseconds.
     pub before: f64,
@@ -78,16 +78,17 @@ pub struct Change {
     pub after: f64,
     /// The second divided by the first.
     pub ratio: f64,
-    /// Probability that noise makes at least such a difference, corrected for the number of cells.
+    /// The probability that noise makes at least this difference, corrected for the number of
+    /// cells.
     pub p: f64,
-    /// What that means.
+    /// The verdict.
     pub verdict: Verdict,
 }
 
-/// Two runs compared.
+/// The comparison of two runs.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Comparison {
-    /// What differs about machine, backing and method, and what else is to be known.
+    /// Differences in machine, backing and method, and other warnings.
     pub warnings: Vec<String>,
     /// The cells that both have.
     pub changes: Vec<Change>,
@@ -102,7 +103,7 @@ impl Comparison {
 }
 
 impl Measure {
-    /// What people call it.
+    /// Its title.
     #[must_use]
     pub fn title(self) -> &'static str {
         match self {
@@ -136,7 +137,7 @@ impl Measure {
 /// Compares two runs.
 ///
 /// # Errors
-/// What cannot be in results.
+/// The first invalid value in the results.
 pub fn compare(before: &Results, after: &Results, options: Options) -> Result<Comparison, Invalid> {
     let (one, other) = (Summary::of(before)?, Summary::of(after)?);
     let mut warnings = differences::warnings(before, after);
@@ -153,7 +154,7 @@ pub fn compare(before: &Results, after: &Results, options: Options) -> Result<Co
     Ok(Comparison { warnings, changes })
 }
 
-/// A change with the rounds of either side, its probability not yet corrected.
+/// A change, with the number of rounds of both runs. Its probability is not corrected yet.
 type Tested = (Change, (usize, usize));
 
 fn tested(one: &Summary, other: &Summary, measure: Measure, options: Options) -> Vec<Tested> {
@@ -169,14 +170,14 @@ fn tested(one: &Summary, other: &Summary, measure: Measure, options: Options) ->
 }
 
 /// A cell of a run.
-struct Place<'a> {
+struct RunCell<'a> {
     summary: &'a Summary<'a>,
     subject: usize,
     load: usize,
 }
 
-/// The cells whose subject and load both runs have, by their names.
-fn in_both<'a>(one: &'a Summary, other: &'a Summary) -> Vec<(Place<'a>, Place<'a>)> {
+/// The cells with a subject and a load that both runs have.
+fn in_both<'a>(one: &'a Summary, other: &'a Summary) -> Vec<(RunCell<'a>, RunCell<'a>)> {
     let mut places = Vec::new();
     for (subject, described) in one.measured() {
         let mut others = other.results().subjects.iter();
@@ -184,14 +185,14 @@ fn in_both<'a>(one: &'a Summary, other: &'a Summary) -> Vec<(Place<'a>, Place<'a
         for (load, loaded) in one.loads() {
             let mut others = other.results().loads.iter();
             let Some(its_load) = others.position(|each| each.name == loaded.name) else { continue };
-            let before = Place { summary: one, subject, load };
-            places.push((before, Place { summary: other, subject: its, load: its_load }));
+            let before = RunCell { summary: one, subject, load };
+            places.push((before, RunCell { summary: other, subject: its, load: its_load }));
         }
     }
     places
 }
 
-impl Place<'_> {
+impl RunCell<'_> {
     fn names(&self) -> (String, String) {
         let results = self.summary.results();
         (results.subjects[self.subject].name.clone(), results.loads[self.load].name.clone())
@@ -204,7 +205,7 @@ impl Place<'_> {
         (!figures.is_empty()).then_some(figures)
     }
 
-    /// The figures of the rounds as parts of the raw backing's; `None` if there are none.
+    /// The figures of the rounds as ratios to the raw backing's; `None` if there are none.
     fn of_raw(&self, measure: Measure) -> Option<Vec<f64>> {
         let raw = self.summary.cell(self.summary.raw()?, self.load)?.samples.iter();
         let of_round =
@@ -232,7 +233,7 @@ fn change(
     Some((change, (one.len(), other.len())))
 }
 
-/// Says so where no single change of a measure could be told from noise.
+/// A warning if there are too few rounds to distinguish any change of a measure from noise.
 fn too_weak(tested: &[Tested], measure: Measure) -> Option<String> {
     let (_, (one, other)) = tested.iter().max_by_key(|(_, (one, other))| one.min(other))?;
     let alone = least(*one, *other) * crate::summary::estimate::number(tested.len());

@@ -6,7 +6,7 @@ use crate::summary::check::clean;
 use crate::summary::figure::{NONE, ratio, short};
 use crate::table::columns::{columns, wrapped};
 
-/// What changed, in tables no wider than `width`. Titles and order are those of the first run.
+/// The changes, in tables no wider than `width`. Titles and order are those of the first run.
 #[must_use]
 pub fn text(comparison: &Comparison, before: &Results, width: usize) -> String {
     let mut text = String::new();
@@ -62,7 +62,7 @@ fn verdict(comparison: &Comparison) -> String {
         "Figures are compared as parts of the raw backing's in the same round, those of the raw \
          backing as they are."
     } else {
-        "Figures are compared as they are."
+        "Figures are compared absolutely."
     };
     format!(
         "{better} better, {worse} worse, {unclear} without a clear change (~). {basis} A change is \

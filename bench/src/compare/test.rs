@@ -1,16 +1,16 @@
-//! Whether two runs differ by more than noise.
+//! Tests whether two runs differ by more than noise.
 
 use libm::erfc;
 
 use crate::summary::estimate::number;
 
-/// Up to so many figures on both sides together, all orders are counted; beyond, the normal
+/// Up to this many figures of both runs together, the probability is exact. Above, the normal
 /// distribution is as good.
 const MAX_EXACT: usize = 40;
 
-/// The probability that figures which come from the same distribution are at least as far apart as
-/// these (Mann–Whitney's test of ranks, two-sided, equal figures share their ranks). `None` if a
-/// side has no figures.
+/// The probability that figures from the same distribution are at least as far apart as these
+/// (Mann–Whitney rank test, two-sided; equal figures share their ranks). `None` if a side has no
+/// figures.
 #[must_use]
 pub fn mann_whitney(one: &[f64], other: &[f64]) -> Option<f64> {
     if one.is_empty() || other.is_empty() {
@@ -26,7 +26,7 @@ pub fn mann_whitney(one: &[f64], other: &[f64]) -> Option<f64> {
     Some(p.clamp(0.0, 1.0))
 }
 
-/// Twice the rank, from 1, of each figure among all: whole numbers even where ranks are shared. The
+/// Twice the rank, from 1, of each figure among all, so that shared ranks are integers too. The
 /// figures of `one` come first.
 fn doubled_ranks(one: &[f64], other: &[f64]) -> Vec<usize> {
     let all: Vec<f64> = one.iter().chain(other).copied().collect();
@@ -45,7 +45,7 @@ fn doubled_ranks(one: &[f64], other: &[f64]) -> Vec<usize> {
     ranks
 }
 
-/// Counts, of all choices of `count` ranks, those whose sum is as far from the middle.
+/// The fraction of all choices of `count` ranks with a sum at least as far from the mean.
 fn exact(ranks: &[usize], count: usize, sum: usize) -> f64 {
     let greatest: usize = ranks.iter().sum();
     // ways[k][s]: in how many ways k of the ranks so far have the sum s.
@@ -71,12 +71,12 @@ fn exact(ranks: &[usize], count: usize, sum: usize) -> f64 {
     as_far / all
 }
 
-/// The same by the normal distribution, with corrections for ties and for whole numbers.
+/// The same by the normal distribution, with corrections for ties and for continuity.
 fn normal(ranks: &[usize], count: usize, sum: usize) -> f64 {
     let (all, one) = (number(ranks.len()), number(count));
     let other = all - one;
     let mean = one * (all + 1.0);
-    // Variance of doubled ranks, which shared ranks make smaller by themselves.
+    // The variance of doubled ranks already accounts for ties.
     let squares: f64 = ranks.iter().map(|rank| (number(*rank) - (all + 1.0)).powi(2)).sum();
     let variance = squares * one * other / (all * (all - 1.0));
     if variance <= 0.0 {
@@ -87,7 +87,7 @@ fn normal(ranks: &[usize], count: usize, sum: usize) -> f64 {
     erfc(distance / (2.0 * variance).sqrt())
 }
 
-/// The least probability that so many figures on each side can come to.
+/// The minimum probability for this many figures on each side.
 #[must_use]
 pub fn least(one: usize, other: usize) -> f64 {
     // Two of all choices are the farthest apart.
@@ -95,8 +95,8 @@ pub fn least(one: usize, other: usize) -> f64 {
     (2.0 / ways).min(1.0)
 }
 
-/// Probabilities corrected for how many there are (Benjamini and Hochberg): among those at most
-/// 0.05, about one in twenty is noise.
+/// Probabilities corrected for their number (Benjamini and Hochberg): of those up to 0.05, about
+/// one in twenty is noise.
 #[must_use]
 pub fn corrected(probabilities: &[f64]) -> Vec<f64> {
     let mut order: Vec<usize> = (0..probabilities.len()).collect();

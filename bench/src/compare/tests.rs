@@ -3,7 +3,7 @@ use crate::sample::results;
 
 const OPTIONS: Options = Options { absolute: false, threshold: 0.01 };
 
-/// Another run, in which a subject does so many times the requests.
+/// Another run, in which a subject has `factor` times the requests.
 fn faster(seed: u64, rounds: u32, subject: &str, factor: f64) -> Results {
     let mut changed = results(seed, rounds);
     for sample in changed.samples.iter_mut().filter(|sample| sample.subject == subject) {
@@ -45,7 +45,7 @@ fn a_change_is_found_with_its_sign() {
         let change = compared.changes.iter().find(|change| change.subject == "fused").unwrap();
         assert!((change.ratio / factor - 1.0).abs() < 0.05, "{change:?}");
     }
-    // More processor time is worse.
+    // More CPU time is worse.
     let mut after = results(2, 9);
     after.samples.iter_mut().for_each(|sample| {
         sample.cpu.machine_us *= if sample.subject == "slot" { 1.5 } else { 1.0 };
@@ -63,7 +63,7 @@ fn a_slower_machine_is_no_change_of_a_device() {
     assert!(compared.count(Verdict::Worse) <= 8, "the raw backing's six");
     assert_eq!(verdicts(&compared, Measure::Throughput, "raw"), [Verdict::Worse; 6]);
     let warned = compared.warnings.join("\n");
-    assert!(warned.contains("the raw backing itself"), "{warned}");
+    assert!(warned.contains("the raw backing's throughput itself"), "{warned}");
     let absolute = compare(&before, &after, Options { absolute: true, ..OPTIONS }).unwrap();
     assert_eq!(verdicts(&absolute, Measure::Throughput, "slot"), [Verdict::Worse; 6]);
     assert!(absolute.changes.iter().all(|change| !change.of_raw));
@@ -91,13 +91,13 @@ fn what_else_differs_is_told() {
     after.incomplete = Some("a\nb".into());
     let warned = compare(&before, &after, OPTIONS).unwrap().warnings.join("\n");
     for expected in [
-        "the second run is not whole: a b",
+        "the second run is incomplete: a b",
         "the kernel differs: 7.2.12-cloud-amd64 and 7.3",
         "its scheduler differs: none and none",
         "only the first run has: rublk",
         "`fused` was made by another command",
     ] {
-        // A scheduler named `none` is as good as none.
+        // A scheduler named `none` equals no scheduler.
         let is_there = warned.contains(expected);
         assert_eq!(is_there, !expected.contains("scheduler"), "{expected}: {warned}");
     }

@@ -14,16 +14,16 @@ use crate::output::print;
 #[derive(Debug, Args)]
 #[command(after_help = HELP)]
 pub struct Arguments {
-    /// The ublk device, which is only read from
+    /// The ublk device; it is only read
     #[arg(long, value_name = "/dev/ublkbN")]
     device: PathBuf,
-    /// How many reads, at most 20000
+    /// Number of reads, at most 20000
     #[arg(long, value_name = "N", default_value = "2000", value_parser = clap::value_parser!(u32).range(1..=20_000))]
     reads: u32,
-    /// Bytes of a read: at most 1M, with K or M
+    /// Size of a read, at most 1M: bytes, or a number with K or M
     #[arg(long, value_name = "SIZE", default_value = "4K", value_parser = block)]
     block: Bytes,
-    /// Read for so many seconds at most
+    /// Read for at most this time
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = clap::value_parser!(u32).range(1..=3600))]
     seconds: u32,
     /// Print JSON
@@ -32,10 +32,10 @@ pub struct Arguments {
 }
 
 const HELP: &str = "\
-One block is read after the other, while trace points of the kernel tell when the request was handed
-to the ublk driver and to the drive, when they were done with it, and when the threads of server and
-client ran. It needs root and tracefs, uses a trace instance of its own, and leaves nothing behind.
-Other users of the device and its drives disturb the figures.";
+It reads one block at a time. Meanwhile, kernel trace points record when the ublk driver and the drive
+got the request, when they completed it, and when the threads of server and client ran. It needs root
+and tracefs, uses its own trace instance, and leaves nothing behind. Other users of the device and its
+drives disturb the figures.";
 
 fn block(text: &str) -> Result<Bytes, String> {
     let block: Bytes = text.parse().map_err(|error| format!("{error}"))?;
@@ -46,7 +46,7 @@ fn block(text: &str) -> Result<Bytes, String> {
 /// Explains and prints.
 ///
 /// # Errors
-/// In a line: what is missing, or what fails.
+/// One line: what is missing, or what failed.
 pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let options = Options {
         device: arguments.device.clone(),

@@ -1,4 +1,4 @@
-//! The device whose I/O is explained: its server, and the drives that it lies on.
+//! The device to explain, its server, and the drives below it.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -13,7 +13,7 @@ use uring_ext::control::Control;
 
 use super::trace::DeviceNumber;
 
-/// How deep devices may lie on devices.
+/// The maximum depth of a stack of devices.
 const MAX_DEPTH: usize = 8;
 
 /// A live ublk device.
@@ -21,17 +21,17 @@ const MAX_DEPTH: usize = 8;
 pub struct Device {
     /// Its path.
     pub path: PathBuf,
-    /// What the driver and its server say of it.
+    /// Its description by driver and server.
     pub described: Description,
-    /// Its number.
+    /// Its device number.
     pub number: DeviceNumber,
     /// The threads of its server.
     pub server: Vec<u32>,
-    /// The disks that it lies on, as far as they are to be found.
+    /// The disks below it, as far as they can be found.
     pub backings: Vec<DeviceNumber>,
     /// Its logical block size, in bytes.
     pub block_bytes: u64,
-    /// Its longest request, in bytes: longer reads become several.
+    /// The maximum length of its requests, in bytes. Longer reads are split.
     pub most_bytes: u64,
 }
 
@@ -39,7 +39,7 @@ impl Device {
     /// Finds a device by its path, or by a link to it.
     ///
     /// # Errors
-    /// In a line: it is no ublk device, or nobody serves it.
+    /// A one-line message: it is no ublk device, or it has no server.
     pub fn find(path: &Path) -> anyhow::Result<Self> {
         let named = path.display();
         let metadata = fs::metadata(path).with_context(|| format!("cannot look at {named}"))?;
@@ -55,7 +55,7 @@ impl Device {
         };
         let described = Description::of(&Control::open()?, id)?;
         let Some(pid) = described.pid.filter(|_| described.state == "LIVE") else {
-            bail!("nobody serves {named}: its state is {}", described.state);
+            bail!("{named} has no server: its state is {}", described.state);
         };
         let attribute = |name: &str| disk.attribute_of_disk(name)?.parse::<u64>().ok();
         let most_bytes = attribute("queue/max_sectors_kb").map_or(u64::MAX, |kib| kib << 10);
@@ -90,7 +90,7 @@ fn threads(pid: u32) -> std::io::Result<Vec<u32>> {
     Ok(entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect())
 }
 
-/// The disks that a backing lies on: a block device, a generic device of an NVMe namespace, or a
+/// The disks below a backing, which is a block device, a generic device of an NVMe namespace, or a
 /// file.
 fn disks_of(backing: &Path) -> Vec<DeviceNumber> {
     let block = namespace(backing).unwrap_or_else(|| backing.to_owned());
@@ -109,7 +109,7 @@ fn namespace(generic: &Path) -> Option<PathBuf> {
     Some(generic.with_file_name(format!("nvme{name}")))
 }
 
-/// The disks below a device: what has no devices below it.
+/// The lowest devices below a device.
 fn leaves(number: DeviceNumber, depth: usize) -> Vec<DeviceNumber> {
     let Some(device) = SysfsDevice::find(Path::new("/sys"), number.0, number.1) else {
         return Vec::new();

@@ -1,8 +1,9 @@
-//! What divided reads come to.
+//! Statistics of reads that were divided into stages.
 //!
-//! A mean of all reads says little: one that was interrupted for milliseconds outweighs hundreds of
-//! others. So shares are those of the typical reads, the middle half by how long they took, and the
-//! slowest are told of apart. Means over the same reads add up, stage by stage, to the whole.
+//! The mean of all reads says little: one read that was interrupted for milliseconds outweighs
+//! hundreds of others. So shares are those of the typical reads, the middle half by duration, and
+//! the slowest reads are reported separately. The means of the stages over the same reads add up to
+//! the mean of the whole.
 
 use std::path::PathBuf;
 
@@ -13,7 +14,7 @@ use super::Options;
 use super::stages::{Cause, Division, Stage, WITH_DRIVE, WITHOUT_DRIVE};
 use crate::summary::estimate::number;
 
-/// Where the time of reads went.
+/// How reads spent their time.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Explanation {
     /// The device.
@@ -22,26 +23,26 @@ pub struct Explanation {
     pub lend: String,
     /// Bytes of a read.
     pub block_bytes: u64,
-    /// Reads that count.
+    /// The number of reads that were evaluated.
     pub reads: usize,
-    /// Reads whose events did not fit together, and which do not count.
+    /// The number of reads that were not evaluated, since their events were inconsistent.
     pub left_out: usize,
-    /// The whole of a read.
+    /// The times of whole reads.
     pub whole: Times,
-    /// Its stages, in order; their typical times add up to that of the whole.
+    /// The stages, in order. Their typical times add up to that of whole reads.
     pub stages: Vec<StageTimes>,
     /// The slowest reads.
     pub slowest: Slowest,
-    /// What the server has measured itself; empty if it does not tell.
+    /// The server's own measurement. Empty if it has none.
     pub server: Vec<ServerStage>,
 }
 
-/// How long something took, in nanoseconds; the trace is exact to 1000.
+/// Durations in nanoseconds. The resolution of the trace is 1000.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Times {
     /// The median.
     pub median_ns: u64,
-    /// What 99 of 100 do not exceed.
+    /// The 99th percentile.
     pub p99_ns: u64,
     /// The mean of the typical reads.
     pub typical_ns: f64,
@@ -54,9 +55,9 @@ pub struct StageTimes {
     pub stage: &'static str,
     /// [`Stage::title`].
     pub title: &'static str,
-    /// Its part of the typical reads' time, from 0 to 1.
+    /// Its share of the typical reads' time, from 0 to 1.
     pub share: f64,
-    /// How long it took.
+    /// Its times.
     #[serde(flatten)]
     pub times: Times,
 }
@@ -64,22 +65,22 @@ pub struct StageTimes {
 /// The slowest reads: one in a hundred, and at least one.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Slowest {
-    /// How many they are.
+    /// Their number.
     pub reads: usize,
-    /// How long they took on average, in nanoseconds.
+    /// Their mean duration, in nanoseconds.
     pub mean_ns: f64,
-    /// [`Stage::name`] of the stage that took most of it.
+    /// [`Stage::name`] of the stage with the largest share.
     pub stage: &'static str,
-    /// [`Stage::title`] of it.
+    /// [`Stage::title`] of that stage.
     pub title: &'static str,
-    /// Its part of their time, from 0 to 1.
+    /// Its share of their time, from 0 to 1.
     pub share: f64,
 }
 
 /// A stage within the server, by its own clock.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ServerStage {
-    /// As `ublk-target stats` names it.
+    /// Its name in `ublk-target stats`.
     pub stage: String,
     /// The median in nanoseconds.
     pub median_ns: u64,
@@ -88,10 +89,10 @@ pub struct ServerStage {
 }
 
 impl Explanation {
-    /// Sums reads up.
+    /// Computes the statistics.
     ///
     /// # Errors
-    /// In a line, if there are none.
+    /// A one-line message if there are no reads.
     pub fn of(
         options: &Options,
         lend: String,
@@ -127,7 +128,7 @@ impl Explanation {
         })
     }
 
-    /// What the time of typical reads is spent on, the greatest part first.
+    /// The causes of the typical reads' time, with their shares, the largest first.
     #[must_use]
     pub fn causes(&self) -> Vec<(Cause, f64)> {
         let mut causes: Vec<(Cause, f64)> = Vec::new();
@@ -147,7 +148,7 @@ impl Explanation {
 }
 
 impl Times {
-    /// Of reads in the order of how long they took, of which there is at least one.
+    /// The times of reads that are ordered by duration. There must be at least one.
     fn of(reads: &[&Vec<u64>], figure: impl Fn(&Vec<u64>) -> u64) -> Self {
         let mut figures_us: Vec<u64> = reads.iter().map(|stages| figure(stages)).collect();
         let quarter = reads.len() / 4;
@@ -162,7 +163,7 @@ impl Times {
 }
 
 impl Slowest {
-    /// Of reads in the order of how long they took; `None` if there are none.
+    /// The slowest of reads that are ordered by duration; `None` if there are none.
     fn of(reads: &[&Vec<u64>], stages: &[Stage]) -> Option<Self> {
         let count = (reads.len() / 100).max(1);
         let slowest = reads.get(reads.len().checked_sub(count)?..)?;
@@ -248,7 +249,7 @@ pub(super) mod tests {
         let nothing = Division { stages: &WITHOUT_DRIVE, reads: Vec::new(), left_out: 7 };
         let said = Explanation::of(&options(), String::new(), &nothing, Vec::new()).unwrap_err();
         assert!(said.to_string().contains("of 7 reads"), "{said}");
-        // A clock that stands still.
+        // A clock that does not advance.
         let still = Division { stages: &WITHOUT_DRIVE, reads: vec![vec![0; 5]], left_out: 0 };
         let explained = Explanation::of(&options(), String::new(), &still, Vec::new()).unwrap();
         assert!(explained.stages.iter().all(|stage| stage.share == 0.0));

@@ -1,4 +1,4 @@
-//! Signals that end the program, as something to be waited for.
+//! Waits for signals that end the program.
 
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -18,7 +18,7 @@ impl Interrupts {
     /// Blocks them.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// If the kernel refuses.
     pub fn new() -> anyhow::Result<Self> {
         let set: SigSet = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter().collect();
         set.thread_block().context("cannot block signals")?;
@@ -26,10 +26,11 @@ impl Interrupts {
         Ok(Self(SignalFd::with_flags(&set, flags).context("cannot wait for signals")?))
     }
 
-    /// Waits until the other end of a socket is closed, or a signal comes, which it returns.
+    /// Waits until the other end of a socket is closed, or until a signal arrives, which it
+    /// returns.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// If the kernel refuses.
     pub fn wait(
         &self,
         socket: &UnixStream,
@@ -52,10 +53,10 @@ impl Interrupts {
         signal.map(|signal| i32::try_from(signal.ssi_signo)).transpose().map_err(Into::into)
     }
 
-    /// Waits until the other end of a socket is closed, or the time is over, whatever signals come.
+    /// Waits until the other end of a socket is closed, for at most `limit`. Ignores signals.
     ///
     /// # Errors
-    /// When the kernel refuses.
+    /// If the kernel refuses.
     pub fn wait_for_end(&self, socket: &UnixStream, limit: Duration) -> anyhow::Result<()> {
         let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
         match poll(&mut fds, PollTimeout::try_from(limit)?) {

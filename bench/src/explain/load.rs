@@ -1,4 +1,4 @@
-//! A small load: reads of one block, one at a time, at places all over the device.
+//! A small load: reads of one block, one at a time, spread over the device.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom};
@@ -14,13 +14,13 @@ use nix::time::{ClockId, clock_gettime};
 
 use super::stages::Read;
 
-/// What direct I/O is aligned to everywhere.
+/// An alignment that suffices for direct I/O on every device.
 const ALIGNMENT: usize = 4096;
 
 /// Bytes of a sector, the unit of the trace.
 const SECTOR: u64 = 512;
 
-/// A load that is ready to run.
+/// A load.
 #[derive(Debug)]
 pub struct Load {
     device: File,
@@ -33,7 +33,7 @@ impl Load {
     /// Opens a device for reading.
     ///
     /// # Errors
-    /// In a line: it cannot be opened, or is too short for blocks of this size.
+    /// A one-line message: it cannot be opened, or is too short for blocks of this size.
     pub fn open(device: &Path, block_bytes: u64) -> anyhow::Result<Self> {
         let mut options = OpenOptions::new();
         options.read(true).custom_flags(OFlag::O_DIRECT.bits());
@@ -50,10 +50,10 @@ impl Load {
         Ok(Self { device, blocks, block_bytes, buffer })
     }
 
-    /// Reads so many blocks, or until the time is over or `stop` is set.
+    /// Reads this many blocks, or until the time is over or `stop` is set.
     ///
     /// # Errors
-    /// In a line, when a read fails or is short.
+    /// A one-line message if a read fails or is short.
     pub fn run(
         &mut self,
         reads: usize,
@@ -66,7 +66,7 @@ impl Load {
             if done.len() >= reads || Instant::now() >= deadline || stop.load(Ordering::Relaxed) {
                 break;
             }
-            done.push(self.read(place(number, self.blocks))?);
+            done.push(self.read(block_of_read(number, self.blocks))?);
         }
         Ok(done)
     }
@@ -90,14 +90,14 @@ fn measure(mut file: &File) -> std::io::Result<u64> {
     file.seek(SeekFrom::End(0))
 }
 
-/// Where the nth read goes: all over the device, and never twice the same place in a row unless
-/// there is only one.
-fn place(number: u64, blocks: u64) -> u64 {
-    // The golden ratio spreads multiples of it evenly.
+/// The block of the nth read. Blocks are spread over the device, and two reads in a row are of
+/// different blocks unless there is only one.
+fn block_of_read(number: u64, blocks: u64) -> u64 {
+    // Multiples of the golden ratio are spread evenly.
     number.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_shr(16) % blocks
 }
 
-/// The monotonic clock, cut to microseconds as the kernel does in a trace.
+/// The monotonic clock, rounded down to microseconds as in the kernel's trace.
 fn now_us() -> anyhow::Result<u64> {
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC)?;
     let (seconds, nanos) = (u64::try_from(now.tv_sec())?, u64::try_from(now.tv_nsec())?);
@@ -110,13 +110,13 @@ mod tests {
 
     #[test]
     fn places_are_all_over_the_device() {
-        let places: Vec<u64> = (0..1000).map(|number| place(number, 1 << 18)).collect();
+        let places: Vec<u64> = (0..1000).map(|number| block_of_read(number, 1 << 18)).collect();
         for part in 0..8 {
             let range = (part << 15)..((part + 1) << 15);
             let within = places.iter().filter(|place| range.contains(*place)).count();
             assert!((90..160).contains(&within), "{within} in part {part}");
         }
-        assert!((0..100).all(|number| place(number, 1) == 0));
+        assert!((0..100).all(|number| block_of_read(number, 1) == 0));
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! `explain`: where the time of one I/O goes, stage by stage.
 //!
-//! A client reads blocks one at a time while the kernel's trace points tell when the request was
-//! handed to the ublk driver and to the drive, when each was done with it, and when the threads of
-//! server and client ran. What lies between these moments are the stages; they add up to the
-//! whole of each read. The server's own measurement of the same reads stands beside it.
+//! A client reads blocks one at a time. The kernel's trace points record when the request was
+//! passed to the ublk driver and to the drive, when each completed it, and when the threads of
+//! server and client ran. The stages are the intervals between these events; they add up to the
+//! duration of each read. The server's own measurement of the same reads is shown too.
 
 pub mod cli;
 mod device;
@@ -34,11 +34,11 @@ use load::Load;
 use stages::{Parties, Read, divide};
 use tracefs::Instance;
 
-/// Reads before those that count: the first ones find caches and clocks cold.
+/// Reads before the measurement, to warm up caches and CPU clocks.
 const WARM_UP: usize = 100;
-/// Trace buffer of each processor for a read, in bytes: more than its events take.
+/// Trace buffer of each processor for a read, in bytes: more than its events need.
 const TRACE_BYTES_PER_READ: usize = 1024;
-/// How long a read may take to end after an interruption.
+/// How long to wait for a read to end after a signal.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// What to explain.
@@ -50,20 +50,20 @@ pub struct Options {
     pub reads: usize,
     /// Bytes of a read: a multiple of the device's block size.
     pub block_bytes: u64,
-    /// How long to read at most.
+    /// The maximum duration.
     pub limit: Duration,
 }
 
-/// How it ended.
+/// The outcome of `explain`.
 #[derive(Debug)]
 pub enum Outcome {
-    /// With an explanation.
+    /// An explanation.
     Explained(Explanation),
-    /// By this signal.
+    /// This signal arrived.
     Interrupted(i32),
 }
 
-/// Reads from a device while the kernel traces it. Nothing is written, and no trace is left.
+/// Reads from a device while the kernel traces it. Writes nothing, and removes the trace.
 ///
 /// # Errors
 /// In a line: what is missing, or what fails.
@@ -71,7 +71,7 @@ pub fn explain(options: &Options) -> anyhow::Result<Outcome> {
     if !nix::unistd::geteuid().is_root() {
         bail!("tracing needs root: run it as root");
     }
-    // Before all else, so that the trace is removed whenever they come.
+    // First of all, so that the trace is removed whenever a signal arrives.
     let interrupts = Interrupts::new()?;
     let device = Device::find(&options.device)?;
     let block = device.block_bytes;
@@ -109,7 +109,7 @@ pub fn explain(options: &Options) -> anyhow::Result<Outcome> {
     Explanation::of(options, device.described.lend, &division, server).map(Outcome::Explained)
 }
 
-/// What came of the load.
+/// The outcome of the load.
 enum Traced {
     /// The reads, and the thread that did them.
     Read(Vec<Read>, u32),
@@ -117,8 +117,8 @@ enum Traced {
     Interrupted(i32),
 }
 
-/// Runs the load in a thread of its own, which has the kernel wait for the device, while this one
-/// waits for signals too.
+/// Runs the load in a separate thread, which waits for the device, while this thread also waits for
+/// signals.
 fn traced(
     instance: &Instance,
     device: &Device,
@@ -140,11 +140,11 @@ fn traced(
     let threads: Vec<_> = device.server.iter().copied().chain([thread]).collect();
     instance.record_threads(&threads)?;
     instance.start()?;
-    // It waits for this, so it is there.
+    // The thread waits for this, so sending cannot fail.
     let _ = go.send(());
     if let Some(signal) = interrupts.wait(&ended, None)? {
         stop.store(true, Ordering::Relaxed);
-        // A read that does not end is left to the kernel.
+        // If a read does not end, the thread is abandoned.
         interrupts.wait_for_end(&ended, PATIENCE)?;
         return Ok(Traced::Interrupted(signal));
     }
@@ -160,8 +160,8 @@ struct Reader {
 }
 
 impl Reader {
-    /// Says which thread it is, waits for the start, and reads. Whoever has the other end of `_end`
-    /// sees when it is done, however that comes about.
+    /// Reports its thread id, waits for the start, and reads. Dropping `_end` shows the other
+    /// thread that this one has ended, for whatever reason.
     fn run(
         mut self,
         tell: &Sender<u32>,
@@ -177,11 +177,11 @@ impl Reader {
     }
 }
 
-/// The server's own measurement, which it makes while somebody looks.
+/// The server's own measurement, which runs while this client is connected.
 struct ServerView(Client);
 
 impl ServerView {
-    /// `None` where it is unavailable: another program's server, or an old one.
+    /// `None` if it is unavailable: the server is another program, or an old version.
     fn start(id: u32) -> Option<Self> {
         let mut client = Client::connect(id).ok()?;
         client.snapshot(true, false).ok()?;

@@ -8,10 +8,10 @@ use crate::summary::figure::{bytes, percent, time};
 use crate::table::WIDTH;
 use crate::table::columns::wrapped;
 
-/// Length of the longest bar.
+/// The length of the longest bar, in characters.
 const BAR: f64 = 24.0;
 
-/// A table of the stages with a bar for each, and in words what dominates.
+/// A table of the stages with a bar for each, and sentences about what dominates.
 #[must_use]
 pub fn text(explained: &Explanation) -> String {
     let mut text = format!(
@@ -53,15 +53,15 @@ fn bar(share: f64, greatest: f64) -> String {
     steps.map(|_| '█').collect()
 }
 
-/// What dominates, what the server says, and what to know about the figures.
+/// What dominates, the server's measurement, and notes about the figures.
 fn words(explained: &Explanation) -> String {
     let causes = explained.causes();
     let parts =
         causes.iter().map(|(cause, share)| format!("{} ({})", cause.words(), percent(*share)));
     let mut said =
-        format!("Typically most of the time goes to {}.\n", list(&parts.collect::<Vec<_>>()));
+        format!("Most of the time typically goes to {}.\n", list(&parts.collect::<Vec<_>>()));
     let slowest = &explained.slowest;
-    // Writing to a string does not fail.
+    // Writing to a string cannot fail.
     let _ = writeln!(
         said,
         "The slowest of each hundred take {}, {} of it in the stage \"{}\".",
@@ -70,7 +70,7 @@ fn words(explained: &Explanation) -> String {
         slowest.title
     );
     if explained.stages.iter().any(|stage| is_wake(stage.stage) && stage.times.median_ns == 0) {
-        said.push_str("Where waking takes no time, the thread had not gone to sleep yet.\n");
+        said.push_str("If waking takes no time, the thread was not asleep.\n");
     }
     if !explained.server.is_empty() {
         let stages = explained.server.iter();
@@ -80,13 +80,15 @@ fn words(explained: &Explanation) -> String {
         let _ = writeln!(said, "Medians by the server's own clock: {}.", stages.join(", "));
     }
     if !explained.stages.iter().any(|stage| stage.stage == "drive") {
-        said.push_str("No drive's requests are to be seen below this device.\n");
+        said.push_str("No requests to drives are visible below this device.\n");
     }
     if explained.left_out > 0 {
         let all = explained.reads + explained.left_out;
         let left_out = explained.left_out;
-        let _ =
-            writeln!(said, "Left out, since their events do not fit: {left_out} of {all} reads.");
+        let _ = writeln!(
+            said,
+            "Left out because their events are inconsistent: {left_out} of {all} reads."
+        );
     }
     said.push_str(
         "TYPICAL is the mean of the middle half of the reads, and adds up; SHARE is of it. Times \
@@ -126,7 +128,7 @@ mod tests {
         assert_eq!(drive.matches('█').count(), 24);
         assert!(
             text.contains(
-                "\nTypically most of the time goes to waking threads (33.3 %), then to the"
+                "\nMost of the time typically goes to waking threads (33.3 %), then to the"
             ),
             "{text}"
         );
@@ -135,9 +137,9 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("own clock: plan 2.10 µs, total 99.0 µs.\n"), "{text}");
-        assert!(!text.contains("not gone to sleep"), "{text}");
+        assert!(!text.contains("was not asleep"), "{text}");
         assert!(
-            text.contains("\nLeft out, since their events do not fit: 1 of 5 reads."),
+            text.contains("\nLeft out because their events are inconsistent: 1 of 5 reads."),
             "{text}"
         );
         let columns: Vec<_> =

@@ -1,35 +1,35 @@
-//! The stages of one I/O, out of the events of a trace.
+//! The stages of one I/O, from the events of a trace.
 
 use super::trace::{DeviceNumber, Event, Request, What};
 
-/// A stage of a read's way. Each lasts from the end of the one before.
+/// A stage of a read. Each begins when the previous one ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Stage {
-    /// Until the block layer hands the request to the ublk driver.
+    /// Until the block layer passes the request to the ublk driver.
     Submit,
     /// Until the server's thread runs.
     WakeServer,
-    /// Until the block layer hands the server's request to the drive.
+    /// Until the block layer passes the server's request to the drive.
     Issue,
-    /// Until the drive is done with it, the interrupt included.
+    /// Until the drive has completed it, including the interrupt.
     Drive,
     /// Until the server's thread runs again.
     WakeAnswer,
     /// Until the driver completes the request.
     Answer,
-    /// Where no drive's events are to be seen: from when the server runs until the driver completes
-    /// the request, all that is below included.
+    /// If there are no events of a drive: from when the server runs until the driver completes the
+    /// request, including everything below.
     Serve,
     /// Until the client's thread runs.
     WakeClient,
-    /// Until the system call has returned.
+    /// Until the system call returns.
     Return,
 }
 
-/// What a stage is spent on.
+/// The cause of a stage's time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Cause {
-    /// The client's way into the kernel and back.
+    /// The client's system call.
     Client,
     /// Waking threads.
     Scheduler,
@@ -37,11 +37,11 @@ pub enum Cause {
     Server,
     /// The drive.
     Drive,
-    /// The server and all below it.
+    /// The server and everything below it.
     Below,
 }
 
-/// The stages of a device whose backing shows its requests.
+/// The stages if the requests to the backing are visible.
 pub const WITH_DRIVE: [Stage; 8] = [
     Stage::Submit,
     Stage::WakeServer,
@@ -52,12 +52,12 @@ pub const WITH_DRIVE: [Stage; 8] = [
     Stage::WakeClient,
     Stage::Return,
 ];
-/// The stages of one whose backing does not, or that has none.
+/// The stages if they are not visible, or there is no backing.
 pub const WITHOUT_DRIVE: [Stage; 5] =
     [Stage::Submit, Stage::WakeServer, Stage::Serve, Stage::WakeClient, Stage::Return];
 
 impl Stage {
-    /// What programs call it.
+    /// Its name in JSON.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -73,23 +73,23 @@ impl Stage {
         }
     }
 
-    /// What people are told.
+    /// Its title in text.
     #[must_use]
     pub fn title(self) -> &'static str {
         match self {
             Self::Submit => "client submits: system call, block layer",
             Self::WakeServer => "server's thread is woken",
-            Self::Issue => "server takes it up, issues to the drive",
+            Self::Issue => "server handles it, issues to the drive",
             Self::Drive => "drive",
             Self::WakeAnswer => "server's thread is woken again",
             Self::Answer => "server commits the answer",
-            Self::Serve => "server, and all below it",
+            Self::Serve => "server, and everything below it",
             Self::WakeClient => "client's thread is woken",
             Self::Return => "client returns from the system call",
         }
     }
 
-    /// What it is spent on.
+    /// Its cause.
     #[must_use]
     pub fn cause(self) -> Cause {
         match self {
@@ -103,15 +103,15 @@ impl Stage {
 }
 
 impl Cause {
-    /// As the subject of a sentence.
+    /// In words, for use in a sentence.
     #[must_use]
     pub fn words(self) -> &'static str {
         match self {
-            Self::Client => "the client's way into the kernel and back",
+            Self::Client => "the client's system call",
             Self::Scheduler => "waking threads",
             Self::Server => "the server, its ring and the block layer below it",
             Self::Drive => "the drive",
-            Self::Below => "the server and all below it",
+            Self::Below => "the server and everything below it",
         }
     }
 }
@@ -121,18 +121,18 @@ impl Cause {
 pub struct Read {
     /// The first sector.
     pub sector: u64,
-    /// Before the system call, in microseconds of the monotonic clock.
+    /// The time before the system call, in microseconds of the monotonic clock.
     pub began_us: u64,
-    /// After it.
+    /// The time after it.
     pub ended_us: u64,
 }
 
-/// Whose events are whose.
+/// The devices and threads that events belong to.
 #[derive(Debug, Clone)]
 pub struct Parties {
     /// The ublk device.
     pub device: DeviceNumber,
-    /// What it lies on; empty if that cannot be seen.
+    /// The disks below it; empty if they are not visible.
     pub backings: Vec<DeviceNumber>,
     /// The threads of the server.
     pub server: Vec<u32>,
@@ -142,24 +142,24 @@ pub struct Parties {
     pub sectors: u64,
 }
 
-/// The reads of a load, divided.
+/// The reads of a load, divided into stages.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Division {
     /// The stages.
     pub stages: &'static [Stage],
-    /// How long each took, in microseconds, for each read.
+    /// For each read, the duration of each stage in microseconds.
     pub reads: Vec<Vec<u64>>,
-    /// Reads whose events do not fit: left out.
+    /// The number of reads that were left out because their events are inconsistent.
     pub left_out: usize,
 }
 
-/// Divides each read into stages, which add up to the whole.
+/// Divides each read into stages, which add up to its duration.
 #[must_use]
 pub fn divide(reads: &[Read], events: &[Event], parties: &Parties) -> Division {
     let ways: Vec<Option<Way>> =
         reads.iter().map(|read| way(read, during(read, events), parties)).collect();
     let seen = ways.iter().flatten().filter(|way| way.drive.is_some()).count();
-    // One kind for all: what most reads are.
+    // All reads are divided in the same way, which fits most of them.
     let with_drive = 2 * seen > ways.iter().flatten().count();
     let divided: Vec<Vec<u64>> = reads
         .iter()
@@ -180,7 +180,7 @@ fn during<'a>(read: &Read, events: &'a [Event]) -> &'a [Event] {
     &events[first..end.max(first)]
 }
 
-/// When a read passed from one stage to the next.
+/// The times at which a read passed from one stage to the next.
 #[derive(Debug)]
 struct Way {
     issued: u64,
@@ -203,7 +203,7 @@ fn way(read: &Read, events: &[Event], parties: &Parties) -> Option<Way> {
     let completed = position(events, issued, |event| event.what == What::Completed(ours))?;
     let below = &events[issued..completed];
     let on_backing = |request: &Request| parties.backings.contains(&request.device);
-    // Several requests, where a read goes to several drives.
+    // There are several requests if a read goes to several drives.
     let first = below
         .iter()
         .position(|event| matches!(&event.what, What::Issued(request) if on_backing(request)));
@@ -214,7 +214,7 @@ fn way(read: &Read, events: &[Event], parties: &Parties) -> Option<Way> {
         let mut runs = from
             .iter()
             .filter(|event| matches!(event.what, What::Runs(thread) if threads.contains(&thread)));
-        // A thread that did not sleep needs no waking.
+        // A thread that did not sleep is not woken.
         runs.next().map_or(otherwise, |event| event.at_us)
     };
     let at_us = |index: usize| below[index].at_us;
@@ -237,7 +237,7 @@ fn position(events: &[Event], from: usize, is: impl Fn(&Event) -> bool) -> Optio
     Some(from + events[from..].iter().position(is)?)
 }
 
-/// The differences between the moments, which rise since the events are in order.
+/// The durations of the stages. The times ascend since the events are in order.
 fn lengths(read: &Read, way: &Way, with_drive: bool) -> Option<Vec<u64>> {
     let mut moments = vec![read.began_us, way.issued, way.server_runs];
     if with_drive {

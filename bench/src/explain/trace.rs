@@ -1,4 +1,4 @@
-//! The text of the kernel's trace, line by line.
+//! Parser of the kernel's trace.
 
 /// The numbers of a block device: major and minor.
 pub type DeviceNumber = (u32, u32);
@@ -6,29 +6,29 @@ pub type DeviceNumber = (u32, u32);
 /// An event of the trace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Event {
-    /// When, in microseconds of the monotonic clock.
+    /// The time, in microseconds of the monotonic clock.
     pub at_us: u64,
-    /// In which thread's context.
+    /// The thread in whose context it happened.
     pub thread: u32,
-    /// What.
+    /// What happened.
     pub what: What,
 }
 
 /// What happened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum What {
-    /// `block_rq_issue`: a request was handed to a driver.
+    /// `block_rq_issue`: a request was passed to a driver.
     Issued(Request),
-    /// `block_rq_complete`: a driver was done with it, or with a part.
+    /// `block_rq_complete`: a driver completed it, or a part of it.
     Completed(Request),
-    /// `sched_switch`: a processor goes on with this thread.
+    /// `sched_switch`: a processor switches to this thread.
     Runs(u32),
 }
 
 /// A request to a block device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Request {
-    /// The device; of a partition, its disk.
+    /// The device; for a partition, its disk.
     pub device: DeviceNumber,
     /// The first sector, of 512 bytes.
     pub sector: u64,
@@ -36,16 +36,16 @@ pub struct Request {
     pub sectors: u64,
 }
 
-/// What is to be read out of a trace.
+/// The contents of a trace.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Trace {
-    /// The events that are understood, in the order of time.
+    /// The known events, in order of time.
     pub events: Vec<Event>,
-    /// Whether the kernel says that it lost some.
+    /// Whether the kernel reports lost events.
     pub lost: bool,
 }
 
-/// Reads the file `trace` of tracefs. Lines of other events, and what is no event, are passed over.
+/// Parses the file `trace` of tracefs. Skips other events and lines without an event.
 #[must_use]
 pub fn parse(text: &str) -> Trace {
     let mut trace = Trace { events: text.lines().filter_map(line).collect(), lost: false };
@@ -54,8 +54,8 @@ pub fn parse(text: &str) -> Trace {
     trace
 }
 
-/// `          comm-172   [001] d..2.     5.236476: sched_switch: prev_comm=…`, where the name of the
-/// thread may contain anything but a line's end.
+/// ` comm-172 [001] d..2. 5.236476: sched_switch: prev_comm=…`, where the name of the thread may
+/// contain anything except a newline.
 fn line(line: &str) -> Option<Event> {
     let (thread, rest) = split_at_cpu(line)?;
     let thread = thread.trim_end().rsplit_once('-')?.1.parse().ok()?;
@@ -71,7 +71,7 @@ fn line(line: &str) -> Option<Event> {
     Some(Event { at_us: microseconds(at)?, thread, what })
 }
 
-/// What stands before and after the processor in brackets, which has three digits at least.
+/// The text before and after the processor number in brackets, which has at least three digits.
 fn split_at_cpu(line: &str) -> Option<(&str, &str)> {
     let mut from = 0;
     while let Some(found) = line[from..].find(" [") {
@@ -86,7 +86,7 @@ fn split_at_cpu(line: &str) -> Option<(&str, &str)> {
     None
 }
 
-/// `5.236476`: seconds with six digits behind the point.
+/// `5.236476`: seconds with six decimal digits.
 fn microseconds(text: &str) -> Option<u64> {
     let (seconds, micros) = text.trim().split_once('.')?;
     if micros.len() != 6 {
@@ -140,7 +140,7 @@ mod tests {
                 Some(Event { at_us: 5_245_062, thread: 11, what: What::Runs(172) }),
             ),
             (
-                // Names of threads are their owners' choice.
+                // Users choose the names of threads.
                 "a [1] x: y-z-11      [123] d..2.     5.245062: sched_switch: prev_comm=a next_pid=9 prev_pid=11 ==> next_comm= next_pid=1 x next_pid=7 next_prio=120",
                 Some(Event { at_us: 5_245_062, thread: 11, what: What::Runs(7) }),
             ),

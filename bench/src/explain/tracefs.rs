@@ -1,4 +1,4 @@
-//! An instance of the kernel's trace buffer, of our own: what others trace is left alone.
+//! A separate instance of the kernel's trace buffer, so that other users' traces are not affected.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -12,24 +12,24 @@ use super::trace::DeviceNumber;
 
 /// Where tracefs is mounted.
 const TRACEFS: &str = "/sys/kernel/tracing";
-/// How the names of our instances begin; the process id follows.
+/// The prefix of the names of our instances, before the process id.
 pub const PREFIX: &str = "ublk-bench-";
-/// Beyond so many threads events are not filtered by them: a filter is at most a page long.
+/// Above this number of threads, events are not filtered by thread: a filter is at most a page
+/// long.
 const MAX_FILTERED: usize = 64;
 
-/// Buffers of a trace, removed with their handle.
+/// An instance, which is removed on drop.
 #[derive(Debug)]
 pub struct Instance {
     directory: PathBuf,
 }
 
 impl Instance {
-    /// Makes an instance, with buffers for so many KiB of each processor's events, whose times are
-    /// those of the monotonic clock. Nothing is traced yet. Instances of processes that are dead
-    /// are removed.
+    /// Makes an instance, with a buffer of `kib` KiB for each processor and times of the monotonic
+    /// clock. Nothing is traced yet. Removes the instances of dead processes.
     ///
     /// # Errors
-    /// In a line, where there is no tracefs or not enough memory.
+    /// A one-line message if there is no tracefs or not enough memory.
     pub fn new(kib: u32) -> anyhow::Result<Self> {
         let instances = Path::new(TRACEFS).join("instances");
         if !instances.is_dir() {
@@ -49,10 +49,10 @@ impl Instance {
         Ok(instance)
     }
 
-    /// Has requests to these disks recorded.
+    /// Records requests to these disks.
     ///
     /// # Errors
-    /// In a line, where the kernel has no such events.
+    /// A one-line message if the kernel has no such events.
     pub fn record_disks(&self, disks: &[DeviceNumber]) -> anyhow::Result<()> {
         // The kernel's own form of a device number: 12 bits of the major, 20 of the minor.
         let number = |(major, minor): &DeviceNumber| (u64::from(*major) << 20) | u64::from(*minor);
@@ -61,28 +61,28 @@ impl Instance {
         self.enable("block/block_rq_complete", &filter)
     }
 
-    /// Has it recorded when processors go on with these threads.
+    /// Records when processors switch to these threads.
     ///
     /// # Errors
-    /// In a line, where the kernel has no such event.
+    /// A one-line message if the kernel has no such event.
     pub fn record_threads(&self, threads: &[u32]) -> anyhow::Result<()> {
         let filter = any("next_pid", threads.iter().map(|thread| u64::from(*thread)));
         let filter = if threads.len() > MAX_FILTERED { "0" } else { &filter };
         self.enable("sched/sched_switch", filter)
     }
 
-    /// Starts to record.
+    /// Starts recording.
     ///
     /// # Errors
-    /// Where the kernel refuses.
+    /// If the kernel refuses.
     pub fn start(&self) -> anyhow::Result<()> {
         self.write("tracing_on", "1")
     }
 
-    /// Ends recording, and returns the text of the trace and whether the kernel dropped events.
+    /// Stops recording, and returns the text of the trace and whether the kernel dropped events.
     ///
     /// # Errors
-    /// Where it cannot be read.
+    /// If it cannot be read.
     pub fn finish(&self) -> anyhow::Result<(String, bool)> {
         self.write("tracing_on", "0")?;
         let path = self.directory.join("trace");
@@ -128,13 +128,13 @@ fn any(field: &str, numbers: impl Iterator<Item = u64>) -> String {
     let mut filter = String::new();
     for number in numbers {
         let or = if filter.is_empty() { "" } else { " || " };
-        // Writing to a string does not fail.
+        // Writing to a string cannot fail.
         let _ = write!(filter, "{or}{field} == {number}");
     }
     filter
 }
 
-/// Whether the statistics of a processor's buffer tell of events that were overwritten or dropped.
+/// Whether the statistics of a processor's buffer report events that were overwritten or dropped.
 fn drops(stats: &str) -> bool {
     let mut counts = stats.lines().filter_map(|line| line.split_once(": "));
     counts.any(|(name, count)| {
@@ -142,7 +142,7 @@ fn drops(stats: &str) -> bool {
     })
 }
 
-/// All that is in an instance goes with its directory.
+/// Removing the directory removes everything in the instance.
 fn remove(directory: &Path) -> io::Result<()> {
     fs::remove_dir(directory)
 }
@@ -181,7 +181,7 @@ mod tests {
         let instances = tempfile::tempdir().unwrap();
         let make = |name: &str| fs::create_dir(instances.path().join(name)).unwrap();
         let own = format!("{PREFIX}{}", std::process::id());
-        // No process has such a number.
+        // No process id is this large.
         ["ublk-bench-4194305", "ublk-bench-x", "other", &own].into_iter().for_each(make);
         remove_orphans(instances.path());
         let left = fs::read_dir(instances.path()).unwrap().flatten().map(|entry| entry.file_name());

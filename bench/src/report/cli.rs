@@ -13,7 +13,7 @@ use crate::summary::check::read;
 /// Arguments of `report`.
 #[derive(Debug, Args)]
 pub struct Arguments {
-    /// A file that `run` has written
+    /// A results file of `run`
     #[arg(value_name = "RESULTS.json")]
     results: PathBuf,
     /// Where to write the page; `-` is standard output [default: beside the results]
@@ -24,7 +24,7 @@ pub struct Arguments {
 /// Writes the page.
 ///
 /// # Errors
-/// In a line, when a file cannot be read or written.
+/// One line, if a file cannot be read or written.
 pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let page = super::html(&read(&arguments.results)?)?;
     let output = arguments.output.clone();

@@ -1,4 +1,4 @@
-//! Processor time for each request: bars of the client's, the server's and what is left.
+//! CPU time for each request: a bar with the parts of client, server and the rest.
 
 use maud::{Markup, html};
 
@@ -8,7 +8,7 @@ use crate::summary::estimate::number;
 use crate::summary::figure::time;
 use crate::summary::{CpuSplit, Summary};
 
-/// The parts of a bar: class and what it is.
+/// The parts of a bar: class and description.
 pub const PARTS: [(&str, &str); 3] = [
     ("client", "load generator"),
     ("server", "server"),
@@ -39,8 +39,8 @@ pub fn plot(summary: &Summary, load: usize) -> Option<Markup> {
     Some(svg(&format!("cpu-{load}"), bottom + 36.0, &title, &description(&rows), content))
 }
 
-/// Where a bar ends: its parts may come to more than the machine's time, since they are measured in
-/// other ways.
+/// The end of a bar. The sum of its parts may exceed the machine's time, since they are measured in
+/// different ways.
 fn end(split: &CpuSplit) -> f64 {
     split.machine_us.max(split.client_us + split.server_us.unwrap_or(0.0))
 }

@@ -1,4 +1,4 @@
-//! What was measured, on what, when and how.
+//! Facts about the run: what was measured, on what, when and how.
 
 use maud::{Markup, html};
 
@@ -18,7 +18,7 @@ const WORDS: [(&str, &str); 7] = [
     ("rival", "what one would take otherwise: the kernel's loop driver, or rublk"),
 ];
 
-/// What the drive calls itself, or what the backing is.
+/// The model of the drive, or the kind of the backing.
 #[must_use]
 pub fn drive(results: &Results) -> String {
     let backing = &results.backing;
@@ -28,7 +28,7 @@ pub fn drive(results: &Results) -> String {
     }
 }
 
-/// When, how long, and by which program.
+/// When the run began, how long it took, and the program's version.
 #[must_use]
 pub fn when(results: &Results) -> String {
     let seconds = i64::try_from(results.began_s).ok();
@@ -49,13 +49,13 @@ fn lasted(seconds: f64) -> String {
     }
 }
 
-/// The load generator with its version, which runs tell with its name or without.
+/// The load generator and its version. Runs record the version with or without the name.
 fn fio(results: &Results) -> String {
     let version = &results.machine.fio;
     format!("fio {}", version.strip_prefix("fio-").unwrap_or(version))
 }
 
-/// What the words of titles mean.
+/// An explanation of the words in titles.
 #[must_use]
 pub fn words() -> Markup {
     html! {
@@ -118,7 +118,7 @@ fn facts(summary: &Summary) -> Vec<(&'static str, String)> {
     facts
 }
 
-/// The command, and what is needed for it.
+/// The command, and its requirements.
 #[must_use]
 pub fn repeat(results: &Results) -> Markup {
     let words = std::iter::once("ublk-bench").chain(results.arguments.iter().map(String::as_str));
@@ -136,7 +136,7 @@ pub fn repeat(results: &Results) -> Markup {
     }
 }
 
-/// A word as a shell takes it.
+/// A word, quoted for a shell.
 fn quoted(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=,:+@%".contains(c);
     if !word.is_empty() && word.chars().all(plain) {

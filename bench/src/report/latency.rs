@@ -1,4 +1,4 @@
-//! Latency curves: how long requests take, from the median to the slowest of ten thousand.
+//! Latency curves, from the median to the slowest request of ten thousand.
 
 use maud::{Markup, html};
 
@@ -28,7 +28,7 @@ struct Curve {
 }
 
 /// The plot of a load; `None` if there are no percentiles. One device for each role, since more
-/// curves cannot be told apart: the tables have them all.
+/// curves could not be distinguished. The tables have all devices.
 #[must_use]
 pub fn plot(summary: &Summary, load: usize) -> Option<Markup> {
     let curves = curves(summary, load);
@@ -74,7 +74,8 @@ pub fn plot(summary: &Summary, load: usize) -> Option<Markup> {
     Some(svg(&format!("latency-{load}"), y - 4.0, &title, &description(&curves), content))
 }
 
-/// Raw, the mapping of the kernel, the best rival of the load, ours, and ours that copies.
+/// The curves of the raw backing, the kernel's mapping, the best rival of the load, ours, and ours
+/// with a copy.
 fn curves(summary: &Summary, load: usize) -> Vec<Curve> {
     let floor = summary.measured().find(|(_, subject)| Look::of(subject) == Look::Floor);
     let floor = floor.map(|(index, _)| index);
@@ -90,7 +91,7 @@ fn curves(summary: &Summary, load: usize) -> Vec<Curve> {
     curves.collect()
 }
 
-/// Where a percentile is: each further nine takes the same room.
+/// The x coordinate of a percentile. Each further nine takes the same width.
 fn across(percentile: f64) -> f64 {
     let rest = |percentile: f64| ((100.0 - percentile) / 100.0).max(1e-4).log10();
     let part = (rest(50.0) - rest(percentile)) / (rest(50.0) - rest(99.99));
@@ -102,7 +103,7 @@ fn points(curve: &Curve, up: &Logarithmic) -> String {
     points.map(|(x, y)| format!("{},{}", n(x), n(y))).collect::<Vec<_>>().join(" ")
 }
 
-/// A mark's time: `50 µs`.
+/// The time of a mark: `50 µs`.
 fn short_time(ns: f64) -> String {
     let text = time(ns);
     match text.split_once(' ') {

@@ -1,5 +1,5 @@
-//! How devices are told apart: by the shape of their marks and the dashes of their lines, and by
-//! colours besides, which nobody needs.
+//! The appearance of devices in plots. The shapes of marks and the dashes of lines distinguish
+//! devices; colours are redundant.
 
 use maud::{Markup, html};
 
@@ -7,7 +7,7 @@ use super::plot::n;
 use crate::results::{Family, Subject};
 use crate::summary::roles::Role;
 
-/// How a device is drawn.
+/// The appearance of a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Look {
     /// The backing itself.
@@ -25,7 +25,7 @@ pub enum Look {
 }
 
 impl Look {
-    /// All but the backing's, with what they stand for.
+    /// All except the backing's, with descriptions.
     pub const KEY: [(Self, &'static str); 5] = [
         (Self::Floor, "mapping in the kernel (device mapper): no server can reach it"),
         (Self::KernelLoop, "the kernel's loop driver"),
@@ -34,7 +34,7 @@ impl Look {
         (Self::OursCopying, "ublk-target, copying"),
     ];
 
-    /// The look of a device.
+    /// The appearance of a device.
     #[must_use]
     pub fn of(subject: &Subject) -> Self {
         match (Role::of(subject), subject.family) {
@@ -47,7 +47,7 @@ impl Look {
         }
     }
 
-    /// As a class of the style sheet.
+    /// Its class in the style sheet.
     #[must_use]
     pub const fn class(self) -> &'static str {
         match self {
@@ -73,10 +73,10 @@ impl Look {
         }
     }
 
-    /// A mark with its middle at a place, as wide as a circle of this radius.
+    /// A mark centred at (`x`, `y`), as wide as a circle of radius `r`.
     #[must_use]
     pub fn mark(self, class: &str, x: f64, y: f64, r: f64) -> Markup {
-        // Corners, in parts of the radius.
+        // The corners, in units of the radius.
         let shape = |corners: &[(f64, f64)]| {
             let corners = corners.iter();
             let corners = corners.map(|(dx, dy)| format!("{},{}", n(x + dx * r), n(y + dy * r)));

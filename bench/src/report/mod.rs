@@ -1,5 +1,5 @@
-//! Results as a page: one file without scripts, which needs no network and no other file. The same
-//! results make the same page.
+//! Results as a page: one file without scripts that needs no network and no other file. The same
+//! results always make the same page.
 
 pub mod cli;
 mod cpu;
@@ -23,7 +23,7 @@ use crate::summary::check::Invalid;
 use crate::summary::words::{STATISTICS, headline};
 
 const STYLE: &str = include_str!("style.css");
-/// Nothing is loaded from anywhere, whatever the texts of the results are.
+/// The page loads nothing, whatever the results contain.
 const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'";
 
 /// The sections after the first: id and title.
@@ -40,7 +40,7 @@ const SECTIONS: [(&str, &str); 7] = [
 /// The page of a run.
 ///
 /// # Errors
-/// What cannot be in results.
+/// The first invalid value in the results.
 pub fn html(results: &Results) -> Result<String, Invalid> {
     let summary = Summary::of(results)?;
     let title = format!("ublk-target on {}", facts::drive(results));
@@ -73,7 +73,7 @@ fn body(summary: &Summary, title: &str) -> Markup {
         }
         main {
             @if let Some(why) = &results.incomplete {
-                p class="warn" role="note" { strong { "This run is not whole: " } (why) }
+                p class="warn" role="note" { strong { "This run is incomplete: " } (why) }
             }
             section aria-label="What this says" {
                 ul class="says" { @for said in headline(summary) { li { (said) } } }
@@ -156,7 +156,7 @@ fn figures_section(summary: &Summary) -> Markup {
     }
 }
 
-/// A plot for each load that has one.
+/// A plot for each load with figures.
 fn plots(summary: &Summary, plot: fn(&Summary, usize) -> Option<Markup>) -> Markup {
     html! {
         div class="plots" {

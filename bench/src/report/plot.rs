@@ -1,5 +1,4 @@
-//! What all plots have in common: SVG whose colours are the page's, so that they follow its light
-//! and dark.
+//! Common parts of plots: SVG with the page's colours, for light and dark mode.
 
 use maud::{Markup, html};
 
@@ -7,24 +6,24 @@ use super::scale::Linear;
 use crate::summary::check::clean;
 use crate::table::columns::cut;
 
-/// Width of all plots, in their own units; the page scales them.
+/// The width of all plots, in SVG units. The page scales them.
 pub const WIDTH: f64 = 464.0;
-/// Where the names of rows end.
+/// The x coordinate where the names of rows end.
 pub const LEFT: f64 = 182.0;
-/// Where the plot ends, and figures beside it begin.
+/// The x coordinate where the plot ends and the figures beside it begin.
 pub const RIGHT: f64 = 400.0;
-/// Height of a row.
+/// The height of a row.
 pub const ROW: f64 = 21.0;
-/// Most characters of a row's name.
+/// The maximum length of a row's name, in characters.
 const NAME: usize = 27;
 
-/// A place or a length as text.
+/// A coordinate or length as text.
 #[must_use]
 pub fn n(figure: f64) -> String {
     format!("{figure:.1}")
 }
 
-/// A plot with what it shows in words, for those who do not see it.
+/// A plot with a text description, for screen readers.
 #[must_use]
 pub fn svg(id: &str, height: f64, title: &str, description: &str, content: Markup) -> Markup {
     html! {
@@ -55,7 +54,7 @@ pub fn figure(text: &str, y: f64) -> Markup {
     html! { text class="figure" x=(n(RIGHT + 6.0)) y=(n(y + 4.0)) { (text) } }
 }
 
-/// The marks of a scale from left to right, as lines over a height with their names below.
+/// The marks of a horizontal scale: vertical lines with labels below.
 #[must_use]
 pub fn marks(scale: &Linear, top: f64, bottom: f64, show: impl Fn(f64) -> String) -> Markup {
     html! {
@@ -69,7 +68,7 @@ pub fn marks(scale: &Linear, top: f64, bottom: f64, show: impl Fn(f64) -> String
     }
 }
 
-/// What the horizontal axis is.
+/// The label of the horizontal axis.
 #[must_use]
 pub fn axis(text: &str, y: f64) -> Markup {
     html! {

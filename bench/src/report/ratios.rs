@@ -28,7 +28,7 @@ pub fn plot(summary: &Summary, load: usize) -> Option<Markup> {
     let top = 6.0;
     let bottom = top + ROW * number(rows.len());
     let title =
-        format!("Part of the raw backing's throughput, {}", summary.results().loads[load].title);
+        format!("Ratio to the raw backing's throughput, {}", summary.results().loads[load].title);
     let content = html! {
         (marks(&scale, top, bottom, |mark| format!("{mark:.1}")))
         line class="limit" x1=(n(scale.at(1.0))) x2=(n(scale.at(1.0))) y1=(n(top)) y2=(n(bottom)) {}

@@ -1,16 +1,16 @@
-//! From figures to places in a plot.
+//! Scales: from figures to coordinates.
 
-/// A scale of whole steps from 0.
+/// A linear scale from 0.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Linear {
-    /// Where marks are, in ascending order; the last is the end of the scale.
+    /// The figures with marks, in ascending order. The last is the end of the scale.
     pub marks: Vec<f64>,
     from: f64,
     to: f64,
 }
 
 impl Linear {
-    /// From 0 to at least `most`, drawn from `from` to `to`.
+    /// From 0 to at least `most`, at coordinates `from` to `to`.
     #[must_use]
     pub fn new(most: f64, from: f64, to: f64) -> Self {
         let most = if most.is_finite() && most > 0.0 { most } else { 1.0 };
@@ -24,7 +24,7 @@ impl Linear {
         Self { marks, from, to }
     }
 
-    /// Where a figure is.
+    /// The coordinate of a figure.
     #[must_use]
     pub fn at(&self, figure: f64) -> f64 {
         let end = self.marks.last().copied().unwrap_or(1.0);
@@ -35,7 +35,7 @@ impl Linear {
 /// A logarithmic scale.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Logarithmic {
-    /// Where marks are, in ascending order.
+    /// The figures with marks, in ascending order.
     pub marks: Vec<f64>,
     low: f64,
     high: f64,
@@ -44,7 +44,7 @@ pub struct Logarithmic {
 }
 
 impl Logarithmic {
-    /// From `low` to `high`, which are moved outward to marks, drawn from `from` to `to`.
+    /// From `low` to `high`, both extended to the next mark, at coordinates `from` to `to`.
     #[must_use]
     pub fn new(low: f64, high: f64, from: f64, to: f64) -> Self {
         let low = if low.is_finite() && low > 0.0 { low } else { 1.0 };
@@ -56,14 +56,14 @@ impl Logarithmic {
         let end = all.iter().position(|mark| *mark >= high).unwrap_or(all.len() - 1);
         let mut marks = all[begin..=end.max(begin + 1).min(all.len() - 1)].to_vec();
         let (low, high) = (marks[0], marks[marks.len() - 1]);
-        // Of many, only the powers of ten are named.
+        // If there are many, only powers of ten have marks.
         if marks.len() > 8 {
             marks.retain(|mark| (mark.log10() - mark.log10().round()).abs() < 1e-9);
         }
         Self { marks, low, high, from, to }
     }
 
-    /// Where a figure is.
+    /// The coordinate of a figure.
     #[must_use]
     pub fn at(&self, figure: f64) -> f64 {
         let part = (figure / self.low).ln() / (self.high / self.low).ln();

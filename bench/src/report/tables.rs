@@ -10,7 +10,7 @@ use crate::summary::{Cell, Summary};
 /// Heads of columns that hold words.
 const TEXTS: [&str; 2] = ["best rival", "made by"];
 
-/// A table that may be wider than the page: it then scrolls by itself.
+/// A table that scrolls if it is wider than the page.
 #[must_use]
 pub fn wide(caption: &str, head: &[&str], rows: Markup) -> Markup {
     html! {
@@ -79,7 +79,7 @@ fn cells(summary: &Summary, subject: usize, load: usize, cell: &Cell) -> Markup 
     }
 }
 
-/// Ours against the limit and the best rival, a row for each load; `None` without ours.
+/// Ours compared with the limit and the best rival, with a row for each load; `None` without ours.
 #[must_use]
 pub fn ours(summary: &Summary) -> Option<Markup> {
     let ours = summary.ours()?;
@@ -123,7 +123,7 @@ pub fn ours(summary: &Summary) -> Option<Markup> {
     })
 }
 
-/// The devices, how each was made, and why some were not measured.
+/// The devices, the commands that made them, and why some were not measured.
 #[must_use]
 pub fn subjects(summary: &Summary) -> Markup {
     let rows = html! {

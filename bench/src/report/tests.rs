@@ -14,7 +14,7 @@ fn the_page_is_whole_and_stands_alone() {
         assert_eq!(count(&page, &format!("id=\"{id}\"")), 1, "{id}");
         assert!(page.contains(title));
     }
-    // Six loads: three plots and a table each, and two tables more.
+    // Six loads with three plots and a table each, and two more tables.
     assert_eq!((count(&page, "<svg"), count(&page, "</svg>")), (18, 18));
     assert_eq!(count(&page, "<table"), 8);
     assert_eq!((count(&page, "<desc id="), count(&page, "role=\"img\"")), (18, 18));
@@ -68,7 +68,7 @@ fn words_and_axes_are_explained() {
     assert_eq!(count(&html(&old).unwrap(), "fio 3.39"), 2);
 }
 
-/// Without their colours: by the shapes of marks and the dashes of lines.
+/// Devices are distinguished by the shapes of marks and the dashes of lines.
 #[test]
 fn devices_are_told_apart_without_colours() {
     let looks = Look::KEY.map(|(look, _)| look);
@@ -127,7 +127,7 @@ fn texts_cannot_become_markup() {
     results.method.profile = evil.into();
     let page = html(&results).unwrap();
     assert!(!page.contains("<script") && !page.contains("<img"));
-    assert!(page.contains("&lt;script&gt;") && page.contains("This run is not whole"));
+    assert!(page.contains("&lt;script&gt;") && page.contains("This run is incomplete"));
     assert!(!page.replace("&quot;", "").contains("\">\">"));
 }
 

@@ -10,16 +10,16 @@ use ublk_engine::units::Bytes;
 use super::load::LOADS;
 use super::subject::{NONE, SUBJECTS, Selection, SubjectKind, lend_modes};
 
-/// What follows the options in the help.
+/// The text after the options in the help.
 pub const HELP: &str = "\
-In each round, each load is measured on all subjects, one after the other, in an order that changes
-from round to round. A device is made for its one measurement and removed after it, since all want
-the backing for themselves. What cannot be measured here is listed with the reason. Ctrl-C ends the
-run and keeps what it has. Everything that is made is removed; what a killed run has left, the next
-one removes.
+In each round, each load is measured on all subjects, one after the other. Their order changes from
+round to round. A device exists only during its measurement, since each device claims the backing
+exclusively. Subjects that cannot be measured here are listed with the reason. Ctrl-C ends the run and
+keeps its results so far. The run removes everything that it has made; after a killed run, the next
+one does.
 
-The exit code is 0 if all that can be measured here was measured, 1 if something failed, and 128 and
-the number of the signal after an interruption.";
+The exit code is 0 if everything that can be measured here was measured, 1 if something failed, and
+128 plus the signal number after an interruption.";
 
 /// Options of the measurement.
 #[derive(Debug, Clone, Args)]
@@ -30,48 +30,48 @@ pub struct RunArgs {
     /// How much to measure
     #[arg(long, value_name = "PROFILE", default_value = "quick")]
     pub profile: Profile,
-    /// Measure these subjects only, and the backing itself
+    /// Measure only these subjects, and the backing itself
     #[arg(long, value_name = "SUBJECTS", value_delimiter = ',', value_parser = subjects())]
     pub only: Vec<String>,
-    /// Of what others made, measure this only
+    /// Of the rivals (drivers and servers of others), measure only these; `none` for none
     #[arg(long, value_name = "RIVALS", value_delimiter = ',', value_parser = rivals())]
     pub rivals: Vec<String>,
-    /// Of ublk-target, measure these lend modes only
+    /// Of ublk-target, measure only these lend modes
     #[arg(long, value_name = "MODES", value_delimiter = ',', value_parser = PossibleValuesParser::new(lend_modes()))]
     pub lend: Vec<String>,
-    /// Measure with these loads only [default: those of the profile]
+    /// Measure only these loads [default: those of the profile]
     #[arg(long, value_name = "LOADS", value_delimiter = ',', value_parser = loads())]
     pub loads: Vec<String>,
-    /// Rounds [default: that of the profile]
+    /// Number of rounds [default: that of the profile]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub rounds: Option<u32>,
-    /// Seconds of a measurement, from 0.1 on [default: that of the profile]
+    /// Length of a measurement in seconds, from 0.1 [default: that of the profile]
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub sample: Option<Duration>,
     /// How much of the backing to use: bytes, or a number with K, M, G or T [default: that of the
     /// profile, or all of a smaller backing]
     #[arg(long, value_name = "SIZE")]
     pub span: Option<Bytes>,
-    /// Never write: loads that write are left out, and nothing is asked. What was never written reads
-    /// faster from most drives
+    /// Never write: skip loads that write, and do not ask. Most drives read unwritten blocks faster
+    /// than written ones
     #[arg(long)]
     pub read_only: bool,
     /// Overwrite the backing without asking
     #[arg(long)]
     pub yes: bool,
-    /// Where results go: a directory, or the beginning of the files' names
+    /// Where to write the results: a directory, or a prefix of the file names
     #[arg(long, value_name = "DIR|PREFIX", default_value = ".")]
     pub output: PathBuf,
     /// The ublk-target to measure [default: the one beside this program, or in PATH]
     #[arg(long, value_name = "PROGRAM")]
     pub ublk_target: Option<PathBuf>,
-    /// The rublk to measure [default: the one in PATH; `cargo install rublk` makes it]
+    /// The rublk to measure [default: the one in PATH; `cargo install rublk` installs it]
     #[arg(long, value_name = "PROGRAM")]
     pub rublk: Option<PathBuf>,
 }
 
 impl RunArgs {
-    /// What is wanted of the table of subjects.
+    /// The selection of subjects.
     pub fn selection(&self) -> Selection {
         let Self { only, rivals, lend, .. } = self.clone();
         Selection { only, rivals, lend }
@@ -97,7 +97,7 @@ fn seconds(text: &str) -> Result<Duration, String> {
     Ok(Duration::from_secs_f64(seconds))
 }
 
-/// How much is measured.
+/// How much to measure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Profile {
     /// Five loads, 3 rounds of 2 seconds, 4 GiB
@@ -108,23 +108,23 @@ pub enum Profile {
     Vm,
 }
 
-/// What a profile sets.
+/// The settings of a profile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Settings {
-    /// What results call it.
+    /// Its name in results.
     pub name: &'static str,
     /// Rounds.
     pub rounds: u32,
-    /// How long a measurement lasts.
+    /// The duration of a measurement.
     pub sample: Duration,
-    /// How much of the backing is used.
+    /// How much of the backing to use.
     pub span: Bytes,
-    /// Leave the loads out that are not essential.
+    /// Measure only the essential loads.
     pub only_essential: bool,
 }
 
 impl Profile {
-    /// What it sets.
+    /// Its settings.
     pub const fn settings(self) -> Settings {
         let (name, rounds, millis, mib, only_essential) = match self {
             Self::Quick => ("quick", 3, 2_000, 4 << 10, true),
@@ -136,13 +136,14 @@ impl Profile {
     }
 }
 
-/// About how long so many measurements take: to each belong its device and the start of fio.
+/// An estimate of the duration of this many measurements, including making the devices and starting
+/// fio.
 pub fn estimate(measurements: usize, sample: Duration) -> Duration {
     let each = sample + warm_up(sample) + Duration::from_secs(1);
     each * u32::try_from(measurements).unwrap_or(u32::MAX)
 }
 
-/// What precedes a measurement of this length and is not counted.
+/// The duration of the warm-up before a measurement of this length.
 pub fn warm_up(sample: Duration) -> Duration {
     (sample / 4).clamp(Duration::from_millis(200), Duration::from_secs(2))
 }

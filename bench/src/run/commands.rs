@@ -1,4 +1,4 @@
-//! Runs programs, and hears of signals meanwhile.
+//! Runs programs, and handles signals meanwhile.
 
 use std::fs::File;
 use std::io::{BufRead, Read, Seek, SeekFrom};
@@ -18,16 +18,16 @@ use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use rustix::process::{PidfdFlags, pidfd_open};
 
-/// Those by which a user or the system ends a program.
+/// The signals by which a user or the system ends a program.
 const SIGNALS: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
-/// How long a program may take that makes or removes something.
+/// The time limit of a program that makes or removes something.
 const LIMIT: Duration = Duration::from_secs(60);
-/// How often a program is looked after that nobody else watches.
+/// How often to check on a program that nothing else watches.
 const OFTEN: Duration = Duration::from_millis(500);
-/// How often a condition is looked at that nothing announces.
+/// How often to check a condition that no event announces.
 const INTERVAL: Duration = Duration::from_millis(5);
 
-/// A signal has come.
+/// A signal arrived.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("interrupted by {0}")]
 pub struct Interrupted(pub Signal);
@@ -35,38 +35,38 @@ pub struct Interrupted(pub Signal);
 /// Runs programs.
 #[derive(Debug)]
 pub struct Commands {
-    /// The number of the signal that came last, 0 before.
+    /// The number of the last signal; 0 if there was none.
     heard: Arc<AtomicUsize>,
-    /// Something can be read once a signal has come, and ever after.
+    /// Readable once a signal has arrived, and never empty again.
     wakened: UnixStream,
     waker: UnixStream,
 }
 
-/// What becomes of a program when this one ends, in order or not.
+/// What happens to a started program when this one ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Bond {
-    /// It goes on: it must not stop half-way.
-    Loose,
+enum OnExit {
+    /// It continues: it must not stop half-way.
+    Continue,
     /// It is killed.
-    Firm,
+    Kill,
 }
 
 impl Commands {
-    /// Runs programs and hears of no signals yet.
+    /// Runs programs and does not handle signals yet.
     pub fn new() -> Result<Self> {
         let (wakened, waker) = UnixStream::pair().context("make a pair of sockets")?;
         waker.set_nonblocking(true)?;
         Ok(Self { heard: Arc::default(), wakened, waker })
     }
 
-    /// From now on signals are heard here only. They are caught and not blocked, for programs inherit
-    /// what is blocked, servers among them.
+    /// Handles signals from now on. They are caught, not blocked, since the programs that are
+    /// started, including servers, would inherit blocked signals.
     pub fn hear_signals(&self) -> Result<()> {
         for signal in SIGNALS {
             let number = signal as i32;
             let value = usize::try_from(number)?;
             let hear = || -> std::io::Result<()> {
-                // In this order: who is woken finds the number.
+                // In this order, so that a woken thread finds the number.
                 signal_hook::flag::register_usize(number, Arc::clone(&self.heard), value)?;
                 signal_hook::low_level::pipe::register(number, self.waker.try_clone()?)?;
                 Ok(())
@@ -76,7 +76,7 @@ impl Commands {
         Ok(())
     }
 
-    /// Fails if a signal has come.
+    /// Fails if a signal has arrived.
     pub fn check(&self) -> Result<(), Interrupted> {
         match i32::try_from(self.heard.load(Ordering::SeqCst)).unwrap_or(0) {
             0 => Ok(()),
@@ -84,58 +84,58 @@ impl Commands {
         }
     }
 
-    /// Waits until a file is ready, a signal comes that has not come before, or time is over.
+    /// Waits until a file is ready, the first signal arrives, or time is over. Fails if one had
+    /// arrived before.
     fn wait_for(&self, file: BorrowedFd<'_>, timeout: PollTimeout) -> Result<bool> {
         if self.check().is_ok() {
-            // It may come only now, and is not missed.
+            // A signal that arrives only now is not missed.
             return self.wait_for_either(file, timeout);
         }
         is_ready(&mut [PollFd::new(file, PollFlags::POLLIN)], timeout)
     }
 
-    /// Waits until a file is ready, a signal comes or has come, or time is over.
+    /// Waits until a file is ready, a signal has arrived, or time is over.
     fn wait_for_either(&self, file: BorrowedFd<'_>, timeout: PollTimeout) -> Result<bool> {
         let fds = [file, self.wakened.as_fd()];
         is_ready(&mut fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)), timeout)
     }
 
-    /// Runs a program that makes or removes something: signals wait for its end. It has to succeed;
-    /// what it printed is returned.
+    /// Runs a program that makes or removes something: signals do not interrupt it. It has to
+    /// succeed. Returns its output.
     pub fn run(&self, argv: &[&str]) -> Result<String> {
-        self.start(argv, Bond::Loose)?.finish(self, OFTEN, Some(LIMIT), &mut || {})
+        self.start(argv, OnExit::Continue)?.finish(self, OFTEN, Some(LIMIT), &mut || {})
     }
 
-    /// The same for a program that cleans up by itself when it is killed.
+    /// The same for a program that cleans up when it is killed.
     pub fn run_bound(&self, argv: &[&str]) -> Result<String> {
-        self.start(argv, Bond::Firm)?.finish(self, OFTEN, Some(LIMIT), &mut || {})
+        self.start(argv, OnExit::Kill)?.finish(self, OFTEN, Some(LIMIT), &mut || {})
     }
 
-    /// Runs a load, and calls `tick` this often. A signal kills it, and so does the end of this
-    /// process.
+    /// Runs a load, and calls `tick` this often. A signal or the end of this process kills it.
     pub fn watch(&self, argv: &[&str], every: Duration, tick: &mut dyn FnMut()) -> Result<String> {
         self.check()?;
-        self.start(argv, Bond::Firm)?.finish(self, every, None, tick)
+        self.start(argv, OnExit::Kill)?.finish(self, every, None, tick)
     }
 
-    fn start(&self, argv: &[&str], bond: Bond) -> Result<Running> {
+    fn start(&self, argv: &[&str], on_exit: OnExit) -> Result<Running> {
         let bound = ["setpriv", "--pdeathsig", "KILL"];
-        let argv = if bond == Bond::Firm { [&bound, argv].concat() } else { argv.to_vec() };
+        let argv = if on_exit == OnExit::Kill { [&bound, argv].concat() } else { argv.to_vec() };
         let (name, arguments) = argv.split_first().context("no program given")?;
         let program = find(name).with_context(|| format!("{name} is missing"))?;
-        // Files, so that nobody has to empty a pipe, and no server keeps one open.
+        // Files: a pipe would have to be emptied, and a server could keep it open.
         let (out, err) = (tempfile::tempfile()?, tempfile::tempfile()?);
         let mut command = Command::new(program);
         command.args(arguments).stdin(Stdio::null());
         command.stdout(out.try_clone()?).stderr(err.try_clone()?);
-        // The terminal sends its signals to us only.
+        // So that the terminal sends its signals only to this process.
         command.process_group(0);
         let child = command.spawn().with_context(|| format!("start {name}"))?;
-        let shown = if bond == Bond::Firm { argv[bound.len()] } else { argv[0] };
+        let shown = if on_exit == OnExit::Kill { argv[bound.len()] } else { argv[0] };
         let name = Path::new(shown).file_name().unwrap_or_default().to_string_lossy().into_owned();
         Ok(Running { child, out, err, name })
     }
 
-    /// Waits for a line that the user types.
+    /// Reads a line from the user.
     pub fn read_line(&self) -> Result<String> {
         let stdin = std::io::stdin();
         while !self.wait_for_either(stdin.as_fd(), PollTimeout::NONE)? {
@@ -147,7 +147,8 @@ impl Commands {
     }
 }
 
-/// Polls files; whether the first is ready. A signal ends it, and whoever called looks at that.
+/// Polls files. Returns whether the first is ready. A signal ends the wait, and the caller checks
+/// for it.
 fn is_ready(fds: &mut [PollFd<'_>], timeout: PollTimeout) -> Result<bool> {
     match poll(fds, timeout) {
         Ok(_) | Err(Errno::EINTR) => Ok(fds[0].any().unwrap_or(false)),
@@ -155,18 +156,17 @@ fn is_ready(fds: &mut [PollFd<'_>], timeout: PollTimeout) -> Result<bool> {
     }
 }
 
-/// A program that runs.
+/// A running program.
 struct Running {
     child: Child,
     out: File,
     err: File,
-    /// The program.
+    /// Its name.
     name: String,
 }
 
 impl Running {
-    /// With a limit it is let run to its end, and killed beyond; without one it is killed by a signal
-    /// that we hear.
+    /// Waits for its end. With a limit, it is killed after that. Without one, a signal kills it.
     fn finish(
         mut self,
         commands: &Commands,
@@ -223,13 +223,13 @@ impl Running {
     }
 }
 
-/// The last lines of what a program said, in one: the very last may say nothing but that it failed.
+/// The last lines of a program's output, in one line: the very last may only say that it failed.
 fn last_words(text: &str) -> String {
     let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     lines[lines.len().saturating_sub(3)..].join("; ")
 }
 
-/// Where a program is: paths are taken as they are, names are looked for as root's would be.
+/// Finds a program. A path is used as it is; a name is looked up as for root.
 pub fn find(name: &str) -> Option<PathBuf> {
     if name.contains('/') {
         return Some(PathBuf::from(name)).filter(|path| path.is_file());
@@ -240,7 +240,7 @@ pub fn find(name: &str) -> Option<PathBuf> {
     directories.map(|directory| directory.join(name)).find(|path| path.is_file())
 }
 
-/// Waits until something is so.
+/// Waits until a condition holds. Returns whether it does.
 pub fn wait_until(limit: Duration, mut is_so: impl FnMut() -> bool) -> bool {
     let began = Instant::now();
     loop {
@@ -259,7 +259,7 @@ mod tests {
     use super::*;
     use std::io::Write;
 
-    /// As if a signal had come; a real one would be heard by all tests.
+    /// Simulates a signal; a real one would reach all tests.
     fn hear(commands: &Commands, signal: Signal) {
         commands.heard.store(usize::try_from(signal as i32).unwrap(), Ordering::SeqCst);
         (&commands.waker).write_all(&[0]).unwrap();
@@ -282,7 +282,7 @@ mod tests {
 
     #[test]
     fn programs_can_be_ended_by_signals() {
-        // Whoever runs the tests may have blocked some, which is no business of ours.
+        // The parent of the tests may have blocked some signals.
         let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
         let before = status.lines().find(|line| line.starts_with("SigBlk")).unwrap();
         let commands = Commands::new().unwrap();
@@ -307,7 +307,7 @@ mod tests {
         let interrupted = error.downcast_ref::<Interrupted>();
         assert_eq!(interrupted, Some(&Interrupted(Signal::SIGTERM)));
         assert!(began.elapsed() < Duration::from_secs(30));
-        // Where something has to be removed, programs run all the same.
+        // To remove something, programs run nevertheless.
         assert_eq!(commands.run(&["echo", "removed"]).unwrap(), "removed\n");
         assert!(commands.watch(&["true"], OFTEN, &mut || {}).is_err());
     }
@@ -317,7 +317,7 @@ mod tests {
         let commands = Commands::new().unwrap();
         let (silent, _other_end) = UnixStream::pair().unwrap();
         hear(&commands, Signal::SIGINT);
-        // Without an end it would wait for ever.
+        // If it missed the signal, it would wait for ever.
         assert!(!commands.wait_for_either(silent.as_fd(), PollTimeout::NONE).unwrap());
         assert!(commands.check().is_err());
     }

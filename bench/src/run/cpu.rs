@@ -1,14 +1,14 @@
-//! Who uses the processors while a load runs.
+//! CPU time of machine and server while a load runs.
 //!
-//! The counters are read again and again from before fio starts until it has ended; when it measured
-//! is known only afterwards.
+//! The counters are read periodically from before fio starts until it has ended, since the time of
+//! its measurement is known only afterwards.
 
 use std::fs;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::unistd::{SysconfVar, sysconf};
 
-/// Reads counters.
+/// Reads the counters.
 #[derive(Debug)]
 pub struct Meter {
     /// The process that serves the device.
@@ -21,22 +21,22 @@ pub struct Meter {
 struct Reading {
     /// In milliseconds since 1970, fio's clock.
     at_ms: f64,
-    /// How long all processors together were busy, in seconds, but for a constant.
+    /// The busy time of all processors together, in seconds, plus a constant.
     busy_s: f64,
     server_s: Option<f64>,
 }
 
-/// Processor time in a second, in seconds.
+/// CPU time per second, in seconds.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Rates {
     /// Of the whole machine.
     pub machine: f64,
-    /// Of the server, where there is one.
+    /// Of the server, if there is one.
     pub server: Option<f64>,
 }
 
 impl Meter {
-    /// For a device of this server.
+    /// A meter for a device of this server.
     pub fn new(server: Option<u32>) -> Self {
         let ticks = sysconf(SysconfVar::CLK_TCK).ok().flatten();
         let ticks_per_s =
@@ -44,8 +44,7 @@ impl Meter {
         Self { server, ticks_per_s, readings: Vec::new() }
     }
 
-    /// How often to read so that a measurement of this length has enough readings, and is not
-    /// disturbed.
+    /// How often to read: often enough for a measurement of this length, and without disturbing it.
     pub fn interval(sample: Duration) -> Duration {
         (sample / 16).clamp(Duration::from_millis(20), Duration::from_millis(500))
     }
@@ -63,8 +62,8 @@ impl Meter {
         });
     }
 
-    /// What was used between two times, in milliseconds since 1970. `None` if nothing was read before
-    /// and after.
+    /// The rates between two times, in milliseconds since 1970. `None` without readings before and
+    /// after.
     pub fn rates(&self, from_ms: f64, to_ms: f64) -> Option<Rates> {
         let (from, to) = (self.at(from_ms)?, self.at(to_ms)?);
         let seconds = (to_ms - from_ms) / 1e3;
@@ -75,7 +74,7 @@ impl Meter {
         Some(Rates { machine: (to.busy_s - from.busy_s) / seconds, server })
     }
 
-    /// The counters at a time, as if they grew evenly between readings.
+    /// The counters at a time, interpolated linearly between readings.
     fn at(&self, at_ms: f64) -> Option<Reading> {
         let after = self.readings.iter().position(|reading| reading.at_ms >= at_ms)?;
         let (before, after) = (self.readings[after.checked_sub(1)?], self.readings[after]);
@@ -93,12 +92,12 @@ impl Meter {
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Usage {
     processors: f64,
-    /// Idle, waiting for I/O, or somebody else's (steal).
+    /// Idle, waiting for I/O, or stolen by other virtual machines.
     unused_ticks: f64,
 }
 
-/// What is not idle counts as busy: the kernel measures how long processors sleep, and only samples
-/// what they do else.
+/// All time that is not idle counts as busy: the kernel measures how long processors sleep, and
+/// only samples what they do otherwise.
 fn parse(stat: &str) -> Option<Usage> {
     let mut lines = stat.lines();
     let all = lines.next()?.strip_prefix("cpu ")?;
@@ -110,12 +109,12 @@ fn parse(stat: &str) -> Option<Usage> {
     Some(Usage { processors: processors.into(), unused_ticks: idle + iowait + steal })
 }
 
-/// How long the threads of a process were running, in seconds; io_uring's workers are among them.
+/// The CPU time of a process's threads, including io_uring's workers, in seconds.
 fn running_s(pid: u32) -> Option<f64> {
     let threads = fs::read_dir(format!("/proc/{pid}/task")).ok()?;
     let mut sum_ns = 0.0;
     for thread in threads.flatten() {
-        // One that has just ended has no file.
+        // A thread that has just ended has no file.
         let Ok(text) = fs::read_to_string(thread.path().join("schedstat")) else { continue };
         sum_ns += running_ns(&text)?;
     }
@@ -167,7 +166,7 @@ mod tests {
         meter.read();
         let first = meter.readings[0];
         let began = std::time::Instant::now();
-        // What the machine does beside is not ours to know.
+        // The load of the rest of the machine is unknown.
         while meter.readings[meter.readings.len() - 1].server_s <= first.server_s {
             assert!(began.elapsed() < Duration::from_secs(60), "{meter:?}");
             meter.read();

@@ -1,4 +1,4 @@
-//! The load generator: what it is asked for, and what it reports.
+//! The load generator fio: its command line and its report.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -8,26 +8,26 @@ use serde::Deserialize;
 
 use crate::results::{Latency, Load};
 
-/// The percentiles that are wanted; fio takes no more than 20.
+/// The percentiles to report. fio takes at most 20.
 const PERCENTILES: [f64; 13] =
     [1.0, 5.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 99.0, 99.5, 99.9, 99.95, 99.99];
 
-/// A measurement to be made.
+/// A measurement.
 #[derive(Debug, Clone)]
 pub struct Job<'a> {
-    /// What on.
+    /// The device.
     pub device: &'a str,
-    /// With what.
+    /// The load.
     pub load: &'a Load,
-    /// How much of it is used, in bytes.
+    /// How much of the device to use, in bytes.
     pub span_bytes: u64,
-    /// How long it is measured.
+    /// The duration of the measurement.
     pub sample: Duration,
-    /// What precedes that.
+    /// The duration of the warm-up.
     pub warm_up: Duration,
-    /// Subjects of the same round meet the same requests.
+    /// The seed of fio's requests: the same for all subjects of a round.
     pub seed: u32,
-    /// fio is to refuse to write.
+    /// Makes fio refuse to write.
     pub read_only: bool,
 }
 
@@ -47,7 +47,7 @@ impl Job<'_> {
             format!("--ramp_time={}ms", self.warm_up.as_millis()),
             // Reads and writes of a mixed load together.
             "--unified_rw_reporting=mixed".to_owned(),
-            // From before the submission to the completion.
+            // Total latency, from submission to completion.
             "--lat_percentiles=1".to_owned(),
             "--clat_percentiles=0".to_owned(),
             format!("--percentile_list={}", percentiles.join(":")),
@@ -58,7 +58,8 @@ impl Job<'_> {
     }
 }
 
-/// The command line that writes all of the span once: what was never written reads from nowhere.
+/// The command line that writes the whole span once: drives answer reads of blocks that were never
+/// written without reading the medium.
 pub fn precondition(device: &str, span_bytes: u64) -> Vec<String> {
     let mut argv = common(device, span_bytes);
     argv.extend(["--rw=write", "--bs=1M", "--iodepth=8"].map(String::from));
@@ -76,28 +77,28 @@ fn common(device: &str, span_bytes: u64) -> Vec<String> {
     argv
 }
 
-/// What came out.
+/// The result of a measurement.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Measured {
     /// Requests a second.
     pub iops: f64,
     /// Bytes a second.
     pub bytes_per_s: f64,
-    /// How long they took.
+    /// The latencies.
     pub latency: Latency,
-    /// Processor time of fio in a second, in seconds.
+    /// CPU time of fio per second, in seconds.
     pub cpu: f64,
-    /// A time in which it was measured, from and to, in milliseconds since 1970.
+    /// An interval within the measurement, in milliseconds since 1970.
     pub within_ms: (u64, u64),
 }
 
-/// How late the report may come after the last request, in milliseconds: fio has a thread that looks
-/// four times a second.
+/// How long after the last request the report may be written, in milliseconds: fio checks for the
+/// end four times a second.
 const LATE_MS: u64 = 300;
 
 #[derive(Deserialize)]
 struct Report {
-    /// When it was written.
+    /// The time of the report.
     timestamp_ms: u64,
     jobs: Vec<JobReport>,
 }
@@ -105,7 +106,7 @@ struct Report {
 #[derive(Deserialize)]
 struct JobReport {
     error: i32,
-    /// When the warm-up was over; versions before 3.34 do not tell.
+    /// The end of the warm-up. Versions before 3.34 do not report it.
     job_start: Option<u64>,
     job_runtime: u64,
     usr_cpu: f64,
@@ -131,7 +132,7 @@ struct LatencyReport {
 
 /// Reads fio's report.
 pub fn parse(text: &str) -> Result<Measured> {
-    // It may be preceded by notes.
+    // Notes may precede the report.
     let start = text.find('{').context("fio wrote no report")?;
     let report: Report = serde_json::from_str(&text[start..]).context("fio's report")?;
     let [job] = &report.jobs[..] else {
@@ -152,8 +153,8 @@ pub fn parse(text: &str) -> Result<Measured> {
     })
 }
 
-/// Where it is not told when it began, it follows from when it was over, without the time in which it
-/// may have been over already.
+/// If the start is not reported, it is computed from the time of the report, minus the time by
+/// which the report may be late.
 fn within(report: &Report, job: &JobReport) -> (u64, u64) {
     let took = job.job_runtime;
     let began = job.job_start.unwrap_or(report.timestamp_ms.saturating_sub(took));
@@ -161,7 +162,7 @@ fn within(report: &Report, job: &JobReport) -> (u64, u64) {
     (began, began + certain)
 }
 
-/// As text they are in another order than as numbers.
+/// Sorted as numbers, since the keys are texts.
 fn percentiles(reported: &BTreeMap<String, u64>) -> Result<Vec<(f64, u64)>> {
     let read = |(percentile, value): (&String, &u64)| Ok((percentile.parse()?, *value));
     let mut percentiles = reported.iter().map(read).collect::<Result<Vec<(f64, u64)>>>()?;

@@ -1,4 +1,4 @@
-//! What is done to each device.
+//! The loads.
 
 use crate::results::Load;
 
@@ -7,15 +7,15 @@ const KIB: u64 = 1 << 10;
 /// A load of the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LoadKind {
-    /// What options and results call it.
+    /// Its name in options and results.
     pub name: &'static str,
-    /// What tables call it.
+    /// Its title in tables.
     pub title: &'static str,
     rw: &'static str,
     block_bytes: u64,
     depth: u32,
     read_percent: Option<u32>,
-    /// Profiles with few loads have it too.
+    /// Whether profiles with few loads include it.
     pub is_essential: bool,
 }
 
@@ -42,7 +42,7 @@ impl LoadKind {
         matches!(self.rw, "read" | "randread")
     }
 
-    /// As results have it.
+    /// Its description in results.
     pub fn described(&self) -> Load {
         Load {
             name: self.name.to_owned(),
@@ -72,8 +72,8 @@ pub const LOADS: &[LoadKind] = &[
     load("write-1m-qd4", "1 MiB sequential write, QD4", "write", 4).kib(1024),
 ];
 
-/// The loads that `named` names, or where it names none those of the profile, in the order of the
-/// tables; those that write only where that `may_write`.
+/// The loads in `named`, or those of the profile if it is empty, in the order of the tables. Loads
+/// that write are left out unless `may_write`.
 pub fn chosen(named: &[String], only_essential: bool, may_write: bool) -> Vec<LoadKind> {
     let is_wanted = |load: &&LoadKind| match named {
         [] => load.is_essential || !only_essential,

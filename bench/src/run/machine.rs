@@ -1,4 +1,4 @@
-//! What is measured on.
+//! The description of the machine.
 
 use std::fs;
 
@@ -6,7 +6,7 @@ use crate::results::Machine;
 
 use super::commands::Commands;
 
-/// Describes this machine. What it does not tell is left empty.
+/// Describes this machine. Unknown facts are left empty.
 pub fn describe(commands: &Commands) -> Machine {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
     let cpuinfo = read("/proc/cpuinfo");
@@ -42,7 +42,7 @@ fn memory(meminfo: &str) -> Option<u64> {
     Some(kib * 1024)
 }
 
-/// A hypervisor says so by a flag of the processor, and the machine by its maker.
+/// A flag of the processor shows a hypervisor; the machine's vendor tells which.
 fn virtualization(cpuinfo: &str, vendor: &str) -> Option<String> {
     let flags = field(cpuinfo, "flags")?;
     let is_virtual = flags.split(' ').any(|flag| flag == "hypervisor");

@@ -1,25 +1,25 @@
 //! `ublk-bench run`: measures a backing and the devices on it, interleaved and repeated.
 //!
-//! In each round, each load is measured on all subjects one after the other. Each device lives for one
-//! measurement: the servers and device-mapper claim the backing for themselves, so there can be one at
-//! a time, and the closer the measurements that are compared are in time, the less a drift of the
-//! machine or the drive comes between them.
+//! In each round, each load is measured on all subjects one after the other. Each device exists for
+//! one measurement: the servers and device-mapper claim the backing exclusively, so there can be
+//! only one device at a time. And the closer in time the compared measurements are, the less a
+//! drift of the machine or the drive affects them.
 
 pub mod args;
+mod backing;
 mod commands;
 mod cpu;
+mod device_maker;
 mod fio;
 mod load;
 mod machine;
-mod made;
+mod made_device;
 mod output;
-mod place;
 mod programs;
 mod progress;
 mod record;
 mod rounds;
 mod subject;
-mod workshop;
 
 use std::io::IsTerminal;
 use std::path::Path;
@@ -34,14 +34,14 @@ use crate::output::print;
 use crate::results::{FORMAT, Family, Method, Results, Subject};
 use crate::table;
 pub use args::RunArgs;
+use backing::CheckedBacking;
 use commands::{Commands, Interrupted};
+use device_maker::DeviceMaker;
 use output::Output;
-use place::Place;
 use programs::{Programs, ensure_tools, version};
 use record::Record;
 use rounds::Rounds;
 use subject::{Maker, SubjectKind};
-use workshop::Workshop;
 
 /// Measures, and writes the results.
 pub fn run(args: &RunArgs) -> Result<ExitCode> {
@@ -51,7 +51,7 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
         Err(error) => match error.downcast_ref::<Interrupted>() {
             Some(Interrupted(signal)) => {
                 eprintln!("ublk-bench: {error:#}");
-                // What a shell says of a program that a signal has ended.
+                // The exit code that a shell reports for a program that a signal has ended.
                 let code = u8::try_from(128 + *signal as i32).unwrap_or(u8::MAX);
                 Ok(ExitCode::from(code))
             }
@@ -71,12 +71,12 @@ fn prepare_and_measure(args: &RunArgs) -> Result<ExitCode> {
     tools(&kinds)?;
     let programs = Programs::look(args, &commands)?;
     let record = take_over(&commands, &programs, &args.backing)?;
-    let place = place::examine(&args.backing, args.span, settings.span, !args.read_only)?;
+    let backing = backing::examine(&args.backing, args.span, settings.span, !args.read_only)?;
     let output = Output::new(&args.output, now)?;
     let sample = args.sample.unwrap_or(settings.sample);
     let rounds = args.rounds.unwrap_or(settings.rounds);
     let samples = kinds.len() * loads.len() * usize::try_from(rounds)?;
-    consent(args, &place, args::estimate(samples, sample), &commands)?;
+    consent(args, &backing, args::estimate(samples, sample), &commands)?;
 
     let results = Results {
         format: FORMAT,
@@ -85,7 +85,7 @@ fn prepare_and_measure(args: &RunArgs) -> Result<ExitCode> {
         began_s: SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs(),
         took_s: 0.0,
         machine: machine::describe(&commands),
-        backing: place.described.clone(),
+        backing: backing.described.clone(),
         method: Method {
             profile: settings.name.to_owned(),
             rounds,
@@ -97,14 +97,15 @@ fn prepare_and_measure(args: &RunArgs) -> Result<ExitCode> {
         samples: Vec::new(),
         incomplete: None,
     };
-    let workshop = Workshop { commands, programs, place, read_only: args.read_only, record };
+    let device_maker =
+        DeviceMaker { commands, programs, backing, read_only: args.read_only, record };
     let warm_up = args::warm_up(sample);
-    let (workshop, output) = (&workshop, &output);
-    let rounds = Rounds { workshop, output, kinds, sample, warm_up, began, results };
+    let (device_maker, output) = (&device_maker, &output);
+    let rounds = Rounds { device_maker, output, kinds, sample, warm_up, began, results };
     measure(rounds, args.read_only)
 }
 
-/// Measures, and keeps what there is however it ends.
+/// Measures, and saves the results however it ends.
 fn measure(mut rounds: Rounds<'_>, read_only: bool) -> Result<ExitCode> {
     let mut steps = || {
         rounds.try_out()?;
@@ -132,7 +133,7 @@ fn show(output: &Output, results: &Results) -> Result<()> {
     Ok(())
 }
 
-/// Fails if a program is missing that makes one of these.
+/// Fails if a program is missing that one of these subjects needs.
 fn tools(kinds: &[SubjectKind]) -> Result<()> {
     let needs = |maker| kinds.iter().any(|kind| kind.maker == maker);
     let mut tools = Vec::new();
@@ -141,31 +142,36 @@ fn tools(kinds: &[SubjectKind]) -> Result<()> {
     ensure_tools(&tools)
 }
 
-/// Makes this the only run, and removes what a killed one has left.
+/// Ensures that this is the only run, and removes the device that a killed run has left.
 fn take_over(commands: &Commands, programs: &Programs, backing: &Path) -> Result<Record> {
     let (record, left) = Record::open(Path::new(record::PATH))?;
     if let Some(left) = left {
-        if workshop::remove_leftover(commands, programs, &record, &left)? {
+        if device_maker::remove_leftover(commands, programs, &record, &left)? {
             eprintln!("removed {}, which a run that was killed has left", left.path());
         }
-        workshop::wait_for_backing(backing);
+        device_maker::wait_for_backing(backing);
     }
     Ok(record)
 }
 
-/// Asks whether the backing may be overwritten, if it would be.
-fn consent(args: &RunArgs, place: &Place, time: Duration, commands: &Commands) -> Result<()> {
+/// Asks whether the backing may be overwritten, if the run would do so.
+fn consent(
+    args: &RunArgs,
+    backing: &CheckedBacking,
+    time: Duration,
+    commands: &Commands,
+) -> Result<()> {
     if args.read_only || args.yes {
         return Ok(());
     }
-    let (named, span) = (args.backing.display(), Bytes(place.described.span_bytes));
+    let (named, span) = (args.backing.display(), Bytes(backing.described.span_bytes));
     let what = format!("the first {span} of {named} would be overwritten");
     if !(std::io::stdin().is_terminal() && std::io::stderr().is_terminal()) {
         bail!("{what}; say --yes if that may be, or --read-only");
     }
-    let also = match named.to_string() == place.path {
+    let also = match named.to_string() == backing.path {
         true => String::new(),
-        false => format!(", that is {}", place.path),
+        false => format!(", that is {}", backing.path),
     };
     let time = progress::words(time);
     eprintln!("The first {span} of {named}{also} will be overwritten. It takes about {time}.");
@@ -186,7 +192,7 @@ fn described_all(kinds: &[SubjectKind], programs: &Programs, commands: &Commands
     kinds.iter().map(|kind| described(kind, version(kind))).collect()
 }
 
-/// A subject as results have it.
+/// The description of a subject in results.
 fn described(kind: &SubjectKind, version: Option<String>) -> Subject {
     Subject {
         name: kind.name.to_owned(),

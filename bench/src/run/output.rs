@@ -1,4 +1,4 @@
-//! The files.
+//! The files with the results.
 
 use std::fs::Permissions;
 use std::io::Write;
@@ -11,16 +11,16 @@ use jiff::Timestamp;
 use crate::report;
 use crate::results::Results;
 
-/// Where results go.
+/// Where to write the results.
 #[derive(Debug)]
 pub struct Output {
-    /// All names begin so.
+    /// The prefix of all names.
     prefix: PathBuf,
 }
 
 impl Output {
-    /// In a directory, or with names that begin so. Fails if nothing can be written there, before
-    /// hours are spent.
+    /// In this directory, or with this prefix. Fails at once if the files cannot be written, not
+    /// only after hours.
     pub fn new(path: &Path, now: Timestamp) -> Result<Self> {
         let prefix = match path.is_dir() {
             true => path.join(format!("ublk-bench-{}", now.strftime("%Y%m%d-%H%M%S"))),
@@ -59,7 +59,7 @@ impl Output {
         self.write_file(&self.html(), &report::html(results)?)
     }
 
-    /// There is always a whole file, or none.
+    /// Writes atomically: there is always a complete file, or none.
     fn write_file(&self, path: &Path, text: &str) -> Result<()> {
         let doing = || format!("write {}", path.display());
         let mut file = self.temporary().with_context(doing)?;
@@ -69,7 +69,7 @@ impl Output {
         Ok(())
     }
 
-    /// In the same directory, to be renamed.
+    /// A temporary file in the same directory, to be renamed.
     fn temporary(&self) -> std::io::Result<tempfile::NamedTempFile> {
         let parent = self.prefix.parent().filter(|parent| !parent.as_os_str().is_empty());
         let directory = parent.unwrap_or(Path::new("."));

@@ -1,4 +1,4 @@
-//! The programs that are measured, and those that measure.
+//! The programs that a run needs.
 
 use std::path::{Path, PathBuf};
 
@@ -7,17 +7,17 @@ use anyhow::{Context, Result, ensure};
 use super::args::RunArgs;
 use super::commands::{Commands, find};
 
-/// What every run needs, and the Debian packages that have it.
+/// Programs that every run needs, and their Debian packages.
 const ALWAYS: [(&str, &str); 2] = [("fio", "fio"), ("setpriv", "util-linux")];
 
-/// Fails if a program is missing that is to be run.
+/// Fails if one of the required programs is missing.
 pub fn ensure_tools(more: &[(&str, &str)]) -> Result<()> {
     let lacking = ALWAYS.iter().chain(more).find(|(tool, _)| find(tool).is_none());
     let Some((tool, package)) = lacking else { return Ok(()) };
     anyhow::bail!("{tool} is missing; install it, in Debian with `apt install {package}`")
 }
 
-/// A program of which devices are made: where it is, or why it is not there.
+/// A server program: its path, or why it was not found.
 type Found = Result<String, String>;
 
 /// The servers.
@@ -25,12 +25,12 @@ type Found = Result<String, String>;
 pub struct Programs {
     ublk_target: Found,
     rublk: Found,
-    /// What ublk-target says of the options of `add loop`.
+    /// The help of `ublk-target add loop`.
     help: String,
 }
 
 impl Programs {
-    /// Looks for them. One that the user names has to be there.
+    /// Finds them. A program that the user names must exist.
     pub fn look(args: &RunArgs, commands: &Commands) -> Result<Self> {
         let beside = std::env::current_exe()?.with_file_name("ublk-target");
         let ublk_target = named("ublk-target", args.ublk_target.as_deref())?
@@ -85,13 +85,13 @@ fn found(path: Option<PathBuf>, otherwise: &str) -> Result<Found> {
     Ok(Ok(text.to_owned()))
 }
 
-/// Whether a help names an option, not only a longer one.
+/// Whether a help text contains an option, not only a longer one.
 fn has(help: &str, option: &str) -> bool {
     let ends = |rest: &str| !rest.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '-');
     help.match_indices(option).any(|(at, _)| ends(&help[at + option.len()..]))
 }
 
-/// What a program calls its version: `rublk 0.2.15` without the name.
+/// The version that a program prints: `rublk 0.2.15` without the name.
 pub fn version(commands: &Commands, program: &str) -> Option<String> {
     let said = commands.run(&[program, "--version"]).ok()?;
     said.split_whitespace().last().map(str::to_owned)

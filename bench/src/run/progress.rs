@@ -1,27 +1,27 @@
-//! What goes on, and how long it will take: a bar on a terminal, a line for each load elsewhere.
+//! Progress and remaining time: a bar on a terminal, otherwise a line for each load.
 
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// Tells the user.
+/// Shows the progress.
 #[derive(Debug)]
 pub struct Progress {
     bar: Option<ProgressBar>,
     steps: u32,
     done: u32,
     began: Instant,
-    /// The last line without a terminal.
+    /// The last line that was printed without a terminal.
     said: String,
 }
 
 impl Progress {
-    /// Of so many steps, the first of which begins now.
+    /// Progress of this many steps. The first begins now.
     pub fn new(steps: u32) -> Self {
         let bar = ProgressBar::new(u64::from(steps));
         let style = ProgressStyle::with_template("[{bar:24}] {pos}/{len} {wide_msg}");
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-        // Not on terminals that cannot move back either.
+        // No bar on terminals that cannot move the cursor back.
         let bar = Some(bar).filter(|bar| !bar.is_hidden());
         if let Some(bar) = &bar {
             bar.enable_steady_tick(Duration::from_millis(250));
@@ -29,7 +29,7 @@ impl Progress {
         Self { bar, steps, done: 0, began: Instant::now(), said: String::new() }
     }
 
-    /// Says what the next step is: `part` names what it is one of many steps of.
+    /// Shows the next step. `part` is the group of steps that it belongs to.
     pub fn step(&mut self, part: &str, step: &str) {
         let left = time_left(self.began.elapsed(), self.done, self.steps);
         let left = left.map(|left| format!(", {} left", words(left))).unwrap_or_default();
@@ -48,7 +48,7 @@ impl Progress {
         self.done += 1;
     }
 
-    /// There are fewer steps than it seemed.
+    /// Reduces the number of steps.
     pub fn skip(&mut self, steps: u32) {
         self.steps = self.steps.saturating_sub(steps);
         if let Some(bar) = &self.bar {
@@ -56,7 +56,7 @@ impl Progress {
         }
     }
 
-    /// Prints a line that stays.
+    /// Prints a line above the bar.
     pub fn note(&self, text: &str) {
         match &self.bar {
             Some(bar) => bar.suspend(|| eprintln!("{text}")),
@@ -73,12 +73,13 @@ impl Drop for Progress {
     }
 }
 
-/// As long as the steps so far for each of the others; `None` before there is one.
+/// The remaining time, by the mean duration of the steps so far; `None` before the first one is
+/// done.
 fn time_left(elapsed: Duration, done: u32, steps: u32) -> Option<Duration> {
     (done > 0).then(|| elapsed / done * steps.saturating_sub(done))
 }
 
-/// A time as one says it.
+/// A duration in words.
 pub fn words(time: Duration) -> String {
     match time.as_secs() {
         seconds @ 0..90 => format!("{seconds} s"),

@@ -1,5 +1,6 @@
-//! What the run has made and not removed yet, on disk, so that the next run can remove it if this one
-//! is killed. The file is locked, so that there is one run at a time: two would measure each other.
+//! A file with the device that the run has made and not removed yet, so that the next run can
+//! remove it if this one is killed. The file is locked, so that there is only one run at a time:
+//! two would disturb each other.
 
 use std::cell::Cell;
 use std::fs::{self, File};
@@ -11,23 +12,23 @@ use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 
-use super::made::Made;
+use super::made_device::MadeDevice;
 
-/// Gone after a reboot, like the devices.
+/// Removed by a reboot, like the devices.
 pub const PATH: &str = "/run/ublk-bench.json";
 
-/// The file.
+/// The record.
 #[derive(Debug)]
 pub struct Record {
     path: PathBuf,
     file: Flock<File>,
-    /// It says that something is there.
+    /// Whether it names a device.
     is_full: Cell<bool>,
 }
 
 impl Record {
-    /// Opens the file, and says what a killed run has left.
-    pub fn open(path: &Path) -> Result<(Self, Option<Made>)> {
+    /// Opens the file. Returns also the device that a killed run has left.
+    pub fn open(path: &Path) -> Result<(Self, Option<MadeDevice>)> {
         let doing = || format!("open {}", path.display());
         let mut file = loop {
             let mut options = File::options();
@@ -41,7 +42,7 @@ impl Record {
                 ),
                 Err((_, errno)) => return Err(errno).with_context(doing),
             };
-            // The run before may have removed the file since it was opened.
+            // The previous run may have removed the file after it was opened here.
             let is_same = fs::metadata(path).is_ok_and(|now| {
                 file.metadata().is_ok_and(|ours| (now.dev(), now.ino()) == (ours.dev(), ours.ino()))
             });
@@ -56,23 +57,23 @@ impl Record {
         Ok((Self { path: path.to_owned(), file, is_full }, left))
     }
 
-    /// Says what is about to be made, or that nothing is there any more.
-    pub fn write(&self, made: Option<&Made>) -> Result<()> {
+    /// Records the device that is about to be made, or that there is none.
+    pub fn write(&self, made: Option<&MadeDevice>) -> Result<()> {
         let line = format!("{}\n", serde_json::to_string(&made)?);
-        // In one step, so that there is always a whole line in front; what is behind does not count.
+        // In one write, so that the first line is always complete. Later lines are ignored.
         self.file.write_all_at(line.as_bytes(), 0)?;
         self.file.set_len(u64::try_from(line.len())?)?;
         self.is_full.set(made.is_some());
         Ok(())
     }
 
-    /// Whether something is there.
+    /// Whether it names a device.
     pub fn is_full(&self) -> bool {
         self.is_full.get()
     }
 }
 
-fn first_line(text: &str) -> Option<Made> {
+fn first_line(text: &str) -> Option<MadeDevice> {
     serde_json::from_str(text.lines().next()?).ok().flatten()
 }
 
@@ -88,8 +89,8 @@ impl Drop for Record {
 mod tests {
     use super::*;
 
-    fn mapper(name: &str) -> Made {
-        Made::Mapper { name: name.to_owned() }
+    fn mapper(name: &str) -> MadeDevice {
+        MadeDevice::Mapper { name: name.to_owned() }
     }
 
     #[test]

@@ -1,50 +1,50 @@
-//! The measuring itself.
+//! The measurement.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
 use super::cpu::{Meter, Rates};
+use super::device_maker::{Device, DeviceMaker, ends_the_run};
 use super::fio::{self, Job, Measured};
 use super::output::Output;
 use super::progress::Progress;
 use super::subject::{Maker, SubjectKind};
-use super::workshop::{Device, Workshop, ends_the_run};
 use crate::results::{Cpu, Load, Results, Sample};
 
-/// What a file says that was written on the way.
-const UNDER_WAY: &str = "it has not come to its end";
+/// The mark of a file that was written during the run.
+const UNDER_WAY: &str = "the run has not ended yet";
 
 /// A run.
 #[derive(Debug)]
 pub struct Rounds<'a> {
     /// Makes the devices.
-    pub workshop: &'a Workshop,
-    /// Where results go.
+    pub device_maker: &'a DeviceMaker,
+    /// Where to write the results.
     pub output: &'a Output,
-    /// What is measured, one for each of the results' subjects.
+    /// The kinds of the results' subjects, in the same order.
     pub kinds: Vec<SubjectKind>,
-    /// How long a measurement lasts.
+    /// The duration of a measurement.
     pub sample: Duration,
-    /// What precedes each.
+    /// The duration of the warm-up before each.
     pub warm_up: Duration,
     /// When it began.
     pub began: Instant,
-    /// What has come of it.
+    /// The results so far.
     pub results: Results,
 }
 
 impl Rounds<'_> {
-    /// Makes and removes each device once, to see which can be measured here: a subject that cannot
-    /// is given the reason.
+    /// Makes and removes each device once, to find those that can be measured here. Records the
+    /// reason for a subject that cannot.
     pub fn try_out(&mut self) -> Result<()> {
         let mut progress = Progress::new(u32::try_from(self.kinds.len())?);
         for (kind, subject) in self.kinds.iter().zip(&mut self.results.subjects) {
             progress.step("trying each device", kind.title);
-            let tried = self.workshop.make(kind.maker).and_then(Device::remove);
+            let tried = self.device_maker.make(kind.maker).and_then(Device::remove);
             match tried {
                 Err(error) if ends_the_run(&error) => return Err(error),
-                // Without the backing there is nothing to compare with.
+                // Without the backing there is no basis for comparison.
                 Err(error) if kind.maker == Maker::Raw => return Err(error),
                 Err(error) => {
                     progress.note(&format!("not measured: {}: {error:#}", kind.title));
@@ -56,18 +56,18 @@ impl Rounds<'_> {
         Ok(())
     }
 
-    /// Writes what will be read.
+    /// Writes the span that will be read.
     pub fn precondition(&self) -> Result<()> {
         let mut progress = Progress::new(1);
         progress.step("writing once what will be read", "on the backing itself");
-        let device = self.workshop.make(Maker::Raw)?;
+        let device = self.device_maker.make(Maker::Raw)?;
         let argv = fio::precondition(&device.path, self.results.backing.span_bytes);
         let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
-        self.workshop.commands.watch(&argv, Duration::from_millis(500), &mut || {})?;
+        self.device_maker.commands.watch(&argv, Duration::from_millis(500), &mut || {})?;
         device.remove()
     }
 
-    /// Measures all rounds. Returns whether every subject came to their end.
+    /// Measures all rounds. Returns whether every subject was measured to the end.
     pub fn measure(&mut self) -> Result<bool> {
         let (rounds, loads) = (self.results.method.rounds, self.results.loads.clone());
         let active =
@@ -97,7 +97,7 @@ impl Rounds<'_> {
         Ok(is_whole)
     }
 
-    /// A subject that fails is not measured any more; the others are.
+    /// Stops measuring a subject that has failed; the others continue.
     fn drop_subject(
         &mut self,
         index: usize,
@@ -116,7 +116,7 @@ impl Rounds<'_> {
 
     fn measure_one(&mut self, index: usize, load: &Load, round: u32) -> Result<()> {
         let kind = self.kinds[index];
-        let device = self.workshop.make(kind.maker)?;
+        let device = self.device_maker.make(kind.maker)?;
         let job = Job {
             device: &device.path,
             load,
@@ -124,13 +124,13 @@ impl Rounds<'_> {
             sample: self.sample,
             warm_up: self.warm_up,
             seed: round,
-            read_only: self.workshop.read_only,
+            read_only: self.device_maker.read_only,
         };
         let argv = job.argv();
         let argv: Vec<&str> = argv.iter().map(String::as_str).collect();
         let mut meter = Meter::new(device.server);
         let interval = Meter::interval(self.sample);
-        let said = self.workshop.commands.watch(&argv, interval, &mut || meter.read())?;
+        let said = self.device_maker.commands.watch(&argv, interval, &mut || meter.read())?;
         device.remove()?;
         let measured = fio::parse(&said)?;
         let cpu = cpu(&meter, &measured)?;
@@ -140,7 +140,7 @@ impl Rounds<'_> {
         Ok(())
     }
 
-    /// Writes what there is.
+    /// Writes the results so far.
     pub fn save(&mut self, incomplete: Option<String>) -> Result<()> {
         self.results.took_s = self.began.elapsed().as_secs_f64();
         self.results.incomplete = incomplete;
@@ -148,9 +148,9 @@ impl Rounds<'_> {
     }
 }
 
-/// Processor time for each request.
+/// CPU time for each request.
 fn cpu(meter: &Meter, measured: &Measured) -> Result<Cpu> {
-    // Exact: a number of milliseconds has less than 53 bits.
+    // Exact, since the milliseconds have less than 53 bits.
     #[allow(clippy::cast_precision_loss)]
     let [from, to] = [measured.within_ms.0, measured.within_ms.1].map(|ms| ms as f64);
     let rates =
@@ -158,18 +158,18 @@ fn cpu(meter: &Meter, measured: &Measured) -> Result<Cpu> {
     Ok(cpu_of_each(rates, measured.cpu, measured.iops))
 }
 
-/// Of what was used in a second, in microseconds.
+/// CPU time for each request in microseconds, from the time used per second.
 fn cpu_of_each(rates: Rates, client: f64, iops: f64) -> Cpu {
-    // Less than nothing is what rounding may leave of nothing.
+    // Rounding may make 0 negative.
     let each = |rate: f64| rate.max(0.0) * 1e6 / iops;
-    // Threads are measured one by one. The time that processors sleep is not always right: in some
-    // samples it leaves the machine less than client and server have used.
+    // Threads are measured individually. The kernel's idle time is not always right: in some
+    // samples, machine time would be less than that of client and server.
     let machine = rates.machine.max(client + rates.server.unwrap_or(0.0));
     Cpu { machine_us: each(machine), client_us: each(client), server_us: rates.server.map(each) }
 }
 
-/// The order of subjects in a round: each round begins with another one, and every other round goes
-/// the other way, so that none has the same neighbours always.
+/// The order of subjects in a round. Each round begins with another subject, and every second round
+/// is reversed, so that no subject always has the same neighbours.
 fn order(subjects: usize, round: u32) -> Vec<usize> {
     let first = usize::try_from(round).unwrap_or(0) % subjects.max(1);
     let mut order: Vec<usize> = (first..subjects).chain(0..first).collect();

@@ -1,13 +1,13 @@
-//! What is measured.
+//! The subjects.
 
 use crate::results::Family;
 
-/// A device of the table.
+/// A subject of the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SubjectKind {
-    /// What options and results call it.
+    /// Its name in options and results.
     pub name: &'static str,
-    /// What tables call it.
+    /// Its title in tables.
     pub title: &'static str,
     /// How it is made.
     pub maker: Maker,
@@ -16,7 +16,7 @@ pub struct SubjectKind {
 /// How a device is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Maker {
-    /// It is the backing.
+    /// It is the backing itself.
     Raw,
     /// A linear mapping of device-mapper.
     DmLinear,
@@ -28,7 +28,7 @@ pub enum Maker {
     Ours(&'static str, &'static [&'static str]),
 }
 
-/// What ours and rublk's have in common: a queue, since the load is one thread.
+/// Common options of ours and rublk: one queue, since the load is one thread.
 pub const QUEUE: [&str; 4] = ["-q", "1", "-d", "128"];
 
 const fn ours(
@@ -44,8 +44,8 @@ const fn other(name: &'static str, title: &'static str, maker: Maker) -> Subject
     SubjectKind { name, title, maker }
 }
 
-/// All that can be measured, in the order of the tables. A variant of ours is a line; where the
-/// installed ublk-target does not know its options it is skipped.
+/// All subjects, in the order of the tables. Each variant of ours is one line. It is skipped if the
+/// installed ublk-target does not know its options.
 pub const SUBJECTS: &[SubjectKind] = &[
     other(RAW, "the backing itself", Maker::Raw),
     other("dm-linear", "dm-linear", Maker::DmLinear),
@@ -66,11 +66,11 @@ pub const SUBJECTS: &[SubjectKind] = &[
 
 /// The limit, which is always measured.
 pub const RAW: &str = "raw";
-/// What `--rivals` takes for no rival at all.
+/// The value of `--rivals` for no rivals.
 pub const NONE: &str = "none";
 
 impl SubjectKind {
-    /// Who made it.
+    /// Its maker.
     pub const fn family(&self) -> Family {
         match self.maker {
             Maker::Raw => Family::Raw,
@@ -114,7 +114,7 @@ pub fn lend_modes() -> Vec<&'static str> {
     modes
 }
 
-/// What the user wants of the table; an empty list is all.
+/// The user's selection. An empty list means all.
 #[derive(Debug, Clone, Default)]
 pub struct Selection {
     /// Names of subjects.

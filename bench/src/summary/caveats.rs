@@ -1,17 +1,17 @@
-//! What a run does not prove.
+//! The limits of a run's conclusions.
 
 use super::Summary;
 use super::figure::bytes;
 use crate::results::{Backing, Load, Machine, Method};
 
-/// What limits the conclusions, chosen by the facts of the run; the gravest first.
+/// The limits of the conclusions, depending on the facts of the run; the most serious first.
 #[must_use]
 pub fn caveats(summary: &Summary) -> Vec<String> {
     let results = summary.results();
     let of_run = results
         .incomplete
         .iter()
-        .map(|why| format!("The run is not whole: {why}. Later rounds are missing."));
+        .map(|why| format!("The run is incomplete: {why}. Later rounds are missing."));
     let reads_only = !results.loads.iter().any(is_written);
     of_run
         .chain(unsteady(summary))
@@ -25,22 +25,22 @@ pub fn caveats(summary: &Summary) -> Vec<String> {
         .collect()
 }
 
-/// Whether a load writes, by fio's name of it.
+/// Whether a load writes, according to its fio `rw`.
 #[must_use]
 pub fn is_written(load: &Load) -> bool {
     load.rw.contains("write") || load.rw.contains("rw")
 }
 
-/// How many times the requests of another round make a run unsteady.
+/// A run is unsteady if the requests of two rounds differ by this factor.
 const UNSTEADY: f64 = 1.5;
 
-/// What no run measures.
+/// Limits of every run.
 const ALWAYS: [&str; 2] = [
     "One job made all the load: several jobs, or several queues, were not measured.",
     "Neither flushes nor file systems were measured, and no mix of requests but those listed.",
 ];
 
-/// The raw backing has no reason to do more or less in one round than in another.
+/// The raw backing should have the same throughput in every round.
 fn unsteady(summary: &Summary) -> Option<String> {
     let raw = summary.raw()?;
     let cells = summary.loads().filter_map(|(load, _)| summary.cell(raw, load));
@@ -94,7 +94,7 @@ fn of_backing(backing: &Backing) -> impl Iterator<Item = String> {
         )
     });
     let in_file = (backing.kind == "file").then(|| {
-        "The backing is a file: its file system is part of every figure, the raw one's too."
+        "The backing is a file: every figure, also the raw one, includes its file system."
             .to_owned()
     });
     let scheduled = backing.scheduler.as_ref().filter(|name| *name != "none").map(|name| {
@@ -146,7 +146,7 @@ mod tests {
         for expected in ["virtual machine (qemu)", "lasts 2 s", "1 GiB of 8 GiB", "share 2 proc"] {
             assert!(text.contains(expected), "{expected}: {text}");
         }
-        assert!(!text.contains("not whole") && !text.contains("few rounds"), "{text}");
+        assert!(!text.contains("incomplete") && !text.contains("few rounds"), "{text}");
         results.machine.virtualization = None;
         results.machine.cpus = 64;
         results.machine.governor = Some("powersave".into());
@@ -156,7 +156,7 @@ mod tests {
         results.incomplete = Some("interrupted".into());
         results.samples.retain(|sample| sample.round < 3);
         let text = said(&results);
-        for expected in ["not whole: interrupted", "the fewest: 3", "`powersave`", "`mq-deadline`"]
+        for expected in ["incomplete: interrupted", "the fewest: 3", "`powersave`", "`mq-deadline`"]
         {
             assert!(text.contains(expected), "{expected}: {text}");
         }

@@ -1,4 +1,4 @@
-//! Reading results, which may come from anywhere.
+//! Reads and checks results, which are untrusted.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -9,22 +9,22 @@ use serde::Deserialize;
 
 use crate::results::{FORMAT, Latency, Results, Sample};
 
-/// Longest file that is read, in bytes.
+/// The maximum size of a file, in bytes.
 const MAX_BYTES: u64 = 256 << 20;
-/// Longest name or title, in characters.
+/// The maximum length of a name or title, in characters.
 const MAX_NAME: usize = 200;
-/// Longest of the other texts, in characters.
+/// The maximum length of other texts, in characters.
 const MAX_TEXT: usize = 16 << 10;
-/// Most subjects, and most loads.
+/// The maximum number of subjects, and of loads.
 const MAX_NAMED: usize = 200;
-/// Most rounds.
+/// The maximum number of rounds.
 pub(crate) const MAX_ROUNDS: u32 = 1000;
-/// Most percentiles of a sample.
+/// The maximum number of percentiles of a sample.
 const MAX_PERCENTILES: usize = 1000;
-/// Greatest figure: more than any machine does, and far from what overflows.
+/// The maximum of a figure: more than any machine reaches, and far from an overflow.
 const MAX_FIGURE: f64 = 1e15;
 
-/// Why a file gives no results.
+/// Why results could not be read.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
@@ -36,10 +36,10 @@ pub enum ReadError {
         /// Why.
         error: std::io::Error,
     },
-    /// It is longer than any run makes it.
+    /// It is longer than the file of any run.
     #[error("{} has more than {MAX_BYTES} bytes: it is not a file of `ublk-bench run`", .0.display())]
     TooLong(PathBuf),
-    /// It is something else.
+    /// It is not a file of `run`.
     #[error("{} is not a file of `ublk-bench run`: {why}", path.display())]
     NotResults {
         /// The file.
@@ -58,41 +58,41 @@ pub enum ReadError {
         /// Its format.
         format: u32,
     },
-    /// What it says cannot be.
+    /// Its contents are invalid.
     #[error("{}: {invalid}", path.display())]
     Invalid {
         /// The file.
         path: PathBuf,
-        /// What.
+        /// The invalid value.
         invalid: Invalid,
     },
 }
 
-/// What cannot be in results.
+/// An invalid value in results.
 #[non_exhaustive]
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Invalid {
     /// Too many of something.
     #[error("there are {count} {what}, and no run has more than {most}")]
     TooMany {
-        /// Of what.
+        /// The kind of items.
         what: &'static str,
-        /// How many.
+        /// Their number.
         count: usize,
-        /// How many there may be.
+        /// The maximum.
         most: usize,
     },
-    /// A text without characters where one is needed, or with too many.
+    /// A text that is too long, or empty although it is required.
     #[error("{what} has {length} characters; it has 1 to {most}")]
     Length {
         /// Which text.
         what: String,
         /// Its length, in characters.
         length: usize,
-        /// The greatest length.
+        /// The maximum length.
         most: usize,
     },
-    /// Two of the same name.
+    /// Two with the same name.
     #[error("two {what} are named `{name}`")]
     Twice {
         /// Subjects or loads.
@@ -100,10 +100,10 @@ pub enum Invalid {
         /// The name.
         name: String,
     },
-    /// A sample of nothing that was measured.
+    /// A sample of an unknown subject or load.
     #[error("sample {sample} is of `{name}`, which is not among the {what}")]
     Unknown {
-        /// Which, from 0.
+        /// Its index.
         sample: usize,
         /// Subjects or loads.
         what: &'static str,
@@ -113,7 +113,7 @@ pub enum Invalid {
     /// A second sample of one subject, load and round.
     #[error("sample {sample} is the second of `{subject}` with `{load}` in round {round}")]
     Again {
-        /// Which, from 0.
+        /// Its index.
         sample: usize,
         /// The subject.
         subject: String,
@@ -122,15 +122,15 @@ pub enum Invalid {
         /// The round.
         round: u32,
     },
-    /// A figure that is no measurement.
-    #[error("{what} is {figure}, which cannot be")]
+    /// A figure that is no valid measurement.
+    #[error("{what} is {figure}, which is invalid")]
     Figure {
         /// Which figure.
         what: String,
-        /// What it is.
+        /// Its value.
         figure: String,
     },
-    /// Percentiles that fall, or are none.
+    /// Percentiles that are not ascending, or are invalid.
     #[error("the percentiles of sample {0} are not in order, or none")]
     Percentiles(usize),
 }
@@ -150,7 +150,7 @@ pub fn read(path: &Path) -> Result<Results, ReadError> {
     parse(path, &text)
 }
 
-/// Another format need not have the fields of this one.
+/// The part of the file that every format has.
 #[derive(Deserialize)]
 struct Format {
     format: u32,
@@ -170,7 +170,7 @@ pub(crate) fn parse(path: &Path, text: &[u8]) -> Result<Results, ReadError> {
     Ok(results)
 }
 
-/// A text for one line of a terminal: without what could steer it, and not endless.
+/// A text for one line of a terminal: without control characters, and of limited length.
 #[must_use]
 pub fn clean(text: &str) -> String {
     let mut shown: String =
@@ -181,10 +181,10 @@ pub fn clean(text: &str) -> String {
     shown
 }
 
-/// Checks what the types do not say.
+/// Checks everything that the types do not guarantee.
 ///
 /// # Errors
-/// The first thing that cannot be.
+/// The first invalid value.
 pub fn check(results: &Results) -> Result<(), Invalid> {
     texts(results)?;
     let subjects = names("subjects", results.subjects.iter().map(|s| (&s.name, &s.title)))?;
@@ -243,7 +243,7 @@ fn names<'a>(
     Ok(names)
 }
 
-/// The other texts are shown too, so they are to have an end.
+/// The other texts are shown too, so their length is limited.
 fn texts(results: &Results) -> Result<(), Invalid> {
     let (machine, backing) = (&results.machine, &results.backing);
     let mut all: Vec<&String> = vec![

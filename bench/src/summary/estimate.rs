@@ -1,14 +1,14 @@
-//! What a few figures say: their median, and how sure it is.
+//! The median of a few figures, with a confidence interval.
 
-/// Coverage that an interval is to have, if there are enough figures for it.
+/// The desired confidence of an interval, if there are enough figures.
 const WANTED: f64 = 0.95;
 
-/// The median of a few figures and an interval for the median of what they were drawn from.
+/// The median of a few figures, and a confidence interval for the median of their distribution.
 ///
-/// The interval goes from one of the figures to another one: the narrowest of those symmetric pairs
-/// (the k-th from below, the k-th from above) that covers the true median with at least 95 %
-/// probability. By the sign test that needs nothing of the figures' distribution, but that
-/// they are independent. Fewer than six figures cannot reach 95 %; then it is the whole range.
+/// The interval is the narrowest symmetric pair of figures (the k-th smallest and the k-th largest)
+/// that covers the true median with at least 95 % probability. This follows from the sign test,
+/// which assumes only that the figures are independent. Fewer than six figures cannot reach 95 %;
+/// then the interval is the whole range.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Estimate {
     /// The median.
@@ -24,7 +24,8 @@ pub struct Estimate {
 }
 
 impl Estimate {
-    /// Of figures in any order; those that are not finite are left out. `None` if none is left.
+    /// The estimate for figures in any order. Figures that are not finite are left out. `None` if
+    /// none is left.
     #[must_use]
     pub fn of(figures: &[f64]) -> Option<Self> {
         let mut sorted: Vec<f64> = figures.iter().copied().filter(|f| f.is_finite()).collect();
@@ -35,8 +36,8 @@ impl Estimate {
         Some(Self { median: median(&sorted)?, low, high, confidence, count: sorted.len() })
     }
 
-    /// Whether the interval leaves a figure out, so that the median is another one with at least
-    /// 95 % confidence.
+    /// Whether the interval excludes a figure, so that the true median differs from it with at
+    /// least 95 % confidence.
     #[must_use]
     pub fn differs_from(&self, figure: f64) -> bool {
         self.confidence >= WANTED && (figure < self.low || figure > self.high)
@@ -57,11 +58,11 @@ pub fn median_of(figures: impl IntoIterator<Item = f64>) -> Option<f64> {
     median(&sorted)
 }
 
-/// How many of so many figures the interval leaves out at either end, and its confidence. How many
-/// figures are below the true median is distributed as heads of a fair coin are.
+/// How many of `count` figures the interval excludes at each end, and its confidence. The number of
+/// figures below the true median has a binomial distribution with probability 1/2.
 fn interval(count: usize) -> (usize, f64) {
     let Ok(exponent) = i32::try_from(count) else { return (0, 1.0) };
-    // That so many figures are below it or fewer, with none left out at first.
+    // The probability of at most this many figures below the median, beginning with 0.
     let mut exactly = 0.5_f64.powi(exponent);
     let mut at_most = exactly;
     let mut found = (0, (1.0 - 2.0 * at_most).max(0.0));
@@ -79,7 +80,7 @@ fn interval(count: usize) -> (usize, f64) {
 
 /// A count as a figure.
 pub(crate) fn number(count: usize) -> f64 {
-    // No run has so many of anything.
+    // No run has this many of anything.
     u32::try_from(count).map_or(f64::INFINITY, f64::from)
 }
 
@@ -100,7 +101,8 @@ mod tests {
 
     #[test]
     fn intervals_are_those_of_the_sign_test() {
-        // Figures, left out at either end, confidence in percent: the binomial table.
+        // Number of figures, number excluded at each end, confidence in percent: from a binomial
+        // table.
         for (count, skipped, percent) in [
             (1, 0, 0.0),
             (2, 0, 50.0),

@@ -1,11 +1,11 @@
-//! Figures as people read them: three digits and a unit.
+//! Figures as text: three digits and a unit.
 
 use ublk_engine::units::Bytes;
 
 use super::estimate::Estimate;
 use crate::results::Load;
 
-/// What stands where nothing was measured.
+/// The text where nothing was measured.
 pub const NONE: &str = "-";
 
 /// Requests a second: `7.25k`.
@@ -39,7 +39,7 @@ pub fn with_interval(estimate: &Estimate) -> String {
     format!("{median} [{low}–{high}]")
 }
 
-/// A part as a percentage: `93.4 %`.
+/// A fraction as a percentage: `93.4 %`.
 #[must_use]
 pub fn percent(part: f64) -> String {
     format!("{} %", digits(part * 100.0, 1))
@@ -51,7 +51,7 @@ pub fn bytes(bytes: u64) -> String {
     Bytes(bytes).to_string()
 }
 
-/// Whether a load is one whose bandwidth is of interest, not its requests.
+/// Whether to show a load's bandwidth, not its requests a second.
 #[must_use]
 pub fn is_large(load: &Load) -> bool {
     load.block_bytes >= 64 << 10
@@ -66,7 +66,7 @@ pub fn short(load: &Load) -> [String; 2] {
     [format!("{size} {rw}"), format!("QD {}{mixed}", load.depth)]
 }
 
-/// So many digits behind the point.
+/// A figure with this many decimal digits.
 fn digits(figure: f64, behind: usize) -> String {
     format!("{figure:.behind$}")
 }
@@ -75,7 +75,7 @@ fn digits(figure: f64, behind: usize) -> String {
 fn scaled(mut figure: f64, step: f64, units: &[&str]) -> String {
     let mut units = units.iter();
     let mut unit = units.next().copied().unwrap_or_default();
-    // What would be rounded up to the next unit belongs there.
+    // A figure that would be rounded up to the next unit uses that unit.
     while figure >= step * 0.9995 {
         let Some(next) = units.next() else { break };
         (figure, unit) = (figure / step, next);

@@ -1,7 +1,7 @@
-//! What the samples of a run come to.
+//! The summary of a run's samples.
 //!
-//! Ratios are formed within a round, where both devices were measured one soon after the other, so
-//! that what slowly changes about the machine cancels out; then the median is taken over the rounds.
+//! Ratios are formed within a round, in which both devices were measured at about the same time. So
+//! a slow drift of the machine cancels out. The result is the median over the rounds.
 
 pub mod caveats;
 pub mod check;
@@ -20,7 +20,7 @@ use check::Invalid;
 use estimate::{Estimate, geometric_mean, median_of};
 use roles::Role;
 
-/// Depth at which ours is compared with the limit.
+/// The queue depth at which ours is compared with the limit.
 pub const DEEP: u32 = 32;
 /// Block sizes at which zero copy is compared with copying, in bytes.
 pub const LARGE: [u64; 2] = [128 << 10, 1 << 20];
@@ -48,20 +48,20 @@ pub struct Cell<'a> {
     pub cpu: CpuSplit,
 }
 
-/// Where the processor time of a request went, in microseconds; medians over the rounds.
+/// The CPU time of a request, in microseconds; medians over the rounds.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct CpuSplit {
-    /// All of the machine's.
+    /// Of the whole machine.
     pub machine_us: f64,
-    /// The load generator's.
+    /// Of the load generator.
     pub client_us: f64,
-    /// The server's, where there is one.
+    /// Of the server, if there is one.
     pub server_us: Option<f64>,
 }
 
 impl CpuSplit {
-    /// What neither client nor server accounts for: interrupts, kernel threads, the idle work of
-    /// the machine; at least 0.
+    /// The time of neither client nor server: interrupts, kernel threads, background work; at least
+    /// 0.
     #[must_use]
     pub fn rest_us(&self) -> f64 {
         (self.machine_us - self.client_us - self.server_us.unwrap_or(0.0)).max(0.0)
@@ -72,7 +72,7 @@ impl<'a> Summary<'a> {
     /// Sorts the samples of results.
     ///
     /// # Errors
-    /// What cannot be in results.
+    /// The first invalid value in the results.
     pub fn of(results: &'a Results) -> Result<Self, Invalid> {
         check::check(results)?;
         let mut samples: HashMap<(&str, &str), Vec<&Sample>> = HashMap::new();
@@ -95,7 +95,7 @@ impl<'a> Summary<'a> {
         self.results
     }
 
-    /// What was measured of a subject with a load, both by their places in the results.
+    /// The cell of a subject and a load, both given by their index in the results.
     #[must_use]
     pub fn cell(&self, subject: usize, load: usize) -> Option<&Cell<'a>> {
         if load >= self.results.loads.len() {
@@ -104,7 +104,7 @@ impl<'a> Summary<'a> {
         self.cells.get(subject * self.results.loads.len() + load)?.as_ref()
     }
 
-    /// The subjects of which there is a sample, with their places.
+    /// The subjects with samples, with their indices.
     pub fn measured(&self) -> impl Iterator<Item = (usize, &'a Subject)> {
         self.results.subjects.iter().enumerate().filter(|(index, _)| self.is_measured(*index))
     }
@@ -113,7 +113,7 @@ impl<'a> Summary<'a> {
         (0..self.results.loads.len()).any(|load| self.cell(subject, load).is_some())
     }
 
-    /// The loads, with their places.
+    /// The loads, with their indices.
     pub fn loads(&self) -> impl Iterator<Item = (usize, &'a Load)> {
         self.results.loads.iter().enumerate()
     }
@@ -124,8 +124,8 @@ impl<'a> Summary<'a> {
         self.measured().find(|(_, subject)| subject.family == Family::Raw).map(|(index, _)| index)
     }
 
-    /// The device that stands for ublk-target where one is to: in fused mode, with no other option;
-    /// else the first of ours that does not copy.
+    /// The device that represents ublk-target: the one in fused mode without other options, else
+    /// the first of ours with zero copy.
     #[must_use]
     pub fn ours(&self) -> Option<usize> {
         let fused = roles::plain(&self.results.subjects, "fused");
@@ -134,7 +134,7 @@ impl<'a> Summary<'a> {
         })
     }
 
-    /// The device of ublk-target in copy mode, with no other option.
+    /// The device of ublk-target in copy mode without other options.
     #[must_use]
     pub fn copying(&self) -> Option<usize> {
         roles::plain(&self.results.subjects, "copy").filter(|index| self.is_measured(*index))
@@ -159,7 +159,7 @@ impl<'a> Summary<'a> {
         Estimate::of(&ratios)
     }
 
-    /// The same by round.
+    /// The same for each round.
     #[must_use]
     pub fn ratios(&self, subject: usize, to: usize, load: usize) -> Option<Vec<(u32, f64)>> {
         let (cell, other) = (self.cell(subject, load)?, self.cell(to, load)?);
@@ -178,8 +178,8 @@ impl<'a> Summary<'a> {
         self.ratio(subject, self.raw()?, load)
     }
 
-    /// The geometric mean, over the loads, of ours divided by the best rival of each load. The mean
-    /// is formed in each round that has all of the loads.
+    /// The geometric mean over the loads of ours divided by the best rival of each load. It is
+    /// formed in each round that has all of the loads.
     #[must_use]
     pub fn against_rivals(&self) -> Option<AgainstRivals> {
         let ours = self.ours()?;
@@ -208,7 +208,7 @@ impl<'a> Summary<'a> {
         self.ratio(fused, self.copying()?, load)
     }
 
-    /// Rounds that some sample is of.
+    /// The number of rounds with samples.
     #[must_use]
     pub fn rounds(&self) -> u32 {
         self.results.samples.iter().map(|sample| sample.round + 1).max().unwrap_or(0)
@@ -226,7 +226,7 @@ impl<'a> Summary<'a> {
 pub struct AgainstRivals {
     /// The geometric mean of the ratios.
     pub mean: Estimate,
-    /// Over how many loads.
+    /// The number of loads.
     pub loads: usize,
 }
 
@@ -262,7 +262,7 @@ impl<'a> Cell<'a> {
         median_of(self.samples.iter().filter_map(of_sample))
     }
 
-    /// The percentiles that there are, with their medians over the rounds in nanoseconds.
+    /// All percentiles, with their medians over the rounds in nanoseconds.
     #[must_use]
     pub fn curve(&self) -> Vec<(f64, f64)> {
         let percentiles = self.samples.first().map(|sample| &sample.latency.percentiles);
@@ -271,7 +271,7 @@ impl<'a> Cell<'a> {
     }
 }
 
-/// Whether two percentiles are the same one: some have no exact binary form.
+/// Whether two percentiles are equal, although some have no exact binary representation.
 fn same_percentile(one: f64, other: f64) -> bool {
     (one - other).abs() < 1e-6
 }

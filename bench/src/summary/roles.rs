@@ -1,18 +1,18 @@
-//! What a subject is in the comparison. Names are the business of `run`; here only families and the
-//! commands that made the devices count.
+//! The roles of subjects in the comparison. A role depends on the maker and on the command that
+//! made the device, not on the name.
 
 use crate::results::{Family, Subject};
 
-/// What a subject stands for.
+/// The role of a subject.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Role {
     /// The backing itself, the limit.
     Raw,
-    /// A mapping within the kernel: what no server can reach, since it has no second queue.
+    /// A mapping in the kernel: a bound that no server can reach, since it has no second queue.
     Floor,
-    /// What a user would otherwise take: the kernel's loop driver, or rublk.
+    /// An alternative for users: the kernel's loop driver, or rublk.
     Rival,
-    /// ublk-target without a copy.
+    /// ublk-target with zero copy.
     Ours,
     /// ublk-target in a mode that copies.
     OursCopying,
@@ -38,7 +38,7 @@ fn is_device_mapper(subject: &Subject) -> bool {
     subject.name.starts_with("dm-") || subject.command.contains("dmsetup")
 }
 
-/// The lend mode that a device was added with, where its command says so.
+/// The lend mode that a device was added with, if its command contains it.
 #[must_use]
 pub fn lend_mode(subject: &Subject) -> Option<&str> {
     let mut words = subject.command.split_whitespace();
@@ -53,7 +53,7 @@ pub fn lend_mode(subject: &Subject) -> Option<&str> {
     None
 }
 
-/// The subject of ours in a lend mode with the fewest other options: the mode and nothing else.
+/// The subject of ours in a lend mode without other options.
 #[must_use]
 pub fn plain(subjects: &[Subject], mode: &str) -> Option<usize> {
     let in_mode = subjects.iter().enumerate().filter(|(_, subject)| {

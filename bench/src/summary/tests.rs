@@ -5,7 +5,7 @@ fn index(results: &Results, name: &str) -> usize {
     results.subjects.iter().position(|subject| subject.name == name).unwrap()
 }
 
-/// A run in which each subject has these requests a second in the rounds, whatever the load.
+/// A run with these requests a second for each subject and round, the same for all loads.
 fn run(figures: &[(&str, &[f64])]) -> Results {
     let mut results = sample::results(7, 5);
     results.samples.retain_mut(|sample| {
@@ -20,7 +20,7 @@ fn run(figures: &[(&str, &[f64])]) -> Results {
 
 #[test]
 fn ratios_are_formed_within_rounds() {
-    // Both get slower in the same way: the ratio stays.
+    // Both get slower in the same way, so the ratio stays the same.
     let results = run(&[("raw", &[100.0, 50.0, 25.0]), ("fused", &[50.0, 25.0, 12.5])]);
     let summary = Summary::of(&results).unwrap();
     let fused = index(&results, "fused");
@@ -77,7 +77,7 @@ fn without_one_side_there_is_no_comparison() {
 fn what_is_left_of_the_machine_is_the_rest() {
     let split = CpuSplit { machine_us: 10.0, client_us: 4.0, server_us: Some(3.0) };
     assert_eq!(split.rest_us(), 3.0);
-    // The two are measured in different ways, so the parts may come to more than the whole.
+    // They are measured in different ways, so the sum of the parts may exceed the whole.
     assert_eq!(CpuSplit { machine_us: 6.0, ..split }.rest_us(), 0.0);
 }
 

@@ -1,10 +1,10 @@
-//! What results say, in sentences.
+//! The main findings as sentences.
 
 use super::estimate::Estimate;
 use super::figure::{is_large, percent, with_interval};
 use super::{DEEP, LARGE, Summary};
 
-/// The main findings, a sentence each; those that the run has no figures for are left out.
+/// The main findings, one sentence for each. Findings without figures are left out.
 #[must_use]
 pub fn headline(summary: &Summary) -> Vec<String> {
     let found = [against_raw(summary), against_rivals(summary), zero_copy(summary)];
@@ -24,7 +24,7 @@ fn lead(summary: &Summary) -> Option<(usize, String)> {
     Some((ours, format!("ublk-target ({})", title(summary, ours))))
 }
 
-/// Ours as a part of the limit where requests are deep in flight.
+/// Ours as a ratio to the limit, at a large queue depth.
 fn against_raw(summary: &Summary) -> Option<String> {
     let (ours, name) = lead(summary)?;
     let deep = summary.loads().filter(|(_, load)| load.depth == DEEP && !is_large(load));
@@ -60,7 +60,7 @@ fn against_rivals(summary: &Summary) -> Option<String> {
     ))
 }
 
-/// What an interval says about a ratio.
+/// The conclusion from the interval of a ratio.
 fn verdict(estimate: &Estimate, more: &str, less: &str) -> String {
     if !estimate.differs_from(1.0) {
         return "no clear difference".to_owned();
@@ -91,7 +91,7 @@ pub fn zero_copy_factors(summary: &Summary) -> Vec<(usize, Estimate)> {
     large.filter_map(|(load, _)| Some((load, summary.zero_copy_factor(load)?))).collect()
 }
 
-/// How the figures are formed, for whoever reads them.
+/// An explanation of the figures for readers.
 pub const STATISTICS: &str = "Each figure is a median over the rounds. A ratio is formed within \
     each round, where both devices were measured one soon after the other, and the median is taken \
     of the ratios. In brackets stands an interval for the true median that needs no assumption \

@@ -11,10 +11,10 @@ use crate::summary::check::read;
 /// Arguments of `table`.
 #[derive(Debug, Args)]
 pub struct Arguments {
-    /// A file that `run` has written
+    /// A results file of `run`
     #[arg(value_name = "RESULTS.json")]
     results: PathBuf,
-    /// Columns of a line [default: those of the terminal, else 100]
+    /// Width in columns [default: that of the terminal, else 100]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(40..=1000))]
     width: Option<u16>,
 }
@@ -22,7 +22,7 @@ pub struct Arguments {
 /// Prints the tables.
 ///
 /// # Errors
-/// In a line, when the file cannot be read.
+/// One line, if the file cannot be read.
 pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let results = read(&arguments.results)?;
     let width = arguments.width.map_or_else(terminal_width, usize::from);
@@ -30,7 +30,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// How wide what standard output shows may be: as the terminal is, if it is one.
+/// The width for standard output in columns: that of the terminal, if it is one.
 #[must_use]
 pub fn terminal_width() -> usize {
     let size = rustix::termios::tcgetwinsize(std::io::stdout());

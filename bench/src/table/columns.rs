@@ -1,12 +1,12 @@
 //! Columns and paragraphs within a width.
 
-/// Most characters of a row's name.
+/// The maximum length of a row's name, in characters.
 const MAX_NAME: usize = 32;
-/// Between columns.
+/// The space between columns.
 const GAP: usize = 2;
 
-/// A table with a name before each row and two lines over each column; where the columns do not fit
-/// side by side, one table below the other.
+/// A table with a name before each row and a head of two lines above each column. If the columns do
+/// not fit the width, it is split into several tables.
 #[must_use]
 pub fn columns(
     names: &[String],
@@ -44,7 +44,7 @@ pub fn columns(
     text
 }
 
-/// How many of the columns fit, at least one.
+/// How many columns fit; at least one.
 fn fitting(widths: &[usize], room: usize) -> usize {
     let mut taken = 0;
     let fits = widths.iter().take_while(|width| {
@@ -69,8 +69,8 @@ fn push<'a>(
     text.push('\n');
 }
 
-/// A text in lines of at most `width`, the second and later ones indented; words that are longer
-/// are broken.
+/// A text in lines of at most `width`. Lines after the first are indented, and longer words are
+/// broken.
 #[must_use]
 pub fn wrapped(text: &str, width: usize, indent: &str) -> String {
     let width = width.max(length(indent) + 10);
@@ -104,7 +104,7 @@ fn length(text: &str) -> usize {
     text.chars().count()
 }
 
-/// At most so many characters.
+/// A text cut to this many characters.
 #[must_use]
 pub fn cut(text: &str, most: usize) -> String {
     if length(text) <= most {

@@ -13,10 +13,10 @@ use crate::summary::words::headline;
 use crate::summary::{Cell, Summary};
 use columns::{columns, wrapped};
 
-/// Width of a page that is no terminal.
+/// The width if the output is no terminal.
 pub const WIDTH: usize = 100;
 
-/// What a table shows of each cell.
+/// The measure that a table shows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Measure {
     Throughput,
@@ -27,10 +27,10 @@ enum Measure {
 
 const MEASURES: [Measure; 4] = [Measure::Throughput, Measure::OfRaw, Measure::Tail, Measure::Cpu];
 
-/// What was measured, in tables of subjects by loads no wider than `width`, and what it says.
+/// The results in tables of subjects by loads, no wider than `width`, and the main findings.
 ///
 /// # Errors
-/// What cannot be in results.
+/// The first invalid value in the results.
 pub fn text(results: &Results, width: usize) -> Result<String, Invalid> {
     let summary = Summary::of(results)?;
     let mut text = String::new();
@@ -59,12 +59,12 @@ pub fn text(results: &Results, width: usize) -> Result<String, Invalid> {
     Ok(text)
 }
 
-/// Without what could steer a terminal; sentences are as long as they are.
+/// A text without control characters, of any length.
 fn clean_long(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
-/// What was measured on, in a line or two.
+/// The machine, the backing and the method, in a line or two.
 fn setting(summary: &Summary) -> String {
     let results = summary.results();
     let (backing, machine) = (&results.backing, &results.machine);
@@ -100,7 +100,7 @@ fn title(measure: Measure) -> &'static str {
     }
 }
 
-/// The tables of a measure: as many loads side by side as fit.
+/// The tables of a measure, with as many loads side by side as fit.
 fn table(summary: &Summary, measure: Measure, width: usize) -> String {
     let names: Vec<String> = summary.measured().map(|(_, subject)| clean(&subject.title)).collect();
     let heads: Vec<[String; 2]> =
@@ -128,7 +128,7 @@ fn cell(summary: &Summary, measure: Measure, at: (usize, usize), load: &Load) ->
     shown.unwrap_or_else(|| NONE.to_owned())
 }
 
-/// Requests or bytes a second, whichever the load is about.
+/// Requests or bytes a second, depending on the load.
 #[must_use]
 pub fn throughput(cell: &Cell, load: &Load) -> String {
     if is_large(load) { bandwidth(cell.bytes_per_s.median) } else { rate(cell.iops.median) }
@@ -146,7 +146,7 @@ fn skipped(results: &Results, width: usize) -> String {
     for subject in &results.subjects {
         if let Some(why) = &subject.skipped {
             let line = format!("- {}: {}", clean(&subject.title), clean(why));
-            // Writing to a string does not fail.
+            // Writing to a string cannot fail.
             let _ = write!(lines, "{}", wrapped(&line, width, "  "));
         }
     }

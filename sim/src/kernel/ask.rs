@@ -1,36 +1,38 @@
-//! What the clients ask for: requests that never overlap while they are open, and descriptors that
-//! must be refused.
+//! Requests of the clients, which never overlap while they are open, and descriptors that must be
+//! refused.
 
+use rand_xoshiro::rand_core::Rng as _;
 use ublk_engine::request::{Request, RequestKind};
 use uring_ext::iod::IoDesc;
 use uring_ext::{Errno, sys};
 
 use super::Kernel;
 use super::backing::MAX_BACKINGS;
+use crate::draw::Draw as _;
 use crate::fault::Fault;
 use crate::{MAX_REQUEST, SECTOR};
 
-/// What a client asks for.
+/// A request of a client.
 #[derive(Clone, Copy, Debug)]
 pub struct Ask {
-    /// As the driver describes it.
+    /// The driver's descriptor.
     pub iod: IoDesc,
-    /// What it means; `None` if it must be refused.
+    /// The decoded request; `None` if it must be refused.
     pub request: Option<Request>,
-    /// With what it must be refused.
+    /// The errno that it must be refused with.
     pub refusal: Option<Errno>,
-    /// Which write of each backing a flush must reach.
+    /// The last write to each backing that a flush must make durable.
     pub(super) flush_to: [u64; MAX_BACKINGS],
 }
 
 impl Ask {
-    /// One that is to be carried out.
+    /// A request that must be carried out.
     ///
     /// # Panics
-    /// If it is not of whole sectors, or of too many.
+    /// If it does not consist of whole sectors, or of too many.
     #[must_use]
     pub fn sound(request: Request) -> Self {
-        // What it means is not asked of the code under test.
+        // Does not use the code under test.
         let op_flags = match request.kind {
             RequestKind::Read => sys::UBLK_IO_OP_READ,
             RequestKind::Write { fua: false } => sys::UBLK_IO_OP_WRITE,
@@ -49,13 +51,13 @@ impl Ask {
         Self { iod, request: Some(request), refusal: None, flush_to: [0; MAX_BACKINGS] }
     }
 
-    /// One that is to be refused.
+    /// A request that must be refused.
     #[must_use]
     pub const fn refused(iod: IoDesc, refusal: Errno) -> Self {
         Self { iod, request: None, refusal: Some(refusal), flush_to: [0; MAX_BACKINGS] }
     }
 
-    /// Takes note of what a flush must reach.
+    /// Records the writes that a flush must make durable.
     pub(super) fn note_delivery(&mut self, acknowledged: &[u64; MAX_BACKINGS]) {
         self.flush_to = *acknowledged;
     }
@@ -68,7 +70,7 @@ impl Ask {
 }
 
 impl Kernel {
-    /// What the next request of a tag is, or the one that an earlier server did not answer.
+    /// The next request of a tag, or the one that an earlier server did not answer.
     pub(super) fn next_ask(&mut self, tag: u16) -> Option<Ask> {
         if let Some(ask) = self.tags[usize::from(tag)].ask {
             return Some(ask);
@@ -101,7 +103,7 @@ impl Kernel {
         Some(Ask::sound(Request { kind, offset, len }))
     }
 
-    /// A range that no open request touches; mostly a short one.
+    /// A range that no open request overlaps; mostly a short one.
     fn free_range(&mut self, long: bool) -> Option<(u64, u32)> {
         let block = u64::from(self.setup.geometry.block) / SECTOR;
         let all = 0..self.setup.geometry.size;
@@ -130,10 +132,10 @@ impl Kernel {
         None
     }
 
-    /// Fills the buffer of a write: no two words are the same, and no byte looks like garbage.
+    /// Fills the buffer of a write. All words differ, and no byte looks like garbage.
     fn compose(&mut self, tag: u16, len: u64) {
         const NO_GARBAGE: u64 = 0x7f7f_7f7f_7f7f_7f7f;
-        let mut word = self.rng.next();
+        let mut word = self.rng.next_u64();
         let len = usize::try_from(len).unwrap_or(usize::MAX);
         for bytes in self.tags[usize::from(tag)].data[..len].chunks_exact_mut(8) {
             word = word.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -145,32 +147,32 @@ impl Kernel {
         if !self.setup.hostile {
             return None;
         }
-        let strikes = |(fault, _): &(Fault, Spoil)| self.rng.chance(self.setup.rate(*fault));
-        let (fault, spoil) = MALFORMED.into_iter().find(strikes)?;
+        let strikes = |(fault, _): &(Fault, Malformation)| self.rng.chance(self.setup.rate(*fault));
+        let (fault, move_part) = MALFORMED.into_iter().find(strikes)?;
         let block = self.setup.geometry.block / 512;
         let total = self.setup.geometry.size / SECTOR;
         let any = [sys::UBLK_IO_OP_READ, sys::UBLK_IO_OP_WRITE, sys::UBLK_IO_OP_DISCARD];
         let op_flags = self.rng.pick(&any);
         let mut iod = IoDesc { op_flags, nr_sectors: block, start_sector: 0 };
-        match spoil {
-            Spoil::BeyondEnd => {
+        match move_part {
+            Malformation::BeyondEnd => {
                 let across = self.rng.chance(512);
                 iod.nr_sectors *= 2;
                 iod.start_sector = if across { total - u64::from(block) } else { total };
             }
-            Spoil::TooLong => {
+            Malformation::TooLong => {
                 iod.op_flags = self.rng.pick(&any[..2]);
                 iod.nr_sectors = MAX_REQUEST / 512 + block;
             }
-            Spoil::Unaligned if block == 1 => return None,
-            Spoil::Unaligned if self.rng.chance(512) => iod.start_sector = 1,
-            Spoil::Unaligned => iod.nr_sectors += 1,
-            Spoil::Empty => iod.nr_sectors = 0,
-            Spoil::Overflow => {
+            Malformation::Unaligned if block == 1 => return None,
+            Malformation::Unaligned if self.rng.chance(512) => iod.start_sector = 1,
+            Malformation::Unaligned => iod.nr_sectors += 1,
+            Malformation::Empty => iod.nr_sectors = 0,
+            Malformation::Overflow => {
                 let huge = [u64::MAX, 1 << 55, u64::MAX / 512, (u64::MAX >> 9) & !7];
                 iod.start_sector = self.rng.pick(&huge);
             }
-            Spoil::Unknown => iod.op_flags = self.rng.pick(&[4, 10, 11, 13, 15, 18, 200]),
+            Malformation::Unknown => iod.op_flags = self.rng.pick(&[4, 10, 11, 13, 15, 18, 200]),
         }
         self.tally.note(fault);
         let unknown = fault == Fault::Unknown;
@@ -179,9 +181,9 @@ impl Kernel {
     }
 }
 
-/// What is wrong with a descriptor.
+/// An error in a descriptor.
 #[derive(Clone, Copy)]
-enum Spoil {
+enum Malformation {
     BeyondEnd,
     TooLong,
     Unaligned,
@@ -190,11 +192,11 @@ enum Spoil {
     Unknown,
 }
 
-const MALFORMED: [(Fault, Spoil); 6] = [
-    (Fault::BeyondEnd, Spoil::BeyondEnd),
-    (Fault::TooLong, Spoil::TooLong),
-    (Fault::Unaligned, Spoil::Unaligned),
-    (Fault::Empty, Spoil::Empty),
-    (Fault::Overflow, Spoil::Overflow),
-    (Fault::Unknown, Spoil::Unknown),
+const MALFORMED: [(Fault, Malformation); 6] = [
+    (Fault::BeyondEnd, Malformation::BeyondEnd),
+    (Fault::TooLong, Malformation::TooLong),
+    (Fault::Unaligned, Malformation::Unaligned),
+    (Fault::Empty, Malformation::Empty),
+    (Fault::Overflow, Malformation::Overflow),
+    (Fault::Unknown, Malformation::Unknown),
 ];

@@ -1,14 +1,16 @@
-//! Backings: bytes, and what of them is on stable storage.
+//! Backings: their bytes, and which writes are on stable storage.
 
-use crate::rng::Rng;
+use rand_xoshiro::SplitMix64;
+
+use crate::draw::Draw as _;
 
 /// The most backings that a planner of the simulation has.
 pub const MAX_BACKINGS: usize = 4;
 
-/// What clears a range.
+/// How a range is cleared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Zeroing {
-    /// `BLOCK_URING_CMD_DISCARD`: what the range reads as is undefined.
+    /// `BLOCK_URING_CMD_DISCARD`: the contents become undefined.
     Discard,
     /// `FALLOC_FL_PUNCH_HOLE`: zeros.
     Punch,
@@ -20,11 +22,11 @@ pub enum Zeroing {
 #[derive(Debug)]
 pub struct Backing {
     bytes: Vec<u8>,
-    /// Reads as zeros wherever it is read, like `/dev/zero`.
+    /// Reads as zeros at any offset, like `/dev/zero`.
     endless: bool,
     /// How many writes have completed.
     writes: u64,
-    /// How many of the first of them are on stable storage.
+    /// How many of these, in order, are on stable storage.
     durable: u64,
 }
 
@@ -41,12 +43,12 @@ impl Backing {
         Self { bytes: vec![0; bytes], endless, writes: 0, durable: 0 }
     }
 
-    /// Holds this now, as is found out.
+    /// Sets contents that a device below has returned.
     pub fn put(&mut self, at: u64, bytes: &[u8]) {
         self.bytes[range(at, bytes.len())].copy_from_slice(bytes);
     }
 
-    /// Holds this from the start.
+    /// Sets the initial contents.
     pub fn begin_with(&mut self, bytes: &[u8]) {
         self.bytes[..bytes.len()].copy_from_slice(bytes);
     }
@@ -54,7 +56,8 @@ impl Backing {
     /// Reads.
     ///
     /// # Panics
-    /// If the range is beyond the end, like all that take one: the planners know their backings.
+    /// If the range is beyond the end, as in all functions with a range: planners know the sizes of
+    /// their backings.
     pub fn read(&self, at: u64, into: &mut [u8]) {
         if self.endless {
             return into.fill(0);
@@ -73,7 +76,7 @@ impl Backing {
     }
 
     /// Clears; returns the number of the write.
-    pub fn zero(&mut self, at: u64, len: u64, how: Zeroing, rng: &mut Rng) -> u64 {
+    pub fn zero(&mut self, at: u64, len: u64, how: Zeroing, rng: &mut SplitMix64) -> u64 {
         let len = usize::try_from(len).unwrap_or(usize::MAX);
         let range = range(at, len);
         match how {
@@ -88,7 +91,7 @@ impl Backing {
         self.writes
     }
 
-    /// How many writes a flush that starts now brings to stable storage.
+    /// How many writes a flush that starts now makes durable.
     #[must_use]
     pub const fn flush_covers(&self) -> u64 {
         self.writes

@@ -8,6 +8,7 @@ use uring_ext::sys;
 use super::spare::SpareHolder;
 use super::{Kernel, Phase};
 use crate::GARBAGE;
+use crate::draw::Draw as _;
 use crate::entry::Work;
 use crate::fault::Fault;
 
@@ -30,7 +31,7 @@ impl Kernel {
         assert_eq!(model.iod.op(), expected, "direction of a copy");
         assert!(from < to && to as usize <= model.len, "copy of {from}..{to}");
         assert!(buffer < self.setup.slots.pool, "pool buffer {buffer}");
-        let is_spare = self.setup.place.spare.is_some();
+        let is_spare = self.setup.table_range.spare.is_some();
         assert!(!is_spare || self.spare == SpareHolder::Lane, "the spare buffer is another's");
         self.assert_nothing_uses(buffer);
         if let Some(errno) = self.copy_failure(tag) {
@@ -38,9 +39,9 @@ impl Kernel {
         }
         let mut len = (to - from) as usize;
         if self.strikes(Fault::CopyZero) {
-            let blame = &mut self.tags[usize::from(tag)].blame;
-            blame.allow(Errno::EIO);
-            blame.must_fail = true;
+            let faults_met = &mut self.tags[usize::from(tag)].faults_met;
+            faults_met.allow(Errno::EIO);
+            faults_met.must_fail = true;
             return 0;
         }
         if len > 1 && self.strikes(Fault::CopyPartial) {
@@ -48,14 +49,14 @@ impl Kernel {
         }
         let range = from as usize..from as usize + len;
         let model = &mut self.tags[usize::from(tag)];
-        model.blame.copies_in_a_row = 0;
-        model.blame.copied = true;
+        model.faults_met.copies_in_a_row = 0;
+        model.faults_met.copied = true;
         let bytes = &mut self.pool[usize::from(buffer)][range.clone()];
         match direction {
             Direction::FromRequest => bytes.copy_from_slice(&model.data[range]),
             Direction::ToRequest => {
                 model.data[range].copy_from_slice(bytes);
-                // Whoever copied it out has no business to find it here again.
+                // Nobody may read these bytes here after they were copied out.
                 bytes.fill(GARBAGE);
             }
         }
@@ -64,32 +65,35 @@ impl Kernel {
     }
 
     fn copy_failure(&mut self, tag: u16) -> Option<Errno> {
-        let storm = self.tags[usize::from(tag)].blame.storm_copy;
+        let storm = self.tags[usize::from(tag)].faults_met.storm_copy;
         if storm {
             self.tally.note(Fault::CopyStorm);
         }
         if storm || self.strikes(Fault::CopyTransient) {
             let errno = self.rng.pick(&[Errno::EAGAIN, Errno::EINTR]);
-            let blame = &mut self.tags[usize::from(tag)].blame;
-            blame.copies_in_a_row += 1;
-            blame.copies += 1;
-            assert!(blame.copies_in_a_row <= u32::from(MAX_RETRIES) + 1, "copied again and again");
-            if blame.copies > u32::from(MAX_RETRIES) {
-                blame.allow(Errno::EIO);
+            let faults_met = &mut self.tags[usize::from(tag)].faults_met;
+            faults_met.copies_in_a_row += 1;
+            faults_met.copies += 1;
+            assert!(
+                faults_met.copies_in_a_row <= u32::from(MAX_RETRIES) + 1,
+                "copied again and again"
+            );
+            if faults_met.copies > u32::from(MAX_RETRIES) {
+                faults_met.allow(Errno::EIO);
             }
             return Some(errno);
         }
         if self.strikes(Fault::CopyError) {
             let errno = self.rng.pick(&[Errno::EIO, Errno::EFAULT]);
-            let blame = &mut self.tags[usize::from(tag)].blame;
-            blame.allow(errno);
-            blame.must_fail = true;
+            let faults_met = &mut self.tags[usize::from(tag)].faults_met;
+            faults_met.allow(errno);
+            faults_met.must_fail = true;
             return Some(errno);
         }
         None
     }
 
-    /// A buffer that is being copied must not be that of an operation.
+    /// No operation in flight may use a buffer that is being copied.
     fn assert_nothing_uses(&self, buffer: u16) {
         let slot = self.setup.slots.lent + buffer;
         let flights = self.queued.iter().chain(&self.running);

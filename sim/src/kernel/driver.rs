@@ -1,4 +1,4 @@
-//! The ublk driver: what each tag is doing.
+//! The ublk driver and its tags.
 
 use ublk_engine::lend::LendMode;
 use ublk_engine::request::{Request, RequestKind};
@@ -6,60 +6,60 @@ use uring_ext::iod::IoDesc;
 use uring_ext::ring::Cqe;
 use uring_ext::{Errno, sys};
 
-use super::{Ask, Blame, Kernel, Posted};
+use super::{Ask, Kernel, Posted, RequestFaults};
 use crate::entry::Fetch;
 use crate::fault::Fault;
 use crate::setup::ShortResults;
 use crate::{GARBAGE, MAX_REQUEST};
 
-/// Who has a tag.
+/// Who owns a tag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
-    /// Nobody: no server has fetched it.
+    /// No one: no server has fetched it.
     NotFetched,
-    /// The driver; it may deliver a request.
+    /// The driver, which may deliver a request.
     Waiting,
     /// The server.
     Serving,
-    /// The driver; the request has been committed but its buffer is still referred to.
+    /// The driver: the request is committed, but its buffer is still in use.
     Committed,
-    /// Nobody: the device is stopped.
+    /// No one: the device is stopped.
     Ended,
 }
 
 /// A tag.
 #[derive(Debug)]
 pub struct TagModel {
-    /// Who has it.
+    /// Who owns it.
     pub phase: Phase,
     /// The descriptor of its request.
     pub iod: IoDesc,
-    /// The delivery of its request has been handled by the engine.
+    /// The engine has handled the delivery of its request.
     pub handled: bool,
     /// Bytes of the request's buffer.
     pub len: usize,
     /// The request's buffer.
     pub data: Box<[u8]>,
-    /// Slots that the buffer is in, and operations that use it.
+    /// The number of slots with the buffer and of operations that use it.
     pub refs: u32,
-    /// What the client wants.
+    /// The client's request.
     pub ask: Option<Ask>,
-    /// The device above whose request it is, and the number of its operation.
+    /// In a stack: the device above that made the request, and the number of its operation.
     pub of: Option<(usize, u64)>,
-    /// What has gone wrong for the request in this incarnation.
-    pub blame: Blame,
-    /// [`Blame::stuck`] of the request before.
+    /// The faults that this request has met in this incarnation.
+    pub faults_met: RequestFaults,
+    /// [`RequestFaults::stuck`] of the previous request.
     pub stuck_before: u32,
     /// Its commit was refused.
     pub refused: bool,
-    /// What the request was committed with.
+    /// The result that the request was committed with.
     pub result: i32,
-    /// What the completion of its fetch will carry.
+    /// The `user_data` of its fetch.
     pub fetch_user_data: u64,
     pub(super) fetch: Fetch,
-    /// The fetch has ended for good.
+    /// The fetch has ended, and no other follows.
     pub(super) fetch_over: bool,
-    /// Where the driver has registered the buffer.
+    /// The slot that the driver registered the buffer in.
     pub(super) auto: Option<u16>,
 }
 
@@ -74,7 +74,7 @@ impl TagModel {
             refs: 0,
             ask: None,
             of: None,
-            blame: Blame::default(),
+            faults_met: RequestFaults::default(),
             stuck_before: 0,
             refused: false,
             result: 0,
@@ -91,7 +91,7 @@ impl TagModel {
         matches!(self.iod.op(), sys::UBLK_IO_OP_READ | sys::UBLK_IO_OP_WRITE)
     }
 
-    /// The slot that the driver has registered the buffer in, and will take it out of.
+    /// The slot that the driver registered the buffer in, and will remove it from.
     #[must_use]
     pub const fn auto_slot(&self) -> Option<u16> {
         self.auto
@@ -121,18 +121,18 @@ impl Kernel {
         model.fetch_user_data = user_data;
     }
 
-    /// Gives a tag's next request to the server.
+    /// Delivers a tag's next request to the server.
     pub fn deliver(&mut self, tag: u16) {
         let Some(mut ask) = self.next_ask(tag) else { return };
         ask.note_delivery(self.acknowledged());
         let iod = ask.iod;
         self.trace.note(|| format!("deliver tag {tag} {iod:?}"));
         self.trace.mix(iod.start_sector ^ u64::from(iod.op_flags) << 32);
-        let blame = self.draw_blame(ask.request.is_some());
+        let faults_met = self.draw_request_faults(ask.request.is_some());
         let model = &mut self.tags[usize::from(tag)];
         (model.iod, model.phase, model.handled) = (iod, Phase::Serving, false);
-        model.stuck_before = model.blame.stuck;
-        (model.blame, model.auto) = (blame, None);
+        model.stuck_before = model.faults_met.stuck;
+        (model.faults_met, model.auto) = (faults_met, None);
         model.ask = Some(ask);
         if model.has_data() {
             let sectors = usize::try_from(iod.nr_sectors).unwrap_or(usize::MAX);
@@ -187,8 +187,8 @@ impl Kernel {
             "commit of tag {tag}, which is {:?}",
             model.phase
         );
-        // What is left of a request whose buffer is stuck may go another way, or fail.
-        let gave_up = model.blame.may_pass && !model.blame.copied && result >= 0;
+        // The rest of a request with a stuck buffer may be copied, or fail.
+        let gave_up = model.faults_met.may_pass && !model.faults_met.copied && result >= 0;
         assert!(!gave_up, "the buffer of tag {tag} was left in its slot too early");
         if !self.closing && self.strikes(Fault::CommitRefused) {
             self.tags[usize::from(tag)].refused = true;
@@ -198,19 +198,20 @@ impl Kernel {
         self.answer(tag, result);
         self.set_fetch(fetch, user_data);
         let model = &mut self.tags[usize::from(tag)];
-        // A read of nothing is an error to the driver.
+        // The driver treats a read of 0 bytes as an error.
         let nothing = result == 0 && model.iod.op() == sys::UBLK_IO_OP_READ;
         model.result = if nothing { Errno::EIO.negated() } else { result };
         model.phase = Phase::Committed;
         if self.setup.lend == LendMode::Copy && model.iod.op() == sys::UBLK_IO_OP_READ {
-            // The driver copies what it was told, success or not.
+            // The driver copies as many bytes as the result says, even if the request fails.
             let moved = usize::try_from(result).unwrap_or(0).min(model.len);
             let (buffer, _) = self.addresses.find(fetch.copy_to);
             let pooled = &mut self.pool[usize::from(buffer)][..model.len];
             model.data[..moved].copy_from_slice(&pooled[..moved]);
             pooled.fill(GARBAGE);
         }
-        // As long as it lasts, so that an automatic registration does not end it twice.
+        // A reference for the duration of the commit, so that removing an automatic registration
+        // does not end the request twice.
         model.refs += 1;
         if let Some(slot) = model.auto.take() {
             let removed = self.remove(slot);
@@ -222,7 +223,7 @@ impl Kernel {
         }
     }
 
-    /// One reference to a request's buffer less. The last one ends a request that was committed.
+    /// Drops a reference to a request's buffer. Dropping the last one ends a committed request.
     pub(super) fn put(&mut self, tag: u16) {
         let model = &mut self.tags[usize::from(tag)];
         model.refs -= 1;
@@ -230,7 +231,7 @@ impl Kernel {
             return;
         }
         model.phase = Phase::Waiting;
-        // Nobody may read the descriptor of a request that has ended.
+        // The server must not read the descriptor of a request that has ended.
         model.iod = IoDesc { op_flags: u32::MAX, nr_sectors: u32::MAX, start_sector: u64::MAX };
         self.end(tag);
         if self.stopping {
@@ -238,7 +239,7 @@ impl Kernel {
         }
     }
 
-    /// How many bytes of a request the driver takes for done (`__ublk_complete_rq`).
+    /// How many bytes of a request the driver considers done (`__ublk_complete_rq`).
     pub(super) fn believed(&self, request: &Request, result: i32) -> u64 {
         let is_read = request.kind == RequestKind::Read;
         let copied = self.setup.lend == LendMode::Copy && is_read;
@@ -250,8 +251,8 @@ impl Kernel {
         if is_short { u64::try_from(result).unwrap_or(0) } else { request.len }
     }
 
-    /// A request was answered short, and its rest is a request again; unless the device is being
-    /// stopped, which fails it.
+    /// Requeues the rest of a request that was answered short. Fails it if the device is being
+    /// stopped.
     pub(super) fn requeue_rest(&mut self, tag: u16, request: &Request, done: u64) {
         let (offset, len) = (request.offset + done, request.len - done);
         let rest = Ask::sound(Request { offset, len, ..*request });
@@ -267,13 +268,13 @@ impl Kernel {
         self.asked += 1;
     }
 
-    /// Stops the device: no requests any more, and all fetches end.
+    /// Stops the device: no more requests come, and all fetches end.
     pub fn stop(&mut self) {
         self.stopping = true;
         self.closing = true;
         for tag in 0..self.setup.depth {
             match self.tags[usize::from(tag)].phase {
-                // A fetch ends even if the request before it has not.
+                // A fetch ends even if the previous request has not.
                 Phase::Waiting | Phase::Committed => self.end_fetch(tag),
                 Phase::NotFetched | Phase::Serving | Phase::Ended => {}
             }

@@ -1,41 +1,42 @@
 //! Entries that were submitted and have not completed.
 
-use super::verdict::Blame;
+use super::verdict::RequestFaults;
 use super::{Buffer, Kernel, Posted};
 use crate::command::{INTERNAL_ERROR, NOT_READY};
+use crate::draw::Draw as _;
 use crate::entry::{Entry, Work};
 use uring_ext::Errno;
 use uring_ext::nvme::MAX_RETRIES;
 use uring_ext::ring::Cqe;
 
-/// How many entries may be linked behind one.
+/// How many entries may be linked to one.
 const MAX_LINKED: usize = 2;
 
-/// An entry that was submitted, with those linked behind it.
+/// An entry that was submitted, with the entries linked to it.
 #[derive(Clone, Copy, Debug)]
 pub struct Flight {
-    /// The entry whose turn it is.
+    /// The current entry.
     pub entry: Entry,
-    /// Those that follow.
+    /// The entries that follow.
     pub rest: [Option<Entry>; MAX_LINKED],
-    /// The buffer that it refers to, from its start on.
+    /// The buffer that it uses, from its start on.
     pub buffer: Option<Buffer>,
     /// When it may complete.
     pub held_until: u64,
-    /// It can be neither completed nor cancelled before.
+    /// It neither completes nor can be cancelled before that.
     pub lost: bool,
     /// The registration before it in its chain has failed.
     pub unregistered: bool,
     /// For a flush: how many writes it covers.
     pub covers: u64,
-    /// In a stack: a worker of the thread has it in hand.
+    /// In a stack: a worker of the thread runs it.
     pub has_worker: bool,
-    /// In a stack: what the device below knows it by; 0 for none.
+    /// In a stack: its number at the device below; 0 for none.
     pub ticket: u64,
 }
 
 impl Flight {
-    /// A chain about to start.
+    /// A chain that has not started.
     #[must_use]
     pub const fn new(entry: Entry, rest: [Option<Entry>; MAX_LINKED]) -> Self {
         Self {
@@ -51,7 +52,7 @@ impl Flight {
         }
     }
 
-    /// The entries of it that have not completed.
+    /// Its entries that have not completed.
     pub fn entries(&self) -> impl Iterator<Item = &Entry> {
         std::iter::once(&self.entry).chain(self.rest.iter().flatten())
     }
@@ -74,10 +75,10 @@ impl Kernel {
         self.queues.iter_mut().flatten().chain(flights.flat_map(Flight::entries_mut))
     }
 
-    /// Ends the entry whose turn it is: its reference goes, its completion appears, and the next
-    /// of its chain comes, whatever the result.
+    /// Completes the current entry: drops its reference, posts its completion, and starts the next
+    /// entry of its chain, whatever the result.
     pub(super) fn complete(&mut self, mut flight: Flight, res: i32) {
-        self.dismiss(&mut flight);
+        self.release_worker(&mut flight);
         let entry = flight.entry;
         let res = if entry.command { self.status(entry.tag, res) } else { res };
         self.trace.note(|| format!("complete {:#x} with {res}", entry.user_data));
@@ -106,7 +107,7 @@ impl Kernel {
         }
     }
 
-    /// The result of a command: nothing, a status of the drive, or an error of the kernel.
+    /// The result of a command: 0, a status of the drive, or an error of the kernel.
     fn status(&mut self, tag: Option<u16>, res: i32) -> i32 {
         let by_drive = self.rng.chance(512);
         match Errno::from_result(res) {
@@ -114,10 +115,12 @@ impl Kernel {
             Err(Errno::EIO) if by_drive => INTERNAL_ERROR,
             Err(Errno::EAGAIN) if by_drive => {
                 let tag = tag.and_then(|tag| self.tags.get_mut(usize::from(tag)));
-                let blame = tag.map(|tag| &mut tag.blame);
-                let used_up = |blame: &&mut Blame| blame.transients_in_a_row > MAX_RETRIES.into();
-                if let Some(blame) = blame.filter(used_up) {
-                    blame.allow(Errno::EREMOTEIO);
+                let faults_met = tag.map(|tag| &mut tag.faults_met);
+                let used_up = |faults_met: &&mut RequestFaults| {
+                    faults_met.transients_in_a_row > MAX_RETRIES.into()
+                };
+                if let Some(faults_met) = faults_met.filter(used_up) {
+                    faults_met.allow(Errno::EREMOTEIO);
                 }
                 NOT_READY
             }
@@ -125,7 +128,7 @@ impl Kernel {
         }
     }
 
-    /// Starts one of those that wait.
+    /// Starts one of the waiting entries.
     pub fn start_one(&mut self) {
         if let Some(at) = self.pick_startable() {
             let flight = self.queued.swap_remove(at);
@@ -133,13 +136,14 @@ impl Kernel {
         }
     }
 
-    /// Starts an entry: commands are carried out at once, operations take their buffer and run.
+    /// Starts an entry. Commands are carried out at once; operations take a reference to their
+    /// buffer and run.
     pub(super) fn start(&mut self, flight: Flight) {
         let entry = flight.entry;
         match entry.work {
             Work::Nop => {
-                // By which the port fails operations.
-                self.blame_transient(entry.tag, Errno::EAGAIN);
+                // The port uses it to fail operations.
+                self.record_transient_error(entry.tag, Errno::EAGAIN);
                 self.complete(flight, 0);
             }
             Work::Fetch(fetch) => self.fetch(fetch, entry.user_data),

@@ -1,8 +1,8 @@
 //! The kernel: the ublk driver, a ring with its buffer table, backings, and the clients.
 //!
-//! It does what the engine's entries say, as their bytes say it, and nothing that the real kernel
-//! could not do; but it does it in the order, at the time and with the results that a random
-//! number chooses. What the engine must never ask for is a panic here.
+//! It decodes the engine's entries and does only what the real kernel could do, but in a random
+//! order, at random times and with random results. It panics on anything that the engine must never
+//! ask for.
 
 mod ask;
 pub mod backing;
@@ -24,6 +24,8 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 
 use bufreg::Incarnation;
+use rand_xoshiro::SplitMix64;
+use rand_xoshiro::rand_core::SeedableRng as _;
 use ublk_engine::lane::{LaneIo, RingRole};
 use ublk_engine::target::{Decision, FaultLayer};
 use ublk_engine::units::Tag;
@@ -36,10 +38,10 @@ use uring_ext::sqe::Sqe;
 
 use crate::MAX_REQUEST;
 use crate::command::Range;
+use crate::draw::Draw as _;
 use crate::entry::Entry;
 use crate::fault::{Fault, Tally};
 use crate::pool::{self, Addresses};
-use crate::rng::Rng;
 use crate::setup::Setup;
 use crate::trace::Trace;
 pub use ask::Ask;
@@ -47,10 +49,10 @@ use backing::Backing;
 pub use driver::{Phase, TagModel};
 pub use flight::Flight;
 use oracle::Oracle;
-pub use part::{Ended, Part, Wanted, Workers};
+pub use part::{EndedRequest, PendingRequest, StackPart, Workers};
 pub(crate) use spare::SpareHolder;
 pub use table::Buffer;
-pub use verdict::Blame;
+pub use verdict::RequestFaults;
 
 /// The queue that is served.
 pub const QID: u16 = 3;
@@ -60,31 +62,31 @@ pub const QID: u16 = 3;
 pub struct Posted {
     /// The completion.
     pub cqe: Cqe,
-    /// The entry that it belongs to, if that was an operation.
+    /// Its entry, if that was an operation.
     pub of: Option<Entry>,
 }
 
 /// The simulated kernel.
 #[derive(Debug)]
 pub struct Kernel {
-    /// Decides.
-    pub rng: Rng,
-    /// What the seed chose.
+    /// The source of all random decisions.
+    pub rng: SplitMix64,
+    /// The configuration that the seed chose.
     pub setup: Setup,
-    /// What has happened.
+    /// The faults that have happened.
     pub tally: Tally,
-    /// What has happened, in order.
+    /// The events in order.
     pub trace: Trace,
-    /// Nanoseconds.
+    /// The time in nanoseconds.
     pub now: u64,
-    /// The time that the lane was told last.
-    pub told: u64,
-    /// The life of the server that owns the ring.
+    /// The time that the lane was last given.
+    pub lane_time: u64,
+    /// The incarnation of the server that owns the ring.
     pub incarnation: Incarnation,
-    /// Pushed and not yet submitted, by ring. The second ring is used only if operations are
-    /// issued from a lane of their own.
+    /// Entries that were pushed and not yet submitted, by ring. The second ring is used only with
+    /// an I/O lane.
     pub queues: [VecDeque<Entry>; 2],
-    /// Submitted and not started: waiting for a worker, or for the link before.
+    /// Submitted and not started: waiting for a worker or for the previous entry of a chain.
     pub queued: Vec<Flight>,
     /// Started.
     pub running: Vec<Flight>,
@@ -92,46 +94,46 @@ pub struct Kernel {
     pub posted: Vec<Posted>,
     /// The ring's buffer table.
     pub table: Vec<Option<Buffer>>,
-    /// Ranges that the lane has written down, by place.
+    /// Ranges that the lane has stored, by index.
     pub ranges: Vec<Range>,
     /// The tags.
     pub tags: Vec<TagModel>,
     /// Why pushes fail, once the ring is broken.
     pub broken: Option<Errno>,
-    /// The lane has been told so.
-    pub breakage_told: bool,
-    /// Entries wait in the lane, which the kernel does not see.
+    /// The lane has seen the error.
+    pub breakage_reported: bool,
+    /// Entries wait in the lane's backlog, where the kernel does not see them.
     pub backlogged: bool,
-    /// When the lane had a backlog last.
+    /// When the lane last had a backlog.
     pub busy_at: u64,
-    /// The lane has been told that a commit was refused.
+    /// The lane has seen that a commit was refused.
     pub refused: bool,
-    /// No requests come any more.
+    /// No more requests come.
     pub closing: bool,
     /// The device is being stopped.
     pub stopping: bool,
-    /// Short results are dealt with as the driver would, and are no failure: to see what it makes
-    /// of them.
-    pub bears_short: bool,
+    /// Short results are no failure and are handled as by the driver. For tests of the driver's
+    /// model.
+    pub allows_short: bool,
     /// Requests that were answered.
     pub answered: u64,
     /// Requests that were answered with success.
     pub succeeded: u64,
-    /// Requests that were failed since their server had died.
+    /// Requests that failed because their server had died.
     pub failed_at_death: u64,
-    /// Requests that the clients have asked for, those that were reissued counted once.
+    /// Requests of the clients. Reissued requests count once.
     pub asked: u64,
     backings: Vec<Backing>,
     pool: Vec<Box<[u8]>>,
     addresses: Addresses,
     oracle: Oracle,
-    /// Who has the spare buffer, where queues share one.
+    /// The holder of the spare buffer that the queues share.
     pub(crate) spare: SpareHolder,
-    /// The lane waits for it.
+    /// The lane waits for the spare buffer.
     is_spare_wanted: bool,
-    /// What it is in a stack of devices, if it is in one.
-    pub part: Option<Part>,
-    /// Decide as the planner's layers do, which depend on the requests only.
+    /// Its part in a stack of devices, if it is in one.
+    pub part: Option<StackPart>,
+    /// Make the same decisions as the planner's layers, since they depend only on the requests.
     pub(crate) shadow: Vec<FaultLayer>,
 }
 
@@ -152,12 +154,12 @@ impl Kernel {
         }
         let (depth, capacity) = (setup.depth, setup.slots.capacity());
         let mut kernel = Self {
-            rng: Rng::new(seed),
+            rng: SplitMix64::seed_from_u64(seed),
             setup,
             tally: Tally::default(),
             trace,
             now: 1_000_000,
-            told: 0,
+            lane_time: 0,
             incarnation: Incarnation(u32::try_from(seed & 0xffff).unwrap_or(0)),
             queues: [VecDeque::with_capacity(64), VecDeque::with_capacity(64)],
             queued: Vec::with_capacity(64),
@@ -167,13 +169,13 @@ impl Kernel {
             ranges: Vec::new(),
             tags: (0..depth).map(|_| TagModel::new()).collect(),
             broken: None,
-            breakage_told: false,
+            breakage_reported: false,
             backlogged: false,
             busy_at: 0,
             refused: false,
             closing: false,
             stopping: false,
-            bears_short: false,
+            allows_short: false,
             answered: 0,
             succeeded: 0,
             failed_at_death: 0,
@@ -192,15 +194,15 @@ impl Kernel {
         kernel
     }
 
-    /// Whether nothing is under way: no request is open, but for those whose buffer is stuck. Or,
-    /// if somebody is in a hurry, no request is still to be delivered.
+    /// Whether no request is open, except those with a stuck buffer. With `in_a_hurry`: whether no
+    /// request is still to be delivered.
     #[must_use]
     pub fn is_quiet(&self, in_a_hurry: bool) -> bool {
         let is_settled = |model: &TagModel| match model.phase {
             Phase::NotFetched => false,
             Phase::Waiting => model.ask.is_none(),
             Phase::Serving => in_a_hurry && !model.refused,
-            Phase::Committed => in_a_hurry || model.blame.stuck != 0,
+            Phase::Committed => in_a_hurry || model.faults_met.stuck != 0,
             Phase::Ended => true,
         };
         let rings =
@@ -208,12 +210,13 @@ impl Kernel {
         self.tags.iter().all(is_settled) && (in_a_hurry || rings == 0 && !self.backlogged)
     }
 
-    /// The planner is a new one.
+    /// Starts with a new planner.
     pub(crate) fn begin_shadow(&mut self) {
         self.shadow = self.setup.mapping.faults().to_vec();
     }
 
-    /// The engine is about to plan a tag's request.
+    /// Records what the fault target decides for a tag's request, which the engine is about to
+    /// plan.
     pub(crate) fn decide(&mut self, tag: u16) {
         let model = &mut self.tags[usize::from(tag)];
         let request = model.ask.and_then(|ask| ask.request);
@@ -223,31 +226,32 @@ impl Kernel {
                 let Decision { delay_ns, error, short } = layer.decide(&request);
                 decision.delay_ns += delay_ns;
                 (decision.error, decision.short) = (error, decision.short.or(short));
-                // Those below are not asked.
+                // The layers below do not see the request.
                 if error.is_some() {
                     break;
                 }
             }
-            model.blame.decision = decision;
+            model.faults_met.decision = decision;
             self.trace.note(|| format!("decision on tag {tag}: {decision:?}"));
         }
     }
 
-    /// Everything is about to be cancelled.
+    /// Records that all operations are about to be cancelled.
     pub fn cancel_by_hand(&mut self) {
         self.tally.note(Fault::CancelAll);
         for model in &mut self.tags {
-            model.blame.cancelled_by_hand = true;
+            model.faults_met.cancelled_by_hand = true;
         }
     }
 
-    /// The lane writes down a range. Nobody may be about to read what was there.
+    /// Records a range that the lane stores. No operation may still use the range that it
+    /// overwrites.
     fn set_range(&mut self, range: Range) {
         self.ranges.retain(|other| other.addr != range.addr);
         self.ranges.push(range);
     }
 
-    /// Draws whether a fault happens; counts it if so.
+    /// Draws whether a fault happens, and counts it.
     fn strikes(&mut self, fault: Fault) -> bool {
         let strikes = self.rng.chance(self.setup.rate(fault));
         if strikes {
@@ -257,7 +261,7 @@ impl Kernel {
     }
 }
 
-/// The lane's view of the kernel.
+/// The kernel as the lane's I/O.
 #[derive(Clone, Debug)]
 pub struct SimIo(pub Rc<RefCell<Kernel>>);
 
@@ -282,8 +286,8 @@ impl LaneIo for SimIo {
         kernel.addresses.of(buffer, offset)
     }
 
-    fn range(&mut self, place: u16, namespace: Namespace, offset: u64, len: u64) -> RangeAddr {
-        let addr = pool::range(place, namespace, offset, len);
+    fn range(&mut self, index: u16, namespace: Namespace, offset: u64, len: u64) -> RangeAddr {
+        let addr = pool::range(index, namespace, offset, len);
         self.0.borrow_mut().set_range(Range { addr: addr.get(), at: offset, len });
         addr
     }

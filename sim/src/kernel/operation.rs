@@ -1,19 +1,21 @@
-//! Operations on backings: when they start, how they end, and what they have done by then.
+//! Operations on backings: their start, their result and their effect.
 
 use ublk_engine::engine::MAX_RETRIES;
 use uring_ext::Errno;
 
 use super::{Buffer, Flight, Kernel};
+use crate::draw::Draw as _;
 use crate::entry::{Transfer, Work};
 use crate::fault::Fault;
 
-/// How operations fail for good.
+/// Permanent errors of operations.
 pub(super) const HARD: [Errno; 3] = [Errno::EIO, Errno::ENXIO, Errno::EROFS];
 
 impl Kernel {
-    /// Starts an operation, as soon as there is a worker for one that needs it: it takes its buffer.
+    /// Starts an operation: it takes a reference to its buffer. If it needs a worker and none is
+    /// free, it waits.
     pub(super) fn run(&mut self, flight: Flight) {
-        let Some(mut flight) = self.staff(flight) else { return };
+        let Some(mut flight) = self.assign_worker(flight) else { return };
         if let Work::Transfer(transfer) = flight.entry.work {
             let Some(buffer) = self.table[usize::from(transfer.slot)] else {
                 assert!(flight.unregistered, "an operation on an empty slot");
@@ -34,7 +36,7 @@ impl Kernel {
         } else if self.strikes(Fault::Delayed) {
             flight.held_until = self.now + patience * u64::from(1 + self.rng.below(2));
         }
-        self.hand_down(&mut flight);
+        self.pass_down(&mut flight);
         self.running.push(flight);
     }
 
@@ -58,7 +60,7 @@ impl Kernel {
         }
     }
 
-    /// Ends an operation that runs. `at` is its place among those.
+    /// Ends the running operation with index `at`.
     pub fn finish(&mut self, at: usize) {
         if self.running[at].held_until > self.now {
             return;
@@ -71,28 +73,28 @@ impl Kernel {
         self.complete(flight, res);
     }
 
-    /// How an operation ends; what it has done by then is done.
+    /// Carries out an operation's effect and returns its result.
     fn outcome(&mut self, flight: &Flight) -> i32 {
         if flight.entry.is_delay() {
             return Errno::ETIME.negated();
         }
         if let Some(errno) = self.failure(flight) {
-            self.spoil(flight);
+            self.move_part(flight);
             return errno.negated();
         }
         let tag = flight.entry.tag.map(usize::from);
         match flight.entry.work {
             Work::Transfer(transfer) => {
-                // Commands are carried out whole or not at all.
+                // Commands are carried out as a whole or not at all.
                 let command = flight.entry.command;
                 if !command && self.strikes(Fault::OpZero) {
-                    self.blame_hard(flight, Errno::EIO);
+                    self.record_permanent_error(flight, Errno::EIO);
                     return 0;
                 }
                 let moved = if command { transfer.len } else { self.shorten(transfer.len) };
                 self.transfer(flight, &transfer, moved);
                 if let Some(tag) = tag {
-                    self.tags[tag].blame.transients_in_a_row = 0;
+                    self.tags[tag].faults_met.transients_in_a_row = 0;
                 }
                 i32::try_from(moved).unwrap_or(i32::MAX)
             }
@@ -115,19 +117,20 @@ impl Kernel {
         }
     }
 
-    /// Whether an operation fails, and how.
+    /// The error of an operation, if it fails.
     fn failure(&mut self, flight: &Flight) -> Option<Errno> {
         let on_dead_leg =
             self.setup.dead_leg.is_some() && self.setup.dead_leg == flight.entry.backing();
         if on_dead_leg {
             self.tally.note(Fault::OpError);
-            self.blame_hard(flight, Errno::EIO);
+            self.record_permanent_error(flight, Errno::EIO);
             return Some(Errno::EIO);
         }
         if !self.setup.hostile {
             return None;
         }
-        let storm = flight.entry.tag.is_some_and(|tag| self.tags[usize::from(tag)].blame.storm_ops);
+        let storm =
+            flight.entry.tag.is_some_and(|tag| self.tags[usize::from(tag)].faults_met.storm_ops);
         let transient = if storm {
             self.tally.note(Fault::OpStorm);
             Some(self.rng.pick(&[Errno::EAGAIN, Errno::EINTR]))
@@ -141,37 +144,37 @@ impl Kernel {
             None
         };
         if let Some(errno) = transient {
-            self.blame_transient(flight.entry.tag, errno);
+            self.record_transient_error(flight.entry.tag, errno);
             return Some(errno);
         }
         if self.strikes(Fault::OpError) {
             let errno = self.rng.pick(&HARD);
-            self.blame_hard(flight, errno);
+            self.record_permanent_error(flight, errno);
             return Some(errno);
         }
         None
     }
 
-    fn blame_hard(&mut self, flight: &Flight, errno: Errno) {
+    fn record_permanent_error(&mut self, flight: &Flight, errno: Errno) {
         if let Some(tag) = flight.entry.tag {
-            let blame = &mut self.tags[usize::from(tag)].blame;
-            blame.allow(errno);
-            // A mirror may go on without it: whether rightly is seen by what is read later.
-            blame.must_fail |= self.setup.mapping.mirror().is_none();
+            let faults_met = &mut self.tags[usize::from(tag)].faults_met;
+            faults_met.allow(errno);
+            // A mirror may continue without it. Later reads show whether that was right.
+            faults_met.must_fail |= self.setup.mapping.mirror().is_none();
         }
     }
 
-    pub(super) fn blame_transient(&mut self, tag: Option<u16>, errno: Errno) {
+    pub(super) fn record_transient_error(&mut self, tag: Option<u16>, errno: Errno) {
         let Some(tag) = tag else { return };
-        let blame = &mut self.tags[usize::from(tag)].blame;
-        blame.transients_in_a_row += 1;
-        // So often the operations of a request can fail without progress before one of them has
-        // used up its retries, which an operation has anew once its data is copied.
+        let faults_met = &mut self.tags[usize::from(tag)].faults_met;
+        faults_met.transients_in_a_row += 1;
+        // The maximum number of failures without progress before one operation of the request has
+        // used up its retries. An operation gets new retries once its data is copied.
         let at_once = self.setup.mapping.at_once();
         let most = (usize::from(MAX_RETRIES) + 1) * (at_once + 1);
-        assert!(blame.transients_in_a_row as usize <= most, "tried again and again");
-        if blame.transients_in_a_row > u32::from(MAX_RETRIES) {
-            blame.allow(if errno == Errno::ENOMEM { errno } else { Errno::EIO });
+        assert!(faults_met.transients_in_a_row as usize <= most, "tried again and again");
+        if faults_met.transients_in_a_row > u32::from(MAX_RETRIES) {
+            faults_met.allow(if errno == Errno::ENOMEM { errno } else { Errno::EIO });
         }
     }
 
@@ -185,8 +188,8 @@ impl Kernel {
         len
     }
 
-    /// A failed transfer may have moved some bytes.
-    pub(super) fn spoil(&mut self, flight: &Flight) {
+    /// Lets a failed transfer move some bytes.
+    pub(super) fn move_part(&mut self, flight: &Flight) {
         let Work::Transfer(transfer) = flight.entry.work else { return };
         if flight.buffer.is_some() && self.strikes(Fault::PartialEffect) {
             let moved = self.rng.below(transfer.len);
@@ -194,8 +197,8 @@ impl Kernel {
         }
     }
 
-    /// What an operation does though the server that asked for it is dead.
-    pub(super) fn outlive(&mut self, flight: &Flight) {
+    /// Carries out an operation of a dead server.
+    pub(super) fn complete_after_death(&mut self, flight: &Flight) {
         if let Work::Transfer(transfer) = flight.entry.work {
             let whole = self.rng.chance(512);
             let moved = if whole { transfer.len } else { self.rng.below(transfer.len) };
@@ -233,7 +236,7 @@ impl Kernel {
 
     fn stamp(&mut self, flight: &Flight, backing: usize, stamp: u64) {
         if let Some(tag) = flight.entry.tag {
-            let newest = &mut self.tags[usize::from(tag)].blame.writes[backing];
+            let newest = &mut self.tags[usize::from(tag)].faults_met.writes[backing];
             *newest = (*newest).max(stamp);
         }
     }

@@ -1,17 +1,18 @@
-//! What the device must read as.
+//! The expected contents of the device.
 
 use super::backing::MAX_BACKINGS;
 use crate::{GARBAGE, SECTOR};
 
-/// What the device must read as.
+/// The expected contents of the device.
 #[derive(Debug)]
 pub struct Oracle {
     bytes: Vec<u8>,
-    /// By sector: not left open by a request that failed or discarded.
+    /// For each sector: whether its contents are defined. They are undefined after a discard or a
+    /// failed write.
     known: Vec<bool>,
-    /// Writes are forgotten.
+    /// Writes have no effect.
     pub(super) null: bool,
-    /// By backing: its newest write whose client has been told of success.
+    /// For each backing: the newest write that was acknowledged to a client.
     pub(super) acknowledged: [u64; MAX_BACKINGS],
 }
 
@@ -24,7 +25,7 @@ impl Oracle {
         Self { bytes, known: vec![true; sectors], null, acknowledged: [0; MAX_BACKINGS] }
     }
 
-    /// The device reads as this from the start.
+    /// Sets the initial contents.
     pub(super) fn begin_with(&mut self, bytes: &[u8]) {
         self.bytes.copy_from_slice(bytes);
     }
@@ -47,7 +48,7 @@ impl Oracle {
         self.known[sectors].fill(true);
     }
 
-    /// A read that claims success must have filled every byte, and rightly.
+    /// Checks that a successful read has filled every byte with the expected contents.
     pub(super) fn check(&self, sectors: std::ops::Range<usize>, data: &[u8]) {
         let bytes = &self.bytes[sectors.start * 512..sectors.end * 512];
         if bytes == data {
@@ -55,7 +56,7 @@ impl Oracle {
         }
         for (number, sector) in sectors.clone().enumerate() {
             let (expected, read) = (&bytes[number * 512..][..512], &data[number * 512..][..512]);
-            // No client has ever written such a byte, and no buffer had it before.
+            // No client writes such a byte.
             let hole = read.iter().position(|byte| *byte & 0x80 != 0);
             assert_eq!(hole, None, "a successful read left a hole in sector {sector}");
             assert!(!self.known[sector] || expected == read, "sector {sector} was read wrongly");
@@ -63,4 +64,4 @@ impl Oracle {
     }
 }
 
-const _: () = assert!(GARBAGE & 0x80 != 0, "garbage is told from data by its highest bit");
+const _: () = assert!(GARBAGE & 0x80 != 0, "the highest bit distinguishes garbage from data");

@@ -1,9 +1,10 @@
-//! A kernel's part in a stack of devices: the workers that it shares with others, the device that its
-//! backing is, and the requests of devices above.
+//! A kernel's part in a stack of devices: the workers that it shares, the device below, and the
+//! requests of devices above.
 //!
-//! After `io_uring/io-wq.c`: a thread has a bounded number of workers for operations that may block.
-//! `fallocate` and `fsync` are always carried out by one, which waits for the end of their I/O.
-//! A discard is begun by one. What finds no free tag is begun by one, which waits for the tag.
+//! After `io_uring/io-wq.c`: a thread has a bounded number of workers for operations that may
+//! block. A worker carries out `fallocate` and `fsync`, and waits for the end of their I/O. A
+//! worker starts each discard. A worker also starts each operation that finds no free tag, and
+//! waits for the tag.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -13,21 +14,22 @@ use ublk_engine::request::{Request, RequestKind};
 
 use super::backing::Zeroing;
 use super::{Ask, Buffer, Flight, Kernel, Phase};
+use crate::draw::Draw as _;
 use crate::entry::Work;
 
 /// The workers of a thread.
 #[derive(Debug)]
 pub struct Workers {
-    /// How many there can be.
+    /// The maximum number.
     pub count: usize,
-    /// The devices whose operations hold one.
+    /// For each worker in use: the device of its operation.
     pub held_by: Vec<usize>,
-    /// How often one was wanted and none was free.
+    /// How often none was free.
     pub missed: u64,
 }
 
 impl Workers {
-    /// Whether one is free.
+    /// Whether a worker is free.
     #[must_use]
     pub fn has_free(&self) -> bool {
         self.held_by.len() < self.count
@@ -49,47 +51,47 @@ impl Workers {
     }
 }
 
-/// An operation that is to become a request of the device below.
+/// An operation that waits to become a request of the device below.
 #[derive(Clone, Copy, Debug)]
-pub struct Wanted {
+pub struct PendingRequest {
     /// Its number.
     pub ticket: u64,
-    /// It has found no free tag, so a worker has to begin it.
+    /// It has found no free tag, so a worker has to start it.
     pub is_punted: bool,
 }
 
 /// A request of a device above has ended.
 #[derive(Clone, Debug)]
-pub struct Ended {
+pub struct EndedRequest {
     /// The device above, and the number of its operation.
     pub of: (usize, u64),
-    /// What it was committed with.
+    /// The result that it was committed with.
     pub result: i32,
-    /// What was read.
+    /// The data of a read.
     pub data: Option<Vec<u8>>,
 }
 
 /// A device's part in a stack.
 #[derive(Debug)]
-pub struct Part {
+pub struct StackPart {
     /// The device.
     pub device: usize,
-    /// Those of the thread that serves it.
+    /// The workers of the thread that serves it.
     pub workers: Rc<RefCell<Workers>>,
-    /// The bytes that clients ask for; those behind are of the devices above.
+    /// The bytes that clients use. The bytes after them belong to devices above.
     pub clients: Range<u64>,
-    /// Its backing is another device, and not a drive.
+    /// Its backing is another device, not a drive.
     pub is_on_device: bool,
-    /// Operations that have begun and that the device below does not know of.
-    pub wanted: Vec<Wanted>,
+    /// Operations that have started and are no request of the device below yet.
+    pub wanted: Vec<PendingRequest>,
     /// Requests of devices above that have ended.
-    pub ended: Vec<Ended>,
-    /// How many operations have been given a number.
+    pub ended: Vec<EndedRequest>,
+    /// How many operations have a number.
     tickets: u64,
 }
 
-impl Part {
-    /// That of a device that serves nobody yet.
+impl StackPart {
+    /// The part of a device without requests.
     #[must_use]
     pub fn new(
         device: usize,
@@ -102,25 +104,25 @@ impl Part {
     }
 }
 
-/// Whether an operation is always carried out by a worker.
+/// Whether a worker always carries out an operation.
 const fn needs_worker(work: &Work) -> bool {
     matches!(work, Work::Flush { .. } | Work::Zero { .. })
 }
 
-/// Whether its worker is free again once it has begun.
+/// Whether its worker is free again once it has started.
 const fn only_begins(work: &Work) -> bool {
     matches!(work, Work::Transfer(_) | Work::Zero { how: Zeroing::Discard, .. })
 }
 
 impl Kernel {
-    /// Whether one of those that wait could start.
+    /// Whether one of the waiting operations could start.
     #[must_use]
     pub fn can_start(&self) -> bool {
         let has_free = self.has_free_worker();
         self.queued.iter().any(|flight| has_free || !needs_worker(&flight.entry.work))
     }
 
-    /// The place of one of those that wait and could start.
+    /// The index of a waiting operation that could start.
     pub(super) fn pick_startable(&mut self) -> Option<usize> {
         let has_free = self.has_free_worker();
         let is_staffed = |flight: &Flight| has_free || !needs_worker(&flight.entry.work);
@@ -134,8 +136,8 @@ impl Kernel {
         self.part.as_ref().is_none_or(|part| part.workers.borrow().has_free())
     }
 
-    /// Finds a worker for an operation that needs one, or has it wait.
-    pub(super) fn staff(&mut self, mut flight: Flight) -> Option<Flight> {
+    /// Assigns a worker to an operation that needs one. Queues the operation if none is free.
+    pub(super) fn assign_worker(&mut self, mut flight: Flight) -> Option<Flight> {
         let Some(part) = self.part.as_ref().filter(|_| needs_worker(&flight.entry.work)) else {
             return Some(flight);
         };
@@ -147,53 +149,53 @@ impl Kernel {
         Some(flight)
     }
 
-    /// An operation has begun. One on another device waits for that.
-    pub(super) fn hand_down(&mut self, flight: &mut Flight) {
+    /// Passes an operation that has started to the device below, if there is one.
+    pub(super) fn pass_down(&mut self, flight: &mut Flight) {
         let Some(part) = self.part.as_mut() else { return };
         if part.is_on_device {
             part.tickets += 1;
             (flight.ticket, flight.held_until) = (part.tickets, u64::MAX);
-            part.wanted.push(Wanted { ticket: flight.ticket, is_punted: false });
+            part.wanted.push(PendingRequest { ticket: flight.ticket, is_punted: false });
         } else if only_begins(&flight.entry.work) {
-            self.dismiss(flight);
+            self.release_worker(flight);
         }
     }
 
-    /// An operation does without a worker from now on.
-    pub(super) fn dismiss(&self, flight: &mut Flight) {
+    /// Releases the worker of an operation.
+    pub(super) fn release_worker(&self, flight: &mut Flight) {
         if let Some(part) = self.part.as_ref().filter(|_| flight.has_worker) {
             part.workers.borrow_mut().give_back(part.device);
             flight.has_worker = false;
         }
     }
 
-    fn handed_down(&self, ticket: u64) -> usize {
+    fn passed_down(&self, ticket: u64) -> usize {
         let at = self.running.iter().position(|flight| flight.ticket == ticket);
         at.unwrap_or_else(|| panic!("operation {ticket} has ended before its request"))
     }
 
-    /// Whether a worker has an operation in hand.
+    /// Whether a worker runs an operation.
     #[must_use]
     pub fn has_worker(&self, ticket: u64) -> bool {
-        self.running[self.handed_down(ticket)].has_worker
+        self.running[self.passed_down(ticket)].has_worker
     }
 
-    /// Has a worker begin an operation again. Whether there is one.
+    /// Makes a worker start an operation again. Returns whether a worker was free.
     pub fn punt(&mut self, ticket: u64) -> bool {
-        let at = self.handed_down(ticket);
+        let at = self.passed_down(ticket);
         let Some(part) = &self.part else { return false };
         let is_taken = part.workers.borrow_mut().take(part.device);
         self.running[at].has_worker |= is_taken;
         is_taken
     }
 
-    /// What an operation asks of the device below, from `offset` there on, and what it writes. It has a tag
-    /// now.
-    pub fn ask_below(&mut self, ticket: u64, offset: u64) -> (Request, Option<Vec<u8>>) {
-        let at = self.handed_down(ticket);
+    /// The request of an operation to the device below, with its offset increased by `offset`, and
+    /// the data of a write. Called when the operation gets a tag.
+    pub fn request_below(&mut self, ticket: u64, offset: u64) -> (Request, Option<Vec<u8>>) {
+        let at = self.passed_down(ticket);
         let mut flight = self.running[at];
         if only_begins(&flight.entry.work) {
-            self.dismiss(&mut flight);
+            self.release_worker(&mut flight);
             self.running[at] = flight;
         }
         let request = |kind, at, len| Request { kind, offset: at, len };
@@ -240,10 +242,11 @@ impl Kernel {
         &bytes[start..start + len as usize]
     }
 
-    /// The request of an operation has ended below. What was read is on the backing, as that is.
-    pub fn answered_below(&mut self, ended: &Ended) {
+    /// Records the end of an operation's request below. Data that was read is stored as the
+    /// contents of the backing.
+    pub fn complete_below(&mut self, ended: &EndedRequest) {
         assert!(ended.result >= 0, "a sound device below fails: {ended:?}");
-        let at = self.handed_down(ended.of.1);
+        let at = self.passed_down(ended.of.1);
         self.running[at].held_until = 0;
         if let (Work::Transfer(it), Some(data)) = (self.running[at].entry.work, &ended.data) {
             self.backings[it.backing].put(it.at, data);
@@ -261,7 +264,13 @@ impl Kernel {
     }
 
     /// Delivers a request of a device above.
-    pub fn take_up(&mut self, tag: u16, request: Request, data: Option<&[u8]>, of: (usize, u64)) {
+    pub fn deliver_from_above(
+        &mut self,
+        tag: u16,
+        request: Request,
+        data: Option<&[u8]>,
+        of: (usize, u64),
+    ) {
         let model = &mut self.tags[usize::from(tag)];
         model.ask = Some(Ask::sound(request));
         model.of = Some(of);
@@ -272,12 +281,12 @@ impl Kernel {
         self.deliver(tag);
     }
 
-    /// A request has ended: whoever above waits for it hears of that.
-    pub(super) fn tell_above(&mut self, tag: u16, request: &Request) {
+    /// Reports the end of a request to the device above.
+    pub(super) fn report_above(&mut self, tag: u16, request: &Request) {
         let model = &mut self.tags[usize::from(tag)];
         let Some((of, part)) = model.of.take().zip(self.part.as_mut()) else { return };
         let len = usize::try_from(request.len).unwrap_or(usize::MAX);
         let data = (request.kind == RequestKind::Read).then(|| model.data[..len].to_vec());
-        part.ended.push(Ended { of, result: model.result, data });
+        part.ended.push(EndedRequest { of, result: model.result, data });
     }
 }

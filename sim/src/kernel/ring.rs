@@ -8,11 +8,12 @@ use uring_ext::Errno;
 use uring_ext::sqe::Sqe;
 
 use super::{Flight, Kernel, Posted, QID};
+use crate::draw::Draw as _;
 use crate::entry::{Entry, Work};
 use crate::fault::Fault;
 use crate::table_range::rebased;
 
-/// How many entries may be linked to each other.
+/// The maximum length of a chain.
 const MAX_CHAIN: usize = 3;
 
 impl Kernel {
@@ -25,7 +26,7 @@ impl Kernel {
     /// `LaneIo::push`.
     pub(super) fn push(&mut self, role: RingRole, sqes: &[Sqe]) -> Result<(), Errno> {
         if let Some(errno) = self.broken {
-            self.breakage_told = true;
+            self.breakage_reported = true;
             return Err(errno);
         }
         let ring = match role {
@@ -43,12 +44,12 @@ impl Kernel {
         let mut rest = sqes;
         while let Some((sqe, others)) = rest.split_first() {
             rest = &others[sqe.width() - 1..];
-            let first = rebased(sqe.as_bytes(), self.setup.place, &self.setup.slots);
+            let first = rebased(sqe.as_bytes(), self.setup.table_range, &self.setup.slots);
             let decoded = match sqe.width() {
                 1 => Entry::decode(&first, QID),
                 _ => Entry::decode_double(&first, others[0].as_bytes(), &self.ranges),
             };
-            let entry = Entry { pushed_at: self.told, ..decoded };
+            let entry = Entry { pushed_at: self.lane_time, ..decoded };
             assert_eq!(entry.linked, !rest.is_empty(), "a chain is pushed whole");
             let polled = self.setup.polled && role != RingRole::Side;
             assert!(!polled || entry.may_be_polled(), "{entry:?} on a polling ring");
@@ -66,7 +67,7 @@ impl Kernel {
 
     fn note_cancelling(&mut self, user_data: u64) {
         let now = self.now;
-        // What the port was made to fail has another kind, which the engine does not know.
+        // A fault of the port replaced the operation by another kind of entry.
         let is_wanted = |entry: &&mut Entry| {
             let is_op = entry.is_operation() || entry.work == Work::Nop;
             is_op && (entry.user_data ^ user_data) << 4 == 0
@@ -84,18 +85,18 @@ impl Kernel {
         }
     }
 
-    /// On a polling ring nothing can be cancelled: the engine only knows that it wants the end of
-    /// transfers past their deadline, or of all.
+    /// Marks transfers past their deadline, or all, as cancelled. A polling ring has no cancel
+    /// commands, so only the engine knows.
     pub fn presume_cancelled(&mut self, all: bool) {
         if !self.setup.polled {
             return;
         }
-        let (told, limit) = (self.told, self.setup.deadline);
-        let is_late = |at: u64| all || limit.is_some_and(|limit| at + limit <= told);
+        let (lane_time, limit) = (self.lane_time, self.setup.deadline);
+        let is_late = |at: u64| all || limit.is_some_and(|limit| at + limit <= lane_time);
         let presume = |entry: &mut Entry| {
             let is_op = entry.is_transfer() || entry.work == Work::Nop;
             if is_op && is_late(entry.pushed_at) {
-                entry.cancelled_at.get_or_insert(told);
+                entry.cancelled_at.get_or_insert(lane_time);
             }
         };
         let completed = self.posted.iter_mut().filter_map(|posted| posted.of.as_mut());
@@ -103,10 +104,10 @@ impl Kernel {
         self.entries_mut().for_each(presume);
     }
 
-    /// How many entries wait in the lane for room.
+    /// Records how many entries wait in the lane's backlog.
     ///
     /// # Panics
-    /// If they are more than the lane has set memory aside for.
+    /// If they exceed the lane's reserved memory.
     pub fn note_backlog(&mut self, entries: usize) {
         let doubles = self.setup.routes.iter().any(Route::is_namespace);
         let room = usize::from(self.setup.depth) * WINDOW_OPS * (3 + usize::from(doubles)) + 8;
@@ -117,7 +118,7 @@ impl Kernel {
         self.backlogged = entries > 0;
     }
 
-    /// `io_uring_enter`: takes entries off the submission queue, chains whole.
+    /// `io_uring_enter`: takes entries off the submission queue. Takes chains as a whole.
     pub fn submit(&mut self) {
         let ring = self.rng.index(self.queues.len());
         let ring = if self.queues[ring].is_empty() { 1 - ring } else { ring };
@@ -138,7 +139,7 @@ impl Kernel {
             left = left.saturating_sub(count);
             let [Some(first), second, third] = chain else { return };
             let flight = Flight::new(first, [second, third]);
-            // Some are handed to a worker, which starts them later.
+            // Some go to a worker, which starts them later.
             if first.is_operation() && self.rng.chance(200) {
                 self.queued.push(flight);
             } else {
@@ -147,8 +148,8 @@ impl Kernel {
         }
     }
 
-    /// Which completion to reap instead of that at `at`: word that a registration has failed is in
-    /// the queue before the rest of its chain has begun, so nothing of the chain overtakes it.
+    /// Which completion to reap instead of that at `at`. The completion of a failed registration is
+    /// in the queue before the rest of its chain starts, so nothing of the chain may overtake it.
     #[must_use]
     pub fn not_before_registration(&self, at: usize) -> usize {
         let tag_of = |posted: &Posted| match Event::decode(posted.cqe.user_data, self.incarnation) {
@@ -169,7 +170,7 @@ impl Kernel {
     /// `IORING_OP_ASYNC_CANCEL`.
     pub(super) fn cancel(&mut self, user_data: u64) -> i32 {
         if let Some(at) = self.queued.iter().position(|it| it.entry.user_data == user_data) {
-            // What waits for the link before it is not found.
+            // An entry that waits for the previous one of its chain is not found.
             if self.queued[at].entry.is_operation() {
                 let flight = self.queued.swap_remove(at);
                 self.cancelled(flight);
@@ -194,7 +195,7 @@ impl Kernel {
                 self.tally.note(Fault::CancelRuns);
                 Errno::EALREADY.negated()
             }
-            // A drive has it, where nobody looks for it.
+            // The drive has it, and it is not found.
             _ => {
                 self.tally.note(Fault::CancelMisses);
                 Errno::ENOENT.negated()
@@ -204,12 +205,12 @@ impl Kernel {
 
     fn cancelled(&mut self, flight: Flight) {
         self.tally.note(Fault::Cancelled);
-        // Without its registration it is yet to be issued in earnest.
+        // Without its registration it will be issued again.
         let forgiven = self.setup.mapping.mirror().is_some() && !flight.entry.is_delay();
         if let Some(tag) = flight.entry.tag.filter(|_| !flight.unregistered && !forgiven) {
-            self.tags[usize::from(tag)].blame.must_fail = true;
+            self.tags[usize::from(tag)].faults_met.must_fail = true;
         }
-        self.spoil(&flight);
+        self.move_part(&flight);
         self.complete(flight, Errno::ECANCELED.negated());
     }
 }

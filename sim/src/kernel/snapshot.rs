@@ -1,8 +1,9 @@
-//! The snapshot of a device that copies on write: is it what the device was at first?
+//! Checks the snapshot of a copy-on-write device against the device's initial contents.
 
 use super::Kernel;
 
-/// What a device with a snapshot holds at first: no two sectors alike, and no garbage.
+/// The initial contents of a device with a snapshot. All sectors differ, and no byte looks like
+/// garbage.
 pub(super) fn first_contents(size: u64) -> Vec<u8> {
     let byte = |at: u64| (at.wrapping_mul(0x9e37_79b9) >> 9).to_le_bytes()[0] & 0x7f;
     (0..size).map(byte).collect()
@@ -12,7 +13,7 @@ impl Kernel {
     /// Checks the snapshot, if there is one.
     ///
     /// # Panics
-    /// If a chunk of it is not what the device was at first.
+    /// If a chunk of it differs from the initial contents.
     pub(crate) fn check_snapshot(&self) {
         let Some(cow) = self.setup.mapping.snapshot() else { return };
         let first = first_contents(self.setup.geometry.size);

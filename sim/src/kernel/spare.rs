@@ -1,17 +1,18 @@
-//! The spare buffer that queues of a ring share. When the others have it is a matter of chance.
+//! The spare buffer that queues of a ring share. The times when other queues hold it are random.
 
 use super::Kernel;
+use crate::draw::Draw as _;
 use crate::fault::Fault;
 
-/// Which queue has the spare buffer.
+/// The queue that holds the spare buffer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum SpareHolder {
-    /// None.
+    /// No queue.
     #[default]
     Nobody,
-    /// The lane's.
+    /// The queue of the lane.
     Lane,
-    /// Another one, or another one is to have it first.
+    /// Another queue holds it, or gets it first.
     Others,
 }
 
@@ -19,9 +20,9 @@ impl Kernel {
     /// `LaneIo::take_spare`.
     ///
     /// # Panics
-    /// If the lane has it.
+    /// If the lane holds it.
     pub(super) fn take_spare(&mut self) -> bool {
-        if self.setup.place.spare.is_none() {
+        if self.setup.table_range.spare.is_none() {
             return true;
         }
         assert_ne!(self.spare, SpareHolder::Lane, "the spare buffer is taken twice");
@@ -40,15 +41,15 @@ impl Kernel {
     /// `LaneIo::give_spare`.
     ///
     /// # Panics
-    /// If the lane does not have it.
+    /// If the lane does not hold it.
     pub(super) fn give_spare(&mut self) {
-        if self.setup.place.spare.is_some() {
+        if self.setup.table_range.spare.is_some() {
             let holder = std::mem::take(&mut self.spare);
-            assert_eq!(holder, SpareHolder::Lane, "the spare buffer is given back");
+            assert_eq!(holder, SpareHolder::Lane, "the spare buffer is returned");
         }
     }
 
-    /// The other queues give it back. Says whether the lane waits for it.
+    /// The other queues return it. Returns whether the lane waits for it.
     pub(crate) fn others_give_spare(&mut self) -> bool {
         self.spare = SpareHolder::Nobody;
         std::mem::take(&mut self.is_spare_wanted)

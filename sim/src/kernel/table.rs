@@ -1,11 +1,12 @@
-//! The ring's buffer table, and who refers to a request's buffer.
+//! The ring's buffer table, and the references to a request's buffer.
 
 use uring_ext::Errno;
 
 use super::{Kernel, Phase};
+use crate::draw::Draw as _;
 use crate::fault::Fault;
 
-/// What is in a slot.
+/// The contents of a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Buffer {
     /// The buffer of a tag's request.
@@ -15,13 +16,13 @@ pub enum Buffer {
     },
     /// A buffer of the server.
     Pool {
-        /// Its number in the pool.
+        /// Its index in the pool.
         index: u16,
     },
 }
 
 impl Kernel {
-    /// Empties the table, but for the buffers of the pool.
+    /// Clears the table, except for the buffers of the pool.
     pub(super) fn fill_table(&mut self) {
         let lent = self.setup.slots.lent;
         for slot in 0..self.table.len() {
@@ -53,7 +54,7 @@ impl Kernel {
         }
     }
 
-    /// Takes what is lent out of a slot.
+    /// Removes a lent buffer from a slot. Returns its tag.
     pub(super) fn remove(&mut self, slot: u16) -> Option<u16> {
         let place = self.table.get_mut(usize::from(slot))?;
         let Some(Buffer::Lent { tag }) = *place else { return None };
@@ -67,7 +68,7 @@ impl Kernel {
         let model = &self.tags[usize::from(tag)];
         assert_eq!(model.phase, Phase::Serving, "registration without a request");
         assert!(model.has_data(), "registration of a request without data");
-        let storm = model.blame.storm_register;
+        let storm = model.faults_met.storm_register;
         let beyond = usize::from(slot) >= self.table.len();
         let fault = if storm {
             self.tally.note(Fault::RegisterStorm);
@@ -85,18 +86,18 @@ impl Kernel {
             None
         };
         let last_resort = self.setup.slots.pool > 0;
-        let blame = &mut self.tags[usize::from(tag)].blame;
+        let faults_met = &mut self.tags[usize::from(tag)].faults_met;
         if let Some(errno) = fault {
-            blame.failed_registration(errno, last_resort);
+            faults_met.failed_registration(errno, last_resort);
             return errno.negated();
         }
-        blame.registrations_in_a_row = 0;
+        faults_met.registrations_in_a_row = 0;
         let inserted = self.insert(tag, slot);
         assert_eq!(inserted, Ok(()), "registration in slot {slot}");
         0
     }
 
-    /// `UBLK_U_IO_UNREGISTER_IO_BUF`. `expect_empty`: the registration before it has failed.
+    /// `UBLK_U_IO_UNREGISTER_IO_BUF`. `expect_empty`: its registration has failed.
     pub(super) fn unregister(&mut self, tag: u16, slot: u16, expect_empty: bool) -> i32 {
         let found = self.table.get(usize::from(slot)).copied().flatten();
         if found.is_none() && expect_empty {
@@ -108,21 +109,21 @@ impl Kernel {
             self.remove(slot);
         }
         let last_resort = self.setup.slots.pool > 0;
-        let blame = &mut self.tags[usize::from(tag)].blame;
+        let faults_met = &mut self.tags[usize::from(tag)].faults_met;
         let Some(errno) = failure else {
-            blame.unregistrations_in_a_row = 0;
-            blame.may_pass = false;
-            blame.stuck &= !(1 << slot);
+            faults_met.unregistrations_in_a_row = 0;
+            faults_met.may_pass = false;
+            faults_met.stuck &= !(1 << slot);
             return 0;
         };
-        blame.stuck |= 1 << slot;
-        blame.failed_unregistration(errno, last_resort);
+        faults_met.stuck |= 1 << slot;
+        faults_met.failed_unregistration(errno, last_resort);
         errno.negated()
     }
 
-    /// Whether unregistration fails, and whether the buffer stays in its slot.
+    /// The error of an unregistration, if it fails, and whether the buffer stays in its slot.
     fn unregistration_failure(&mut self, tag: u16) -> (Option<Errno>, bool) {
-        if self.tags[usize::from(tag)].blame.storm_unregister {
+        if self.tags[usize::from(tag)].faults_met.storm_unregister {
             self.tally.note(Fault::UnregisterStorm);
             (Some(Errno::EAGAIN), true)
         } else if self.strikes(Fault::UnregisterAgain) {
@@ -136,12 +137,12 @@ impl Kernel {
         }
     }
 
-    /// Takes a buffer out of a slot that the engine has failed to.
-    pub fn unstick(&mut self) {
+    /// Removes a buffer that the engine failed to remove from its slot.
+    pub fn free_stuck_slot(&mut self) {
         let stuck = |buffer: &Option<Buffer>| match buffer {
             Some(Buffer::Lent { tag }) => {
                 let model = &self.tags[usize::from(*tag)];
-                model.phase == Phase::Committed && model.blame.stuck != 0
+                model.phase == Phase::Committed && model.faults_met.stuck != 0
             }
             Some(Buffer::Pool { .. }) | None => false,
         };

@@ -1,4 +1,4 @@
-//! A server made by hand.
+//! A server that tests control by hand.
 
 use std::cell::RefCell;
 use std::rc::Rc;
@@ -17,15 +17,15 @@ use ublk_sim::setup::{Hostility, Recovery, Setup, ShortResults};
 use ublk_sim::trace::Trace;
 use uring_ext::sqe::{Delivery, FixedBuffer, FixedFile, Sqe};
 
-/// A server that does by hand what it is told.
-pub struct Hand {
+/// A server without an engine: a test pushes its entries.
+pub struct ManualServer {
     pub kernel: Rc<RefCell<Kernel>>,
     pub io: SimIo,
     lend: LendMode,
 }
 
-impl Hand {
-    /// A server that has fetched both its tags from a sound kernel.
+impl ManualServer {
+    /// A server that has fetched its two tags from a sound kernel.
     pub fn new(lend: LendMode) -> Self {
         let size = 1 << 16;
         let from_zero = SlotChoice::From(0);
@@ -45,8 +45,8 @@ impl Hand {
         setup.geometry.size = size;
         (setup.queue_entries, setup.io_lane) = (8, false);
         setup.recovery = Recovery::Reissue;
-        // The entries are made for a queue that has the ring's tables to itself.
-        setup.place = TableRange::default();
+        // The entries are for a queue with its own tables.
+        setup.table_range = TableRange::default();
         let kernel = Rc::new(RefCell::new(Kernel::new(0, setup, Trace::new(false))));
         let mut hand = Self { io: SimIo(Rc::clone(&kernel)), kernel, lend };
         for tag in 0..2 {
@@ -55,11 +55,11 @@ impl Hand {
         hand
     }
 
-    /// A server whose kernel makes of short results what its driver would.
+    /// A server on a kernel that handles short results as its driver would.
     pub fn with_short_results(lend: LendMode, short_results: ShortResults) -> Self {
         let hand = Self::new(lend);
         let mut kernel = hand.kernel.borrow_mut();
-        (kernel.bears_short, kernel.setup.short_results) = (true, short_results);
+        (kernel.allows_short, kernel.setup.short_results) = (true, short_results);
         drop(kernel);
         hand
     }
@@ -76,18 +76,18 @@ impl Hand {
         sqe.user_data(event.encode(self.kernel.borrow().incarnation))
     }
 
-    /// Pushes entries and has the kernel take them.
+    /// Pushes entries and makes the kernel take them.
     pub fn push(&mut self, sqes: &[Sqe]) {
         assert_eq!(self.io.push(role(&sqes[0]), sqes), Ok(()));
         let mut kernel = self.kernel.borrow_mut();
-        // As the checker does, which asks the engine whose operation it is.
+        // As the checker does with the engine's help.
         for entry in kernel.queues[0].iter_mut().filter(|entry| entry.is_operation()) {
             entry.tag = Some(0);
         }
         kernel.submit();
     }
 
-    /// Has a tag deliver a request, and takes note of that.
+    /// Delivers a request of a tag, and records that it was handled.
     pub fn deliver(&mut self, tag: u16, ask: Ask) {
         let mut kernel = self.kernel.borrow_mut();
         let model = &mut kernel.tags[usize::from(tag)];
@@ -103,12 +103,12 @@ impl Hand {
         self.deliver(tag, Ask::sound(Request { kind, offset: 0, len }));
     }
 
-    /// What the fault target is taken to have decided on a tag's request, which came just now.
+    /// Sets the fault target's decision on a tag's request, which was just delivered.
     pub fn decide(&mut self, tag: usize, decision: Decision) {
         let mut kernel = self.kernel.borrow_mut();
         let now = kernel.now;
-        let blame = &mut kernel.tags[tag].blame;
-        (blame.decision, blame.since) = (decision, now);
+        let faults_met = &mut kernel.tags[tag].faults_met;
+        (faults_met.decision, faults_met.since) = (decision, now);
     }
 
     pub fn fetch(&mut self, tag: u16) {
@@ -130,7 +130,7 @@ impl Hand {
         self.named(Sqe::write_fixed(backing_file(0), buffer, 1024, 0, false), OP)
     }
 
-    /// Serves a request of tag 0 by half of what it needs, and says so.
+    /// Serves half of a request of tag 0, and commits half.
     pub fn serve_half(&mut self, kind: RequestKind, buffer: FixedBuffer) {
         self.ask(0, kind);
         let (file, len) = (backing_file(0), 512);
@@ -143,12 +143,12 @@ impl Hand {
         self.commit(0, 512);
     }
 
-    /// What a tag is to deliver next.
+    /// The next request that a tag will deliver.
     pub fn asked(&self, tag: usize) -> Option<Request> {
         self.kernel.borrow().tags[tag].ask.and_then(|ask| ask.request)
     }
 
-    /// A buffer of the pool, where nothing is lent and the table begins with it.
+    /// A buffer of the pool in a lend mode without lent slots.
     pub fn pooled(&self, index: u16) -> FixedBuffer {
         FixedBuffer::Pool { slot: index, addr: self.io.pool_addr(index, 0) }
     }
@@ -164,7 +164,7 @@ impl Hand {
         )
     }
 
-    /// Lets everything that was submitted come to its end; returns results by kind of event.
+    /// Completes everything that was submitted. Returns events and results.
     pub fn run(&mut self) -> Vec<(Event, i32)> {
         let mut kernel = self.kernel.borrow_mut();
         let count = kernel.running.iter().chain(&kernel.queued).count();
@@ -181,13 +181,13 @@ impl Hand {
         kernel.posted.drain(..).map(|it| (event(it.cqe.user_data), it.cqe.res)).collect()
     }
 
-    /// Pushes an entry and lets it come to its end.
+    /// Pushes an entry and completes it.
     pub fn carry_out(&mut self, sqe: Sqe) -> Vec<(Event, i32)> {
         self.push(&[sqe]);
         self.run()
     }
 
-    /// Has tag 0 deliver a request, serves it by an operation that succeeds, and commits it.
+    /// Delivers a request of tag 0, serves it by an operation that succeeds, and commits it.
     pub fn serve(&mut self, kind: RequestKind, sqe: Sqe) {
         self.ask(0, kind);
         assert_eq!(self.carry_out(sqe), [(OP, 1024)]);
@@ -198,7 +198,7 @@ impl Hand {
         self.kernel.borrow().tags[tag].phase
     }
 
-    /// From now on this fault strikes at every occasion, on behalf of tag 0.
+    /// Makes a fault happen every time from now on, for tag 0.
     pub fn always(&mut self, fault: Fault) {
         let mut kernel = self.kernel.borrow_mut();
         kernel.setup.hostile = true;
@@ -213,7 +213,7 @@ fn role(sqe: &Sqe) -> RingRole {
     if is_fetch { RingRole::Fetch } else { RingRole::Io }
 }
 
-pub const OP: Event = Event::Op(OpKey { place: 0, serial: 7 });
+pub const OP: Event = Event::Op(OpKey { index: 0, serial: 7 });
 
 /// The buffer in a slot.
 pub fn lent(slot: u16) -> FixedBuffer {

@@ -1,5 +1,4 @@
-//! The simulated kernel has teeth: entries made by hand that a correct engine would never push,
-//! and answers that it would never give, are found out; and what is right is let through.
+//! The simulated kernel detects entries and answers of incorrect engines, and accepts correct ones.
 
 mod hand;
 
@@ -20,14 +19,14 @@ use uring_ext::iod::IoDesc;
 use uring_ext::pool::Direction;
 use uring_ext::sqe::{FixedBuffer, Sqe};
 
-use hand::{Hand, OP, key, lent};
+use hand::{ManualServer, OP, key, lent};
 
 const READ: RequestKind = RequestKind::Read;
 const WRITE: RequestKind = RequestKind::Write { fua: false };
 
 #[test]
 fn what_is_right_is_let_through() {
-    let mut hand = Hand::new(LendMode::Fused);
+    let mut hand = ManualServer::new(LendMode::Fused);
     hand.serve(WRITE, hand.write(lent(0)));
     hand.serve(READ, hand.read(lent(0), 0));
     let kernel = hand.kernel.borrow();
@@ -37,7 +36,7 @@ fn what_is_right_is_let_through() {
 
 #[test]
 fn a_request_ends_when_nothing_refers_to_its_buffer() {
-    let mut hand = Hand::new(LendMode::Fused);
+    let mut hand = ManualServer::new(LendMode::Fused);
     hand.ask(0, WRITE);
     hand.push(&[hand.write(lent(0))]);
     while hand.kernel.borrow().running.is_empty() {
@@ -52,7 +51,7 @@ fn a_request_ends_when_nothing_refers_to_its_buffer() {
 #[test]
 #[should_panic(expected = "commit of tag 0, which is Waiting")]
 fn a_second_commit_is_found_out() {
-    let mut hand = Hand::new(LendMode::Fused);
+    let mut hand = ManualServer::new(LendMode::Fused);
     hand.ask(0, RequestKind::Flush);
     hand.commit(0, 0);
     hand.commit(0, 0);
@@ -61,7 +60,7 @@ fn a_second_commit_is_found_out() {
 #[test]
 #[should_panic(expected = "left a hole")]
 fn a_read_that_was_not_carried_out_is_found_out() {
-    let mut hand = Hand::new(LendMode::Fused);
+    let mut hand = ManualServer::new(LendMode::Fused);
     hand.ask(0, READ);
     hand.commit(0, 1024);
 }
@@ -69,17 +68,17 @@ fn a_read_that_was_not_carried_out_is_found_out() {
 #[test]
 #[should_panic(expected = "left a hole")]
 fn a_pool_buffer_that_was_not_filled_is_found_out() {
-    let mut hand = Hand::new(LendMode::Copy);
+    let mut hand = ManualServer::new(LendMode::Copy);
     hand.serve(READ, hand.read(hand.pooled(0), 0));
     hand.ask(0, READ);
-    // The buffer has nothing in it that the first request has left.
+    // The buffer no longer contains the data of the first request.
     hand.commit(0, 1024);
 }
 
 #[test]
 #[should_panic(expected = "sector 0 was read wrongly")]
 fn a_read_from_elsewhere_is_found_out() {
-    let mut hand = Hand::new(LendMode::Fused);
+    let mut hand = ManualServer::new(LendMode::Fused);
     hand.serve(WRITE, hand.write(lent(0)));
     hand.serve(READ, hand.read(lent(0), 4096));
 }
@@ -87,14 +86,14 @@ fn a_read_from_elsewhere_is_found_out() {
 #[test]
 #[should_panic(expected = "an operation on an empty slot")]
 fn an_operation_on_an_empty_slot_is_found_out() {
-    let mut hand = Hand::new(LendMode::Fused);
+    let mut hand = ManualServer::new(LendMode::Fused);
     hand.carry_out(hand.read(lent(0), 0));
 }
 
 #[test]
 #[should_panic(expected = "bytes 512..1536 of 1024")]
 fn an_operation_beyond_its_buffer_is_found_out() {
-    let mut hand = Hand::new(LendMode::Fused);
+    let mut hand = ManualServer::new(LendMode::Fused);
     hand.ask(0, READ);
     hand.carry_out(hand.read(FixedBuffer::Lent { slot: 0, offset: 512 }, 0));
 }
@@ -102,7 +101,7 @@ fn an_operation_beyond_its_buffer_is_found_out() {
 #[test]
 #[should_panic(expected = "registration in slot 1")]
 fn a_registration_in_a_slot_that_is_taken_is_found_out() {
-    let mut hand = Hand::new(LendMode::Slot);
+    let mut hand = ManualServer::new(LendMode::Slot);
     hand.ask(0, READ);
     hand.ask(1, READ);
     hand.push(&[hand.register(0, 1)]);
@@ -112,14 +111,14 @@ fn a_registration_in_a_slot_that_is_taken_is_found_out() {
 #[test]
 #[should_panic(expected = "registration without a request")]
 fn a_registration_without_a_request_is_found_out() {
-    let mut hand = Hand::new(LendMode::Slot);
+    let mut hand = ManualServer::new(LendMode::Slot);
     hand.push(&[hand.register(0, 1)]);
 }
 
 #[test]
 #[should_panic(expected = "unregistration of slot 1")]
 fn an_unregistration_of_an_empty_slot_is_found_out() {
-    let mut hand = Hand::new(LendMode::Slot);
+    let mut hand = ManualServer::new(LendMode::Slot);
     hand.ask(0, READ);
     hand.push(&[hand.unregister(0, 1)]);
 }
@@ -127,7 +126,7 @@ fn an_unregistration_of_an_empty_slot_is_found_out() {
 #[test]
 #[should_panic(expected = "unregistration of slot 1")]
 fn an_unregistration_of_a_foreign_buffer_is_found_out() {
-    let mut hand = Hand::new(LendMode::Slot);
+    let mut hand = ManualServer::new(LendMode::Slot);
     hand.ask(0, READ);
     hand.ask(1, READ);
     hand.push(&[hand.register(0, 1)]);
@@ -136,7 +135,7 @@ fn an_unregistration_of_a_foreign_buffer_is_found_out() {
 
 #[test]
 fn a_request_whose_buffer_stays_registered_does_not_end() {
-    let mut hand = Hand::new(LendMode::Slot);
+    let mut hand = ManualServer::new(LendMode::Slot);
     hand.ask(0, WRITE);
     hand.push(&[hand.register(0, 1)]);
     hand.carry_out(hand.write(lent(1)));
@@ -149,14 +148,14 @@ fn a_request_whose_buffer_stays_registered_does_not_end() {
 #[test]
 #[should_panic(expected = "is not on stable storage")]
 fn a_write_without_the_fua_that_was_asked_for_is_found_out() {
-    let mut hand = Hand::new(LendMode::Fused);
+    let mut hand = ManualServer::new(LendMode::Fused);
     hand.serve(RequestKind::Write { fua: true }, hand.write(lent(0)));
 }
 
 #[test]
 #[should_panic(expected = "a flush has not reached all writes")]
 fn a_flush_that_was_not_passed_on_is_found_out() {
-    let mut hand = Hand::new(LendMode::Fused);
+    let mut hand = ManualServer::new(LendMode::Fused);
     hand.serve(WRITE, hand.write(lent(0)));
     hand.ask(0, RequestKind::Flush);
     hand.commit(0, 0);
@@ -164,7 +163,7 @@ fn a_flush_that_was_not_passed_on_is_found_out() {
 
 #[test]
 fn flushes_reach_what_was_written_before_them() {
-    let mut hand = Hand::new(LendMode::Fused);
+    let mut hand = ManualServer::new(LendMode::Fused);
     hand.serve(WRITE, hand.write(lent(0)));
     hand.ask(0, RequestKind::Flush);
     let flush = hand.named(Sqe::datasync(backing_file(0)), OP);
@@ -176,7 +175,7 @@ fn flushes_reach_what_was_written_before_them() {
 #[test]
 #[should_panic(expected = "was not refused")]
 fn success_of_a_request_that_is_malformed_is_found_out() {
-    let mut hand = Hand::new(LendMode::Fused);
+    let mut hand = ManualServer::new(LendMode::Fused);
     let iod = IoDesc { op_flags: 3, nr_sectors: 0, start_sector: 0 };
     hand.deliver(0, Ask::refused(iod, Errno::EIO));
     hand.commit(0, 0);
@@ -185,7 +184,7 @@ fn success_of_a_request_that_is_malformed_is_found_out() {
 #[test]
 #[should_panic(expected = "though nothing went wrong")]
 fn an_error_for_no_reason_is_found_out() {
-    let mut hand = Hand::new(LendMode::Fused);
+    let mut hand = ManualServer::new(LendMode::Fused);
     hand.ask(0, RequestKind::Flush);
     hand.commit(0, Errno::EIO.negated());
 }
@@ -193,21 +192,21 @@ fn an_error_for_no_reason_is_found_out() {
 #[test]
 #[should_panic(expected = "succeeded in spite of an error")]
 fn success_in_spite_of_an_error_is_found_out() {
-    let mut hand = Hand::new(LendMode::Fused);
+    let mut hand = ManualServer::new(LendMode::Fused);
     hand.ask(0, WRITE);
     hand.always(Fault::OpZero);
     assert_eq!(hand.carry_out(hand.write(lent(0))), [(OP, 0)]);
     hand.commit(0, 1024);
 }
 
-/// Whatever the driver would make of it.
+/// With both kinds of driver.
 #[test]
 fn a_success_of_fewer_bytes_than_were_asked_for_is_found_out() {
     for short_results in ShortResults::ALL {
         for (kind, lend) in
             [(READ, LendMode::Copy), (READ, LendMode::Fused), (WRITE, LendMode::Copy)]
         {
-            let mut hand = Hand::new(lend);
+            let mut hand = ManualServer::new(lend);
             hand.kernel.borrow_mut().setup.short_results = short_results;
             hand.ask(1, kind);
             let panic = catch_unwind(AssertUnwindSafe(|| hand.commit(1, 512))).unwrap_err();
@@ -220,7 +219,7 @@ fn a_success_of_fewer_bytes_than_were_asked_for_is_found_out() {
 #[test]
 #[should_panic(expected = "tag 0 committed 2048 bytes of")]
 fn a_success_of_more_bytes_than_were_asked_for_is_found_out() {
-    let mut hand = Hand::new(LendMode::Fused);
+    let mut hand = ManualServer::new(LendMode::Fused);
     hand.ask(0, WRITE);
     hand.commit(0, 2048);
 }
@@ -229,14 +228,14 @@ fn a_success_of_more_bytes_than_were_asked_for_is_found_out() {
 fn one_driver_delivers_the_rest_of_a_short_result_again() {
     for (kind, lend) in [(WRITE, LendMode::Fused), (READ, LendMode::Fused), (WRITE, LendMode::Copy)]
     {
-        let mut hand = Hand::with_short_results(lend, ShortResults::Redelivered);
+        let mut hand = ManualServer::with_short_results(lend, ShortResults::Redelivered);
         let buffer = if lend == LendMode::Copy { hand.pooled(0) } else { lent(0) };
         hand.serve_half(kind, buffer);
         assert_eq!(hand.asked(0), Some(Request { kind, offset: 512, len: 512 }), "{lend}");
         let kernel = hand.kernel.borrow();
         assert_eq!((kernel.answered, kernel.asked), (1, 1), "the rest counts as another");
     }
-    let mut hand = Hand::with_short_results(LendMode::Fused, ShortResults::Redelivered);
+    let mut hand = ManualServer::with_short_results(LendMode::Fused, ShortResults::Redelivered);
     hand.ask(0, WRITE);
     hand.commit(0, 0);
     assert_eq!(hand.asked(0), Some(Request { kind: WRITE, offset: 0, len: 1024 }), "for ever");
@@ -245,13 +244,13 @@ fn one_driver_delivers_the_rest_of_a_short_result_again() {
 #[test]
 fn the_other_driver_takes_a_short_result_for_the_whole() {
     for lend in [LendMode::Fused, LendMode::Copy] {
-        let mut hand = Hand::with_short_results(lend, ShortResults::Believed);
+        let mut hand = ManualServer::with_short_results(lend, ShortResults::Believed);
         let buffer = if lend == LendMode::Copy { hand.pooled(0) } else { lent(0) };
         hand.serve_half(WRITE, buffer);
         assert_eq!((hand.asked(0), hand.phase(0)), (None, Phase::Waiting), "{lend}");
     }
-    // A write of which nothing was written has succeeded, too.
-    let mut hand = Hand::with_short_results(LendMode::Fused, ShortResults::Believed);
+    // A write of 0 bytes has succeeded, too.
+    let mut hand = ManualServer::with_short_results(LendMode::Fused, ShortResults::Believed);
     hand.ask(0, WRITE);
     hand.commit(0, 0);
     assert_eq!(hand.kernel.borrow().succeeded, 1);
@@ -260,7 +259,7 @@ fn the_other_driver_takes_a_short_result_for_the_whole() {
 #[test]
 #[should_panic(expected = "sector 1 was read wrongly")]
 fn it_then_lacks_what_was_written() {
-    let mut hand = Hand::with_short_results(LendMode::Fused, ShortResults::Believed);
+    let mut hand = ManualServer::with_short_results(LendMode::Fused, ShortResults::Believed);
     hand.serve_half(WRITE, lent(0));
     hand.serve(READ, hand.read(lent(0), 0));
 }
@@ -268,7 +267,7 @@ fn it_then_lacks_what_was_written() {
 #[test]
 #[should_panic(expected = "left a hole in sector 1")]
 fn its_reader_sees_what_was_in_the_buffer_before() {
-    let mut hand = Hand::with_short_results(LendMode::Slot, ShortResults::Believed);
+    let mut hand = ManualServer::with_short_results(LendMode::Slot, ShortResults::Believed);
     hand.ask(0, READ);
     hand.push(&[hand.register(0, 1)]);
     let half = Sqe::read_fixed(backing_file(0), lent(1), 512, 0);
@@ -280,12 +279,12 @@ fn its_reader_sees_what_was_in_the_buffer_before() {
 #[test]
 fn reads_that_the_driver_copies_are_delivered_again_by_either() {
     for short_results in ShortResults::ALL {
-        let mut hand = Hand::with_short_results(LendMode::Copy, short_results);
+        let mut hand = ManualServer::with_short_results(LendMode::Copy, short_results);
         hand.serve_half(READ, hand.pooled(0));
         assert_eq!(hand.asked(0), Some(Request { kind: READ, offset: 512, len: 512 }));
     }
-    // Those that the server copies are not.
-    let mut hand = Hand::with_short_results(LendMode::UserCopy, ShortResults::Believed);
+    // Reads that the server copies are not.
+    let mut hand = ManualServer::with_short_results(LendMode::UserCopy, ShortResults::Believed);
     hand.ask(0, READ);
     hand.carry_out(hand.read(hand.pooled(0), 0));
     assert_eq!(hand.io.copy(Tag(0), 0, Direction::ToRequest, 0, 1024), 1024);
@@ -296,7 +295,7 @@ fn reads_that_the_driver_copies_are_delivered_again_by_either() {
 #[test]
 fn a_read_of_nothing_is_an_error_to_either() {
     for short_results in ShortResults::ALL {
-        let mut hand = Hand::with_short_results(LendMode::Copy, short_results);
+        let mut hand = ManualServer::with_short_results(LendMode::Copy, short_results);
         hand.ask(0, READ);
         hand.commit(0, 0);
         let kernel = hand.kernel.borrow();
@@ -307,7 +306,7 @@ fn a_read_of_nothing_is_an_error_to_either() {
 #[test]
 #[should_panic(expected = "was to fail")]
 fn success_instead_of_an_injected_error_is_found_out() {
-    let mut hand = Hand::new(LendMode::Fused);
+    let mut hand = ManualServer::new(LendMode::Fused);
     hand.ask(0, RequestKind::Flush);
     hand.decide(0, Decision { error: Some(Errno::EIO), ..Decision::default() });
     hand.commit(0, 0);
@@ -316,7 +315,7 @@ fn success_instead_of_an_injected_error_is_found_out() {
 #[test]
 #[should_panic(expected = "was to be held back")]
 fn an_answer_before_its_time_is_found_out() {
-    let mut hand = Hand::new(LendMode::Fused);
+    let mut hand = ManualServer::new(LendMode::Fused);
     hand.ask(0, RequestKind::Flush);
     hand.decide(0, Decision { delay_ns: 1000, ..Decision::default() });
     hand.commit(0, 0);
@@ -324,7 +323,7 @@ fn an_answer_before_its_time_is_found_out() {
 
 #[test]
 fn delays_take_their_time() {
-    let mut hand = Hand::new(LendMode::Fused);
+    let mut hand = ManualServer::new(LendMode::Fused);
     assert_eq!(hand.carry_out(hand.named(Sqe::delay(5000), OP)), []);
     hand.kernel.borrow_mut().now += 5000;
     assert_eq!(hand.run(), [(OP, Errno::ETIME.negated())]);
@@ -333,23 +332,23 @@ fn delays_take_their_time() {
 #[test]
 #[should_panic(expected = "tag 0 is fetched twice")]
 fn a_second_fetch_is_found_out() {
-    let mut hand = Hand::new(LendMode::Fused);
+    let mut hand = ManualServer::new(LendMode::Fused);
     hand.fetch(0);
 }
 
 #[test]
 #[should_panic(expected = "a chain is pushed whole")]
 fn a_torn_chain_is_found_out() {
-    let mut hand = Hand::new(LendMode::Slot);
+    let mut hand = ManualServer::new(LendMode::Slot);
     hand.ask(0, READ);
     hand.push(&[hand.register(0, 1).hard_link()]);
 }
 
 #[test]
 fn chains_run_in_order_and_to_their_end() {
-    let mut hand = Hand::new(LendMode::Slot);
+    let mut hand = ManualServer::new(LendMode::Slot);
     hand.ask(0, READ);
-    let chain = |hand: &Hand| {
+    let chain = |hand: &ManualServer| {
         let register = hand.register(0, 1).hard_link().skip_success();
         [register, hand.read(lent(1), 0).hard_link(), hand.unregister(0, 1)]
     };
@@ -368,9 +367,9 @@ fn chains_run_in_order_and_to_their_end() {
 
 #[test]
 fn a_full_queue_takes_nothing() {
-    let mut hand = Hand::new(LendMode::Slot);
+    let mut hand = ManualServer::new(LendMode::Slot);
     let nop = [Sqe::nop(), Sqe::nop(), Sqe::nop(), Sqe::nop(), Sqe::nop()];
-    // Eight entries have room.
+    // The queue holds eight entries.
     for sqe in &nop {
         assert_eq!(hand.io.push(RingRole::Io, std::slice::from_ref(sqe)), Ok(()));
     }
@@ -380,9 +379,9 @@ fn a_full_queue_takes_nothing() {
 
 #[test]
 fn what_waits_is_cancelled_and_what_is_unknown_is_not_found() {
-    let mut hand = Hand::new(LendMode::Fused);
+    let mut hand = ManualServer::new(LendMode::Fused);
     hand.ask(0, READ);
-    let cancel = |hand: &Hand| {
+    let cancel = |hand: &ManualServer| {
         let wanted = OP.encode(hand.kernel.borrow().incarnation);
         hand.named(Sqe::cancel(wanted), Event::Cancelled)
     };
@@ -401,7 +400,7 @@ fn what_waits_is_cancelled_and_what_is_unknown_is_not_found() {
 
 #[test]
 fn user_copy_moves_bytes_between_request_and_pool() {
-    let mut hand = Hand::new(LendMode::UserCopy);
+    let mut hand = ManualServer::new(LendMode::UserCopy);
     hand.ask(0, WRITE);
     assert_eq!(hand.io.copy(Tag(0), 1, Direction::FromRequest, 0, 1024), 1024);
     hand.carry_out(hand.write(hand.pooled(1)));
@@ -416,7 +415,7 @@ fn user_copy_moves_bytes_between_request_and_pool() {
 #[test]
 #[should_panic(expected = "while an operation uses it")]
 fn a_copy_of_a_buffer_in_use_is_found_out() {
-    let mut hand = Hand::new(LendMode::UserCopy);
+    let mut hand = ManualServer::new(LendMode::UserCopy);
     hand.ask(0, READ);
     hand.push(&[hand.read(hand.pooled(1), 0)]);
     hand.io.copy(Tag(0), 1, Direction::ToRequest, 0, 1024);
@@ -424,10 +423,10 @@ fn a_copy_of_a_buffer_in_use_is_found_out() {
 
 #[test]
 fn open_requests_survive_their_server() {
-    let mut hand = Hand::new(LendMode::Fused);
+    let mut hand = ManualServer::new(LendMode::Fused);
     hand.ask(0, READ);
     hand.push(&[hand.read(lent(0), 0)]);
-    let unreaped = hand.kernel.borrow_mut().bury().count();
+    let unreaped = hand.kernel.borrow_mut().end_server().count();
     assert_eq!(unreaped, 0);
     let kernel = hand.kernel.borrow();
     assert_eq!((kernel.tags[0].phase, kernel.tags[0].refs), (Phase::NotFetched, 0));

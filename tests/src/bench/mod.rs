@@ -1,5 +1,4 @@
-//! `vm bench`: instructions for each request, and throughput, of rivals and of ublk-target, side by
-//! side.
+//! `vm bench`: instructions per request, and throughput, of rivals and of ublk-target, side by side.
 
 mod column;
 mod guest;
@@ -29,29 +28,29 @@ use results::{Results, RowResult};
 use row::{ROWS, Row, Subject};
 use throughput::Throughput;
 
-/// Where the tables are kept, below the workspace.
+/// The directory of the tables, below the workspace.
 const DIRECTORY: &str = "docs/bench";
 const NAME: &str = "instructions";
 
-/// The other name, of what `ublk-bench run` finds.
+/// The file name of the throughput results.
 const THROUGHPUT: &str = "throughput";
 
 /// Options of the measurement.
 #[derive(Debug, Clone, Default, Args)]
 pub struct BenchArgs {
-    /// Count instructions, and measure no throughput
+    /// Only count instructions
     #[arg(long, conflicts_with = "throughput")]
     pub instructions: bool,
-    /// Measure throughput, and count no instructions
+    /// Only measure throughput
     #[arg(long)]
     pub throughput: bool,
     /// Count the instructions of these rows only, and write no files
     #[arg(long, value_name = "ROWS", value_delimiter = ',', value_parser = names(), conflicts_with = "throughput")]
     pub only: Vec<String>,
-    /// Make an eighth of the requests, or one round, and write no files: the figures are coarse
+    /// Use an eighth of the requests, or one round, and write no files: the figures are coarse
     #[arg(long)]
     pub quick: bool,
-    /// Tell what each function costs a request, in place of all else
+    /// Only show the cost of each function per request
     #[arg(long, value_name = "ROW", value_parser = names(), conflicts_with_all = ["only", "quick", "instructions", "throughput"])]
     pub profile: Option<String>,
     /// With --profile: the load
@@ -78,11 +77,11 @@ impl BenchArgs {
     }
 }
 
-/// Measures, prints what comes of it, and writes it to `docs/bench` if it is whole.
+/// Measures, prints the results, and writes them to `docs/bench` if they are complete.
 ///
 /// # Errors
-/// When a guest cannot be made, or throughput cannot be measured. A row that fails is told in its
-/// place, and in the exit code.
+/// If a guest cannot be made, or throughput cannot be measured. A failed row is reported in its
+/// place, and by the exit code.
 pub fn run(args: &BenchArgs) -> Result<ExitCode> {
     if let Some(row) = &args.profile {
         return profile::run(row, &args.load);

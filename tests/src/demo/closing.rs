@@ -1,7 +1,7 @@
 //! What the demonstration showed and what it does not prove, in plain words.
 
+use super::environment::Environment;
 use super::figures::{DIFFERENT, DISTURBED, Finding, Spread, Verdict, range};
-use super::place::Place;
 use crate::numbers::count;
 
 /// What the closing words are about.
@@ -21,7 +21,7 @@ pub struct Shown {
 const COLUMNS: usize = 90;
 
 /// The closing words.
-pub fn closing(place: Place, shown: &Shown) -> Vec<String> {
+pub fn closing(environment: Environment, shown: &Shown) -> Vec<String> {
     let mut showed = vec![
         "A program in user space served a whole block device to the kernel.".to_owned(),
         format!(
@@ -38,7 +38,7 @@ pub fn closing(place: Place, shown: &Shown) -> Vec<String> {
         );
     }
     showed.extend(concluded(&shown.speed));
-    let mut open = vec![caveat(place).to_owned()];
+    let mut open = vec![caveat(environment).to_owned()];
     if !shown.witnessed {
         open.push("That nothing was copied: the kernel's functions could not be counted.".into());
     }
@@ -116,18 +116,18 @@ fn named(speed: &[Finding], is_meant: impl Fn(&Finding) -> bool) -> Option<Strin
     (!names.is_empty()).then(|| names.join("; "))
 }
 
-fn caveat(place: Place) -> &'static str {
-    match place {
-        Place::EmulatedGuest => {
+fn caveat(environment: Environment) -> &'static str {
+    match environment {
+        Environment::EmulatedGuest => {
             "How fast a real machine is: processor and drive were emulated, so only the ratios \
              mean something, and those roughly. An emulated processor is slow at copying, \
              which makes copy mode look worse than it is."
         }
-        Place::VirtualizedGuest => {
+        Environment::VirtualizedGuest => {
             "How fast a real drive is: it was emulated, so only the ratios mean something, \
              and those roughly."
         }
-        Place::Host => {
+        Environment::Host => {
             "How fast other drives, loads or queues are: these were short runs on one backing, \
              with one queue."
         }
@@ -162,7 +162,7 @@ mod tests {
 
     /// One line of what was said, without breaks.
     fn text(shown: &Shown) -> String {
-        let lines = closing(Place::Host, shown);
+        let lines = closing(Environment::Host, shown);
         lines.iter().flat_map(|line| line.split_whitespace()).collect::<Vec<_>>().join(" ")
     }
 
@@ -220,14 +220,14 @@ mod tests {
     fn emulation_is_told_and_lines_are_short() {
         let long = "128 KiB sequential read, QD8";
         let speed = vec![finding(long, &[1.0, 9.0], &[1.0, 1.0], &[1.0, 2.0]); 3];
-        for (place, word) in [
-            (Place::EmulatedGuest, "processor and drive were emulated"),
-            (Place::VirtualizedGuest, "only the ratios"),
-            (Place::Host, "one backing"),
+        for (environment, word) in [
+            (Environment::EmulatedGuest, "processor and drive were emulated"),
+            (Environment::VirtualizedGuest, "only the ratios"),
+            (Environment::Host, "one backing"),
         ] {
             let shown = Shown { witnessed: true, speed: speed.clone(), ..Shown::default() };
-            let lines = closing(place, &shown);
-            assert!(lines.iter().any(|line| line.contains(word)), "{place:?}");
+            let lines = closing(environment, &shown);
+            assert!(lines.iter().any(|line| line.contains(word)), "{environment:?}");
             assert!(lines.iter().all(|line| line.len() <= COLUMNS), "{lines:#?}");
             assert!(lines.iter().all(|l| !l.starts_with(' ') || l.starts_with("  ")));
         }

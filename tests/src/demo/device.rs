@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use nix::fcntl::OFlag;
 
 use super::commands::Commands;
-use super::place::DemoTarget;
+use super::environment::DemoTarget;
 use super::undo;
 
 /// How the device is added: `ublk-target add loop -f PATH --lend MODE`.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail, ensure};
 
-use super::place::{DemoTarget, Place};
+use super::environment::{DemoTarget, Environment};
 use super::show::show;
 use crate::config::{NvmeDrive, VmConfig};
 use crate::guest::drives::Drive;
@@ -90,13 +90,13 @@ fn in_vm(image: &Image, payload: &std::path::Path) -> Result<ExitCode> {
 
 /// The guest's part; its argument says what executes the guest.
 pub fn in_guest() -> ExitCode {
-    let place = match std::env::args().nth(1).as_deref() {
-        Some("kvm") => Place::VirtualizedGuest,
-        _ => Place::EmulatedGuest,
+    let environment = match std::env::args().nth(1).as_deref() {
+        Some("kvm") => Environment::VirtualizedGuest,
+        _ => Environment::EmulatedGuest,
     };
     let result = cleanup::handle_signals().and_then(|()| {
         let backing = Drive::by_serial(SERIAL)?.path();
-        show(&DemoTarget { place, backing, program: "ublk-target".into() })
+        show(&DemoTarget { environment, backing, program: "ublk-target".into() })
     });
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -4,8 +4,8 @@ use anyhow::{Context, Result, ensure};
 
 use super::commands::Commands;
 use super::device::{Device, claim, settle, text};
+use super::environment::DemoTarget;
 use super::figures::{Finding, RIVALS, Rates};
-use super::place::DemoTarget;
 use crate::guest::fio::{self, Report};
 use crate::ui;
 
@@ -123,7 +123,7 @@ fn round_of(
     lend: Option<&str>,
     doing: &str,
 ) -> Result<Vec<f64>> {
-    let runtime = format!("runtime={}ms", target.place.runtime().as_millis());
+    let runtime = format!("runtime={}ms", target.environment.runtime().as_millis());
     let more = ["fixedbufs", COVERED, "time_based", &runtime, "norandommap", "randrepeat=0"];
     let jobs = WORKLOADS.map(|workload| [workload.options.as_slice(), &more].concat());
     let jobs: Vec<&[&str]> = jobs.iter().map(Vec::as_slice).collect();

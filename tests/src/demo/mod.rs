@@ -1,15 +1,15 @@
-//! `vm demo`: shows a user what ublk-target does, on a drive of a guest or, on request, on a
-//! backing of this machine. Both run the same steps.
+//! `vm demo`: demonstrates ublk-target on a drive of a guest or, on request, on a backing of this
+//! machine. Both run the same steps.
 
 mod closing;
 mod commands;
 mod device;
+mod environment;
 mod figures;
 mod files;
 mod guest;
 mod measure;
 mod native;
-mod place;
 mod show;
 mod undo;
 
@@ -27,7 +27,7 @@ pub struct DemoArgs {
     /// Use this machine's own ublk driver instead of a guest's (Linux 6.16 or newer, as root)
     #[arg(long)]
     pub native: bool,
-    /// With --native: the block device or regular file to serve; ALL ON IT WILL BE OVERWRITTEN
+    /// With --native: the block device or regular file to serve; ALL ITS DATA WILL BE OVERWRITTEN
     #[arg(short, long, value_name = "PATH", requires = "native")]
     pub file: Option<PathBuf>,
     /// With --native: overwrite PATH without asking
@@ -36,7 +36,7 @@ pub struct DemoArgs {
     /// With --native: overwrite PATH without asking, even if it holds a file system or partitions
     #[arg(long, requires = "native")]
     pub yes_overwrite: bool,
-    /// With --native: a ublk-target that is built already
+    /// With --native: use this ublk-target instead of building one
     #[arg(long, value_name = "PATH", requires = "native")]
     pub program: Option<PathBuf>,
 }
@@ -44,7 +44,7 @@ pub struct DemoArgs {
 /// Runs the demonstration.
 ///
 /// # Errors
-/// When it cannot be shown, or a step of it fails.
+/// If it cannot start, or a step of it fails.
 pub fn run(args: &DemoArgs) -> Result<ExitCode> {
     if args.native { native::run(args) } else { guest::run() }
 }

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::DemoArgs;
 use super::device::claim;
-use super::place::{DemoTarget, Place};
+use super::environment::{DemoTarget, Environment};
 use super::show::show;
 use crate::numbers::size;
 use crate::{paths, payload, setup, ui};
@@ -62,7 +62,7 @@ pub fn run(args: &DemoArgs) -> Result<ExitCode> {
         backing.display()
     ));
     ui::out("");
-    show(&DemoTarget { place: Place::Host, backing, program })?;
+    show(&DemoTarget { environment: Environment::Host, backing, program })?;
     Ok(ExitCode::SUCCESS)
 }
 

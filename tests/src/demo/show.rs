@@ -7,9 +7,9 @@ use anyhow::{Context, Result, bail, ensure};
 use super::closing::{Shown, closing};
 use super::commands::Commands;
 use super::device::{self, Device, text};
+use super::environment::{DemoTarget, Environment};
 use super::figures::{self, Finding};
 use super::measure::{self, ROUNDS};
-use super::place::{DemoTarget, Place};
 use super::{files, undo};
 use crate::numbers::{count, size};
 use crate::ui;
@@ -52,7 +52,7 @@ impl Show<'_> {
             step(self, &mut shown).with_context(|| self.failed())?;
         }
         ui::out("");
-        closing(self.target.place, &shown).iter().for_each(|line| ui::out(line));
+        closing(self.target.environment, &shown).iter().for_each(|line| ui::out(line));
         Ok(())
     }
 
@@ -238,7 +238,7 @@ impl Show<'_> {
         }
         match Witness::new() {
             Ok(witness) => undo::remember_witness(witness),
-            Err(error) if self.target.place == Place::Host => {
+            Err(error) if self.target.environment == Environment::Host => {
                 return Ok(Some(format!("this kernel cannot be probed ({error:#})")));
             }
             Err(error) => return Err(error),

@@ -5,7 +5,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::place::DemoTarget;
+use super::environment::DemoTarget;
 use crate::witness::Witness;
 use crate::{cleanup, ui};
 

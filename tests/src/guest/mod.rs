@@ -16,7 +16,6 @@ pub mod nvmet;
 pub mod pressure;
 pub mod prober;
 pub mod process;
-pub mod rng;
 mod selftest;
 pub(crate) mod ublk;
 pub mod udev;

@@ -1,31 +1,31 @@
-//! What a request is answered with: all of it, or an error.
+//! The answer to a request: all of its bytes, or an error.
 
 use uring_ext::Errno;
 
 use crate::request::Request;
 
-/// What a request is answered with. There is no answer for a part of it.
+/// The answer to a request. There is no answer for a part of it.
 ///
-/// A driver may take any result that is not an error for the whole: up to Linux 7.2 it delivers
-/// what is left of a read or write again, from 7.3 on it does so only where it copies a read itself
+/// A driver may treat any result that is not an error as the whole: up to Linux 7.2 it delivers the
+/// rest of a read or write again, from 7.3 on only for reads that it copies itself
 /// (`__ublk_complete_rq` in `drivers/block/ublk_drv.c`). A short result would then lose data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Answer(i32);
 
 impl Answer {
-    /// All of a request, as the driver has delivered it.
+    /// Success of the whole request, as the driver delivered it.
     #[inline]
     pub(super) fn whole(request: &Request) -> Self {
         if !request.has_data() {
-            // The driver takes any result of zero or more as success of the other kinds.
+            // For the other kinds, the driver treats any result of 0 or more as success.
             return Self(0);
         }
-        // The driver has no requests that long.
+        // The driver never delivers requests this long.
         i32::try_from(request.len).map_or(Self::failed(Errno::EINVAL), Self)
     }
 
-    /// All of a request whose only operation, a read or write of as many bytes, has ended with
-    /// `res`; `None` if that has not moved them all.
+    /// Success of a request with only one operation, a read or write of the same length, which
+    /// ended with `res`. `None` if it has not moved all bytes.
     #[inline(always)]
     pub(super) fn of_transfer(request: &Request, res: i32) -> Option<Self> {
         (u64::try_from(res) == Ok(request.len)).then_some(Self(res))
@@ -33,12 +33,12 @@ impl Answer {
 
     /// An error.
     pub(super) fn failed(errno: Errno) -> Self {
-        // An error that means "try again" would be taken as such by some who see it.
+        // Some clients would retry on an error that means "try again".
         let again = matches!(errno, Errno::EAGAIN | Errno::EINTR);
         Self(if again { Errno::EIO.negated() } else { errno.negated() })
     }
 
-    /// As the driver takes it: the bytes of a read or write, 0 for the other kinds, or a negated
+    /// The result for the driver: the bytes of a read or write, 0 for the other kinds, or a negated
     /// error number.
     #[must_use]
     #[inline]
@@ -67,7 +67,7 @@ mod tests {
             assert_eq!(Answer::whole(&request).result(), result, "{kind:?}");
         }
         let endless = Request { kind: RequestKind::Read, offset: 0, len: 1 << 31 };
-        assert_eq!(Answer::whole(&endless).result(), -22, "no result can say so much");
+        assert_eq!(Answer::whole(&endless).result(), -22, "a result cannot be this large");
     }
 
     #[test]

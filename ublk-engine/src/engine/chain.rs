@@ -18,7 +18,7 @@ impl<P: Planner> Engine<P> {
         op: Op,
         port: &mut impl Port,
     ) {
-        // The ring's order makes the registration precede the use.
+        // The links make the registration precede the operation.
         let lease = self.registry.activate(lease);
         let slot = lease.slot();
         let key = self.inflight.next_key(tag);
@@ -26,7 +26,7 @@ impl<P: Planner> Engine<P> {
         let run = &mut self.tags[tag.index()].run;
         run.held = Held::Active(lease);
         let (Some(key), Some(borrow)) = (key, borrow) else {
-            // The table holds a window for every tag, so it has room.
+            // The table has a window for every tag, so there is space.
             self.stats.unexpected += 1;
             run.buffer_path = BufferPath::Delivered;
             run.fail(Errno::EIO);
@@ -60,7 +60,7 @@ impl<P: Planner> Engine<P> {
         }
     }
 
-    /// Goes on once operation and unregistration of a chain have both been answered.
+    /// Continues once both the operation and the unregistration of a chain have completed.
     pub(super) fn end_chain(&mut self, tag: Tag, port: &mut impl Port) {
         let Some(chain) = self.tags[tag.index()].chain().copied() else { return };
         let Chain { registration, operation: Some((outcome, ended)), unregistration: Some(res) } =
@@ -71,8 +71,8 @@ impl<P: Planner> Engine<P> {
         let Ok(Some(lease)) = self.retire_held(tag) else { return };
         self.run(tag).chain = None;
         if let Some(errno) = registration {
-            // The slot was never filled, so what became of the other two says nothing, and the
-            // operation is yet to be issued.
+            // The slot was never filled, so the results of the other two mean nothing. The
+            // operation still has to be issued.
             self.registry.release(lease);
             return self.registration_failed(tag, errno, port);
         }
@@ -81,7 +81,8 @@ impl<P: Planner> Engine<P> {
         let unregistered = Errno::from_result(res);
         match unregistered {
             Ok(_) => self.registry.release(lease),
-            // Alone it may succeed; unless there is a rest, which is better copied.
+            // A separate unregistration may succeed. If part of the operation remains, copying is
+            // better.
             Err(errno) if is_transient(errno) && outcome != Progress::Again => {
                 let run = self.run(tag);
                 if let Progress::Failed(errno) = outcome {
@@ -98,15 +99,15 @@ impl<P: Planner> Engine<P> {
             Progress::Again => {
                 run.tries = 0;
                 if unregistered.is_err() {
-                    // What is copied begins at a block.
+                    // Copying begins at a block boundary.
                     ended.rewind(self.config.geometry.block);
                 }
                 run.replan(plan, ended);
-                // Held back as a planner may have a window held back, so not in a chain.
+                // Delayed as a planner may delay a window, so it is not issued as a chain.
                 plan.delay(ended.pause_ns);
                 match unregistered {
                     Ok(_) => self.lend_registered(tag, port),
-                    // A tag has one slot in quarantine at most, so that slots do not run out.
+                    // A tag has at most one slot in quarantine, so that slots do not run out.
                     Err(errno) => self.copy_instead(tag, errno, port),
                 }
             }
@@ -118,7 +119,7 @@ impl<P: Planner> Engine<P> {
         }
     }
 
-    /// How a chain's operation has ended, once the planner was asked about a failure.
+    /// The outcome of a chain's operation, after asking the planner about a failure.
     fn judge_chain(
         &mut self,
         tag: Tag,

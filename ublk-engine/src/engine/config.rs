@@ -1,4 +1,4 @@
-//! What an engine is made for.
+//! The configuration of an engine.
 
 use bufreg::Incarnation;
 
@@ -17,25 +17,26 @@ pub struct QueueIdentity {
     pub depth: u16,
 }
 
-/// Which slot a request's buffer goes to.
+/// How the slot for a request's buffer is chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SlotChoice {
-    /// Tag *t* has the slot with this number plus *t*.
+    /// Tag *t* has slot number *t* plus this.
     From(u16),
-    /// Whichever is free; only where the server registers.
+    /// Any free slot. Only if the server registers.
     AnyFree,
 }
 
-/// The lane's buffer table: first the slots that buffers of the driver are lent in, behind them
-/// buffers of the server's own, through which data is copied.
+/// The lane's buffer table: first the slots for lent buffers, then the server's own buffers,
+/// through which data is copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlotTable {
     /// Slots for lent buffers.
     pub lent: u16,
-    /// Buffers of the server. In the copy modes there is one a tag; else a few, for requests whose
-    /// buffer could not be registered, and none where the device has no user copy.
+    /// Buffers of the server. The copy modes have one for each tag. Other modes have a few, for
+    /// requests with a buffer that could not be registered, or none if the device has no user copy.
     pub pool: u16,
-    /// Scratch buffers, behind those of the pool: one a tag if the planner wants any, else none.
+    /// Scratch buffers, after those of the pool: one for each tag if the planner needs them, else
+    /// none.
     pub scratch: u16,
     /// How slots for lent buffers are chosen.
     pub choice: SlotChoice,
@@ -55,19 +56,19 @@ impl SlotTable {
     }
 }
 
-/// What an engine is made for.
+/// The configuration of an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EngineConfig {
     /// The queue.
     pub queue: QueueIdentity,
-    /// Which life of the server this is.
+    /// The incarnation of the server.
     pub incarnation: Incarnation,
-    /// How the device lends.
+    /// The lend mode.
     pub lend: LendMode,
     /// The buffer table.
     pub slots: SlotTable,
-    /// What requests have to keep to.
+    /// The limits of requests.
     pub geometry: Geometry,
-    /// Nanoseconds after which an operation is cancelled; none where nobody asked.
+    /// The time after which an operation is cancelled, in nanoseconds. `None` for no deadline.
     pub deadline: Option<u64>,
 }

@@ -1,4 +1,4 @@
-//! Deadlines and cancelling: what happens to operations that do not complete.
+//! Deadlines and cancellation of operations.
 
 use std::time::Duration;
 
@@ -8,16 +8,16 @@ use super::{Engine, Port, deadline_of};
 use crate::plan::{Buffer, Planner};
 
 impl<P: Planner> Engine<P> {
-    /// How long to wait for completions before [`Engine::check_deadlines`] is due; `None` for as
-    /// long as it takes.
+    /// How long to wait for completions before the next [`Engine::check_deadlines`]. `None` for no
+    /// limit.
     pub fn patience(&self) -> Option<Duration> {
         let limit = self.config.deadline.filter(|_| !self.inflight.is_empty())?;
-        // Often enough to be late by a quarter at most.
+        // Often enough to be at most a quarter late.
         Some(Duration::from_nanos(limit / 4).max(Duration::from_millis(1)))
     }
 
-    /// Cancels operations whose deadline has passed, and gives those up for lost that have been
-    /// neither cancelled nor completed since: their slots go into quarantine until they have.
+    /// Cancels operations past their deadline. An operation that has neither completed nor been
+    /// cancelled after another such time is lost: its slot is in quarantine until it completes.
     pub fn check_deadlines(&mut self, port: &mut impl Port) {
         for (key, inflight) in self.inflight.iter_mut().filter(|(_, op)| op.deadline <= self.now) {
             match inflight.cancel {
@@ -39,7 +39,7 @@ impl<P: Planner> Engine<P> {
                     };
                     *held = match held.take() {
                         Held::Active(lease) => Held::Quarantined(self.registry.quarantine(lease)),
-                        // It has no buffer, or one that another operation has put there before.
+                        // It has no buffer, or another operation has already quarantined it.
                         held @ (Held::Nothing
                         | Held::Reserved(_)
                         | Held::Retiring(_)

@@ -1,6 +1,7 @@
-//! The fast path. It takes requests whose buffer the driver has lent, that need one operation, and whose
-//! operation succeeds as a whole. Most requests are like that. They do not pay for what others need, and their
-//! state is in one place. Everything else takes the general path, which continues from the same state.
+//! The fast path. It serves requests with a buffer that the driver has lent and a single operation
+//! that succeeds as a whole. Most requests are like that. They avoid the cost of the general path,
+//! and their state is contiguous. All other requests take the general path, which continues from
+//! the same state.
 
 use bufreg::SlotIndex;
 use uring_ext::iod::IoDesc;
@@ -18,8 +19,8 @@ use crate::request::Request;
 use crate::units::Tag;
 
 impl EngineConfig {
-    /// The slot of tag 0 if the driver lends each tag's buffer in a slot of its own, and nobody
-    /// has asked for deadlines.
+    /// The slot of tag 0, if the driver lends each tag's buffer in a separate slot and there are no
+    /// deadlines.
     pub(super) fn fast_path_slots(&self) -> Option<SlotIndex> {
         match (self.lend, self.slots.choice, self.deadline) {
             (LendMode::Fused, SlotChoice::From(first), None) => Some(SlotIndex(first)),
@@ -29,8 +30,8 @@ impl EngineConfig {
 }
 
 impl<P: Planner> Engine<P> {
-    /// Takes a request up and issues its operation. Returns false, and changes nothing, if it
-    /// cannot take the fast path.
+    /// Starts a request and issues its operation. Returns false and changes nothing if it cannot
+    /// take the fast path.
     #[inline(always)]
     pub(super) fn deliver_fast(&mut self, key: TagKey, iod: IoDesc, port: &mut impl Port) -> bool {
         let Some(SlotIndex(first)) = self.fast_path_slots else { return false };
@@ -41,24 +42,24 @@ impl<P: Planner> Engine<P> {
             return false;
         }
         let Ok(request) = Request::decode(iod, &self.config.geometry) else { return false };
-        let Some(place) = self.planner.single(&request) else { return false };
+        let Some(position) = self.planner.single(&request) else { return false };
         let op_key = self.inflight.first_key(key.tag);
         let slot = SlotIndex(first + key.tag.0);
-        // It is not free if it was in quarantine.
+        // The slot is not free if it is in quarantine.
         let lent = self.registry.lend(slot, owner, self.now, op_key.borrower());
         let Ok(lease) = lent else { return false };
         self.inflight.begin_fast();
         state.phase = Phase::FastPath;
-        state.fast_path = FastPath { lease: Some(lease), serial: op_key.serial, request, place };
+        state.fast_path = FastPath { lease: Some(lease), serial: op_key.serial, request, position };
         self.stats.requests[request.kind.index()] += 1;
         self.stats.bytes[request.kind.index()] += request.len;
         self.stats.ops += 1;
-        port.submit(op_key, &Op::all_of(&request, place), Some(slot));
+        port.submit(op_key, &Op::all_of(&request, position), Some(slot));
         true
     }
 
-    /// Ends a request whose operation has moved all its bytes. Returns false if there is more to be
-    /// done, or the operation did not take the fast path.
+    /// Ends a request if its operation has moved all its bytes. Returns false if there is more to
+    /// do, or the operation did not take the fast path.
     #[inline(always)]
     pub(super) fn complete_fast(&mut self, key: OpKey, res: i32, port: &mut impl Port) -> bool {
         let tag = InFlightTable::tag_of(key);
@@ -86,14 +87,14 @@ impl<P: Planner> Engine<P> {
         true
     }
 
-    /// Has a request that takes the fast path go on as any other.
+    /// Moves a request from the fast path to the general path.
     #[cold]
     pub(super) fn leave_fast_path(&mut self, tag: Tag) {
         let state = &mut self.tags[tag.index()];
-        let FastPath { lease, serial, request, place } = &mut state.fast_path;
+        let FastPath { lease, serial, request, position } = &mut state.fast_path;
         let Some(lease) = lease.take() else { return };
-        let (lease, borrow) = self.registry.part(lease);
-        let (op, borrow) = (Op::all_of(request, *place), Some(borrow));
+        let (lease, borrow) = self.registry.split(lease);
+        let (op, borrow) = (Op::all_of(request, *position), Some(borrow));
         state.run.renew(*request, false, Stamps::default());
         state.run.accepted = true;
         state.run.held = Held::Active(lease);
@@ -115,7 +116,7 @@ impl<P: Planner> Engine<P> {
         self.inflight.insert_fast(*serial, inflight);
     }
 
-    /// Has all requests go on as any others.
+    /// Moves all requests to the general path.
     pub(super) fn leave_all_fast_paths(&mut self) {
         for tag in 0..self.config.queue.depth {
             if self.tags[usize::from(tag)].phase == Phase::FastPath {
@@ -124,7 +125,7 @@ impl<P: Planner> Engine<P> {
         }
     }
 
-    /// The tag of the operation that takes the fast path under a label of the registry.
+    /// The state of the tag with this operation on the fast path.
     pub(super) fn fast_path_tag(&self, key: OpKey) -> Option<&TagState> {
         let state = self.tags.get(InFlightTable::tag_of(key).index())?;
         state.is_on_fast_path(key).then_some(state)
@@ -132,7 +133,7 @@ impl<P: Planner> Engine<P> {
 }
 
 impl TagState {
-    /// Whether the key is that of the operation of a request that takes the fast path.
+    /// Whether the key is that of an operation on the fast path.
     #[inline]
     fn is_on_fast_path(&self, key: OpKey) -> bool {
         let is_first = InFlightTable::is_first(key);

@@ -7,25 +7,25 @@ use super::key::OpKey;
 use crate::plan::{BackingIndex, Op, OpKind, WINDOW_OPS};
 use crate::units::Tag;
 
-/// What a completion means for its operation.
+/// The state of an operation after a completion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Progress {
     /// All of it is done.
     Done,
-    /// The rest, or all of it again, is to be issued.
+    /// The rest, or all of it, has to be issued again.
     Again,
-    /// It will not be done.
+    /// It has failed.
     Failed(Errno),
 }
 
-/// How far the cancelling of an operation has come.
+/// The state of an operation's cancellation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Cancel {
-    /// Nobody wants it.
+    /// Not cancelled.
     No,
-    /// Asked for; the operation has not completed.
+    /// Cancellation was requested; the operation has not completed.
     Asked,
-    /// Asked for long ago: the operation has neither completed nor been cancelled.
+    /// Cancellation was requested long ago; the operation has neither completed nor been cancelled.
     Lost,
 }
 
@@ -33,23 +33,24 @@ pub(super) enum Cancel {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct InFlight {
     pub tag: Tag,
-    /// What is left of it.
+    /// The rest of it.
     pub op: Op,
     /// Bytes moved so far.
     pub moved: u32,
     pub borrow: Option<Borrow>,
     pub retries: u8,
-    /// It waits for so many nanoseconds before it is issued again; a delay is in flight in its place.
+    /// The pause before it is issued again, in nanoseconds. While it is not 0, a delay is in flight
+    /// instead.
     pub pause_ns: u64,
-    /// How many operations have failed in whose place it was issued.
+    /// How many failed operations it replaces.
     pub substitutes: u8,
     pub cancel: Cancel,
-    /// When it is cancelled, or given up for lost.
+    /// When it is cancelled, or considered lost.
     pub deadline: u64,
 }
 
 impl InFlight {
-    /// What stands in a place of a tag that has had no operation.
+    /// The initial contents of an entry.
     const fn nothing(tag: Tag) -> Self {
         let op =
             Op { kind: OpKind::Flush, backing: BackingIndex(0), offset: 0, len: 0, buf_offset: 0 };
@@ -58,8 +59,8 @@ impl InFlight {
         Self { tag, op, moved: 0, borrow, retries, pause_ns, substitutes, cancel, deadline }
     }
 
-    /// Goes back to the start of the block that it has come to, for somebody else to go on with: a
-    /// drive may take whole blocks only.
+    /// Goes back to the start of the current block: the rest is issued elsewhere, and a drive may
+    /// take only whole blocks.
     pub fn rewind(&mut self, block: u32) {
         let into = self.moved % block;
         self.op.offset -= u64::from(into);
@@ -68,7 +69,7 @@ impl InFlight {
         self.moved = 0;
     }
 
-    /// What is in flight: the operation, or the delay before it is issued again.
+    /// The operation in flight: itself, or the delay before it is issued again.
     pub const fn issued(&self) -> Op {
         if self.pause_ns == 0 {
             return self.op;
@@ -77,22 +78,22 @@ impl InFlight {
         Op { kind: OpKind::Delay, backing, offset: 0, len: self.pause_ns, buf_offset: 0 }
     }
 
-    /// How many bytes it asks for now. A transfer that is longer than `at_first` asks for no more
-    /// than that until it has made progress.
+    /// How many bytes to issue now. A transfer that is longer than `at_first` is limited to that
+    /// until it has made progress.
     #[inline]
     pub const fn asked(&self, at_first: u64) -> u64 {
         let is_cut = self.op.len > at_first && self.moved == 0 && self.op.has_data();
         if is_cut { at_first } else { self.op.len }
     }
 
-    /// Takes note of `moved` bytes (0 for what moves none).
+    /// Records `moved` bytes (0 for operations that move none).
     pub fn advance(&mut self, moved: u32) -> Progress {
         if !self.op.has_data() {
             return Progress::Done;
         }
         let moved_bytes = u64::from(moved);
         if moved == 0 || moved_bytes > self.op.len {
-            // The end of the backing, or a drive that takes nothing: no way to fill the rest.
+            // The end of the backing, or a drive that moves nothing: the rest cannot be done.
             return Progress::Failed(Errno::EIO);
         }
         self.op.offset += moved_bytes;
@@ -104,11 +105,11 @@ impl InFlight {
     }
 }
 
-/// Places of a tag.
-const PLACES: u16 = 8;
-const _: () = assert!(PLACES as usize == WINDOW_OPS);
+/// Entries of a tag.
+const TAG_ENTRIES: u16 = 8;
+const _: () = assert!(TAG_ENTRIES as usize == WINDOW_OPS);
 
-/// A place of the table. A vacant one keeps what was in it last.
+/// An entry of the table. A free one keeps its last contents.
 #[derive(Debug)]
 struct Entry {
     live: bool,
@@ -116,12 +117,12 @@ struct Entry {
     inflight: InFlight,
 }
 
-/// Room for a full window of every tag, allocated once. Each tag has places of its own.
+/// The table of operations in flight: a full window of entries for every tag, allocated once.
 #[derive(Debug)]
 pub(super) struct InFlightTable {
     entries: Box<[Entry]>,
     next_serial: u32,
-    /// Operations that take the fast path; the rest is about the others.
+    /// The number of operations on the fast path. The other fields do not include them.
     fast_path: usize,
     count: usize,
     transfers: usize,
@@ -130,46 +131,47 @@ pub(super) struct InFlightTable {
 impl InFlightTable {
     pub fn new(depth: u16) -> Self {
         let vacant = |tag| Entry { live: false, serial: 0, inflight: InFlight::nothing(Tag(tag)) };
-        let places = |tag| std::iter::repeat_with(move || vacant(tag)).take(WINDOW_OPS);
-        let entries = (0..depth).flat_map(places).collect();
+        let window = |tag| std::iter::repeat_with(move || vacant(tag)).take(WINDOW_OPS);
+        let entries = (0..depth).flat_map(window).collect();
         Self { entries, next_serial: 0, fast_path: 0, count: 0, transfers: 0 }
     }
 
-    /// The tag that has a place.
+    /// The tag of an entry.
     #[inline]
     pub fn tag_of(key: OpKey) -> Tag {
-        Tag(key.place / PLACES)
+        Tag(key.index / TAG_ENTRIES)
     }
 
-    /// Whether a place is the first of its tag, which is that of operations that take the fast path.
+    /// Whether the entry is the first of its tag, which operations on the fast path use.
     #[inline]
     pub const fn is_first(key: OpKey) -> bool {
-        key.place % PLACES == 0
+        key.index % TAG_ENTRIES == 0
     }
 
-    /// The key of an operation that takes the fast path, of a tag that has none in flight.
+    /// The key for an operation on the fast path, of a tag without operations in flight.
     #[inline]
     pub fn first_key(&self, tag: Tag) -> OpKey {
-        OpKey { place: tag.0 * PLACES, serial: self.next_serial }
+        OpKey { index: tag.0 * TAG_ENTRIES, serial: self.next_serial }
     }
 
-    /// An operation takes the fast path, under [`InFlightTable::first_key`]; others know what it is.
+    /// Counts an operation on the fast path with key [`InFlightTable::first_key`]. The table does
+    /// not have its contents.
     #[inline]
     pub fn begin_fast(&mut self) {
         self.next_serial = self.next_serial.wrapping_add(1);
         self.fast_path += 1;
     }
 
-    /// An operation that took the fast path is no more, or goes on as any other.
+    /// Counts the end of an operation on the fast path, or its move to the general path.
     #[inline]
     pub fn end_fast(&mut self) {
         self.fast_path -= 1;
     }
 
-    /// Adds an operation that took the fast path.
+    /// Adds an operation that moves from the fast path to the general path.
     pub fn insert_fast(&mut self, serial: u32, inflight: InFlight) {
         let next_serial = self.next_serial;
-        self.insert(OpKey { place: inflight.tag.0 * PLACES, serial }, inflight);
+        self.insert(OpKey { index: inflight.tag.0 * TAG_ENTRIES, serial }, inflight);
         self.next_serial = next_serial;
     }
 
@@ -177,15 +179,15 @@ impl InFlightTable {
     #[inline]
     pub fn next_key(&self, tag: Tag) -> Option<OpKey> {
         let first = tag.index() * WINDOW_OPS;
-        let places = self.entries.get(first..first + WINDOW_OPS)?;
-        let place = first + places.iter().position(|entry| !entry.live)?;
-        Some(OpKey { place: u16::try_from(place).ok()?, serial: self.next_serial })
+        let entries = self.entries.get(first..first + WINDOW_OPS)?;
+        let index = first + entries.iter().position(|entry| !entry.live)?;
+        Some(OpKey { index: u16::try_from(index).ok()?, serial: self.next_serial })
     }
 
-    /// Adds an operation under the key that [`InFlightTable::next_key`] has just given.
+    /// Adds an operation with the key that [`InFlightTable::next_key`] has just returned.
     #[inline]
     pub fn insert(&mut self, key: OpKey, inflight: InFlight) {
-        let entry = &mut self.entries[usize::from(key.place)];
+        let entry = &mut self.entries[usize::from(key.index)];
         debug_assert!(!entry.live && entry.inflight.tag == inflight.tag);
         *entry = Entry { live: true, serial: key.serial, inflight };
         self.next_serial = key.serial.wrapping_add(1);
@@ -195,7 +197,7 @@ impl InFlightTable {
 
     #[inline]
     pub fn get_mut(&mut self, key: OpKey) -> Option<&mut InFlight> {
-        let entry = self.entries.get_mut(usize::from(key.place))?;
+        let entry = self.entries.get_mut(usize::from(key.index))?;
         (entry.live && entry.serial == key.serial).then_some(&mut entry.inflight)
     }
 
@@ -206,32 +208,32 @@ impl InFlightTable {
     pub fn renew(&mut self, key: OpKey) -> (OpKey, InFlight) {
         let serial = self.next_serial;
         self.next_serial = serial.wrapping_add(1);
-        let entry = &mut self.entries[usize::from(key.place)];
+        let entry = &mut self.entries[usize::from(key.index)];
         assert!(entry.live && entry.serial == key.serial, "renewed a stale operation");
         entry.serial = serial;
-        (OpKey { place: key.place, serial }, entry.inflight)
+        (OpKey { index: key.index, serial }, entry.inflight)
     }
 
     pub fn remove(&mut self, key: OpKey) -> Option<InFlight> {
         let inflight = *self.get_mut(key)?;
-        self.entries[usize::from(key.place)].live = false;
+        self.entries[usize::from(key.index)].live = false;
         self.count -= 1;
         self.transfers -= usize::from(inflight.op.has_data());
         Some(inflight)
     }
 
-    /// How many read or write.
+    /// How many reads and writes are in flight.
     pub fn transfers(&self) -> usize {
         self.transfers + self.fast_path
     }
 
-    /// All operations, for what happens rarely.
+    /// All operations. Slow: for rare events.
     pub fn iter_mut(&mut self) -> impl Iterator<Item = (OpKey, &mut InFlight)> {
         self.entries
             .iter_mut()
             .zip(0..=u16::MAX)
             .filter(|(entry, _)| entry.live)
-            .map(|(entry, place)| (OpKey { place, serial: entry.serial }, &mut entry.inflight))
+            .map(|(entry, index)| (OpKey { index, serial: entry.serial }, &mut entry.inflight))
     }
 
     pub fn is_empty(&self) -> bool {
@@ -239,22 +241,22 @@ impl InFlightTable {
     }
 
     pub fn get(&self, key: OpKey) -> Option<&InFlight> {
-        let entry = self.entries.get(usize::from(key.place))?;
+        let entry = self.entries.get(usize::from(key.index))?;
         (entry.live && entry.serial == key.serial).then_some(&entry.inflight)
     }
 }
 
 impl OpKey {
-    /// By which the registry knows the operation.
+    /// The registry's identifier of the operation.
     pub(super) fn borrower(self) -> Borrower {
-        Borrower((u64::from(self.place) << 32) | u64::from(self.serial))
+        Borrower((u64::from(self.index) << 32) | u64::from(self.serial))
     }
 
-    /// The operation that the registry knows by a label.
+    /// The operation with this identifier in the registry.
     pub(super) fn of_borrower(borrower: Borrower) -> Self {
         let [_, _, p1, p0, s3, s2, s1, s0] = borrower.0.to_be_bytes();
-        let place = u16::from_be_bytes([p1, p0]);
-        Self { place, serial: u32::from_be_bytes([s3, s2, s1, s0]) }
+        let index = u16::from_be_bytes([p1, p0]);
+        Self { index, serial: u32::from_be_bytes([s3, s2, s1, s0]) }
     }
 }
 
@@ -324,7 +326,7 @@ mod tests {
         assert!(table.get(OpKey::of_borrower(renewed.borrower())).is_some());
         assert!(table.remove(renewed).is_some());
         let next = insert(&mut table).unwrap();
-        assert_eq!(next.place, renewed.place);
+        assert_eq!(next.index, renewed.index);
         assert!(table.remove(renewed).is_none());
         assert!(table.remove(next).is_some());
         assert!(table.is_empty());
@@ -338,7 +340,7 @@ mod tests {
         }
         assert!(insert(&mut table).is_none());
         let other = table.next_key(Tag(1)).unwrap();
-        assert_eq!(usize::from(other.place), WINDOW_OPS);
+        assert_eq!(usize::from(other.index), WINDOW_OPS);
         assert!(table.get_mut(other).is_none(), "not yet");
         assert!(table.next_key(Tag(2)).is_none(), "there is no such tag");
         assert_eq!(table.iter_mut().count(), WINDOW_OPS);

@@ -1,4 +1,4 @@
-//! Issuing operations: each has a place in the table and its borrow until it completes.
+//! Issuing operations. Each has its table entry and its borrow until it completes.
 
 use bufreg::SlotIndex;
 use uring_ext::Errno;
@@ -26,7 +26,7 @@ impl<P: Planner> Engine<P> {
         }
     }
 
-    /// Issues an operation beside those of the window.
+    /// Issues an operation in addition to those of the window.
     #[cold]
     pub(super) fn issue_another(
         &mut self,
@@ -38,7 +38,7 @@ impl<P: Planner> Engine<P> {
         self.issue(tag, op, substitutes, port)
     }
 
-    /// Issues one operation, in the place of so many that have failed.
+    /// Issues one operation, which replaces `substitutes` failed ones.
     #[inline(always)]
     pub(super) fn issue(
         &mut self,
@@ -47,7 +47,7 @@ impl<P: Planner> Engine<P> {
         substitutes: u8,
         port: &mut impl Port,
     ) -> Result<(), Errno> {
-        // The table holds a window for every tag, so it has room.
+        // The table has a window for every tag, so there is space.
         let key = self.inflight.next_key(tag).ok_or(Errno::EIO)?;
         if op.buffer() == Some(Buffer::Scratch) {
             self.hold_scratch(tag)?;
@@ -64,14 +64,14 @@ impl<P: Planner> Engine<P> {
                 let borrow = self.registry.borrow(lease, key.borrower());
                 Some(borrow.map_err(|_| Errno::EIO)?)
             }
-            // An operation was given up and has completed after all.
+            // An operation was considered lost and has completed after all.
             Some(Held::Quarantined(_)) => return Err(Errno::ETIMEDOUT),
             Some(Held::Nothing | Held::Reserved(_) | Held::Retiring(_)) => {
                 return Err(Errno::EINVAL);
             }
         };
         let deadline = deadline_of(self.config.deadline, self.now);
-        // Those of a chain that was given up for single entries.
+        // The retries of a chain that is replaced by single entries.
         let is_delay = op.kind == OpKind::Delay;
         let retries = if is_delay { 0 } else { std::mem::take(&mut run.retries) };
         let (moved, pause_ns, cancel) = (0, 0, Cancel::No);
@@ -87,7 +87,7 @@ impl<P: Planner> Engine<P> {
         Ok(())
     }
 
-    /// Issues what is left of an operation.
+    /// Issues the rest of an operation.
     pub(super) fn submit_again(&mut self, key: OpKey, port: &mut impl Port) {
         let (key, inflight) = self.inflight.renew(key);
         if let Some(borrow) = inflight.borrow {
@@ -111,14 +111,14 @@ impl<P: Planner> Engine<P> {
         port.submit(key, &inflight.issued(), None);
     }
 
-    /// Issues an operation, or as much of it as it is to ask for at first.
+    /// Issues an operation, or only the first part of it if the planner limits that.
     #[cold]
     fn submit_short(&mut self, key: OpKey, port: &mut impl Port) {
         let (asked, slot) = self.shortened(key);
         port.submit(key, &asked, slot);
     }
 
-    /// An operation in flight with the length that it asks for, and its slot.
+    /// An operation in flight with the length to issue, and its slot.
     ///
     /// # Panics
     /// If the key is not live.

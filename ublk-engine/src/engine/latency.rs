@@ -1,24 +1,24 @@
-//! Where the time of a request goes; measured only while somebody looks.
+//! Latencies of requests by stage. Measured only on demand.
 
 use hdrhistogram::Histogram;
 
 use crate::request::RequestKind;
 
-/// The stages of a request's life, in order, and all of it. *queue*: from when its delivery was
-/// taken off the ring until the engine took it up. *plan*: until its first operation was issued,
-/// getting the buffer included. *backing*: until its last operation completed, with continuations
-/// and retries. *commit*: until its answer was handed to the driver, giving the buffer back
-/// included. Where getting and giving back are one chain with the operation, they count as
+/// The stages of a request's life, in order, and the total. *queue*: from when its delivery was
+/// reaped until the engine started it. *plan*: until its first operation was issued, including
+/// getting the buffer. *backing*: until its last operation completed, including continuations and
+/// retries. *commit*: until its answer was passed to the driver, including giving the buffer back.
+/// If getting the buffer and giving it back are in one chain with the operation, they count as
 /// *backing*.
 pub const STAGES: [&str; 5] = ["queue", "plan", "backing", "commit", "total"];
 
 /// When a request passed from one stage to the next, in nanoseconds of the caller's clock. All are
-/// 0 while nobody looks.
+/// 0 while latencies are not measured.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stamps {
-    /// Its delivery was taken off the ring.
+    /// Its delivery was reaped.
     pub reaped: u64,
-    /// The engine took it up.
+    /// The engine started it.
     pub begun: u64,
     /// Its first operation was issued.
     pub issued: u64,
@@ -26,7 +26,7 @@ pub struct Stamps {
     pub done: u64,
 }
 
-/// Bounds of what is told apart; what is outside counts as the nearest bound.
+/// The range of the histograms. Values outside count as the nearest bound.
 const LOWEST_NS: u64 = 100;
 const HIGHEST_NS: u64 = 100_000_000_000;
 
@@ -43,10 +43,10 @@ impl Default for Recorder {
 }
 
 impl Recorder {
-    /// Empty histograms. All memory that they will need is allocated here.
+    /// Empty histograms. Allocates all the memory that they will need.
     ///
     /// # Panics
-    /// Never: the bounds are constants that the histograms take.
+    /// Never: the bounds are valid constants.
     #[must_use]
     pub fn new() -> Self {
         let empty = || Histogram::new_with_bounds(LOWEST_NS, HIGHEST_NS, 2);
@@ -55,13 +55,13 @@ impl Recorder {
         Self { histograms: Box::new(std::array::from_fn(|_| of_kind())) }
     }
 
-    /// Records a request that was answered at `committed`. One that was delivered before anybody
-    /// looked has no stamps and is left out.
+    /// Records a request that was answered at `committed`. Ignores a request that was delivered
+    /// before measuring began, since it has no stamps.
     pub fn record(&mut self, kind: RequestKind, stamps: Stamps, committed: u64) {
         if stamps.reaped == 0 {
             return;
         }
-        // One without operations goes from planning to its answer.
+        // A request without operations goes from planning directly to its answer.
         let issued = if stamps.issued == 0 { stamps.done } else { stamps.issued };
         let ends = [stamps.begun, issued, stamps.done, committed];
         let histograms = &mut self.histograms[kind.index()];
@@ -86,19 +86,19 @@ impl Recorder {
         self.histograms.iter().flatten().all(Histogram::is_empty)
     }
 
-    /// Forgets what is recorded.
+    /// Removes everything that was recorded.
     pub fn clear(&mut self) {
         for histogram in self.histograms.iter_mut().flatten().filter(|each| !each.is_empty()) {
             histogram.reset();
         }
     }
 
-    /// Adds what another one has recorded.
+    /// Adds everything that another recorder has recorded.
     pub fn add(&mut self, other: &Self) {
         for (mine, other) in
             self.histograms.iter_mut().flatten().zip(other.histograms.iter().flatten())
         {
-            // The bounds are the same, so it cannot fail.
+            // This cannot fail, since the bounds are the same.
             let _ = mine.add(other);
         }
     }

@@ -1,4 +1,4 @@
-//! How a request comes to its buffer and gives it back, whatever the lend mode.
+//! How a request gets its buffer and gives it back, in all lend modes.
 
 use bufreg::{Lease, Owner, Registry, Reserved, Retiring, SlotIndex};
 use uring_ext::Errno;
@@ -12,8 +12,8 @@ use crate::request::RequestKind;
 use crate::units::Tag;
 
 impl<P: Planner> Engine<P> {
-    /// The slot that the driver is told to register the tag's next buffer in, and the one that is
-    /// the tag's own in the copy modes.
+    /// The slot in which the driver registers the tag's next buffer. In the copy modes: the slot of
+    /// the tag's own buffer.
     pub(super) fn tag_slot(&self, tag: Tag) -> SlotIndex {
         match self.config.slots.choice {
             SlotChoice::From(first) => SlotIndex(first + tag.0),
@@ -21,8 +21,8 @@ impl<P: Planner> Engine<P> {
         }
     }
 
-    /// Gets the request its buffer in the way of the lend mode. While it waits for another one, it
-    /// has no other than the driver has delivered.
+    /// Gets the request's buffer, depending on the lend mode. While the request is deferred, it has
+    /// only a buffer that the driver has delivered.
     #[inline(always)]
     pub(super) fn lend(&mut self, tag: Tag, port: &mut impl Port) {
         let TagState { run, plan, .. } = &self.tags[tag.index()];
@@ -35,7 +35,7 @@ impl<P: Planner> Engine<P> {
         if is_delivered && matches!(run.held, Held::Nothing) {
             return self.lend_delivered(tag, port);
         }
-        // It has what was delivered since it was planned for the first time.
+        // It has held the delivered buffer since it was first planned.
         if is_delivered || waits {
             return self.proceed(tag, port);
         }
@@ -52,8 +52,8 @@ impl<P: Planner> Engine<P> {
 
     fn lend_delivered(&mut self, tag: Tag, port: &mut impl Port) {
         let Ok(lease) = self.registry.reserve(self.tag_slot(tag), self.owner(tag), self.now) else {
-            // The driver has filled a slot that is in use: nothing may touch it. The request is
-            // answered.
+            // The driver has filled a slot that is in use, so nothing may use it. The request is
+            // answered with an error.
             self.stats.unexpected += 1;
             return self.commit(tag, Err(Errno::EIO), port);
         };
@@ -65,7 +65,7 @@ impl<P: Planner> Engine<P> {
     pub(super) fn lend_registered(&mut self, tag: Tag, port: &mut impl Port) {
         self.run(tag).buffer_path = BufferPath::Registered;
         let Some(lease) = self.reserve_for_registration(tag) else {
-            // Only a quarantined slot is in the way; copying does without.
+            // Only a quarantined slot can be the reason. Copying does not need the slot.
             return self.copy_instead(tag, Errno::EBUSY, port);
         };
         let single = self.tags[tag.index()].plan.single();
@@ -85,7 +85,8 @@ impl<P: Planner> Engine<P> {
         match self.config.slots.choice {
             SlotChoice::From(_) => self.registry.reserve(self.tag_slot(tag), owner, self.now).ok(),
             SlotChoice::AnyFree => {
-                // The lowest comes first, and the pool is behind the slots for lent buffers.
+                // The lowest free slot is taken first, and the pool comes after the slots for lent
+                // buffers.
                 let lease = self.registry.reserve_any(owner, self.now).ok()?;
                 if lease.slot().0 < self.config.slots.lent {
                     return Some(lease);
@@ -96,7 +97,7 @@ impl<P: Planner> Engine<P> {
         }
     }
 
-    /// The answer to [`Port::register`], or word that the registration of a chain has failed.
+    /// The completion of [`Port::register`], or of the failed registration of a chain.
     pub fn registered(&mut self, key: TagKey, res: i32, port: &mut impl Port) {
         if self.believes(key) {
             self.on_registered(key, res, port);
@@ -148,7 +149,7 @@ impl<P: Planner> Engine<P> {
         self.copy_instead(tag, errno, port);
     }
 
-    /// Copies what could not be lent, where the device has user copy.
+    /// Copies the data of a buffer that could not be lent, if the device has user copy.
     pub(super) fn copy_instead(&mut self, tag: Tag, errno: Errno, port: &mut impl Port) {
         if self.config.slots.pool == 0 {
             return self.commit(tag, Err(errno), port);
@@ -157,8 +158,8 @@ impl<P: Planner> Engine<P> {
         self.lend_copied(tag, port);
     }
 
-    /// Copies through a buffer of the pool, or waits for one. Whoever waits holds nothing, and
-    /// whoever has a buffer needs nothing else, so the wait ends.
+    /// Copies through a buffer of the pool, or waits for one. A waiting request holds nothing, and
+    /// a request with a buffer needs nothing else, so every wait ends.
     fn lend_copied(&mut self, tag: Tag, port: &mut impl Port) {
         self.run(tag).buffer_path = BufferPath::Copied;
         let owner = self.owner(tag);
@@ -205,7 +206,7 @@ impl<P: Planner> Engine<P> {
         self.serve_deferred(port);
     }
 
-    /// Goes on with requests that wait for a buffer of the pool, as long as there is one.
+    /// Continues requests that wait for a buffer of the pool, while there is a free one.
     #[inline]
     pub(super) fn serve_waiting(&mut self, port: &mut impl Port) {
         while let Some(tag) = self.waiting.front().copied() {
@@ -238,7 +239,7 @@ impl<P: Planner> Engine<P> {
         }
     }
 
-    /// Copies all bytes of the request that go this way.
+    /// Copies all bytes of the request that are not moved otherwise.
     fn copy(
         &mut self,
         tag: Tag,
@@ -263,7 +264,7 @@ impl<P: Planner> Engine<P> {
         Ok(())
     }
 
-    /// Ends a request that has nothing in flight: gives its buffer back, then answers.
+    /// Ends a request without operations in flight: gives its buffer back, then answers.
     pub(super) fn finish(&mut self, tag: Tag, port: &mut impl Port) {
         if self.recorder.is_some() {
             self.run(tag).stamps.done = port.now();
@@ -278,7 +279,7 @@ impl<P: Planner> Engine<P> {
         };
         let run = &mut self.tags[tag.index()].run;
         match run.buffer_path {
-            // The commit itself makes the driver take the buffer back.
+            // The driver takes the buffer back at the commit.
             BufferPath::Delivered => self.registry.release(lease),
             BufferPath::Registered => {
                 run.tries = 0;
@@ -305,7 +306,7 @@ impl<P: Planner> Engine<P> {
         state.phase = Phase::Unregistering;
     }
 
-    /// The answer to [`Port::unregister`], alone or at the end of a chain.
+    /// The completion of [`Port::unregister`], or of the unregistration of a chain.
     pub fn unregistered(&mut self, key: TagKey, res: i32, port: &mut impl Port) {
         if self.believes(key) {
             self.on_unregistered(key, res, port);
@@ -357,21 +358,22 @@ impl<P: Planner> Engine<P> {
         self.commit(tag, result, port);
     }
 
-    /// Ends the borrowing of the slot with the request's bytes, if it has one.
+    /// Retires the lease of the request's slot, if it has one.
     #[inline]
     pub(super) fn retire_held(&mut self, tag: Tag) -> Result<Option<Lease<Retiring>>, StillInUse> {
         let held = &mut self.tags[tag.index()].run.held;
         retire(&mut self.registry, &mut self.stats, held)
     }
 
-    /// The kernel may still have the buffer in the slot, and the driver keeps the request until
-    /// it is gone; so the tag's next request proves that it is.
+    /// The kernel may still have the buffer in the slot, and the driver keeps the request until it
+    /// is removed. So the tag's next request proves that it was removed.
     pub(super) fn quarantine(&mut self, tag: Tag, lease: Lease<Retiring>) {
         self.stats.failed_unregistrations += 1;
         self.tags[tag.index()].quarantined = Some(self.registry.quarantine(lease));
     }
 
-    /// A request of the tag was delivered, so the driver has ended the one before.
+    /// Ends the quarantine of a tag's slot: its next request was delivered, so the driver has ended
+    /// the previous one.
     #[inline]
     pub(super) fn settle_quarantine(&mut self, tag: Tag) {
         let state = &mut self.tags[tag.index()];
@@ -388,14 +390,14 @@ impl<P: Planner> Engine<P> {
     }
 }
 
-/// Ends the borrowing of what is held, if something is.
+/// Retires the lease that is held, if there is one.
 #[inline]
 pub(super) fn retire(
     registry: &mut Registry,
     stats: &mut EngineStats,
-    place: &mut Held,
+    held: &mut Held,
 ) -> Result<Option<Lease<Retiring>>, StillInUse> {
-    *place = match place.take() {
+    *held = match held.take() {
         Held::Nothing => return Ok(None),
         Held::Active(lease) => match registry.retire(lease) {
             Ok(lease) => return Ok(Some(lease)),
@@ -407,7 +409,7 @@ pub(super) fn retire(
         },
         held @ (Held::Reserved(_) | Held::Retiring(_)) => held,
     };
-    // Unreachable while `pending` counts right: a borrowed buffer is never given back.
+    // Unreachable if `pending` is right: a borrowed buffer is never given back.
     stats.unexpected += 1;
     Err(StillInUse)
 }

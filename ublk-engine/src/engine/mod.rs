@@ -1,25 +1,25 @@
-//! The engine: a sans-I/O state machine that carries requests out, one a lane.
+//! The engine: a sans-I/O state machine that carries out the requests of a queue.
 //!
-//! Events go in (a request was delivered, an operation completed, a registration was answered);
-//! decisions come out through a [`Port`]. The engine knows no ring, no clock and no file, so it
-//! runs unchanged under the simulated kernel of its tests.
+//! Its input is events (a request was delivered, an operation or a registration completed); its
+//! output is calls of a [`Port`]. The engine knows no ring, no clock and no file, so it runs
+//! unchanged on the simulated kernel of its tests.
 //!
-//! What it guarantees:
+//! It guarantees:
 //!
-//! * Every delivered request is committed exactly once, and only when all its operations have
-//!   completed and its buffer has no borrow left.
-//! * A success is the whole request: a read or write that commits it has moved every byte that the
-//!   driver has delivered it for, and there is no [`Answer`] for fewer. Short transfers are
-//!   continued; what cannot be continued is an error, unless the planner knows another place or can
-//!   do without.
-//! * The first error of a request is its answer; no further operation of it is issued.
-//! * The planner is told once that a request which it has accepted settles. A request that it makes
-//!   wait holds nothing but what the driver has delivered, and there is always one that it waits
-//!   for.
-//! * Retries are bounded. A completion that belongs to nothing in flight changes nothing and is
+//! * Every delivered request is committed exactly once, after all its operations have completed and
+//!   its buffer has no borrows.
+//! * A success is the whole request: a read or write that is committed with success has moved every
+//!   byte of the request, and there is no [`Answer`] for fewer. Short transfers are continued. A
+//!   transfer that cannot be continued is an error, unless the planner has an alternative or
+//!   ignores it.
+//! * The first error of a request is its answer, and no further operations of it are issued.
+//! * The planner is notified once when a request that it has accepted settles. A deferred request
+//!   holds nothing but the buffer that the driver has delivered, and there is always a request that
+//!   it waits for.
+//! * Retries are bounded. A stale completion changes nothing and is counted.
+//! * A descriptor with an unknown operation, or that does not fit the device, is refused and
 //!   counted.
-//! * A descriptor that is unknown or does not fit the device is refused and counted.
-//! * After construction it allocates nothing: all that a tag's request can need is there from
+//! * It allocates nothing after construction: everything that a tag's request can need exists from
 //!   the start.
 
 mod answer;
@@ -58,57 +58,57 @@ use inflight::{Cancel, InFlight, InFlightTable, Progress};
 pub use planning::MAX_SUBSTITUTES;
 use tag::{Phase, TagState};
 
-/// How often an operation or a registration is tried again after `EAGAIN`, `EINTR` or `ENOMEM`,
-/// without progress in between.
+/// How often an operation or a registration is retried after `EAGAIN`, `EINTR` or `ENOMEM` without
+/// progress.
 pub const MAX_RETRIES: u8 = 16;
 
-/// Where the engine's decisions go. None of these may block.
+/// The engine's output. None of these may block.
 pub trait Port {
-    /// Hands a tag to the driver for the first time. `slot` is where the driver is to register
-    /// the buffer of its request, if the device lends so.
+    /// Passes a tag to the driver for the first time. In fused mode, the driver registers the
+    /// buffer of its request in `slot`.
     fn fetch(&mut self, key: TagKey, slot: SlotIndex);
-    /// Completes the tag's request and asks for the next one.
+    /// Completes the tag's request and fetches the next one.
     fn commit(&mut self, key: TagKey, answer: Answer, slot: SlotIndex);
     /// Registers the buffer of the tag's request in a slot.
     fn register(&mut self, key: TagKey, slot: SlotIndex);
-    /// Takes the buffer of the tag's request out of a slot.
+    /// Removes the buffer of the tag's request from a slot.
     fn unregister(&mut self, key: TagKey, slot: SlotIndex);
-    /// Issues an operation. `slot` is where its bytes are, if it has any. A delay completes with
-    /// `-ETIME` when its time is over.
+    /// Issues an operation. `slot` has its bytes, if it moves any. A delay completes with `-ETIME`
+    /// when its time is over.
     fn submit(&mut self, key: OpKey, op: &Op, slot: Option<SlotIndex>);
-    /// Registers the buffer of the tag's request, issues an operation that uses it, and takes the
-    /// buffer out again, each when the one before has completed, even if that failed. The
-    /// registration is answered only if it fails.
+    /// Registers the buffer of the tag's request, issues an operation that uses it, and unregisters
+    /// the buffer. Each step starts when the previous one has completed, even if it failed. The
+    /// registration has a completion only if it fails.
     fn submit_chain(&mut self, tag: TagKey, slot: SlotIndex, key: OpKey, op: &Op);
-    /// Copies bytes `from..to` between the tag's request and a buffer of the pool, at once.
+    /// Copies bytes `from..to` between the tag's request and a buffer of the pool, synchronously.
     /// Returns the number of bytes copied, or a negated error number.
     fn copy(&mut self, tag: Tag, slot: SlotIndex, direction: Direction, from: u32, to: u32) -> i32;
-    /// The error of an operation that has failed for good, as the device's users are to see it.
+    /// The error that the device's users see for an operation that has failed.
     fn explain(&mut self, op: &Op, errno: Errno) -> Errno {
         let _ = op;
         errno
     }
-    /// Asks for the end of an operation.
+    /// Requests the cancellation of an operation.
     fn cancel(&mut self, key: OpKey, op: &Op);
-    /// Takes the spare buffer, where queues share one; `false` if it is not to be used now. The
-    /// engine then calls again as soon as [`Engine::spare_returned`] is called.
+    /// Takes the spare buffer, if queues share one. `false` if it is in use; the engine then calls
+    /// again after [`Engine::spare_returned`].
     fn take_spare(&mut self) -> bool {
         true
     }
-    /// Gives the spare buffer back.
+    /// Returns the spare buffer.
     fn give_spare(&mut self) {}
-    /// Nanoseconds of a monotonic clock. Asked only while latencies are measured.
+    /// The monotonic clock in nanoseconds. Called only while latencies are measured.
     fn now(&mut self) -> u64;
 }
 
-/// What an engine has in hand at one instant.
+/// The open requests and lent slots of an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Holdings {
     /// Requests that were delivered and not yet committed.
     pub requests: usize,
     /// The registry's slots by state.
     pub slots: Counts,
-    /// Lent slots that nothing in the engine answers for.
+    /// Lent slots for which the engine holds no lease.
     pub leaked: usize,
 }
 
@@ -120,23 +120,23 @@ pub struct Engine<P> {
     registry: Registry,
     tags: Box<[TagState]>,
     inflight: InFlightTable,
-    /// Tags that wait for a buffer of the pool, first come first served.
+    /// Tags that wait for a buffer of the pool, in order.
     waiting: VecDeque<Tag>,
-    /// Tags that the planner makes wait until another request has settled, in order.
+    /// Tags that the planner has deferred until another request has settled, in order.
     deferred: VecDeque<Tag>,
-    /// A request has settled and `deferred` has not been asked for since.
+    /// A request has settled, and the planner has not been asked about `deferred` since.
     settled: bool,
-    /// Tags that the driver will not deliver to again.
+    /// Tags with no further deliveries.
     ended: u16,
     now: u64,
-    /// The slot of tag 0, while requests may take the fast path.
+    /// The slot of tag 0 while requests may take the fast path.
     fast_path_slots: Option<SlotIndex>,
     recorder: Option<Box<Recorder>>,
     stats: EngineStats,
 }
 
 impl<P: Planner> Engine<P> {
-    /// An engine whose tags are all with the driver, once [`Engine::fetch_all`] has been called.
+    /// An engine without requests. Call [`Engine::fetch_all`] next.
     pub fn new(planner: P, config: EngineConfig) -> Self {
         let depth = usize::from(config.queue.depth);
         Self {
@@ -156,12 +156,12 @@ impl<P: Planner> Engine<P> {
         }
     }
 
-    /// Tells the time, in nanoseconds of a monotonic clock. Ages and deadlines go by it.
+    /// Sets the time, in nanoseconds of a monotonic clock. Ages and deadlines depend on it.
     pub fn set_now(&mut self, now: u64) {
         self.now = now;
     }
 
-    /// Hands all tags to the driver.
+    /// Passes all tags to the driver.
     pub fn fetch_all(&mut self, port: &mut impl Port) {
         for tag in 0..self.config.queue.depth {
             let tag = Tag(tag);
@@ -170,7 +170,7 @@ impl<P: Planner> Engine<P> {
         }
     }
 
-    /// The driver delivered a request.
+    /// Handles the delivery of a request.
     #[inline(always)]
     pub fn delivered(&mut self, key: TagKey, iod: IoDesc, port: &mut impl Port) {
         if !self.deliver_fast(key, iod, port) {
@@ -185,7 +185,8 @@ impl<P: Planner> Engine<P> {
         }
         let tag = key.tag;
         if self.tags[tag.index()].phase != Phase::WithDriver {
-            // Two deliveries without a commit in between would be a bug of the driver or ours.
+            // Two deliveries without a commit in between would be a bug of the driver or of the
+            // engine.
             self.stats.unexpected += 1;
             return;
         }
@@ -203,8 +204,9 @@ impl<P: Planner> Engine<P> {
         self.serve_deferred(port);
     }
 
-    /// The driver will deliver nothing more for the tag. Says whether that is so: it is not if the
-    /// tag's present fetch is another one, or the engine has its request.
+    /// Handles the end of a tag's fetch: the driver will deliver no more requests of the tag.
+    /// Returns false if the completion is stale: the tag's current fetch is another one, or the
+    /// engine has its request.
     pub fn fetch_ended(&mut self, key: TagKey) -> bool {
         if !self.believes(key) {
             return false;
@@ -219,7 +221,7 @@ impl<P: Planner> Engine<P> {
         true
     }
 
-    /// An operation completed with `res`.
+    /// Handles the completion of an operation with `res`.
     #[inline(always)]
     pub fn completed(&mut self, key: OpKey, res: i32, port: &mut impl Port) {
         if !self.complete_fast(key, res, port) {
@@ -229,8 +231,8 @@ impl<P: Planner> Engine<P> {
         self.serve_deferred(port);
     }
 
-    /// An operation failed with `errno`, and may succeed if it is issued again after `pause_ns`
-    /// nanoseconds. That is done [`nvme::MAX_RETRIES`] times.
+    /// Handles the failure of an operation with `errno` that may succeed if it is issued again
+    /// after `pause_ns` nanoseconds. Retries it at most [`nvme::MAX_RETRIES`] times.
     pub fn asked_again(&mut self, key: OpKey, errno: Errno, pause_ns: u64, port: &mut impl Port) {
         if !self.complete_fast(key, errno.negated(), port) {
             self.complete(key, errno.negated(), Some(pause_ns), port);
@@ -239,7 +241,7 @@ impl<P: Planner> Engine<P> {
         self.serve_deferred(port);
     }
 
-    /// With `pause_ns` what has failed may be tried again.
+    /// With `pause_ns`, a failed operation may be retried.
     #[inline(never)]
     fn complete(&mut self, key: OpKey, res: i32, pause_ns: Option<u64>, port: &mut impl Port) {
         let Some(op) = self.inflight.get_mut(key) else {
@@ -270,7 +272,7 @@ impl<P: Planner> Engine<P> {
             Err(errno) => Progress::Failed(port.explain(&op.op, errno)),
         };
         let outcome = match outcome {
-            // Nobody wants the rest.
+            // The rest was cancelled.
             Progress::Again if cancelled => Progress::Failed(Errno::ETIMEDOUT),
             Progress::Again | Progress::Done | Progress::Failed(_) => outcome,
         };
@@ -306,8 +308,7 @@ impl<P: Planner> Engine<P> {
         }
     }
 
-    /// What [`Engine::completed`] is told of an operation that has been carried out as it was
-    /// issued.
+    /// The result for [`Engine::completed`] if the operation was carried out as it was issued.
     pub fn whole(&mut self, key: OpKey) -> i32 {
         let fast_path = self.fast_path_tag(key).map(|state| state.fast_path.request.len);
         let asked = |it: &InFlight| it.asked(self.tags[it.tag.index()].run.at_first);
@@ -318,7 +319,7 @@ impl<P: Planner> Engine<P> {
 
     /// The backing of an operation in flight.
     pub fn backing_of(&self, key: OpKey) -> Option<BackingIndex> {
-        let fast_path = self.fast_path_tag(key).map(|state| state.fast_path.place.backing);
+        let fast_path = self.fast_path_tag(key).map(|state| state.fast_path.position.backing);
         fast_path.or_else(|| self.inflight.get(key).map(|it| it.op.backing))
     }
 
@@ -327,17 +328,17 @@ impl<P: Planner> Engine<P> {
         self.inflight.transfers()
     }
 
-    /// Whether all tags have ended: nothing is in flight and nothing will come.
+    /// Whether all tags have ended: nothing is in flight, and no more events will come.
     pub fn is_finished(&self) -> bool {
         self.ended == self.config.queue.depth
     }
 
-    /// Whether the driver has taken fetches back.
+    /// Whether the fetches of any tags have ended.
     pub fn has_ended_tags(&self) -> bool {
         self.ended > 0
     }
 
-    /// A completion came that no engine of this incarnation asked for.
+    /// Counts a completion that belongs to no engine of this incarnation.
     pub fn note_stale(&mut self) {
         self.stats.stale += 1;
     }
@@ -347,7 +348,7 @@ impl<P: Planner> Engine<P> {
         &self.stats
     }
 
-    /// What it was made for.
+    /// Its configuration.
     pub fn config(&self) -> &EngineConfig {
         &self.config
     }
@@ -357,7 +358,7 @@ impl<P: Planner> Engine<P> {
         &self.registry
     }
 
-    /// What is in hand. Looks at every tag and slot, so it is not for the data path.
+    /// The open requests and lent slots. Scans every tag and slot, so it is not for the data path.
     pub fn holdings(&self) -> Holdings {
         let slots = self.registry.counts();
         let held = self.tags.iter().flat_map(TagState::lease_keys).count();
@@ -369,8 +370,7 @@ impl<P: Planner> Engine<P> {
         }
     }
 
-    /// Lent slots that nothing in the engine answers for; there must be none. Ages are in
-    /// nanoseconds.
+    /// Lent slots for which the engine holds no lease. There must be none. Ages are in nanoseconds.
     pub fn leaks(&self) -> impl Iterator<Item = Leak> + '_ {
         self.registry.leaks(self.now, |key| {
             self.tags.iter().flat_map(TagState::lease_keys).any(|held| held == key)
@@ -382,17 +382,17 @@ impl<P: Planner> Engine<P> {
         self.tags.get(tag.index()).is_some_and(TagState::is_open)
     }
 
-    /// The operation and tag that the registry knows by a label, while it is in flight.
+    /// The tag and operation with this identifier in the registry, while it is in flight.
     pub fn borrower(&self, borrower: Borrower) -> Option<(Tag, Op)> {
         let key = OpKey::of_borrower(borrower);
         let fast_path = self.fast_path_tag(key).map(|state| {
-            let op = Op::all_of(&state.fast_path.request, state.fast_path.place);
+            let op = Op::all_of(&state.fast_path.request, state.fast_path.position);
             (InFlightTable::tag_of(key), op)
         });
         fast_path.or_else(|| self.inflight.get(key).map(|inflight| (inflight.tag, inflight.op)))
     }
 
-    /// Begins or ends the measuring of latencies; returns the recorder that ends.
+    /// Starts or stops measuring latencies. Returns the previous recorder.
     pub fn measure(&mut self, recorder: Option<Box<Recorder>>) -> Option<Box<Recorder>> {
         self.fast_path_slots = self.config.fast_path_slots().filter(|_| recorder.is_none());
         std::mem::replace(&mut self.recorder, recorder)
@@ -410,15 +410,15 @@ impl<P: Planner> Engine<P> {
         Stamps { reaped: self.now, begun: port.now(), ..Stamps::default() }
     }
 
-    /// Whether the key is that of the tag's last command; one that is not is counted. It may name a
-    /// tag that does not exist, since it comes from a completion.
+    /// Whether the key is that of the tag's last command. Counts the completion as stale if not.
+    /// The tag may not exist, since the key comes from a completion.
     fn believes(&mut self, key: TagKey) -> bool {
         let current = self.tags.get(key.tag.index()).is_some_and(|state| state.seq == key.seq);
         self.stats.stale += u64::from(!current);
         current
     }
 
-    /// The key of the tag's next command; answers to earlier ones are stale from now on.
+    /// The key of the tag's next command. Completions of earlier ones are stale from now on.
     fn next_seq(&mut self, tag: Tag) -> TagKey {
         let seq = &mut self.tags[tag.index()].seq;
         *seq = seq.wrapping_add(1);
@@ -433,8 +433,8 @@ impl<P: Planner> Engine<P> {
         self.commit(tag, Err(refusal.errno()), port);
     }
 
-    /// Goes on with a request once it has nothing in flight: its next stage, its next window, or
-    /// its end.
+    /// Continues a request without operations in flight: its next stage, its next window, or its
+    /// end.
     fn proceed(&mut self, tag: Tag, port: &mut impl Port) {
         loop {
             let TagState { phase, run, plan, .. } = &mut self.tags[tag.index()];

@@ -1,4 +1,4 @@
-//! What the engine and a planner say to each other: windows, delays, waits, verdicts.
+//! The interaction of engine and planner: windows, delays, deferrals, verdicts.
 
 use uring_ext::Errno;
 
@@ -8,17 +8,17 @@ use super::{Engine, Port};
 use crate::plan::{BackingIndex, Buffer, Directives, Op, OpKind, Plan, Planner, Verdict};
 use crate::units::Tag;
 
-/// How often an operation that has failed is issued elsewhere, so that even a planner which
-/// always knows another place comes to an end.
+/// How often a failed operation is issued elsewhere. The limit ends requests of planners that
+/// always return an alternative.
 pub const MAX_SUBSTITUTES: u8 = 64;
 
-/// A planner that makes no progress would go round for ever.
+/// A planner without progress would loop for ever.
 #[inline]
 fn check_progress(run: &Run, plan: &Plan) -> Result<(), Errno> {
     if plan.next().is_some_and(|next| next <= run.cursor) { Err(Errno::EIO) } else { Ok(()) }
 }
 
-/// What becomes of a window of which the planner has said something beside its operations.
+/// Checks the directives of a window.
 #[cold]
 fn check_marks(
     planned: Result<(), Errno>,
@@ -35,16 +35,17 @@ fn check_marks(
         return Ok(());
     }
     let is_first = !run.accepted;
-    // So the planner believes, and is told of the end even if it has said what cannot be.
+    // The planner assumes so, and is notified when the request settles even if its directives are
+    // invalid.
     run.accepted |= plan.waits_at().is_none();
     if let Some(bytes) = plan.at_first() {
-        // A drive may take whole blocks only.
+        // A drive may take only whole blocks.
         if bytes == 0 || bytes % u64::from(block) != 0 {
             return Err(Errno::EIO);
         }
         run.at_first = run.at_first.min(bytes);
     }
-    // Whoever waits must not hold what others wait for.
+    // A waiting request must not hold what others wait for.
     if plan.waits_at().is_some_and(|at| !is_first || at < run.cursor) {
         return Err(Errno::EIO);
     }
@@ -63,11 +64,11 @@ impl<P: Planner> Engine<P> {
         &self.planner
     }
 
-    /// Puts another planner in the place of the present one, which is returned.
+    /// Replaces the planner. Returns the previous one.
     ///
     /// # Errors
-    /// The new planner comes back if a request is in hand, or if it wants scratch buffers that
-    /// the slot table does not have.
+    /// Returns the new planner if a request is open, or if it needs scratch buffers that the slot
+    /// table does not have.
     pub fn replace_planner(&mut self, planner: P) -> Result<P, P> {
         let busy = self.tags.iter().any(TagState::is_open);
         if busy || planner.scratch_bytes() > 0 && self.config.slots.scratch == 0 {
@@ -76,14 +77,14 @@ impl<P: Planner> Engine<P> {
         Ok(std::mem::replace(&mut self.planner, planner))
     }
 
-    /// Takes requests of a device of `size` bytes from now on, after `change` has made the planner
-    /// one of that size. Where bytes were they have to stay, since requests may be in hand.
+    /// Accepts requests for a device of `size` bytes from now on, after `change` has resized the
+    /// planner. Existing bytes must stay at their positions, since requests may be open.
     pub fn grow(&mut self, size: u64, change: impl FnOnce(&mut P)) {
         change(&mut self.planner);
         self.config.geometry.size = size;
     }
 
-    /// Plans the first window of a request, and gets it the buffer that its operations need.
+    /// Plans the first window of a request, and gets the buffer that its operations need.
     #[inline(always)]
     pub(super) fn begin(&mut self, tag: Tag, port: &mut impl Port) {
         let state = &mut self.tags[tag.index()];
@@ -100,7 +101,7 @@ impl<P: Planner> Engine<P> {
         self.lend(tag, port);
     }
 
-    /// As [`Engine::begin`], for requests that had to wait.
+    /// As [`Engine::begin`], for a deferred request.
     #[cold]
     fn begin_again(&mut self, tag: Tag, port: &mut impl Port) {
         self.begin(tag, port);
@@ -123,8 +124,7 @@ impl<P: Planner> Engine<P> {
         }
     }
 
-    /// Does what the planner has said beside the operations: holds the window back, or lets the
-    /// request wait.
+    /// Applies the window's directives: delays the window, or defers the request.
     #[cold]
     pub(super) fn apply_directives(&mut self, tag: Tag, port: &mut impl Port) {
         let TagState { run, plan, .. } = &mut self.tags[tag.index()];
@@ -143,14 +143,14 @@ impl<P: Planner> Engine<P> {
         let Some(cursor) = wait_at else { return };
         run.cursor = cursor;
         if delayed {
-            // What it was to wait for may have settled meanwhile.
+            // The request that it waits for may have settled meanwhile.
             return self.begin_again(tag, port);
         }
         let is_awaited = |state: &TagState| state.run.accepted || state.phase == Phase::FastPath;
         let is_awaited = self.tags.iter().any(is_awaited);
         let TagState { phase, run, .. } = &mut self.tags[tag.index()];
         if !is_awaited {
-            // It would wait for ever.
+            // There is no request to wait for.
             return run.fail(Errno::EIO);
         }
         *phase = Phase::Deferred;
@@ -168,7 +168,7 @@ impl<P: Planner> Engine<P> {
         }
     }
 
-    /// Asks the planner again for the requests that it makes wait, if one has settled since.
+    /// Asks the planner again about deferred requests, if a request has settled since.
     #[inline]
     pub(super) fn serve_deferred(&mut self, port: &mut impl Port) {
         if self.settled {
@@ -182,19 +182,19 @@ impl<P: Planner> Engine<P> {
     #[cold]
     fn ask_again(&mut self, port: &mut impl Port) {
         loop {
-            // In order; whoever has to go on waiting goes to the end, behind those before it.
+            // In order. A request that is deferred again goes to the end of the queue.
             for _ in 0..self.deferred.len() {
                 let Some(tag) = self.deferred.pop_front() else { return };
                 self.begin_again(tag, port);
             }
-            // Some may have been answered at once.
+            // Some may have settled at once.
             if !std::mem::take(&mut self.settled) {
                 return;
             }
         }
     }
 
-    /// What the planner wants done about an operation that has failed for good.
+    /// The planner's verdict on a failed operation.
     pub(super) fn verdict(&mut self, tag: Tag, ended: &InFlight, errno: Errno) -> Verdict {
         let run = &self.tags[tag.index()].run;
         if ended.op.kind == OpKind::Delay {
@@ -217,7 +217,7 @@ impl<P: Planner> Engine<P> {
         }
     }
 
-    /// An operation that is part of no chain has failed for good.
+    /// Handles the failure of an operation that is not part of a chain.
     #[cold]
     pub(super) fn op_failed(
         &mut self,

@@ -1,4 +1,4 @@
-//! Scratch buffers: each tag has its own, and holds it while its request uses it.
+//! Scratch buffers. Each tag has its own, and holds it while its request uses it.
 
 use bufreg::SlotIndex;
 use uring_ext::Errno;
@@ -10,7 +10,7 @@ use crate::plan::Planner;
 use crate::units::Tag;
 
 impl<P: Planner> Engine<P> {
-    /// Lends the tag its scratch buffer, which stays with the request until it ends.
+    /// Lends the tag its scratch buffer until the request ends.
     #[cold]
     pub(super) fn hold_scratch(&mut self, tag: Tag) -> Result<(), Errno> {
         let slots = self.config.slots;

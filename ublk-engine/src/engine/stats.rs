@@ -1,4 +1,4 @@
-//! What an engine counts.
+//! Counters of an engine.
 
 use serde::{Deserialize, Serialize};
 
@@ -15,49 +15,49 @@ pub struct EngineStats {
     pub commits: u64,
     /// Requests answered with an error.
     pub failed: u64,
-    /// Requests refused since their operation is not known.
+    /// Requests refused because their operation is unknown.
     pub refused_unknown: u64,
-    /// Requests refused since their range does not fit the device.
+    /// Requests refused because their range does not fit the device.
     pub refused_malformed: u64,
     /// Operations issued on backings, without continuations and retries.
     pub ops: u64,
     /// Operations, registrations or unregistrations issued again after `EAGAIN`, `EINTR` or
-    /// `ENOMEM`, or since a drive asks for it.
+    /// `ENOMEM`, or because a drive demands a retry.
     pub retries: u64,
     /// Partial transfers that were continued.
     pub partial: u64,
     /// Requests that the planner has answered with an error.
     pub planned_errors: u64,
-    /// Requests some of whose reads or writes asked for less than all at first, since the planner
-    /// wanted them to come short.
+    /// Requests with reads or writes that were first issued for only a part, because the planner
+    /// asked for that.
     pub planned_short: u64,
-    /// Windows that the planner has held back, and pauses before operations are issued again.
+    /// Windows that the planner has delayed, and pauses before operations are issued again.
     pub delays: u64,
-    /// Times that the planner has made a request wait for another one.
+    /// How often the planner has deferred a request.
     pub deferred: u64,
-    /// Operations that had failed and were issued elsewhere.
+    /// Failed operations that were issued elsewhere.
     pub substituted: u64,
-    /// Operations that had failed and that the planner could do without.
+    /// Failed operations that the planner ignored.
     pub ignored: u64,
-    /// Requests whose automatic registration failed (`UBLK_IO_F_NEED_REG_BUF`).
+    /// Requests with a failed automatic registration (`UBLK_IO_F_NEED_REG_BUF`).
     pub need_reg_buf: u64,
-    /// Buffers that the server registered by commands of its own.
+    /// Buffers that the server registered by explicit commands.
     pub registered: u64,
     /// Registrations by the server that failed.
     pub failed_registrations: u64,
-    /// Unregistrations that failed, so that their slots went into quarantine.
+    /// Unregistrations that failed. Their slots went into quarantine.
     pub failed_unregistrations: u64,
-    /// Requests whose data was copied since their buffer could not be registered.
+    /// Requests with data that was copied because the buffer could not be registered.
     pub copied: u64,
-    /// Requests that had to wait for a buffer to be copied through.
+    /// Requests that waited for a buffer to copy through.
     pub waited: u64,
-    /// Operations whose deadline has passed.
+    /// Operations that passed their deadline.
     pub timed_out: u64,
-    /// Operations that were asked to be cancelled.
+    /// Operations for which cancellation was requested.
     pub cancelled: u64,
-    /// Slots quarantined since an operation neither completed nor was cancelled in time.
+    /// Slots quarantined because an operation neither completed nor was cancelled in time.
     pub lost_ops: u64,
-    /// Completions that belonged to nothing in flight.
+    /// Stale completions: they belonged to nothing in flight.
     pub stale: u64,
     /// Events that no correct driver and engine produce.
     pub unexpected: u64,
@@ -70,7 +70,7 @@ impl EngineStats {
         self.requests.iter().sum::<u64>() + self.refused_unknown + self.refused_malformed
     }
 
-    /// The counters by name, but for those by kind, in the order that they are shown.
+    /// The counters with their names, except those by kind, in display order.
     #[must_use]
     pub fn named(&self) -> [(&'static str, u64); 24] {
         [

@@ -6,49 +6,49 @@ use uring_ext::Errno;
 use super::answer::Answer;
 use super::inflight::{InFlight, Progress};
 use super::latency::Stamps;
-use crate::plan::{BackingIndex, Place, Plan};
+use crate::plan::{BackingIndex, BackingPosition, Plan};
 use crate::request::{Request, RequestKind};
 
-/// Who has a tag, and what for.
+/// The owner and state of a tag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
-    /// The driver; it may deliver a request.
+    /// The driver has it, and may deliver a request.
     WithDriver,
-    /// The engine; the request waits for a buffer of the pool and holds nothing meanwhile.
+    /// The request waits for a buffer of the pool, and holds nothing.
     Waiting,
-    /// The engine; the request waits until another one has settled and holds nothing meanwhile
-    /// but what the driver has delivered.
+    /// The request waits until another one has settled, and holds nothing but a buffer that the
+    /// driver has delivered.
     Deferred,
-    /// The engine; the buffer is being registered.
+    /// The request's buffer is being registered.
     Registering,
-    /// The engine; the request is being carried out.
+    /// The request is being carried out.
     Running,
-    /// The engine; the request is being carried out by one operation, of which nothing is known but
-    /// what is in [`TagState::fast_path`].
+    /// The request is being carried out by one operation. Its state is in [`TagState::fast_path`].
     FastPath,
-    /// The engine; the buffer is being unregistered, then the result is committed.
+    /// The request's buffer is being unregistered; then the result is committed.
     Unregistering,
-    /// Nobody: the device is stopped.
+    /// No one has it: the device is stopped.
     Ended,
 }
 
-/// All that most requests need, in one or two cache lines with what comes before it.
+/// The state of a request on the fast path. Together with the fields before it, it takes one or two
+/// cache lines.
 #[derive(Debug)]
 pub(super) struct FastPath {
-    /// Stands for the operation's borrow too.
+    /// Also represents the operation's borrow.
     pub lease: Option<Lease<Sole>>,
-    /// Serial of the operation, which has the first of the tag's places.
+    /// The serial of the operation, which uses the tag's first entry.
     pub serial: u32,
     pub request: Request,
-    pub place: Place,
+    pub position: BackingPosition,
 }
 
-/// Everything about a tag, in one place that it has from the start.
+/// The state of a tag. Allocated at construction.
 #[derive(Debug)]
 #[repr(C, align(64))]
 pub(super) struct TagState {
     pub phase: Phase,
-    /// Which of the tag's commands is the last.
+    /// The sequence number of the tag's last command.
     pub seq: u32,
     /// The request that takes the fast path, or the last one that did.
     pub fast_path: FastPath,
@@ -56,18 +56,18 @@ pub(super) struct TagState {
     pub run: Run,
     /// The request's window of operations.
     pub plan: Plan,
-    /// The slot whose unregistration failed after the last request.
+    /// The slot that could not be unregistered after the last request.
     pub quarantined: Option<Lease<Quarantined>>,
 }
 
 impl TagState {
     pub fn new() -> Self {
         let nothing = Request { kind: RequestKind::Flush, offset: 0, len: 0 };
-        let place = Place { backing: BackingIndex(0), offset: 0 };
+        let position = BackingPosition { backing: BackingIndex(0), offset: 0 };
         Self {
             phase: Phase::WithDriver,
             seq: 0,
-            fast_path: FastPath { lease: None, serial: 0, request: nothing, place },
+            fast_path: FastPath { lease: None, serial: 0, request: nothing, position },
             run: Run::new(nothing, false, Stamps::default()),
             plan: Plan::default(),
             quarantined: None,
@@ -94,35 +94,35 @@ impl TagState {
         held.chain(fast_path).chain(self.quarantined.as_ref().map(Lease::key))
     }
 
-    /// The chain that is under way.
+    /// The chain in flight.
     pub fn chain(&mut self) -> Option<&mut Chain> {
         self.run.chain.as_mut().filter(|_| self.phase == Phase::Running)
     }
 }
 
-/// How a request's bytes get into a slot, and out again.
+/// How a request's bytes get into and out of a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum BufferPath {
-    /// The driver puts them there before delivery and takes them back at commit.
+    /// The driver registers the buffer before delivery and unregisters it at commit.
     Delivered,
-    /// The request's buffer is registered and unregistered by commands of ours.
+    /// The server registers and unregisters the buffer.
     Registered,
-    /// They are copied through a buffer of the pool.
+    /// The bytes are copied through a buffer of the pool.
     Copied,
 }
 
-/// What a request holds.
+/// The slot that a request holds.
 #[derive(Debug)]
 pub(super) enum Held {
     /// No slot.
     Nothing,
-    /// A slot whose registration is under way.
+    /// A slot in which the buffer is being registered.
     Reserved(Lease<Reserved>),
-    /// A slot with its bytes.
+    /// A slot with the request's bytes.
     Active(Lease<Active>),
-    /// A slot whose unregistration is under way.
+    /// A slot from which the buffer is being unregistered.
     Retiring(Lease<Retiring>),
-    /// A slot that an operation of unknown fate may still use.
+    /// A slot that a lost operation may still use.
     Quarantined(Lease<Quarantined>),
 }
 
@@ -138,27 +138,27 @@ impl Held {
         }
     }
 
-    /// What was held; nothing is from now on.
+    /// Takes what is held, and leaves nothing.
     pub fn take(&mut self) -> Self {
         std::mem::replace(self, Self::Nothing)
     }
 }
 
-/// Register, operation and unregister, submitted as one hard-linked chain: what is known of it.
+/// The state of a chain: register, operation and unregister, submitted as one hard-linked chain.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Chain {
-    /// Why the registration failed; its success is silent.
+    /// The error of the registration. Its success has no completion.
     pub registration: Option<Errno>,
-    /// How the operation ended, and what is left of it.
+    /// How the operation ended, and the rest of it.
     pub operation: Option<(Progress, InFlight)>,
     /// The result of the unregistration.
     pub unregistration: Option<i32>,
 }
 
-/// A request being carried out.
+/// The state of a request that is being carried out.
 #[derive(Debug)]
 pub(super) struct Run {
-    /// As it was delivered; nothing changes it.
+    /// The request as delivered. Never changes.
     request: Request,
     pub buffer_path: BufferPath,
     /// The slot with the request's bytes.
@@ -166,25 +166,25 @@ pub(super) struct Run {
     /// The slot of the tag's scratch buffer, from the first operation that uses it on.
     pub scratch: Held,
     pub chain: Option<Chain>,
-    /// The planner has accepted the request, and will be told when it settles.
+    /// The planner has accepted the request, and is notified when it settles.
     pub accepted: bool,
     /// The driver could not register the buffer.
     pub need_reg_buf: bool,
-    /// Registrations or unregistrations tried without success.
+    /// Failed registrations or unregistrations.
     pub tries: u8,
-    /// How often the operation of a chain has been tried without progress.
+    /// How often the operation of a chain was tried without progress.
     pub retries: u8,
-    /// How many bytes the operation of a chain has moved since it began at a block.
+    /// How many bytes the operation of a chain has moved since it began at a block boundary.
     pub moved: u32,
-    /// How often it has been issued elsewhere.
+    /// How often the operation of a chain was issued elsewhere.
     pub substitutes: u8,
-    /// How many bytes a transfer asks for at first, at most.
+    /// The maximum length with which a transfer is first issued, in bytes.
     pub at_first: u64,
-    /// One has asked for less than all.
+    /// A transfer was first issued for only a part.
     pub is_short: bool,
-    /// Bytes of the request's start that went another way before copying began.
+    /// How many bytes at the start of the request were moved before copying began.
     pub copied_from: u32,
-    /// Where the window begins, in the planner's terms.
+    /// The cursor of the window.
     pub cursor: u64,
     /// The next operation of the window to issue.
     pub next_op: usize,
@@ -219,7 +219,7 @@ impl Run {
         }
     }
 
-    /// Makes it that of another request, in its place.
+    /// Resets it for another request.
     #[inline]
     pub fn renew(&mut self, request: Request, need_reg_buf: bool, stamps: Stamps) {
         self.request = request;
@@ -243,13 +243,13 @@ impl Run {
         self.stamps = stamps;
     }
 
-    /// As it was delivered.
+    /// The request as delivered.
     #[inline]
     pub const fn request(&self) -> &Request {
         &self.request
     }
 
-    /// Remembers the first error.
+    /// Records the first error.
     pub fn fail(&mut self, errno: Errno) {
         self.error.get_or_insert(errno);
     }
@@ -268,7 +268,7 @@ impl Run {
         self.window_done(plan) && plan.next().is_none()
     }
 
-    /// Puts what is left of the window's only operation in its place.
+    /// Replaces the window's only operation by the rest of it.
     pub fn replan(&mut self, plan: &mut Plan, rest: InFlight) {
         plan.replace_single(rest.op);
         self.next_op = 0;
@@ -278,17 +278,17 @@ impl Run {
         self.copied_from = rest.op.buf_offset;
     }
 
-    /// Makes room for the next window.
+    /// Clears the plan for the next window.
     pub fn next_window(&mut self, plan: &mut Plan) {
         self.cursor = plan.next().unwrap_or(self.cursor);
         self.next_op = 0;
         plan.clear();
     }
 
-    /// What the request is answered with, once nothing of it is left to be done.
+    /// The answer to the request, once everything is done.
     pub fn result(&self) -> Result<Answer, Errno> {
         match self.error {
-            // A client's io_uring would issue such a read or write again and again
+            // A client's io_uring would reissue such a read or write for ever
             // (`io_rw_should_reissue`).
             Some(Errno::EOPNOTSUPP) if self.request.has_data() => Err(Errno::EIO),
             Some(errno) => Err(errno),

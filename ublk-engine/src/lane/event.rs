@@ -1,14 +1,14 @@
-//! What a completion is about, as its `user_data` carries it.
+//! The event that a completion reports, encoded in its `user_data`.
 
 use bufreg::Incarnation;
 
 use crate::engine::{OpKey, TagKey};
 use crate::units::Tag;
 
-/// What a completion is about.
+/// The event that a completion reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// A fetch or commit: a request was delivered, or none will come.
+    /// A fetch or commit: a request was delivered, or will not come.
     Fetched(TagKey),
     /// An operation.
     Op(OpKey),
@@ -20,9 +20,9 @@ pub enum Event {
     Unregistered(TagKey),
     /// The request to cancel an operation; the operation has a completion of its own.
     Cancelled,
-    /// An entry that stands for an operation which a test wants to fail with `EAGAIN`.
+    /// An entry in place of an operation that a test makes fail with `EAGAIN`.
     Injected(OpKey),
-    /// Somebody has a message for the lane.
+    /// There is a message for the lane.
     Wake,
     /// The lane's other ring has entries or completions for this one.
     Told,
@@ -30,8 +30,8 @@ pub enum Event {
     Unsent,
 }
 
-/// The kind is in the top 4 bits, the incarnation in the next 12, and below them a tag (16 bits)
-/// and its turn (32), or an operation's place (16) and serial (32).
+/// The top 4 bits are the kind, the next 12 the incarnation. Below are a tag (16 bits) and its
+/// sequence number (32), or an operation's index (16) and serial number (32).
 const KIND_SHIFT: u32 = 60;
 const INCARNATION_SHIFT: u32 = 48;
 const INCARNATION_MASK: u32 = 0xfff;
@@ -42,7 +42,7 @@ impl Event {
     #[inline(always)]
     pub fn encode(self, incarnation: Incarnation) -> u64 {
         let of_tag = |key: TagKey| (u64::from(key.tag.0) << 32) | u64::from(key.seq);
-        let of_op = |key: OpKey| (u64::from(key.place) << 32) | u64::from(key.serial);
+        let of_op = |key: OpKey| (u64::from(key.index) << 32) | u64::from(key.serial);
         let (kind, payload): (u64, u64) = match self {
             Self::Fetched(key) => (0, of_tag(key)),
             Self::Op(key) => (1, of_op(key)),
@@ -59,8 +59,8 @@ impl Event {
         (kind << KIND_SHIFT) | incarnation | payload
     }
 
-    /// Whose a completion is, by the incarnation that its `user_data` carries: the lower 12 bits of
-    /// it.
+    /// The lower 12 bits of the incarnation in a completion's `user_data`. They identify the
+    /// station.
     #[must_use]
     #[inline(always)]
     pub fn whose(user_data: u64) -> u16 {
@@ -68,8 +68,8 @@ impl Event {
         u16::from_le_bytes([low, head & 0xf])
     }
 
-    /// From the `user_data` of a completion; `None` for what another incarnation asked for, and
-    /// for what nobody did.
+    /// Decodes the `user_data` of a completion; `None` for an event of another incarnation, or an
+    /// unknown event.
     #[must_use]
     pub fn decode(user_data: u64, incarnation: Incarnation) -> Option<Self> {
         if (user_data >> INCARNATION_SHIFT) & u64::from(INCARNATION_MASK)
@@ -94,8 +94,7 @@ impl Event {
     }
 }
 
-/// How the two events that almost all completions are begin, so that these are told from others by
-/// one comparison each.
+/// Prefixes of the two most common events, so that one comparison identifies each.
 #[derive(Clone, Copy, Debug)]
 pub struct Common {
     fetched: u64,
@@ -103,10 +102,10 @@ pub struct Common {
 }
 
 impl Common {
-    /// Those of an incarnation.
+    /// The prefixes of an incarnation.
     pub fn of(incarnation: Incarnation) -> Self {
         let fetched = Event::Fetched(TagKey { tag: Tag(0), seq: 0 });
-        let op = Event::Op(OpKey { place: 0, serial: 0 });
+        let op = Event::Op(OpKey { index: 0, serial: 0 });
         let head = |event: Event| event.encode(incarnation) >> INCARNATION_SHIFT;
         Self { fetched: head(fetched), op: head(op) }
     }
@@ -130,8 +129,8 @@ fn tag_key(user_data: u64) -> TagKey {
 }
 
 fn op_key(user_data: u64) -> OpKey {
-    let (place, serial) = halves(user_data);
-    OpKey { place, serial }
+    let (index, serial) = halves(user_data);
+    OpKey { index, serial }
 }
 
 #[inline]
@@ -146,16 +145,16 @@ mod tests {
 
     const EVENTS: [Event; 11] = [
         Event::Fetched(TagKey { tag: Tag(4095), seq: u32::MAX }),
-        Event::Op(OpKey { place: 0, serial: 0 }),
-        Event::Op(OpKey { place: u16::MAX, serial: u32::MAX }),
+        Event::Op(OpKey { index: 0, serial: 0 }),
+        Event::Op(OpKey { index: u16::MAX, serial: u32::MAX }),
         Event::Registered(TagKey { tag: Tag(0), seq: 7 }),
         Event::Unregistered(TagKey { tag: Tag(u16::MAX), seq: 0 }),
         Event::Cancelled,
-        Event::Injected(OpKey { place: 3, serial: 9 }),
+        Event::Injected(OpKey { index: 3, serial: 9 }),
         Event::Wake,
         Event::Told,
         Event::Unsent,
-        Event::Command(OpKey { place: 2047, serial: 1 }),
+        Event::Command(OpKey { index: 2047, serial: 1 }),
     ];
 
     #[test]

@@ -1,41 +1,41 @@
-//! Faults on demand, for tests: what real drivers and drives rarely do.
+//! Test faults on demand: behaviour that real drivers and drives rarely show.
 
 use serde::{Deserialize, Serialize};
 
 use crate::plan::OpKind;
 
-/// Which faults are asked for, and how many operations they have met.
+/// The requested faults, and the number of operations that met them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Faults {
     /// Ask for automatic registration in slots that do not exist (`auto-register`).
     pub auto_register: bool,
     /// Register in slots that do not exist (`register`).
     pub register: bool,
-    /// Issue every n-th transfer of more than one block for its first half only (`short=N`).
+    /// Issue only the first half of every n-th transfer of more than one block (`short=N`).
     short_every: Option<u64>,
-    /// Let every n-th operation fail with `EAGAIN` (`again=N`).
+    /// Fail every n-th operation with `EAGAIN` (`again=N`).
     again_every: Option<u64>,
-    /// Answer flushes with success, and do not carry them out (`ignore-flush`).
+    /// Answer flushes with success without carrying them out (`ignore-flush`).
     ignore_flush: bool,
-    /// Carry out writes with FUA as if they had none (`ignore-fua`).
+    /// Carry out writes with FUA without FUA (`ignore-fua`).
     ignore_fua: bool,
-    /// Have the lane panic at its n-th operation (`panic=N`).
+    /// Panic at the lane's n-th operation (`panic=N`).
     panic_at: Option<u64>,
     ops: u64,
     injected: Injected,
 }
 
-/// How many operations have met a fault.
+/// The number of operations that met a fault.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Injected {
-    /// Issued for their first half only.
+    /// Operations with only the first half issued.
     pub short: u64,
     /// Failed with `EAGAIN`.
     pub again: u64,
     /// Flushes that were not carried out.
     #[serde(default)]
     pub ignored_flushes: u64,
-    /// Writes with FUA that were carried out without.
+    /// Writes with FUA that were carried out without FUA.
     #[serde(default)]
     pub ignored_fua: u64,
 }
@@ -57,7 +57,7 @@ impl std::fmt::Display for Injected {
     }
 }
 
-/// A fault that is not known.
+/// An unknown fault.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "`{0}` is no fault; there are auto-register, register, short=N, again=N, \
@@ -65,22 +65,22 @@ impl std::fmt::Display for Injected {
 )]
 pub struct UnknownFault(String);
 
-/// What an operation meets.
+/// The fault for one operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// Nothing.
+    /// No fault.
     None,
-    /// Only so many bytes of it are issued.
+    /// Issue only this many bytes.
     Short(u64),
-    /// It fails with `EAGAIN`.
+    /// Fail with `EAGAIN`.
     Again,
 }
 
 impl Faults {
-    /// Reads a list of faults.
+    /// Parses a list of faults.
     ///
     /// # Errors
-    /// [`UnknownFault`] with the part that is not understood.
+    /// [`UnknownFault`] with the part that is unknown.
     pub fn parse(list: &str) -> Result<Self, UnknownFault> {
         let mut faults = Self::default();
         for name in list.split(',').filter(|name| !name.is_empty()) {
@@ -99,10 +99,10 @@ impl Faults {
         Ok(faults)
     }
 
-    /// What the next operation meets. `len` is its length if it transfers data.
+    /// The fault for the next operation. `len` is its length if it transfers data.
     ///
     /// # Panics
-    /// If that was asked for.
+    /// If `panic=N` was requested and this is the N-th operation.
     pub fn next(&mut self, len: Option<u64>, block: u64) -> Fault {
         self.ops += 1;
         assert!(self.panic_at != Some(self.ops), "operation {}: a test asked for it", self.ops);
@@ -120,8 +120,8 @@ impl Faults {
         }
     }
 
-    /// What an operation becomes that was to bring data to stable storage: `None` if it is not
-    /// carried out at all.
+    /// The replacement for an operation that makes data durable; `None` if it is not carried out at
+    /// all.
     pub fn weaken(&mut self, kind: OpKind) -> Option<OpKind> {
         match kind {
             OpKind::Flush if self.ignore_flush => {
@@ -147,7 +147,7 @@ impl Faults {
         }
     }
 
-    /// How many operations have met a fault.
+    /// The number of operations that met a fault.
     #[must_use]
     pub const fn injected(&self) -> Injected {
         self.injected

@@ -1,7 +1,7 @@
-//! The lane without its thread: the engine, its port to a ring, and what completions mean.
+//! The lane without its thread: the engine, its port to a ring, and the meaning of completions.
 //!
-//! All that it asks of the kernel goes through [`LaneIo`], so it runs the same on real rings and
-//! under the simulator.
+//! Its whole access to the kernel is [`LaneIo`], so it runs the same on real rings and in the
+//! simulator.
 
 pub mod event;
 pub mod fault;
@@ -25,20 +25,19 @@ use event::{Common, Event};
 use fault::Injected;
 use port::{PortState, RingPort};
 
-/// Which ring an entry is for. They are the same one unless the lane issues its operations from a
-/// lane of their own.
+/// The ring for an entry. All of these are one ring, unless the lane polls or has an I/O lane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RingRole {
     /// The ring that fetches and commits.
     Fetch,
     /// The ring with the buffer table, which issues operations.
     Io,
-    /// A ring that takes what a polling one refuses, and wakes the lane: the first one, where that
-    /// does not poll.
+    /// The ring for entries that a polling ring refuses; the lane sleeps on it. It is the first
+    /// ring if that does not poll.
     Side,
 }
 
-/// What a lane asks of the kernel. None of it may block.
+/// The lane's access to the kernel. None of the calls may block.
 pub trait LaneIo {
     /// Queues entries for submission, all or none.
     ///
@@ -52,21 +51,21 @@ pub trait LaneIo {
     fn copy(&mut self, tag: Tag, buffer: u16, direction: Direction, from: u32, to: u32) -> i32;
     /// The address of a byte in a pool buffer.
     fn pool_addr(&self, buffer: u16, offset: u32) -> PoolAddr;
-    /// Writes down the range of a deallocation, for the time that its operation is in flight in a
-    /// place.
+    /// Keeps the range of a deallocation while its operation is in flight. `place` is the
+    /// operation's entry in the table of operations in flight.
     fn range(&mut self, place: u16, namespace: Namespace, offset: u64, len: u64) -> RangeAddr;
-    /// Whether a backing is a block device that has fewer than `end` bytes by now: asked only after an
+    /// Whether a backing is a block device with fewer than `end` bytes now. Called only after an
     /// error.
     fn has_shrunk(&mut self, backing: BackingIndex, end: u64) -> bool {
         let _ = (backing, end);
         false
     }
-    /// Takes the spare buffer that the queues of a ring share; `false` if another queue has it or
-    /// asked for it before. [`Lane::serve_waiting`] is called when it is this queue's turn.
+    /// Takes the spare buffer that the queues of a ring share. `false` if another queue has it or
+    /// asked before. [`Lane::serve_waiting`] is called when it is this queue's turn.
     fn take_spare(&mut self) -> bool {
         true
     }
-    /// Gives the spare buffer back.
+    /// Returns the spare buffer.
     fn give_spare(&mut self) {}
     /// Nanoseconds of the monotonic clock.
     fn now(&mut self) -> u64;
@@ -78,17 +77,17 @@ pub enum LaneError {
     /// Part of the set-up failed.
     #[error("{doing}: {errno}")]
     Setup {
-        /// What was tried.
+        /// The failed step.
         doing: &'static str,
-        /// Why it failed.
+        /// The error of the step.
         errno: Errno,
     },
-    /// A fetch or commit was refused while the device was live.
+    /// The driver refused a fetch or commit while the device was live.
     #[error("the driver refused tag {} ({errno})", tag.0)]
     Refused {
         /// The tag.
         tag: Tag,
-        /// Why.
+        /// The error.
         errno: Errno,
     },
     /// The ring does not work any more.
@@ -96,8 +95,8 @@ pub enum LaneError {
     Ring(Errno),
 }
 
-/// The engine of a queue, its port, and the meaning of completions. The kernel side is passed in at
-/// each call: the ring may serve many queues.
+/// The engine of a queue, its port, and the meaning of completions. Each call passes in the kernel
+/// side, since a ring may serve many queues.
 pub struct Lane<P> {
     engine: Engine<P>,
     port: PortState,
@@ -118,22 +117,22 @@ impl<P: Planner> Lane<P> {
         &self.engine
     }
 
-    /// How many operations have met a fault that a test asked for.
+    /// The number of operations that met an injected test fault.
     pub fn injected(&self) -> Injected {
         self.port.faults.map_or_else(Injected::default, |faults| faults.injected())
     }
 
-    /// Hands all tags to the driver, with the next submission.
+    /// Gives all tags to the driver, with the next submission.
     pub fn fetch_all(&mut self, io: &mut impl LaneIo) {
         self.engine.fetch_all(&mut RingPort { state: &mut self.port, io });
     }
 
-    /// Tells the time, in nanoseconds of the monotonic clock, before completions are handled.
+    /// Sets the time in nanoseconds of the monotonic clock, before completions are handled.
     pub fn set_now(&mut self, now: u64) {
         self.engine.set_now(now);
     }
 
-    /// Deals with a completion of the queue.
+    /// Handles a completion of the queue.
     #[inline(always)]
     pub fn handle(&mut self, cqe: Cqe, io: &mut impl LaneIo) {
         let (engine, mut port) = (&mut self.engine, RingPort { state: &mut self.port, io });
@@ -149,7 +148,7 @@ impl<P: Planner> Lane<P> {
         }
     }
 
-    /// Deals with what is neither a delivery nor the end of an operation on a file.
+    /// Handles all other completions: neither deliveries nor the ends of operations on files.
     #[inline(never)]
     fn handle_other(&mut self, Cqe { user_data, res }: Cqe, io: &mut impl LaneIo) {
         let (engine, mut port) = (&mut self.engine, RingPort { state: &mut self.port, io });
@@ -159,7 +158,7 @@ impl<P: Planner> Lane<P> {
         };
         match event {
             Event::Fetched(key) => match Errno::from_result(res) {
-                // There is no descriptor of a tag that does not exist.
+                // A tag that does not exist has no descriptor.
                 Ok(_) => engine.note_stale(),
                 Err(errno) => {
                     if engine.fetch_ended(key) && errno != Errno::ENODEV {
@@ -169,13 +168,13 @@ impl<P: Planner> Lane<P> {
             },
             Event::Registered(key) => engine.registered(key, res, port),
             Event::Unregistered(key) => engine.unregistered(key, res, port),
-            // What it achieved shows in the operation's own completion.
+            // The operation's own completion shows the effect.
             Event::Cancelled => {}
-            // These are the thread's, and carry its own number.
+            // These events belong to the thread, and have its own incarnation.
             Event::Wake | Event::Told | Event::Unsent => engine.note_stale(),
             Event::Op(key) => engine.completed(key, res, port),
             Event::Command(key) => match port.outcome(engine.backing_of(key), res) {
-                // Commands are carried out as a whole or not at all.
+                // A command is carried out as a whole or not at all.
                 Outcome::Done => {
                     let res = engine.whole(key);
                     engine.completed(key, res, port);
@@ -189,7 +188,8 @@ impl<P: Planner> Lane<P> {
         }
     }
 
-    /// Before each submission: pushes what there was no room for, and looks after deadlines.
+    /// Call this before each submission. It pushes the entries that had no room, and checks
+    /// deadlines.
     pub fn before_submit(&mut self, io: &mut impl LaneIo) {
         let mut port = RingPort { state: &mut self.port, io };
         if self.engine.config().deadline.is_some() {
@@ -198,29 +198,29 @@ impl<P: Planner> Lane<P> {
         port.drain_backlog();
     }
 
-    /// Goes on with requests that wait for the spare buffer, which another queue has given back.
+    /// Continues requests that wait for the spare buffer, after another queue has returned it.
     pub fn serve_waiting(&mut self, io: &mut impl LaneIo) {
         self.engine.spare_returned(&mut RingPort { state: &mut self.port, io });
     }
 
-    /// Why the lane must not go on.
+    /// The error that must end the lane, if any.
     ///
     /// # Errors
-    /// [`LaneError::Ring`] if the ring is unusable. [`LaneError::Refused`] if the driver does not
-    /// take a tag back: that would hang its client for ever, so the device has to end instead.
+    /// [`LaneError::Ring`] if the ring is unusable. [`LaneError::Refused`] if the driver refuses to
+    /// take a tag back: its client would hang for ever, so the device has to end instead.
     pub fn check(&self) -> Result<(), LaneError> {
         self.port.failure.map_or(Ok(()), |errno| Err(LaneError::Ring(errno)))?;
         self.refused.map_or(Ok(()), Err)
     }
 
-    /// Whether there is something to do for the lane before the next submission, beside deadlines:
-    /// the rings had no room, do not work, or the driver has taken fetches back.
+    /// Whether the lane must be handled before the next submission, apart from deadlines: the rings
+    /// had no room or do not work, or the driver has cancelled fetches.
     #[inline(always)]
     pub fn needs_attention(&self) -> bool {
         self.port.is_held_up || self.engine.has_ended_tags()
     }
 
-    /// How many entries the rings had no room for.
+    /// How often the rings had no room for an entry.
     pub fn backlog(&self) -> usize {
         self.port.backlog()
     }
@@ -230,7 +230,7 @@ impl<P: Planner> Lane<P> {
         self.engine.cancel_all(&mut RingPort { state: &mut self.port, io });
     }
 
-    /// The engine, to measure latencies.
+    /// The engine, for measuring latencies.
     pub fn engine_mut(&mut self) -> &mut Engine<P> {
         &mut self.engine
     }

@@ -1,4 +1,4 @@
-//! The engine's decisions as entries of a ring.
+//! Turns the engine's decisions into entries of a ring.
 
 use std::collections::VecDeque;
 
@@ -18,29 +18,30 @@ use crate::plan::{BackingIndex, Op, OpKind, WINDOW_OPS};
 use crate::route::{DiscardCall, Route};
 use crate::units::Tag;
 
-/// Gives space back; reads as zeros afterwards. On block devices: write zeroes with unmapping.
+/// Deallocates; the range reads as zeros afterwards. On block devices: write zeroes with unmapping.
 const PUNCH: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-/// Keeps the space; reads as zeros afterwards. On block devices: write zeroes without unmapping.
+/// Keeps the space allocated; the range reads as zeros afterwards. On block devices: write zeroes
+/// without unmapping.
 const ZERO: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
 
-/// The length of a request is below 4 GiB: the driver's sector count of a read or write is
-/// bounded by its greatest buffer.
+/// A request is shorter than 4 GiB: the driver's largest buffer bounds the sector count of a read
+/// or write.
 const _: () = assert!(sys::UBLK_IO_BUF_BITS < 32);
 
-/// What a port is made for.
+/// The configuration of a port.
 #[derive(Clone, Debug, Default)]
 pub struct PortConfig {
-    /// How operations reach each backing.
+    /// The route to each backing.
     pub routes: Box<[Route]>,
-    /// The ring that issues operations polls for completions, and takes only those that have data.
+    /// The ring that issues operations polls for completions. It takes only operations with data.
     pub polled: bool,
-    /// Faults that a test asked for.
+    /// Test faults to inject.
     pub faults: Option<Faults>,
-    /// Where in the ring's tables the queue has its files and slots.
+    /// The queue's files and slots in the ring's tables.
     pub place: TableRange,
 }
 
-/// An operation as entries of a ring.
+/// The entries of an operation.
 enum OpEntry {
     Single([Sqe; 1]),
     Double([Sqe; 2]),
@@ -50,7 +51,7 @@ impl OpEntry {
     fn map(self, change: impl Fn(Sqe) -> Sqe) -> Self {
         match self {
             Self::Single([sqe]) => Self::Single([change(sqe)]),
-            // What is said of the whole is said in the first half.
+            // The first half of the entry holds the common fields.
             Self::Double([first, second]) => Self::Double([change(first), second]),
         }
     }
@@ -63,7 +64,7 @@ impl OpEntry {
     }
 }
 
-/// What a queue's port knows and keeps between calls.
+/// The state of a queue's port between calls.
 pub(super) struct PortState {
     qid: u16,
     place: TableRange,
@@ -74,20 +75,20 @@ pub(super) struct PortState {
     routes: Box<[Route]>,
     polled: bool,
     pub faults: Option<Faults>,
-    /// Automatic registrations are to fail.
+    /// Automatic registrations must fail (a test fault).
     misregisters: bool,
-    /// Operations with data go to files, and without faults.
+    /// All operations with data go to files, and no faults are injected.
     is_plain: bool,
-    /// Entries that the ring had no room for, in order. It has room for all that a queue's tags
-    /// can ask for.
+    /// Entries that the ring had no room for, in order. The list has room for everything that a
+    /// queue's tags can ask for.
     backlog: VecDeque<(RingRole, Sqe)>,
-    /// The first error of a push: the ring is unusable and the lane ends.
+    /// The first error of a push. The ring is then unusable, and the lane ends.
     pub failure: Option<Errno>,
     /// There is a backlog, or a failure.
     pub is_held_up: bool,
 }
 
-/// The engine's decisions as entries of a ring, for the time of one call.
+/// The port for the time of one call: turns the engine's decisions into entries of a ring.
 pub(super) struct RingPort<'a, Io> {
     pub state: &'a mut PortState,
     pub io: &'a mut Io,
@@ -97,8 +98,8 @@ impl PortState {
     pub fn new(config: &EngineConfig, port: PortConfig) -> Self {
         let PortConfig { routes, polled, faults, place } = port;
         let places = if routes.iter().any(|route| route.is_namespace()) { 2 } else { 1 };
-        // A command or a chain for every tag; or a window of operations and their cancelling, and
-        // the cancelling of the window before, whose operations have completed meanwhile.
+        // For every tag: a command or a chain; or a window of operations and their cancellations,
+        // plus the cancellations of the window before, if its operations have completed meanwhile.
         let room = usize::from(config.queue.depth) * WINDOW_OPS * (2 + places) + 8;
         Self {
             qid: config.queue.qid.0,
@@ -118,18 +119,18 @@ impl PortState {
         }
     }
 
-    /// How many entries wait for room.
+    /// The number of entries that wait for room.
     pub fn backlog(&self) -> usize {
         self.backlog.len()
     }
 }
 
 impl<Io: LaneIo> RingPort<'_, Io> {
-    /// Pushes what the ring had no room for, as far as it has now.
+    /// Pushes entries that the ring had no room for, as far as it has room now.
     pub fn drain_backlog(&mut self) {
         while let Some((role, _)) = self.state.backlog.front() {
             let role = *role;
-            // A chain goes whole or not at all.
+            // A chain is pushed whole or not at all.
             let group = first_group(&self.state.backlog);
             let sqes: smallvec::SmallVec<[Sqe; 4]> =
                 self.state.backlog.iter().take(group).map(|(_, sqe)| sqe.clone()).collect();
@@ -145,7 +146,7 @@ impl<Io: LaneIo> RingPort<'_, Io> {
         self.state.is_held_up = self.state.failure.is_some();
     }
 
-    /// Pushes entries of the lane's own.
+    /// Pushes entries of the lane itself.
     #[inline(always)]
     pub fn push(&mut self, role: RingRole, sqes: &[Sqe]) {
         let pushed = if self.state.backlog.is_empty() {
@@ -219,7 +220,7 @@ impl<Io: LaneIo> RingPort<'_, Io> {
         let mut op = *op;
         let route = self.state.routes[usize::from(op.backing.0)];
         if let Some(faults) = &mut self.state.faults {
-            // Commands are carried out as a whole or not at all.
+            // A command is carried out as a whole or not at all.
             let may_be_short = op.has_data() && !route.is_namespace();
             match faults.next(may_be_short.then_some(op.len), self.state.block) {
                 Fault::None => {}
@@ -261,10 +262,10 @@ impl<Io: LaneIo> RingPort<'_, Io> {
             OpKind::Write { fua } | OpKind::WriteScratch { fua } => {
                 namespace.write(file, buffer, len, op.offset, fua)
             }
-            // No delay comes here.
+            // Delays do not reach this.
             OpKind::Flush | OpKind::Delay => namespace.flush(file),
             OpKind::Discard => {
-                namespace.deallocate(file, self.io.range(key.place, namespace, op.offset, op.len))
+                namespace.deallocate(file, self.io.range(key.index, namespace, op.offset, op.len))
             }
             OpKind::WriteZeroes { may_unmap } => {
                 namespace.write_zeroes(file, op.offset, op.len, may_unmap && deallocates_zeroes)
@@ -278,8 +279,8 @@ impl<Io: LaneIo> RingPort<'_, Io> {
         self.push(self.role(op), entry.sqes());
     }
 
-    /// What the result of a command to a backing stands for. Of one that nobody waits for any more
-    /// that does not matter.
+    /// Translates the result of a command to a backing. For an abandoned operation it does not
+    /// matter.
     pub fn outcome(&self, backing: Option<BackingIndex>, res: i32) -> Outcome {
         let route = backing.and_then(|backing| self.state.routes.get(usize::from(backing.0)));
         match route {
@@ -288,13 +289,13 @@ impl<Io: LaneIo> RingPort<'_, Io> {
         }
     }
 
-    /// The ring that an operation goes to.
+    /// The ring for an operation.
     fn role(&self, op: &Op) -> RingRole {
         if self.state.polled && !op.has_data() { RingRole::Side } else { RingRole::Io }
     }
 }
 
-/// How many entries at the front belong together: one, or a chain.
+/// The number of entries at the front that belong together: one, or a chain.
 fn first_group(backlog: &VecDeque<(RingRole, Sqe)>) -> usize {
     let mut group = 0;
     while let Some((_, sqe)) = backlog.get(group) {
@@ -385,7 +386,7 @@ impl<Io: LaneIo> Port for RingPort<'_, Io> {
     }
 
     fn submit_chain(&mut self, tag: TagKey, slot: SlotIndex, key: OpKey, op: &Op) {
-        // Hard links: the buffer is taken out again even if registration or operation fails.
+        // Hard links: the buffer is unregistered even if registration or operation fails.
         let register = self.register_sqe(tag, slot).hard_link().skip_success();
         let unregister = self.unregister_sqe(tag, slot);
         match self.op_entry(key, op, Some(slot)).map(Sqe::hard_link) {
@@ -401,8 +402,8 @@ impl<Io: LaneIo> Port for RingPort<'_, Io> {
     }
 
     fn explain(&mut self, op: &Op, errno: Errno) -> Errno {
-        // A drive that was pulled out has no bytes left, and the kernel says so of writes to it as of
-        // writes behind the end. To users that would mean a full disk.
+        // A removed drive has 0 bytes, so the kernel returns for writes the error of a write beyond
+        // the end. To users that would mean a full disk.
         let is_gone = errno == Errno::ENOSPC
             && self.io.has_shrunk(op.backing, op.offset.saturating_add(op.len));
         if is_gone { Errno::EIO } else { errno }
@@ -410,7 +411,7 @@ impl<Io: LaneIo> Port for RingPort<'_, Io> {
 
     fn cancel(&mut self, key: OpKey, op: &Op) {
         let role = self.role(op);
-        // A polling ring refuses to cancel, and a drive that polls has no way to.
+        // A polling ring refuses to cancel, and a polled drive cannot cancel.
         if self.state.polled && role == RingRole::Io {
             return;
         }

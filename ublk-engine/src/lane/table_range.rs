@@ -1,4 +1,4 @@
-//! Where a queue is in the tables of its ring.
+//! The ranges of a queue in the tables of its ring.
 
 use bufreg::SlotIndex;
 use uring_ext::ring::MAX_BUFFER_SLOTS;
@@ -6,26 +6,26 @@ use uring_ext::sqe::FixedFile;
 
 use crate::engine::SlotTable;
 
-/// The fixed file of a backing, where the ring serves one queue: the character device is the first
-/// one, the backings follow.
+/// The fixed file of a backing if the ring serves one queue: the character device is the first
+/// file, the backings follow.
 #[must_use]
 pub fn backing_file(index: u16) -> FixedFile {
     TableRange::default().backing_file(index)
 }
 
-/// A slot that no buffer table has.
+/// A slot number beyond any buffer table.
 pub(super) const NO_SLOT: u16 = 1 << 14;
 const _: () = assert!(MAX_BUFFER_SLOTS <= 1 << 14);
 
-/// Where in the tables of its ring a queue has its files and slots; by default at their beginning.
+/// The ranges of a queue's files and slots in the tables of its ring. By default they begin at 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TableRange {
-    /// The fixed file of the character device; those of the backings follow.
+    /// The fixed file of the character device. The backings follow.
     pub first_file: u32,
     /// The slot of the ring that is slot 0 of the queue.
     pub first_slot: u16,
-    /// The slot of the ring with the spare buffer that its queues share. It stands for the pool of a
-    /// queue, which then has no slots of its own for it.
+    /// The ring's slot of the spare buffer that its queues share. It replaces the queue's own pool,
+    /// which then has no slots.
     pub spare: Option<u16>,
 }
 
@@ -44,13 +44,13 @@ impl TableRange {
         FixedFile(self.first_file + 1 + u32::from(index))
     }
 
-    /// The slot of the ring that is this one of the queue.
+    /// The ring's slot for this slot of the queue.
     #[inline]
     pub(super) const fn slot(self, slot: SlotIndex) -> u16 {
         self.first_slot + slot.0
     }
 
-    /// The slot of the ring that has this buffer of the server.
+    /// The ring's slot of this buffer of the server.
     pub(super) const fn pool_slot(self, slots: &SlotTable, index: u16) -> u16 {
         match self.spare {
             Some(spare) if index < slots.pool => spare,

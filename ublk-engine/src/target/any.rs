@@ -3,11 +3,11 @@
 use uring_ext::Errno;
 
 use super::{FaultLayer, Layer, Layered, LinearTarget, LoopTarget, NullTarget, StripeTarget};
-use crate::plan::{Op, Place, Plan, Planner, Verdict};
+use crate::plan::{BackingPosition, Op, Plan, Planner, Verdict};
 use crate::request::Request;
 use crate::units::Qid;
 
-/// Any of the targets, told apart without a virtual call.
+/// Any of the targets. Dispatch needs no virtual call.
 #[derive(Clone, Debug)]
 pub enum BaseTarget {
     /// See [`NullTarget`].
@@ -20,7 +20,7 @@ pub enum BaseTarget {
     Stripe(StripeTarget),
 }
 
-/// Any of the layers, told apart without a virtual call.
+/// Any of the layers. Dispatch needs no virtual call.
 #[derive(Clone, Debug)]
 pub enum AnyLayer {
     /// See [`FaultLayer`].
@@ -31,8 +31,8 @@ pub enum AnyLayer {
 #[derive(Clone, Debug)]
 pub struct AnyTarget(Shape);
 
-/// A target without layers is a shape of its own: the way of its requests has no branch for layers. It
-/// is told by the same tag as the kind of the target.
+/// A target without layers is a variant of its own, so its requests take no branch for layers. The
+/// variant has the same tag as the kind of the target.
 #[derive(Clone, Debug)]
 enum Shape {
     Bare(BaseTarget),
@@ -40,7 +40,7 @@ enum Shape {
 }
 
 impl BaseTarget {
-    /// Whether it forgets what is written; it has no backings of the user's then.
+    /// Whether the target discards what is written. It then has no backings of the user's.
     #[must_use]
     pub const fn is_null(&self) -> bool {
         match self {
@@ -49,7 +49,8 @@ impl BaseTarget {
         }
     }
 
-    /// Whether every byte of `other` is where it is here, and there may be more behind them.
+    /// Whether every byte of `other` is at the same place here. There may be more bytes behind
+    /// them.
     #[must_use]
     pub fn extends(&self, other: &Self) -> bool {
         match (self, other) {
@@ -76,7 +77,7 @@ impl Planner for BaseTarget {
     }
 
     #[inline]
-    fn single(&self, request: &Request) -> Option<Place> {
+    fn single(&self, request: &Request) -> Option<BackingPosition> {
         match self {
             Self::Null(target) => target.single(request),
             Self::Loop(target) => target.single(request),
@@ -130,7 +131,7 @@ impl Layer for AnyLayer {
         }
     }
 
-    fn single(&self, below: &impl Planner, request: &Request) -> Option<Place> {
+    fn single(&self, below: &impl Planner, request: &Request) -> Option<BackingPosition> {
         match self {
             Self::Fault(layer) => layer.single(below, request),
         }
@@ -156,7 +157,7 @@ impl Layer for AnyLayer {
 }
 
 impl AnyTarget {
-    /// Puts layers before a target, the outermost first.
+    /// Puts layers before a target. The first layer is the outermost.
     #[must_use]
     pub fn new(layers: impl Into<Box<[AnyLayer]>>, base: BaseTarget) -> Self {
         let layers = layers.into();
@@ -175,7 +176,7 @@ impl AnyTarget {
         }
     }
 
-    /// The layers, the outermost first.
+    /// The layers, outermost first.
     #[must_use]
     pub fn layers(&self) -> &[AnyLayer] {
         match &self.0 {
@@ -184,7 +185,7 @@ impl AnyTarget {
         }
     }
 
-    /// Puts another target in the place of the one below all layers.
+    /// Replaces the target below all layers.
     pub fn replace_base(&mut self, base: &BaseTarget) {
         let present = match &mut self.0 {
             Shape::Bare(present) => present,
@@ -193,8 +194,8 @@ impl AnyTarget {
         present.clone_from(base);
     }
 
-    /// The target for a queue: what is random differs from queue to queue, and from a layer to the
-    /// next one that draws.
+    /// The target for a queue. Each queue, and each layer with random decisions, has its own random
+    /// stream.
     #[must_use]
     pub fn for_queue(&self, qid: Qid) -> Self {
         let target = self.clone();
@@ -211,7 +212,7 @@ impl AnyTarget {
     }
 
     #[inline(never)]
-    fn single_of_others(&self, request: &Request) -> Option<Place> {
+    fn single_of_others(&self, request: &Request) -> Option<BackingPosition> {
         match &self.0 {
             Shape::Bare(base) => base.single(request),
             Shape::Layered(layered) => layered.single(request),
@@ -225,7 +226,7 @@ impl From<BaseTarget> for AnyTarget {
     }
 }
 
-// What is not inlined takes no registers of the engine's where a target has no layers.
+// Not inlined, so that it takes no registers of the engine if a target has no layers.
 #[deny(clippy::missing_trait_methods)]
 impl Planner for AnyTarget {
     #[inline(never)]
@@ -237,7 +238,7 @@ impl Planner for AnyTarget {
     }
 
     #[inline(always)]
-    fn single(&self, request: &Request) -> Option<Place> {
+    fn single(&self, request: &Request) -> Option<BackingPosition> {
         if let Shape::Bare(BaseTarget::Loop(target)) = &self.0 {
             return target.single(request);
         }

@@ -1,4 +1,4 @@
-//! The fault layer: some requests fail, come short at first, or are held back.
+//! The fault layer: some requests fail, are short at first, or are delayed.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use super::layer::{Layer, plan_below};
 use crate::plan::{Plan, Planner};
 use crate::request::Request;
 
-/// Injects faults. What it decides depends only on its seed, the stream (one for each queue), and the
+/// Injects faults. Its decisions depend only on its seed, its stream (one per queue), and the
 /// requests in their order.
 #[derive(Clone, Debug)]
 pub struct FaultLayer {
@@ -19,23 +19,23 @@ pub struct FaultLayer {
     left: Box<[Cell<u64>]>,
     seed: u64,
     random: Cell<u64>,
-    /// Logical block in bytes; what comes short is a multiple of it.
+    /// Logical block size in bytes. The length of a short transfer is a multiple of it.
     block: u32,
 }
 
-/// What is to become of a request.
+/// The decision about a request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Decision {
-    /// Nanoseconds before anything is done for it.
+    /// Delay in nanoseconds before its first operation.
     pub delay_ns: u64,
-    /// The error that it is answered with.
+    /// The error to answer it with.
     pub error: Option<Errno>,
-    /// Its transfers come short at first; how short depends on this random number.
+    /// Its transfers are short at first. This random number decides how short.
     pub short: Option<u64>,
 }
 
 impl FaultLayer {
-    /// For a device with blocks of `block` bytes. The first rule that applies to a request decides.
+    /// For a device with blocks of `block` bytes. The first rule that matches a request applies.
     #[must_use]
     pub fn new(rules: impl Into<Arc<[Rule]>>, seed: u64, block: u32) -> Self {
         let rules = rules.into();
@@ -45,12 +45,12 @@ impl FaultLayer {
         layer
     }
 
-    /// Draws from this stream of its seed from now on.
+    /// Uses this stream of its seed from now on.
     pub fn begin_stream(&self, stream: u64) {
         self.random.set(mix(self.seed) ^ mix(!stream));
     }
 
-    /// What is to become of the next request.
+    /// Decides about the next request.
     pub fn decide(&self, request: &Request) -> Decision {
         let block = u64::from(self.block);
         for (rule, left) in self.rules.iter().zip(&self.left) {
@@ -69,12 +69,13 @@ impl FaultLayer {
         Decision::default()
     }
 
-    /// How many bytes transfers ask for at first: at least one block, and not all that the longest
-    /// of the window has.
+    /// The number of bytes that transfers ask for at first: at least one block, and less than the
+    /// longest transfer of the window.
     fn at_first(&self, plan: &Plan, drawn: u64) -> u64 {
         let block = u64::from(self.block);
         let longest = plan.ops().filter(|op| op.has_data()).map(|op| op.len).max();
-        // If all here are as short as can be, longer ones may come in a later window.
+        // If all transfers of this window are as short as possible, a later window may have longer
+        // ones.
         let most = (longest.unwrap_or(0) / block).saturating_sub(1).max(1);
         (1 + drawn % most) * block
     }
@@ -93,7 +94,7 @@ const fn mix(state: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// What is said in the first window of a request holds for the later ones.
+/// The decision in the first window of a request holds for its later windows.
 impl Layer for FaultLayer {
     fn plan(
         &self,
@@ -181,7 +182,7 @@ mod tests {
             (&[512, 8192, 1024], 512, 7680),
             (&[1024], 512, 512),
             (&[1536, 512], 512, 1024),
-            // Nothing can be divided here; in a later window perhaps.
+            // Nothing can be cut in this window, perhaps in a later one.
             (&[512, 512], 512, 512),
             (&[], 512, 512),
         ] {
@@ -217,7 +218,7 @@ mod tests {
 
     #[test]
     fn a_request_is_decided_on_once() {
-        // Windows of a stripe behind a decision that is drawn anew with each.
+        // Windows of a stripe below a layer that draws its decision again in each window.
         let stripe = StripeTarget::new(4096, &[1 << 20; 2]).unwrap();
         let layers = [layer(&["delay=5us,error=EIO,count=1", "delay=7us,short"], 9)];
         let target = Layered::new(layers, stripe);
@@ -251,7 +252,7 @@ mod tests {
         assert_eq!(plan.delay_ns(), 3_000_000, "the inner layer has nothing to decide");
     }
 
-    /// Rules of all kinds, some of which seldom apply.
+    /// Rules of all kinds. Some of them rarely apply.
     fn rules() -> impl Strategy<Value = Vec<&'static str>> {
         let rules = vec![
             "p=0.3,error=EIO",
@@ -265,12 +266,12 @@ mod tests {
         prop::sample::subsequence(rules, 1..6).prop_shuffle()
     }
 
-    /// Rules of some layers, the outermost first.
+    /// The rules of some layers, outermost first.
     fn stack() -> impl Strategy<Value = Vec<Vec<&'static str>>> {
         prop::collection::vec(rules(), 0..4)
     }
 
-    /// As the target, but for errors that were decided on.
+    /// The result equals that of the target, except for injected errors.
     fn check<P: Planner + Clone>(
         geometry: Geometry<P>,
         stack: &[Vec<&str>],
@@ -282,7 +283,7 @@ mod tests {
         let geometry = Geometry { target: Layered::new(layers, base), size, backings };
         oracle::check_answers(&geometry, requests, |request| {
             let inside = request.offset + request.len <= size;
-            // A layer is not asked about what one before it has refused.
+            // A layer does not see a request that an outer layer has refused.
             let error = shadows.iter().find_map(|layer| layer.decide(request).error);
             error.map_or(if inside { Ok(()) } else { Err(Errno::EIO) }, Err)
         })

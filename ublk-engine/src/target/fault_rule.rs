@@ -1,4 +1,4 @@
-//! Rules of the fault target, as the user writes them.
+//! Rules of the fault layer, in the form that the user writes.
 
 use std::str::FromStr;
 
@@ -11,36 +11,36 @@ use crate::units::Bytes;
 /// The longest delay, in nanoseconds: an hour.
 const MAX_DELAY_NS: f64 = 3600e9;
 
-/// A rule: which requests it concerns, how often, and what it does to them.
+/// A rule: the requests that it matches, how often it applies, and its effect.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Rule {
-    /// As it was written.
+    /// The text of the rule.
     text: String,
     /// Kinds of requests, by [`RequestKind::index`].
     kinds: [bool; RequestKind::NAMES.len()],
-    /// Bytes of the device, one of which at least a request has to touch.
+    /// A range of the device in bytes. A request matches if it touches the range.
     range: Option<(u64, u64)>,
     pub(super) chance: Chance,
-    /// How often it applies at most, on each queue.
+    /// The maximum number of times that it applies, on each queue.
     pub(super) count: u64,
     pub(super) answer: Answer,
-    /// Nanoseconds that a request is held for; 0 for none.
+    /// Delay in nanoseconds; 0 for none.
     pub(super) delay_ns: u64,
 }
 
-/// What a request is answered with.
+/// The answer to a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Answer {
-    /// Whatever comes of it.
+    /// The real result.
     Whole,
     /// This error.
     Error(Errno),
-    /// Whatever comes of it, once it has come short.
+    /// The real result, after transfers that are short at first.
     Short,
 }
 
-/// A probability; only one that is less than 1 takes a number.
+/// A probability. Only one below 1 draws a random number.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Chance(f64);
 
@@ -54,7 +54,7 @@ impl Chance {
 }
 
 impl Rule {
-    /// Whether it concerns a request of a device with blocks of `block` bytes.
+    /// Whether it matches a request of a device with blocks of `block` bytes.
     pub(super) fn concerns(&self, request: &Request, block: u64) -> bool {
         let touched = |(start, end)| request.offset < end && start < request.offset + request.len;
         let divisible = self.answer != Answer::Short || request.len / block > 1;
@@ -62,8 +62,8 @@ impl Rule {
     }
 }
 
-/// Errors that the block layer has a status for (`blk_errors` in `block/blk-core.c`), and that are
-/// an answer. All others would reach the user as `EIO`.
+/// Errors that the block layer has a status for (`blk_errors` in `block/blk-core.c`) and that are
+/// final. All others would reach the user as `EIO`.
 const ERRORS: [(&str, i32); 10] = [
     ("EIO", libc::EIO),
     ("ENOSPC", libc::ENOSPC),
@@ -77,53 +77,53 @@ const ERRORS: [(&str, i32); 10] = [
     ("ETIME", libc::ETIME),
 ];
 
-/// Those that make whoever sees them try again.
+/// Errors that make the caller try again.
 const AGAIN: [&str; 7] =
     ["EAGAIN", "EWOULDBLOCK", "EINTR", "EBUSY", "ENOMEM", "EREMCHG", "EOPNOTSUPP"];
 
-/// Why a rule is not understood, and what to do.
+/// Why a rule is invalid, and what to do.
 #[non_exhaustive]
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadRule {
-    /// It does nothing.
+    /// It has no effect.
     #[error("it does nothing; add error=NAME, short or delay=TIME")]
     NoEffect,
-    /// A part that is not known.
+    /// An unknown part.
     #[error(
         "`{0}` is no part of a rule; there are op=, range=, p=, count=, error=, short and delay="
     )]
     Unknown(String),
-    /// A part that is there twice.
+    /// A duplicate part.
     #[error("`{0}` is given twice; give it once, or use two rules")]
     Twice(String),
-    /// A kind that is not known.
+    /// An unknown kind of requests.
     #[error("`{0}` is no kind of request; there are {kinds}, joined by +", kinds = kind_names())]
     Kind(String),
-    /// A range that is none.
+    /// An invalid range.
     #[error("`{0}` is no range; give START-END or START+LENGTH in bytes or with K, M, G or T")]
     Range(String),
-    /// A probability that is none.
+    /// An invalid probability.
     #[error("`{0}` is no probability; give a number greater than 0, at most 1")]
     Chance(String),
-    /// A count that is none.
+    /// An invalid count.
     #[error("`{0}` is no count; give a whole number of at least 1")]
     Count(String),
-    /// A delay that is none.
+    /// An invalid delay.
     #[error("`{0}` is no delay; give a number with ns, us, ms or s, at most 3600s")]
     Delay(String),
-    /// An error that asks for another try.
+    /// An error that makes the caller try again.
     #[error("{0} asks for another try and is no answer of a drive; use EIO or ETIMEDOUT")]
     Again(String),
     /// An error without a status in the block layer.
     #[error("the block layer has no status for `{0}`; use one of {names}", names = names())]
     Error(String),
-    /// Two answers.
+    /// Two errors, or an error and a short transfer.
     #[error("error and short exclude each other; use two rules")]
     TwoAnswers,
-    /// Short transfers for what has no bytes.
+    /// Short transfers for requests without data.
     #[error("only reads and writes can be short; leave op out, or give read, write or both")]
     ShortKind,
-    /// A range for flushes alone.
+    /// A range for a rule that matches flushes only.
     #[error("a flush has no range; leave one of op and range out")]
     FlushRange,
 }
@@ -136,7 +136,7 @@ fn names() -> String {
     ERRORS.map(|(name, _)| name).join(", ")
 }
 
-/// The parts of a rule, as far as they have been read.
+/// The parts of a rule that were read so far.
 #[derive(Default)]
 struct Parts<'a> {
     op: Option<&'a str>,

@@ -1,26 +1,27 @@
-//! Layers: what stands between the client and a target.
+//! Layers: planners between the client and a target.
 
 use uring_ext::Errno;
 
-use crate::plan::{Op, Place, Plan, Planner, Verdict};
+use crate::plan::{BackingPosition, Op, Plan, Planner, Verdict};
 use crate::request::Request;
 
-/// Sees the requests of a device before its target does, and may delay, refuse, change or count them.
+/// Sees the requests of a device before its target does. It may delay, refuse, change or count
+/// them.
 ///
-/// A layer does not hold what is below it: each call passes that in, be it another layer or the target.
-/// So a layer is written once for all targets, and a stack is a list ([`Layered`]), walked without a
-/// virtual call.
+/// A layer does not own what is below it. Each call passes that in, be it another layer or the
+/// target. So one layer works with all targets, and a stack is a list ([`Layered`]) without virtual
+/// calls.
 ///
-/// As a [`Planner`], a layer does no I/O and reads no clock. A queue has layers of its own, which one
-/// thread calls.
+/// Like a [`Planner`], a layer does no I/O and reads no clock. Each queue has its own layers, and
+/// one thread calls them.
 pub trait Layer {
-    /// Plans the window of `request` that begins at the cursor `from`; see [`Planner::plan`]. A layer
-    /// that asks what is below passes a cursor of that one's; [`plan_below`] does so for a layer that
-    /// has to know which window is the first.
+    /// Plans the window of `request` that begins at the cursor `from`; see [`Planner::plan`]. What
+    /// is below has its own cursor. [`plan_below`] converts it for a layer that must know which
+    /// window is the first.
     ///
     /// # Errors
-    /// What the request is to be answered with. Once what is below has accepted a request, the layer
-    /// must accept it, too: otherwise [`Planner::settled`] is not called for it.
+    /// The error to answer the request with. Once what is below has accepted a request, the layer
+    /// must accept it, too. Otherwise [`Planner::settled`] is not called for it.
     fn plan(
         &self,
         below: &impl Planner,
@@ -29,15 +30,16 @@ pub trait Layer {
         plan: &mut Plan,
     ) -> Result<(), Errno>;
 
-    /// What [`Layer::plan`] would say of a request that needs one operation only, sooner; see
-    /// [`Planner::single`]. A layer that leaves such requests as they are says `below.single(request)`.
+    /// The shortcut for a request that needs one operation only; see [`Planner::single`]. It must
+    /// agree with [`Layer::plan`]. A layer that does not change such requests returns
+    /// `below.single(request)`.
     #[inline]
-    fn single(&self, _below: &impl Planner, _request: &Request) -> Option<Place> {
+    fn single(&self, _below: &impl Planner, _request: &Request) -> Option<BackingPosition> {
         None
     }
 
-    /// Bytes of scratch buffer that a request may need; see [`Planner::scratch_bytes`]. A layer that
-    /// needs some itself has to share them with what is below.
+    /// Bytes of scratch buffer that a request may need; see [`Planner::scratch_bytes`]. A layer
+    /// that needs some shares them with what is below.
     #[inline]
     fn scratch_bytes(&self, below: &impl Planner) -> u32 {
         below.scratch_bytes()
@@ -56,9 +58,8 @@ pub trait Layer {
     }
 }
 
-/// Has what is below plan a window, for a layer whose cursor is 0 for a request that it has not seen
-/// yet, and one more than that of what is below afterwards. What such a layer decides when it first sees
-/// a request need not be remembered.
+/// Plans a window below a layer. The layer's cursor is 0 for a new request, and afterwards one more
+/// than the cursor below. So the layer need not remember its decision about a request.
 ///
 /// # Errors
 /// Those of what is below.
@@ -78,7 +79,7 @@ pub fn plan_below(
     Ok(())
 }
 
-/// A target with a stack of layers: the outermost, which sees a request first, is the first one.
+/// A target with a stack of layers. The first layer is the outermost, which sees a request first.
 #[derive(Clone, Debug)]
 pub struct Layered<L, B> {
     layers: Box<[L]>,
@@ -86,13 +87,13 @@ pub struct Layered<L, B> {
 }
 
 impl<L, B> Layered<L, B> {
-    /// Puts layers before a target, the outermost first.
+    /// Puts layers before a target. The first layer is the outermost.
     #[must_use]
     pub fn new(layers: impl Into<Box<[L]>>, base: B) -> Self {
         Self { layers: layers.into(), base }
     }
 
-    /// The layers, the outermost first.
+    /// The layers, outermost first.
     pub const fn layers(&self) -> &[L] {
         &self.layers
     }
@@ -102,7 +103,7 @@ impl<L, B> Layered<L, B> {
         &self.base
     }
 
-    /// The target, to be replaced by one that has the same bytes.
+    /// The target, mutable. A replacement must have the same bytes.
     pub const fn base_mut(&mut self) -> &mut B {
         &mut self.base
     }
@@ -112,7 +113,7 @@ impl<L, B> Layered<L, B> {
     }
 }
 
-// What is not inlined takes no registers of its caller's, whose target may have no layers.
+// Not inlined, so that it takes no registers of a caller with a target without layers.
 #[deny(clippy::missing_trait_methods)]
 impl<L: Layer, B: Planner> Planner for Layered<L, B> {
     #[inline(never)]
@@ -120,7 +121,7 @@ impl<L: Layer, B: Planner> Planner for Layered<L, B> {
         self.stack().plan(request, from, plan)
     }
 
-    fn single(&self, request: &Request) -> Option<Place> {
+    fn single(&self, request: &Request) -> Option<BackingPosition> {
         self.stack().single(request)
     }
 
@@ -161,7 +162,7 @@ impl<L: Layer, B: Planner> Planner for Stack<'_, L, B> {
         }
     }
 
-    fn single(&self, request: &Request) -> Option<Place> {
+    fn single(&self, request: &Request) -> Option<BackingPosition> {
         match self.split() {
             Some((layer, below)) => layer.single(&below, request),
             None => self.base.single(request),
@@ -198,7 +199,7 @@ mod tests {
     use crate::plan::{BackingIndex, OpKind};
     use crate::request::RequestKind;
 
-    /// Notes which of its calls was made.
+    /// Records its calls.
     struct Noting<'a>(u32, &'a RefCell<Vec<(u32, &'static str, u64)>>);
 
     impl Noting<'_> {
@@ -219,7 +220,7 @@ mod tests {
             plan_below(below, request, from, plan)
         }
 
-        fn single(&self, below: &impl Planner, request: &Request) -> Option<Place> {
+        fn single(&self, below: &impl Planner, request: &Request) -> Option<BackingPosition> {
             self.note("single", request.offset);
             below.single(request)
         }
@@ -245,7 +246,7 @@ mod tests {
         }
     }
 
-    /// Has requests wait at first, then go on in windows of one operation, of 512 bytes.
+    /// Makes requests wait at first, then plans windows of one operation of 512 bytes.
     struct Base<'a>(&'a RefCell<Vec<u64>>);
 
     impl Planner for Base<'_> {
@@ -265,8 +266,8 @@ mod tests {
             Ok(())
         }
 
-        fn single(&self, request: &Request) -> Option<Place> {
-            Some(Place { backing: BackingIndex(3), offset: request.offset })
+        fn single(&self, request: &Request) -> Option<BackingPosition> {
+            Some(BackingPosition { backing: BackingIndex(3), offset: request.offset })
         }
 
         fn scratch_bytes(&self) -> u32 {
@@ -285,7 +286,7 @@ mod tests {
         let (noted, asked) = (RefCell::default(), RefCell::default());
         let layered = Layered::new([1, 2, 3].map(|it| Noting(it, &noted)), Base(&asked));
         assert_eq!(layered.scratch_bytes(), 106);
-        let place = Place { backing: BackingIndex(3), offset: READ.offset };
+        let place = BackingPosition { backing: BackingIndex(3), offset: READ.offset };
         assert_eq!(layered.single(&READ), Some(place));
         let op = Op::all_of(&READ, place);
         assert_eq!(layered.failed(&READ, &op, Errno::EIO), Verdict::Ignore);

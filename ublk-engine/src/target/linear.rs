@@ -1,13 +1,13 @@
-//! The linear target: extents of several backings, one after the other.
+//! The linear target: concatenates extents of several backings.
 
 use uring_ext::Errno;
 
 use super::push_flushes;
 use super::transfer_limit::TransferLimit;
-use crate::plan::{BackingIndex, Op, OpKind, Place, Plan, Planner};
+use crate::plan::{BackingIndex, BackingPosition, Op, OpKind, Plan, Planner};
 use crate::request::{Request, RequestKind};
 
-/// A contiguous range of a backing, and where it begins on the device.
+/// A contiguous range of a backing, and its start on the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Extent {
     backing: BackingIndex,
@@ -24,7 +24,7 @@ struct Extent {
 pub struct LinearTarget {
     /// In the order of the device, without gaps.
     extents: Box<[Extent]>,
-    /// One more than the greatest index of a backing.
+    /// One more than the largest index of a backing.
     backings: u16,
     size: u64,
     limit: TransferLimit,
@@ -33,16 +33,17 @@ pub struct LinearTarget {
 /// The extents do not make a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadExtents {
-    /// There are none, or one is empty.
+    /// There is no extent, or one is empty.
     #[error("an extent without a length")]
     Empty,
-    /// Together they are longer than a device can be.
+    /// The sum of their lengths exceeds the maximum size of a device.
     #[error("the extents are longer than a device can be")]
     TooLong,
 }
 
 impl LinearTarget {
-    /// Extents of backings in the order of the device: backing, first byte on it, length in bytes.
+    /// Makes a target from extents in the order of the device: backing, first byte on it, length in
+    /// bytes.
     ///
     /// # Errors
     /// [`BadExtents`].
@@ -65,7 +66,7 @@ impl LinearTarget {
         Ok(Self { extents: placed.into(), backings, size, limit: TransferLimit::UNLIMITED })
     }
 
-    /// On backings that take no more than this as one.
+    /// Sets the limit of one transfer on the backings.
     #[must_use]
     pub fn within(self, limit: TransferLimit) -> Self {
         Self { limit, ..self }
@@ -77,7 +78,8 @@ impl LinearTarget {
         self.size
     }
 
-    /// Whether every byte of `other` is where it is here, and there may be more behind them.
+    /// Whether every byte of `other` is at the same place here. There may be more bytes behind
+    /// them.
     #[must_use]
     pub fn extends(&self, other: &Self) -> bool {
         let last = other.extents.len() - 1;
@@ -86,12 +88,12 @@ impl LinearTarget {
             let old = other.extents[last];
             extent.len >= old.len && *extent == Extent { len: extent.len, ..old }
         });
-        // A longer last extent moves no other one only if there is no other.
+        // The last extent may grow only if no extent follows it.
         let is_last = self.extents.len() == other.extents.len();
         begins_so && goes_on && (is_last || self.extents[last] == other.extents[last])
     }
 
-    /// The extent that a byte of the device is in.
+    /// The extent that contains a byte of the device.
     fn index_of(&self, at: u64) -> usize {
         self.extents.partition_point(|extent| extent.device_start <= at) - 1
     }
@@ -129,7 +131,7 @@ impl Planner for LinearTarget {
     }
 
     #[inline]
-    fn single(&self, request: &Request) -> Option<Place> {
+    fn single(&self, request: &Request) -> Option<BackingPosition> {
         if !request.has_data() || request.end_within(self.size).is_err() {
             return None;
         }
@@ -137,7 +139,7 @@ impl Planner for LinearTarget {
         let into = request.offset - extent.device_start;
         let offset = extent.start + into;
         let is_inside = request.len <= extent.len - into && self.limit.holds(offset, request.len);
-        is_inside.then_some(Place { backing: extent.backing, offset })
+        is_inside.then_some(BackingPosition { backing: extent.backing, offset })
     }
 }
 

@@ -3,7 +3,7 @@
 use uring_ext::Errno;
 
 use super::transfer_limit::TransferLimit;
-use crate::plan::{BackingIndex, Op, OpKind, Place, Plan, Planner};
+use crate::plan::{BackingIndex, BackingPosition, Op, OpKind, Plan, Planner};
 use crate::request::Request;
 
 /// Maps the device onto the start of backing 0.
@@ -20,13 +20,13 @@ impl LoopTarget {
         Self { size, limit: TransferLimit::UNLIMITED }
     }
 
-    /// On a backing that takes no more than this as one.
+    /// Sets the limit of one transfer on the backing.
     #[must_use]
     pub const fn within(self, limit: TransferLimit) -> Self {
         Self { limit, ..self }
     }
 
-    /// What the backing takes as one.
+    /// The limit of one transfer on the backing.
     #[must_use]
     pub const fn transfer_limit(&self) -> TransferLimit {
         self.limit
@@ -58,7 +58,7 @@ impl Planner for LoopTarget {
                 return Ok(());
             }
             offset += len;
-            // A flush has no length, and is one operation all the same.
+            // A flush has no length, but is one operation.
             if offset >= end {
                 return Ok(());
             }
@@ -66,11 +66,11 @@ impl Planner for LoopTarget {
     }
 
     #[inline(always)]
-    fn single(&self, request: &Request) -> Option<Place> {
+    fn single(&self, request: &Request) -> Option<BackingPosition> {
         let is_inside = request.end_within(self.size).is_ok();
         let is_one = self.limit.holds(request.offset, request.len);
-        let place = Place { backing: BackingIndex(0), offset: request.offset };
-        (is_inside && is_one && request.has_data()).then_some(place)
+        let position = BackingPosition { backing: BackingIndex(0), offset: request.offset };
+        (is_inside && is_one && request.has_data()).then_some(position)
     }
 }
 

@@ -1,4 +1,4 @@
-//! Targets, which are pure planners, and the layers that stand before them.
+//! Targets and the layers before them. Both are pure.
 
 mod any;
 mod fault;
@@ -26,7 +26,7 @@ use uring_ext::Errno;
 
 use crate::plan::{BackingIndex, Op, OpKind, Plan};
 
-/// Flushes each of the backings. The cursor counts them.
+/// Flushes each of the backings. The cursor counts the backings.
 fn push_flushes(backings: u16, from: u64, plan: &mut Plan) -> Result<(), Errno> {
     let first = u16::try_from(from).map_err(|_| Errno::EINVAL)?;
     for index in first..backings {

@@ -1,12 +1,12 @@
-//! The null target: takes writes and forgets them, reads as zeros.
+//! The null target: discards writes, reads as zeros.
 
 use uring_ext::Errno;
 
 use crate::plan::{BackingIndex, Op, OpKind, Plan, Planner};
 use crate::request::{Request, RequestKind};
 
-/// Reads are filled from backing 0, which is `/dev/zero`: a read that succeeds has filled every
-/// byte, or its reader would be shown old kernel memory. All else completes at once.
+/// Reads are filled from backing 0, which is `/dev/zero`. A read that succeeds has filled every
+/// byte; otherwise the reader would see old kernel memory. All other requests complete at once.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NullTarget;
 

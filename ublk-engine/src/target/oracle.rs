@@ -1,5 +1,4 @@
-//! Planners against an oracle: the device is an array of bytes, and each request does to it what
-//! its name says.
+//! Tests planners against an oracle: an array of bytes that each request changes as its name says.
 
 use std::fmt::Debug;
 
@@ -19,8 +18,8 @@ pub struct Geometry<P> {
     pub backings: Vec<u64>,
 }
 
-/// What a request does, where, and with which bytes. Places are fractions of the device, so that
-/// they fit any.
+/// A request: its kind, range and data. Ranges are fractions of the device, so that they fit any
+/// size.
 pub type Asked = (RequestKind, f64, f64, u8);
 
 fn kinds() -> impl Strategy<Value = RequestKind> {
@@ -33,7 +32,7 @@ fn kinds() -> impl Strategy<Value = RequestKind> {
     ]
 }
 
-/// How many cases to play: in the long run so many that each target is asked for a million requests.
+/// The number of test cases. The long run has enough for a million requests per target.
 pub fn config() -> ProptestConfig {
     let usual = ProptestConfig::default();
     match std::env::var("UBLK_VM_LONG").as_deref() {
@@ -42,7 +41,7 @@ pub fn config() -> ProptestConfig {
     }
 }
 
-/// What backings take as one, often far less than a request.
+/// Transfer limits of backings, often far below the length of a request.
 pub fn transfer_limits() -> impl Strategy<Value = TransferLimit> {
     let limited = (1..24_u32, 0..12_u64, 0..4_u32);
     let limited = limited.prop_map(|(max, boundary, shift)| {
@@ -51,7 +50,7 @@ pub fn transfer_limits() -> impl Strategy<Value = TransferLimit> {
     prop_oneof![1 => Just(TransferLimit::UNLIMITED), 2 => limited]
 }
 
-/// Random requests, some of them beyond the end: 16 on average.
+/// Random requests, some of them beyond the end; 16 on average.
 pub fn requests() -> impl Strategy<Value = Vec<Asked>> {
     prop::collection::vec((kinds(), 0.0..1.05_f64, 0.0..1.0_f64, 1..=255_u8), 1..32)
 }
@@ -61,7 +60,7 @@ fn request<P>(geometry: &Geometry<P>, asked: Asked) -> Request {
     let (kind, place, length, _) = asked;
     let sectors = (geometry.size / 512) as f64;
     let offset = (sectors * place) as u64 * 512;
-    // Most requests are short, some are as long as the device.
+    // Most requests are short. Some are as long as the device.
     let len = ((sectors * length.powi(6)) as u64 + 1) * 512;
     match kind {
         RequestKind::Flush => Request { kind, offset: 0, len: 0 },
@@ -72,10 +71,10 @@ fn request<P>(geometry: &Geometry<P>, asked: Asked) -> Request {
     }
 }
 
-/// Plays random requests on such targets and on the oracle. All that fit the device succeed.
+/// Runs random requests on such targets and on the oracle. All that fit the device succeed.
 #[track_caller]
 pub fn check<P: Planner + Debug>(geometries: impl Strategy<Value = Geometry<P>>) {
-    // As `proptest!` does: what fails is written down under the name of the target's file.
+    // As in `proptest!`: a failure is recorded under the name of the target's file.
     let source_file = Some(std::panic::Location::caller().file());
     let config = ProptestConfig { source_file, ..contextualize_config(config()) };
     let mut runner = TestRunner::new(config);
@@ -88,8 +87,8 @@ pub fn check<P: Planner + Debug>(geometries: impl Strategy<Value = Geometry<P>>)
     checked.unwrap_or_else(|error| panic!("{error}\n{runner}"));
 }
 
-/// Plays requests on backings and on the oracle. `expected` says whether each succeeds; one that
-/// fails leaves everything as it was.
+/// Runs requests on backings and on the oracle. `expected` says whether each succeeds. A failed one
+/// changes nothing.
 pub fn check_answers<P: Planner>(
     geometry: &Geometry<P>,
     asked: &[Asked],
@@ -100,7 +99,7 @@ pub fn check_answers<P: Planner>(
     let mut backings: Vec<_> = geometry.backings.iter().map(|size| bytes(*size)).collect();
     for (number, asked) in asked.iter().enumerate() {
         let request = request(geometry, *asked);
-        // No two bytes that lie near each other are the same, so that shifted ones are noticed.
+        // No two nearby bytes are equal, so that shifted data is noticed.
         let mix = |at: usize| (at as u64).wrapping_mul(0x9e37_79b9) >> 11 ^ number as u64;
         let len = usize::try_from(request.len).unwrap();
         let mut buffer: Vec<u8> = (0..len).map(|at| mix(at).to_le_bytes()[0] ^ asked.3).collect();
@@ -120,7 +119,7 @@ pub fn check_answers<P: Planner>(
             RequestKind::Flush => {}
         }
     }
-    // All that is on the device; some targets fail now and then.
+    // Reads the whole device. Some targets fail now and then.
     let mut buffer = bytes(geometry.size);
     let request = Request { kind: RequestKind::Read, offset: 0, len: geometry.size };
     let mut tries =

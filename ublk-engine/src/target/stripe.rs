@@ -1,19 +1,19 @@
-//! The stripe target (RAID 0): chunks of the device go to the backings in turn.
+//! The stripe target (RAID 0): chunks of the device alternate between the backings.
 
 use uring_ext::Errno;
 
 use super::push_flushes;
 use super::transfer_limit::TransferLimit;
-use crate::plan::{BackingIndex, Op, OpKind, Place, Plan, Planner};
+use crate::plan::{BackingIndex, BackingPosition, Op, OpKind, Plan, Planner};
 use crate::request::{Request, RequestKind};
 
-/// Fewest and most backings.
+/// Minimum and maximum number of backings.
 pub const BACKINGS: std::ops::RangeInclusive<usize> = 2..=64;
-/// Least chunk in bytes.
+/// Minimum chunk size in bytes.
 pub const MIN_CHUNK: u64 = 4096;
 
-/// A part of the device that is striped over the same backings: all of them at first, and where
-/// the smaller ones end, those that go on.
+/// A part of the device that is striped over the same backings: first all of them, then, behind the
+/// end of the smaller ones, the larger ones.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Zone {
     /// First byte on the device.
@@ -25,7 +25,7 @@ struct Zone {
     backings: Box<[BackingIndex]>,
 }
 
-/// Stripes the device over backings, which may be of unequal sizes.
+/// Stripes the device over backings. Their sizes may differ.
 #[derive(Clone, Debug)]
 pub struct StripeTarget {
     chunk: u64,
@@ -36,33 +36,33 @@ pub struct StripeTarget {
     limit: TransferLimit,
 }
 
-/// Sizes and chunk do not make a stripe.
+/// The sizes and the chunk do not make a stripe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadStripe {
     /// Too few or too many backings.
     #[error("{0} backings; a stripe has 2 to 64")]
     Backings(usize),
-    /// Not a power of two, or too small.
+    /// The chunk is not a power of two, or too small.
     #[error("a chunk of {0} bytes; it is a power of two of at least 4096")]
     Chunk(u64),
-    /// A backing that is smaller than a chunk.
+    /// A backing is smaller than a chunk.
     #[error("backing {index} has {size} bytes, less than a chunk of {chunk}")]
     TooSmall {
-        /// Which, in the order given.
+        /// Its index, in the order given.
         index: usize,
         /// Its size in bytes.
         size: u64,
         /// The chunk in bytes.
         chunk: u64,
     },
-    /// Together they are longer than a device can be.
+    /// The sum of their sizes exceeds the maximum size of a device.
     #[error("the backings are longer than a device can be")]
     TooLong,
 }
 
 impl StripeTarget {
-    /// Stripes chunks of `chunk` bytes over backings of these sizes in bytes. What is left of a
-    /// backing behind its last whole chunk is not used.
+    /// Stripes chunks of `chunk` bytes over backings of these sizes in bytes. The rest of a backing
+    /// behind its last whole chunk stays unused.
     ///
     /// # Errors
     /// [`BadStripe`].
@@ -93,7 +93,7 @@ impl StripeTarget {
         Ok(Self { chunk, zones, backings: count, size, limit: TransferLimit::UNLIMITED })
     }
 
-    /// On backings that take no more than this as one.
+    /// Sets the limit of one transfer on the backings.
     #[must_use]
     pub fn within(self, limit: TransferLimit) -> Self {
         Self { limit, ..self }
@@ -111,7 +111,8 @@ impl StripeTarget {
         self.chunk
     }
 
-    /// Whether every byte of `other` is where it is here, and there may be more behind them.
+    /// Whether every byte of `other` is at the same place here. There may be more bytes behind
+    /// them.
     #[must_use]
     pub fn extends(&self, other: &Self) -> bool {
         let same_kind = self.chunk == other.chunk && self.backings == other.backings;
@@ -128,7 +129,8 @@ impl StripeTarget {
         self.zones.partition_point(|zone| zone.device_start <= at) - 1
     }
 
-    /// Chunk by chunk, for what borrows the buffer: neighbours on a backing are apart in it.
+    /// Chunk by chunk, for operations with data: adjacent chunks on a backing are not adjacent in
+    /// the buffer.
     fn plan_chunks(&self, request: &Request, from: u64, plan: &mut Plan) -> Result<(), Errno> {
         let end = request.end_within(self.size)?;
         let mut at = request.offset + from;
@@ -155,8 +157,8 @@ impl StripeTarget {
         Ok(())
     }
 
-    /// One operation a backing and zone, for what has no data: on each backing the chunks of a
-    /// range are neighbours. The cursor counts columns of zones.
+    /// One operation per backing and zone, for operations without data: on each backing the chunks
+    /// of a range are adjacent. The cursor counts columns of zones.
     fn plan_ranges(&self, request: &Request, from: u64, plan: &mut Plan) -> Result<(), Errno> {
         let end = request.end_within(self.size)?;
         let mut cursor = 0;
@@ -191,7 +193,7 @@ impl StripeTarget {
         Ok(())
     }
 
-    /// How many bytes of a column lie before byte `at` of its zone.
+    /// The number of bytes of a column before byte `at` of its zone.
     fn position(&self, at: u64, column: u64, width: u64) -> u64 {
         let (chunk, into_chunk) = (at / self.chunk, at % self.chunk);
         let (row, at_column) = (chunk / width, chunk % width);
@@ -210,7 +212,7 @@ impl Zone {
     }
 
     fn row_and_column(&self, chunk: u64) -> (u64, usize) {
-        // A remainder of the number of backings is an index of them.
+        // A remainder modulo the number of backings is an index of a backing.
         let column = usize::try_from(chunk % self.width()).unwrap_or(0);
         (chunk / self.width(), column)
     }
@@ -228,7 +230,7 @@ impl Planner for StripeTarget {
     }
 
     #[inline]
-    fn single(&self, request: &Request) -> Option<Place> {
+    fn single(&self, request: &Request) -> Option<BackingPosition> {
         if !request.has_data() || request.end_within(self.size).is_err() {
             return None;
         }
@@ -240,8 +242,8 @@ impl Planner for StripeTarget {
         }
         let (row, column) = zone.row_and_column(chunk);
         let offset = zone.start + row * self.chunk + into_chunk;
-        let place = Place { backing: zone.backings[column], offset };
-        self.limit.holds(offset, request.len).then_some(place)
+        let position = BackingPosition { backing: zone.backings[column], offset };
+        self.limit.holds(offset, request.len).then_some(position)
     }
 }
 

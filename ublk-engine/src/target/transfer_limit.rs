@@ -1,17 +1,18 @@
 //! The longest operation that a backing takes without a split.
 //!
-//! The block layer splits longer ones (`bio_split_io_at()` in `block/blk-merge.c`). An operation that must not
-//! wait, as a ring's first attempt must not, fails with `EAGAIN` instead and goes to a worker thread. So the
-//! target cuts a request that is too long for a backing into several operations.
+//! The block layer splits longer ones (`bio_split_io_at()` in `block/blk-merge.c`). The first
+//! attempt of a ring must not wait, so there a split operation fails with `EAGAIN`, and a worker
+//! thread repeats it. So the target cuts a request that is too long for a backing into several
+//! operations.
 
-/// What a backing takes as one read or write. Sizes in bytes.
+/// The limit of one read or write on a backing. Sizes in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TransferLimit {
-    /// At most so much; a multiple of the logical block, not 0.
+    /// Maximum length; a multiple of the logical block, not 0.
     max: u64,
-    /// Nothing goes across multiples of this; 0 for none.
+    /// No operation crosses a multiple of this; 0 for none.
     boundary: u64,
-    /// Where there is a choice, operations end at multiples of this.
+    /// If possible, operations end at multiples of this.
     align: u64,
 }
 
@@ -19,25 +20,26 @@ impl TransferLimit {
     /// A backing that takes any request.
     pub const UNLIMITED: Self = Self { max: u64::MAX, boundary: 0, align: 1 };
 
-    /// A backing with logical blocks of `block` bytes, which takes `max`, not across multiples of
-    /// `boundary` (0 for none), and would rather be written whole multiples of `align`.
+    /// A backing with logical blocks of `block` bytes. It takes `max` bytes, no operation that
+    /// crosses a multiple of `boundary` (0 for none), and prefers writes of whole multiples of
+    /// `align`.
     #[must_use]
     pub fn new(block: u32, max: u32, boundary: u64, align: u32) -> Self {
         let block = u64::from(block.max(1));
         let max = (u64::from(max) / block * block).max(block);
-        // What is no multiple of a block cannot be heeded.
+        // A value that is not a multiple of a block is ignored.
         let boundary = if boundary % block == 0 { boundary } else { 0 };
         Self { max, boundary, align: u64::from(align.max(1)) }
     }
 
-    /// Whether all of such a range can be one operation.
+    /// Whether one operation can cover the whole range.
     #[must_use]
     #[inline(always)]
     pub const fn holds(&self, offset: u64, len: u64) -> bool {
         len <= self.max && (self.boundary == 0 || len <= self.room_at(offset))
     }
 
-    /// How much of such a range the first operation takes: all of it, or whole blocks.
+    /// The length of the first operation of such a range: the whole range, or whole blocks.
     #[must_use]
     pub fn first(&self, offset: u64, len: u64) -> u64 {
         if self.holds(offset, len) {

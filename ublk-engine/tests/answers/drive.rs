@@ -1,4 +1,4 @@
-//! A drive, a driver and a client, as far as it matters where a request's bytes are.
+//! A drive, a driver and a client, which track where each byte of a request is.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -18,10 +18,12 @@ use uring_ext::{Errno, sys};
 /// Bytes of each request.
 pub const LEN: u32 = 16 << 10;
 const BLOCK: u32 = 512;
-/// What an operation has failed with that the drive asks for again in vain: `ENODATA`, negated.
+/// The result of an operation that fails after all retries that the drive demands: `ENODATA`,
+/// negated.
 pub const NO_DATA: i32 = -61;
 
-/// Divides a request into so many equal pieces, whose transfers come short at first.
+/// Divides a request into `count` equal pieces, which are first issued for at most `at_first`
+/// bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct Pieces {
     pub count: u64,
@@ -55,20 +57,20 @@ impl Planner for Pieces {
 pub enum Fate {
     /// It succeeds.
     Whole,
-    /// It moves so many 256ths of its bytes.
+    /// It moves this many 256ths of its bytes.
     Part(u8),
     /// It moves nothing.
     Nothing,
-    /// It fails with an error that may pass.
+    /// It fails with a transient error.
     Again,
     /// It fails.
     Error,
-    /// The drive asks for it to be issued again, after so many nanoseconds.
+    /// The drive demands a retry after this many nanoseconds.
     Retry(u64),
 }
 
 impl Fate {
-    /// The result of what moves `len` bytes.
+    /// The result of an operation that moves `len` bytes.
     fn of(self, len: u64) -> i32 {
         let len = i32::try_from(len).unwrap();
         match self {
@@ -81,7 +83,7 @@ impl Fate {
         }
     }
 
-    /// The result of what moves nothing.
+    /// The result of a command that moves no bytes.
     fn of_command(self) -> i32 {
         match self {
             Self::Whole | Self::Part(_) | Self::Nothing => 0,
@@ -101,16 +103,16 @@ enum Wanted {
     Unregister(TagKey),
 }
 
-/// Where the bytes of a request are, and what becomes of what is done with them.
+/// Tracks where the bytes of a request are, and determines the results of operations.
 #[derive(Debug, Default)]
 pub struct Drive {
-    /// Slots from here on are of the pool.
+    /// The first slot of the pool.
     lent: u16,
     fetch: Option<TagKey>,
     wanted: VecDeque<Wanted>,
     fates: VecDeque<Fate>,
     answer: Option<i32>,
-    /// By byte of the request: whether its data is in the client's buffer, ...
+    /// For each byte of the request: whether its data is in the client's buffer, ...
     client: Vec<bool>,
     /// ... in the server's own, ...
     pool: Vec<bool>,
@@ -189,7 +191,7 @@ impl Port for Drive {
     }
 }
 
-/// The ways to lend, each with its buffer table.
+/// The lend modes, each with its buffer table.
 pub fn modes() -> [(LendMode, SlotTable); 5] {
     let own = SlotTable { lent: 2, pool: 1, scratch: 0, choice: SlotChoice::From(0) };
     let any = SlotTable { choice: SlotChoice::AnyFree, ..own };
@@ -203,11 +205,11 @@ pub fn modes() -> [(LendMode, SlotTable); 5] {
     ]
 }
 
-/// An engine with one tag on such a drive.
+/// An engine with one tag on this drive.
 pub struct Play {
     pub engine: Engine<Pieces>,
     pub drive: Drive,
-    /// Operations are commands, whose results do not say how many bytes they have moved.
+    /// Operations are commands. Their results do not contain the number of bytes moved.
     pub commands: bool,
 }
 
@@ -227,8 +229,8 @@ impl Play {
         play
     }
 
-    /// Serves a request with these fates, and then none that are bad; returns the answer, which
-    /// is all of the request or an error.
+    /// Serves a request with these fates; later operations succeed. Returns the answer, and checks
+    /// that a success is the whole request.
     pub fn serve(&mut self, op_flags: u32, fates: &[Fate]) -> i32 {
         let key = self.drive.fetch.take().expect("the driver has the tag");
         self.drive.fates = fates.iter().copied().collect();
@@ -286,7 +288,7 @@ impl Play {
     fn transfer(&mut self, key: OpKey, op: &Op, slot: Option<SlotIndex>) {
         self.drive.asked.push(op.len);
         let res = match self.drive.fate() {
-            // Commands are carried out as a whole or not at all.
+            // A command is carried out as a whole or not at all.
             Fate::Whole | Fate::Part(_) | Fate::Nothing if self.commands => {
                 let whole = self.engine.whole(key);
                 assert_eq!(u64::try_from(whole), Ok(op.len), "what was issued");

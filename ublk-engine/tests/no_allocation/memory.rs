@@ -1,4 +1,4 @@
-//! A ring, a driver and a planner that allocate nothing themselves.
+//! A ring, a driver and planners that allocate nothing themselves.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -16,8 +16,8 @@ use uring_ext::{Errno, sys};
 
 use super::DEPTH;
 
-/// Every sector is an operation, on two backings in turn, so that requests need several windows;
-/// FUA is a second stage.
+/// Plans an operation for every sector, alternating between two backings, so that requests need
+/// several windows. FUA is a second stage.
 #[derive(Clone, Copy, Debug)]
 pub struct Sectors;
 
@@ -50,8 +50,8 @@ impl Planner for Sectors {
     }
 }
 
-/// Transfers that come short, errors and delays, from two layers, on pieces of two sectors, on two backings
-/// in turn.
+/// Short transfers, errors and delays from two layers, on pieces of two sectors, alternating between
+/// two backings.
 pub fn faults() -> Layered<FaultLayer, LinearTarget> {
     let rules = [
         &["p=0.2,short", "p=0.3,delay=1ms", "p=0.1,delay=1ms,error=EIO", "p=0.1,error=EIO"][..],
@@ -66,7 +66,7 @@ pub fn faults() -> Layered<FaultLayer, LinearTarget> {
     Layered::new(layers, LinearTarget::new(extents).unwrap())
 }
 
-/// Copies on write, one request at a time; what fails is tried elsewhere, or ignored.
+/// Copies on write, one request at a time. Failed operations are issued elsewhere or ignored.
 #[derive(Clone, Debug, Default)]
 pub struct Turns {
     taken: Cell<bool>,
@@ -106,7 +106,7 @@ impl Planner for Turns {
     }
 }
 
-/// What an entry is, as far as its answer depends on it.
+/// The kind of an entry, as far as its result depends on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     Fetch,
@@ -145,12 +145,12 @@ impl Entry {
     }
 }
 
-/// Keeps what was pushed in memory set aside before the measurement.
+/// Stores pushed entries in memory that was allocated before the measurement.
 pub struct Memory {
     pub pool: BufferPool,
     pub ranges: Ranges,
     pub queue: VecDeque<Entry>,
-    /// It takes nothing.
+    /// The ring takes nothing.
     pub full: bool,
     pub iods: [IoDesc; DEPTH as usize],
     pub copies: u32,

@@ -1,11 +1,11 @@
-//! What is below a backing: the ublk devices that its bytes come from in the end, through partitions,
-//! device mapper, md, bcache, loop devices of the kernel, file systems, and other ublk devices.
+//! Finds the ublk devices below a backing: through partitions, device mapper, md, bcache, kernel
+//! loop devices, file systems, and other ublk devices.
 //!
-//! A device also waits for what else the server of a device below it serves: they share lanes, whose
-//! workers the others may hold.
+//! A device also waits for the other devices of a server below it: they share lanes, and may hold
+//! the workers of these lanes.
 //!
-//! What the kernel shows nowhere is not seen: drives of another machine that come back to this one over
-//! a network, FUSE file systems, ublk devices of other programs.
+//! The search cannot see what the kernel does not show: drives of another machine that come back to
+//! this one over a network, FUSE file systems, ublk devices of other programs.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
@@ -27,21 +27,21 @@ type Number = (u32, u32);
 /// The ublk devices that a device may have to wait for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Below {
-    /// By id; whether it is below without a doubt. A file on a file system of several devices may be on
-    /// any, and what shares a server with one below is not itself below.
+    /// By id: whether the device is certainly below. A file on a file system of several devices may
+    /// be on any of them. A device that only shares a server with one below is not itself below.
     devices: BTreeMap<u32, bool>,
 }
 
-/// What is known of the ublk devices of this program.
+/// The recorded facts about the ublk devices of this program.
 pub trait Records {
-    /// The backings of one.
+    /// The backings of a device.
     fn backings(&self, id: u32) -> Vec<PathBuf>;
     /// The other devices that its server serves.
     fn beside(&self, id: u32) -> Vec<u32>;
 }
 
 impl Below {
-    /// What is below open backings.
+    /// Finds the devices below open backings.
     #[must_use]
     pub fn backings(backings: &[Backing], records: &dyn Records) -> Self {
         // A path could lead elsewhere by now.
@@ -50,7 +50,7 @@ impl Below {
         Self::paths(&backings.iter().map(opened).collect::<Vec<_>>(), records)
     }
 
-    /// What is below files and block devices that are not open.
+    /// Finds the devices below files and block devices that are not open.
     #[must_use]
     pub fn paths(paths: &[PathBuf], records: &dyn Records) -> Self {
         Search::new(&System { records }).from(paths)
@@ -61,18 +61,18 @@ impl Below {
         Self { devices: ids.iter().map(|id| (*id, true)).collect() }
     }
 
-    /// One of these devices that must be waited for, or may have to be.
+    /// One of these devices that must, or may have to, be waited for.
     #[must_use]
     pub fn any_of(&self, ids: &BTreeSet<u32>) -> Option<u32> {
         self.devices.keys().copied().find(|id| ids.contains(id))
     }
 
-    /// The devices that are below without a doubt.
+    /// The devices that are certainly below.
     pub fn certain(&self) -> impl Iterator<Item = u32> + '_ {
         self.devices.iter().filter(|(_, is_certain)| **is_certain).map(|(id, _)| *id)
     }
 
-    /// Whether this device is below, without a doubt.
+    /// Whether this device is certainly below.
     #[must_use]
     pub fn has(&self, id: u32) -> bool {
         self.devices.get(&id).is_some_and(|is_certain| *is_certain)
@@ -84,21 +84,21 @@ impl Below {
 enum Location {
     /// A block device.
     Device(Number),
-    /// A file or directory on a file system with this number. That of a file on btrfs is of no device,
-    /// but the mount is known.
+    /// A file or directory on a file system with this number. On btrfs the number belongs to no
+    /// device, but the mount is known.
     File { system: Number, mount: Option<u64> },
 }
 
-/// What the search asks the system for.
+/// The search's view of the system.
 trait Look {
-    /// Where sysfs is.
+    /// The path of sysfs.
     fn sys(&self) -> &Path;
     fn at(&self, path: &Path) -> Option<Location>;
-    /// The file of a loop device with this name.
+    /// The file of the loop device with this name.
     fn loop_file(&self, name: &str) -> Option<LoopFile>;
     /// The mounts, as `/proc/PID/mountinfo` shows them.
     fn mountinfo(&self) -> String;
-    /// What memory is swapped to, as `/proc/swaps` shows it.
+    /// The swap devices and files, as `/proc/swaps` shows them.
     fn swaps(&self) -> String;
     fn records(&self) -> &dyn Records;
 }
@@ -154,17 +154,17 @@ struct Mount {
     system: Number,
     kind: String,
     source: String,
-    /// Of the file system; one of them may name another device of it.
+    /// The mounts of the file system; each may name another device of it.
     options: String,
 }
 
-/// A search. It ends: each device is looked at once, or twice if it becomes certain later.
+/// A search. It ends: it visits each device once, or twice if the device becomes certain later.
 struct Search<'a> {
     look: &'a dyn Look,
     mounts: Rc<[Mount]>,
     seen: BTreeMap<Number, bool>,
     to_do: Vec<(Number, bool)>,
-    /// File systems that have been looked at.
+    /// File systems already visited.
     systems: BTreeSet<(Number, Option<u64>, bool)>,
     found: BTreeMap<u32, bool>,
 }
@@ -200,7 +200,7 @@ impl<'a> Search<'a> {
         }
     }
 
-    /// What a block device stands on.
+    /// Visits the devices below a block device.
     fn look_below(&mut self, (major, minor): Number, is_certain: bool) {
         let link = self.look.sys().join(format!("dev/block/{major}:{minor}"));
         let Ok(directory) = fs::canonicalize(link) else { return };
@@ -260,7 +260,7 @@ impl<'a> Search<'a> {
         }
     }
 
-    /// What a file system is on.
+    /// Visits the devices of a file system.
     fn add_system(&mut self, system: Number, mount: Option<u64>, is_certain: bool) {
         if !self.systems.insert((system, mount, is_certain)) {
             return;
@@ -281,7 +281,7 @@ impl<'a> Search<'a> {
         }
     }
 
-    /// What a mount names.
+    /// Visits the device that a mount names.
     fn add_mounted(&mut self, mount: &Mount, is_certain: bool) {
         if mount.source.starts_with('/') {
             // Some have several.
@@ -306,7 +306,7 @@ impl<'a> Search<'a> {
         }
     }
 
-    /// All devices of the btrfs that has this one: its mounts name one of them only.
+    /// All devices of the btrfs with this device: its mounts name only one of them.
     fn add_btrfs_with(&mut self, device: Number, is_certain: bool) {
         for system in entries(&self.look.sys().join("fs/btrfs")) {
             let devices: Vec<_> =
@@ -331,7 +331,7 @@ fn parse_mount(line: &str) -> Option<Mount> {
     let mut fields = line.split(' ');
     let id = fields.next()?.parse().ok()?;
     let system = parse_devt(fields.nth(1)?)?;
-    // Places, options and tags, of which there may be any number; then type, source and options.
+    // Places, any number of options and tags; then type, source and options.
     let mut rest = fields.skip_while(|field| *field != "-").skip(1);
     let kind = rest.next()?.to_owned();
     let source = unescape(rest.next()?);

@@ -7,17 +7,17 @@ use uring_ext::Errno;
 use super::limits::MAX_BLOCK;
 use crate::os::kernel::KernelVersion;
 
-/// Why a path cannot be a backing. Each says what to do where something can be done.
+/// Why a path cannot be a backing. If there is a remedy, the text names it.
 #[non_exhaustive]
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BackingProblem {
-    /// Nothing is there.
+    /// The path does not exist.
     #[error("does not exist; give the path of a block device or a regular file")]
     Missing,
     /// Neither a block device nor a regular file.
     #[error("is {0}; give a block device or a regular file")]
     WrongKind(&'static str),
-    /// There is nothing in it to serve.
+    /// It has no bytes.
     #[error("is empty; give it a size first, for example with `truncate -s 1G`")]
     Empty,
     /// It is smaller than a block.
@@ -28,14 +28,14 @@ pub enum BackingProblem {
         /// The logical block size in bytes.
         block: u32,
     },
-    /// Its blocks are longer than those of a ublk device can be.
+    /// Its blocks are larger than a ublk device can have.
     #[error(
         "has blocks of {0} bytes, and a ublk device has blocks of at most {MAX_BLOCK}; give a backing \
          with smaller ones"
     )]
     BlockTooBig(u32),
-    /// Smaller blocks are asked for than a block device has.
-    #[error("has blocks of {0} bytes; only files can be served in smaller ones")]
+    /// The requested blocks are smaller than those of the block device.
+    #[error("has blocks of {0} bytes; only a file can be served in smaller blocks")]
     BlocksTooLarge(u32),
     /// The path leads through a link of another user.
     #[error(
@@ -48,51 +48,52 @@ pub enum BackingProblem {
         /// Its owner.
         uid: u32,
     },
-    /// The file has several names, one of them where others can make them.
+    /// The file has several hard links, one of them in a directory that others can change.
     #[error(
-        "has another name, and {} is not root's alone: it may be anybody's file; give that other name",
+        "has several hard links, and users other than root can change {}: they may have linked another \
+         file there; give another path of the file",
         .0.display()
     )]
     OthersName(PathBuf),
-    /// Somebody uses it.
+    /// It is in use, by these users.
     #[error("is in use: {}; stop that use first", .0.join(", "))]
     InUse(Vec<String>),
-    /// Its zones would need a zoned target.
-    #[error("is a zoned device, which this target does not serve")]
+    /// It is zoned; no target supports zones.
+    #[error("is a zoned device; zoned devices are not supported")]
     Zoned,
-    /// It is no whole NVMe namespace.
+    /// It is not a whole NVMe namespace.
     #[error(
-        "is not a whole NVMe namespace, which passthrough needs; give /dev/ngXnY or /dev/nvmeXnY, \
+        "is not a whole NVMe namespace, and passthrough needs one; give /dev/ngXnY or /dev/nvmeXnY, \
          or leave out --passthru"
     )]
     NoNamespace,
-    /// Its blocks have metadata, which no request here carries.
+    /// Its blocks have metadata; requests carry none. The number is bytes per block.
     #[error(
-        "is formatted with {0} bytes of metadata a block, which passthrough does not serve; format it \
-         without (`nvme format`), or serve its block device"
+        "has {0} bytes of metadata per block, and passthrough does not support metadata; format it \
+         without metadata (`nvme format`), or serve its block device"
     )]
     Metadata(u16),
-    /// The kernel lacks what passthrough needs.
+    /// The kernel is too old for passthrough.
     #[error("passthrough needs Linux {needs}, and this is {running}; serve the block device")]
     TooOld {
-        /// The first version that has it.
+        /// The first version with passthrough.
         needs: KernelVersion,
-        /// The one that runs.
+        /// The running version.
         running: KernelVersion,
     },
     /// Its file system cannot do direct I/O.
     #[error("its file system does not support direct I/O (O_DIRECT); move it to one that does")]
     NoDirectIo,
-    /// It is not what it was when the device was added.
+    /// It is not the backing that the device was added with.
     #[error(
-        "is not the backing that the device was added with: {0}; give the device its own one back, \
-         or delete it"
+        "is not the backing that the device was added with: {0}; restore the original backing, or \
+         delete the device"
     )]
     Changed(String),
-    /// Any other error of the kernel.
+    /// Any other kernel error.
     #[error("{doing}: {errno}")]
     Failed {
-        /// What was tried.
+        /// The operation that failed.
         doing: &'static str,
         /// Why it failed.
         errno: Errno,

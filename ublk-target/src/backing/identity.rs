@@ -1,4 +1,4 @@
-//! What a backing is known again by.
+//! The identity of a backing, which recovery checks.
 
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -17,16 +17,16 @@ use crate::backing::{Backing, BackingError, BackingProblem};
 pub struct Known {
     /// Its canonical path.
     pub path: PathBuf,
-    /// The bytes that were used, whole blocks.
+    /// The used size, in whole blocks.
     pub size: Bytes,
-    /// What tells it from others, in words; empty where nothing does.
+    /// Its identity in words; empty if it has none.
     pub identity: String,
-    /// It goes through the page cache, since its own blocks are larger than the device's.
+    /// Whether it goes through the page cache, because its own blocks are larger than the device's.
     pub page_cache: bool,
 }
 
 impl Backing {
-    /// What to know it by later.
+    /// The record for a later recovery.
     #[must_use]
     pub fn known(&self) -> Known {
         let (path, size) = (self.path().to_owned(), self.size());
@@ -34,10 +34,10 @@ impl Backing {
         Known { path, size, identity, page_cache }
     }
 
-    /// Uses no more of it than was used before, if it is the one that is known.
+    /// Limits it to the recorded size, if it is the recorded backing.
     ///
     /// # Errors
-    /// [`BackingProblem::Changed`] for another one, or one that has shrunk.
+    /// [`BackingProblem::Changed`] for another backing, or one that has shrunk.
     pub fn keep_to(mut self, known: &Known) -> Result<Self, BackingError> {
         let changed = |what| {
             let problem = BackingProblem::Changed(what);
@@ -45,13 +45,13 @@ impl Backing {
         };
         if self.identity != known.identity {
             return changed(format!(
-                "it is {}, and was {}",
+                "it is {} now, and it was {}",
                 or_nameless(&self.identity),
                 or_nameless(&known.identity)
             ));
         }
         if self.size < known.size {
-            return changed(format!("it has {}, and had {}", self.size, known.size));
+            return changed(format!("its size is {}, and it was {}", self.size, known.size));
         }
         self.size = known.size;
         Ok(self)
@@ -59,10 +59,10 @@ impl Backing {
 }
 
 fn or_nameless(identity: &str) -> &str {
-    if identity.is_empty() { "a device without a name of its own" } else { identity }
+    if identity.is_empty() { "a device without an identity" } else { identity }
 }
 
-/// A block device's: the first of what sysfs has of these names.
+/// The identity of a block device: the first of these attributes in sysfs.
 pub(super) fn of_device(device: &SysfsDevice) -> String {
     let names = ["wwid", "device/wwid", "device/serial", "serial", "dm/uuid", "loop/backing_file"];
     let named = names.iter().find_map(|name| {
@@ -76,7 +76,7 @@ pub(super) fn of_device(device: &SysfsDevice) -> String {
     }
 }
 
-/// A regular file's: its number, and when it was made, where its file system knows that.
+/// The identity of a regular file: its inode, and its creation time if the file system records it.
 pub(super) fn of_file(file: &File) -> String {
     let mask = StatxFlags::INO | StatxFlags::BTIME;
     let Ok(stat) = statx(file.as_fd(), Path::new(""), AtFlags::EMPTY_PATH, mask) else {
@@ -108,12 +108,12 @@ mod tests {
         assert_eq!(again().unwrap().size(), Bytes(1 << 20));
         make(1 << 19);
         let shrunk = again().unwrap_err().to_string();
-        assert!(shrunk.contains("it has 512 KiB, and had 1 MiB"), "{shrunk}");
+        assert!(shrunk.contains("its size is 512 KiB, and it was 1 MiB"), "{shrunk}");
         // Another file of this name, made while the first one still has its number.
         let other = directory.path().join("other");
         File::create(&other).unwrap().set_len(1 << 20).unwrap();
         std::fs::rename(&other, &path).unwrap();
         let other = again().unwrap_err().to_string();
-        assert!(other.contains("it is inode") && other.contains("and was inode"), "{other}");
+        assert!(other.contains("it is inode") && other.contains("it was inode"), "{other}");
     }
 }

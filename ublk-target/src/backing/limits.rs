@@ -1,8 +1,9 @@
 //! Limits of a device, inherited from its backings.
 //!
-//! If operations were what a backing does not take, they would be split below, fail with `EINVAL`,
-//! or be pushed to worker threads; so every limit is the backing's own. But a device that lends may
-//! take longer requests, which its target cuts ([`TransferLimit`]): one delivery, several operations.
+//! An operation beyond a backing's limits would be split below, fail with `EINVAL`, or go to a
+//! worker thread. So every limit is the backing's own. But a device in a mode without a copy may
+//! take longer requests, which its target cuts ([`TransferLimit`]): one delivery, several
+//! operations.
 
 use ublk_engine::plan::WINDOW_OPS;
 use ublk_engine::target::TransferLimit;
@@ -13,7 +14,7 @@ use uring_ext::sys;
 /// Limits for discards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DiscardLimits {
-    /// Bytes that are discarded as one.
+    /// Discard granularity in bytes.
     pub granularity: u32,
     /// Offset of the first such unit in bytes.
     pub alignment: u32,
@@ -32,12 +33,12 @@ impl DiscardLimits {
     }
 }
 
-/// What the block layer must know about a device. Sizes in bytes.
+/// The limits of a device for the block layer. Sizes in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Smallest unit of addressing; a power of two from 512 to the page size.
     pub logical_block: u32,
-    /// Smallest unit that is written without reading; a power of two.
+    /// Physical block: the smallest unit written without a read; a power of two.
     pub physical_block: u32,
     /// Smallest I/O that performs well.
     pub io_min: u32,
@@ -95,17 +96,16 @@ impl Default for Limits {
 
 /// The driver's own limit of one request's data (`UBLK_IO_BUF_BITS`): 32 MiB.
 const DRIVER_MAX_IO: u32 = 1 << sys::UBLK_IO_BUF_BITS;
-/// The greatest physical block, `io_min` and `io_opt` that the driver takes (`ublk_validate_params`,
-/// Linux 7.0). They are advice, so greater ones are cut to it.
+/// The largest physical block, `io_min` and `io_opt` that the driver takes (`ublk_validate_params`,
+/// Linux 7.0). These are hints, so larger values are cut to this.
 const DRIVER_MAX_HINT: u32 = 256 << 20;
-/// The greatest logical block that is served: a page of every architecture, which is the driver's
-/// limit (`ublk_validate_params`).
+/// The largest supported logical block: the smallest page size of all architectures. The driver's
+/// limit is a page (`ublk_validate_params`).
 pub const MAX_BLOCK: u32 = 4096;
 
 impl Limits {
-    /// Limits of a device whose requests may go to any of several backings, or to several at once:
-    /// what all of them meet.
-    /// `None` if there are none.
+    /// The common limits of several backings, for a device whose requests may go to any of them, or
+    /// to several at once. `None` without a backing.
     #[must_use]
     pub fn of_all<'a>(backings: impl IntoIterator<Item = &'a Self>) -> Option<Self> {
         let mut backings = backings.into_iter();
@@ -134,21 +134,21 @@ impl Limits {
         Some(Self { logical_block, physical_block: all.physical_block.max(logical_block), ..all })
     }
 
-    /// How long operations may be.
+    /// The largest operation.
     #[must_use]
     pub fn transfer_limit(&self) -> TransferLimit {
         TransferLimit::new(self.logical_block, self.max_io, self.chunk, self.physical_block)
     }
 
-    /// Whether requests can be cut: parts begin at any block of the buffer, which must do as an
-    /// address.
+    /// Whether requests can be cut: a part begins at any block of the buffer, and its address must
+    /// satisfy the DMA alignment.
     #[must_use]
     pub const fn can_cut(&self) -> bool {
         self.dma_alignment <= self.logical_block
     }
 
-    /// Limits of a device whose target cuts requests ([`Limits::transfer_limit`]). They may be as long as an
-    /// operation, or `longest` if that is no more than a window of operations.
+    /// Limits of a device whose target cuts requests ([`Limits::transfer_limit`]). A request may be
+    /// as long as one operation, or `longest` if that fits a window of operations.
     #[must_use]
     pub fn of_cut_requests(&self, longest: u32) -> Self {
         if !self.can_cut() {
@@ -162,7 +162,7 @@ impl Limits {
         Self { max_io, chunk: 0, max_segments: self.max_segments.max(longest), ..*self }
     }
 
-    /// Bytes of a request's buffer: the greatest I/O, at least a page, and at most `cap`.
+    /// Size of a request's buffer in bytes: the largest I/O, at least a page, and at most `cap`.
     #[must_use]
     pub fn buffer_bytes(&self, cap: u32, page: u32) -> u32 {
         let max_io = self.max_io.min(cap).min(DRIVER_MAX_IO);
@@ -225,21 +225,22 @@ impl Limits {
         table.iter().filter(|(set, _)| *set).fold(0, |attrs, (_, bit)| attrs | bit)
     }
 
-    /// The optimal size as the driver can express it, a power of two: the largest that divides
-    /// the backing's, or the physical block where that is unknown.
+    /// The optimal I/O size as a power of two, since the driver takes no other: the largest that
+    /// divides the backing's, or the physical block if that is unknown.
     const fn optimal(&self) -> u32 {
         if self.io_opt == 0 { self.physical_block } else { 1 << self.io_opt.trailing_zeros() }
     }
 }
 
-/// Most segments of a request of so many bytes, if none is shorter than a page but the first and the
-/// last.
+/// Most segments of a request of this length in bytes, if only the first and the last are shorter
+/// than a page.
 fn segments(bytes: u32) -> u16 {
     const PAGE: u32 = 4096;
     u16::try_from(bytes.div_ceil(PAGE) + 1).unwrap_or(u16::MAX)
 }
 
-/// What does not cross multiples of this crosses none of either.
+/// A boundary for both: an operation that does not cross its multiples crosses no multiple of
+/// either.
 fn common_chunk(one: u64, other: u64) -> u64 {
     if other == 0 { one } else { common_chunk(other, one % other) }
 }
@@ -249,7 +250,7 @@ fn shift(bytes: u32) -> u8 {
     u8::try_from(bytes.max(1).ilog2()).unwrap_or(u8::MAX)
 }
 
-/// Whole sectors, as many as 32 bits hold.
+/// Whole sectors, at most 32 bits.
 fn sectors(bytes: u64) -> u32 {
     u32::try_from(Bytes(bytes).sectors().0).unwrap_or(u32::MAX)
 }
@@ -382,7 +383,7 @@ mod tests {
         }
     }
 
-    /// The checks of `ublk_validate_params` in Linux 7.3, of what is set here.
+    /// The checks of `ublk_validate_params` in Linux 7.3 for the fields set here.
     fn driver_takes(params: &Params, buffer_bytes: u32) -> Result<(), String> {
         let basic = params.basic();
         let check = |holds: bool, what: &str| if holds { Ok(()) } else { Err(what.to_owned()) };
@@ -437,7 +438,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever backings say of themselves, the driver takes the device.
+        /// The driver takes the device, whatever limits the backings report.
         #[test]
         fn the_driver_takes_all_limits(backings in proptest::collection::vec(limits(), 1..5)) {
             for limits in [backings[0], Limits::of_all(&backings).unwrap()] {

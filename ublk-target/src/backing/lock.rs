@@ -1,8 +1,8 @@
-//! Locks on files, for programs that heed them: `flock(2)`, and locks of open file descriptions
-//! (`F_OFD_SETLK`), as virtual machines take them on their images.
+//! Advisory locks on files: `flock(2)`, and locks of open file descriptions (`F_OFD_SETLK`), as
+//! virtual machines take them on their images.
 //!
-//! Whoever may read a file can take a shared lock, and so keep others from an exclusive one. That must
-//! not keep root from serving it: only locks of root's processes do.
+//! Any user who may read a file can take a shared lock, and so block an exclusive one. That must
+//! not prevent root from serving the file, so only locks of root's processes count.
 
 use std::fs::{self, File, Metadata};
 use std::os::fd::{AsFd, AsRawFd};
@@ -16,11 +16,11 @@ use crate::backing::usage;
 use crate::backing::{BackingProblem, in_use};
 use crate::os::procfs::{self, process_name};
 
-/// Locks a file exclusively, as long as it is open.
+/// Locks a file exclusively while it is open.
 ///
 /// # Errors
-/// [`BackingProblem::InUse`] with those who use it: swap, loop devices of the kernel, and processes of
-/// root's that have it locked.
+/// [`BackingProblem::InUse`] with the users: swap, kernel loop devices, and processes of root that
+/// have locked it.
 pub(super) fn lock(file: &File, read_only: bool) -> Result<(), BackingProblem> {
     let meta = file.metadata().map_err(crate::backing::failed("cannot be looked up"))?;
     let users = usage::users_of_file(&meta);
@@ -61,31 +61,31 @@ fn lock_description(file: &File, read_only: bool) -> Result<(), Errno> {
     set.map(drop).map_err(|errno| Errno::new(errno as i32))
 }
 
-/// Refuses a file that root's processes have locked, or this one has by another descriptor. Others are
-/// named in the log.
+/// Refuses a file that another process of root has locked, or this process by another descriptor.
+/// Other users' locks are logged.
 fn refuse_holders(own: &File, file: &Metadata) -> Result<(), BackingProblem> {
     let holders = procfs::processes().filter(|pid| *pid != std::process::id());
     let holders = holders.filter(|pid| holds(*pid, file, None));
     let (roots, others): (Vec<_>, Vec<_>) = holders.partition(|pid| procfs::is_roots(*pid));
     for pid in &others {
         log::warn!(
-            "{} ({pid}), which is not root's, has locked the file; it is served all the same",
+            "{} ({pid}) of another user has locked the file; the device serves it anyway",
             process_name(*pid)
         );
     }
     let named = |pid: u32| format!("locked by {} ({pid})", process_name(pid));
     let mut roots: Vec<_> = roots.into_iter().map(named).collect();
     if holds(std::process::id(), file, Some(own)) {
-        roots.push("this server has it already, perhaps by another of its names".to_owned());
+        roots.push("this server already has it open, perhaps by another hard link".to_owned());
     }
     if roots.is_empty() && !others.is_empty() {
         return Ok(());
     }
-    Err(in_use(roots, "a process that cannot be seen from here has locked it"))
+    Err(in_use(roots, "locked by a process that is not visible here"))
 }
 
-/// Whether a process has locked a file by another descriptor than `except` (`/proc/PID/fdinfo`, which has
-/// the locks of descriptions, too).
+/// Whether a process has locked a file by a descriptor other than `except` (`/proc/PID/fdinfo`,
+/// which also shows locks of open file descriptions).
 fn holds(pid: u32, file: &Metadata, except: Option<&File>) -> bool {
     let infos = fs::read_dir(format!("/proc/{pid}/fdinfo")).into_iter().flatten().flatten();
     let except = except.map(|file| file.as_raw_fd().to_string());
@@ -136,6 +136,6 @@ mod tests {
         let first = open(&one);
         lock(&first, false).unwrap();
         let refused = lock(&open(&other), false).unwrap_err().to_string();
-        assert!(refused.contains("this server has it already"), "{refused}");
+        assert!(refused.contains("this server already has it open"), "{refused}");
     }
 }

@@ -1,7 +1,7 @@
-//! From a path to what is there: looked up once, and not through links that others can change.
+//! Path lookup: once, and not through links that others can change.
 //!
-//! Whoever can change a link in the path, or the directory that it is in, would otherwise choose what
-//! root opens, and the members of a group may read and write.
+//! Otherwise, a user who can change a link in the path, or its directory, could choose the file
+//! that root opens and that members of a group may read and write.
 
 use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
@@ -17,19 +17,20 @@ use uring_ext::Errno;
 
 use crate::backing::{BackingProblem, failed, open_quietly};
 
-/// Links on the way, as the kernel bounds them (`MAXSYMLINKS`).
+/// The largest number of links in a path, as in the kernel (`MAXSYMLINKS`).
 const MAX_LINKS: u32 = 40;
-/// Set on a directory, it lets nobody rename or remove what is not his (`S_ISVTX`).
+/// The sticky bit (`S_ISVTX`): in such a directory, users can rename or remove only their own
+/// files.
 const STICKY: u32 = 0o1000;
 
-/// Something that was found, and stays what it is whatever becomes of its path.
+/// A looked-up file. It stays the same file even if its path changes.
 #[derive(Debug)]
 pub(crate) struct Found {
     node: File,
-    /// Its path without links.
+    /// The path without links.
     pub path: PathBuf,
     pub meta: Metadata,
-    /// A directory on the way that others than the calling user can change.
+    /// A directory in the path that users other than the calling one can change.
     pub open_directory: Option<PathBuf>,
 }
 
@@ -42,7 +43,7 @@ impl Found {
     }
 }
 
-/// A directory on the way.
+/// A directory in the path.
 struct Step {
     directory: File,
     name: OsString,
@@ -126,7 +127,7 @@ fn errno(errno: rustix::io::Errno) -> BackingProblem {
     }
 }
 
-/// The names on a path; `..` is one of them.
+/// The names in a path, `..` included.
 fn components(path: &Path) -> VecDeque<OsString> {
     let name = |component: Component<'_>| match component {
         Component::Normal(name) => Some(name.to_owned()),
@@ -141,12 +142,12 @@ fn path_of(steps: &[Step]) -> PathBuf {
     std::iter::once(OsStr::new("/")).chain(names).collect()
 }
 
-/// Whether a file is the calling user's, who is root, or root's.
+/// Whether a file belongs to the calling user (who is root) or to root.
 fn is_own(meta: &Metadata) -> bool {
     meta.uid() == geteuid().as_raw() || meta.uid() == 0
 }
 
-/// Whether nobody else can put another entry in the place of this one.
+/// Whether nobody else can replace this directory entry.
 fn is_safe(directory: &Metadata, entry: &Metadata) -> bool {
     let is_writable = directory.mode() & 0o022 != 0;
     let is_sticky = directory.mode() & STICKY != 0;

@@ -1,4 +1,4 @@
-//! Backings: the files and block devices where the bytes live.
+//! Backings: the files and block devices that store the bytes.
 
 pub mod below;
 mod error;
@@ -30,12 +30,12 @@ pub(crate) use lookup::find;
 use namespace::NamespaceFiles;
 use sysfs::SysfsDevice;
 
-/// What keeps a backing open, and exclusive.
+/// The open files of a backing, which also keep it exclusive.
 #[derive(Debug)]
 enum Handle {
     /// Opened with `O_EXCL`, or a shared device such as `/dev/zero`.
     Device(File),
-    /// Locked.
+    /// A locked regular file.
     File(File),
     /// Both devices of a namespace.
     Namespace(NamespaceFiles),
@@ -57,25 +57,25 @@ pub struct Backing {
 /// How a backing is opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Opening {
-    /// As an NVMe namespace, which is given commands.
+    /// As an NVMe namespace, by NVMe commands.
     pub passthru: bool,
-    /// So that nobody else can claim it. Without it, what a device would be made of is looked at.
+    /// Exclusively. Without it, the backing is only inspected.
     pub claims: bool,
-    /// Blocks of so many bytes, a power of two, are served. A file whose own are larger goes through
-    /// the page cache then.
+    /// The block size of the device in bytes, a power of two. A file with larger blocks of its own
+    /// goes through the page cache.
     pub block_size: Option<u32>,
 }
 
 impl Opening {
-    /// For direct I/O on blocks of its own, for the calling process alone.
+    /// For direct I/O on its own blocks, exclusively.
     pub const ALONE: Self = Self { passthru: false, claims: true, block_size: None };
 }
 
 impl Backing {
     /// Opens a block device (exclusively) or a regular file (locked) for direct I/O and reads its
-    /// limits. One that refuses writes is opened for reading and has
-    /// [`Limits::read_only`] set. The generic device of an NVMe namespace is given commands, and
-    /// with [`Opening::passthru`] so is a block device, which must be such a namespace then.
+    /// limits. If it refuses writes, it is opened for reading, with [`Limits::read_only`] set. The
+    /// generic device of an NVMe namespace gets NVMe commands. With [`Opening::passthru`] a block
+    /// device gets them too, and must be a whole namespace.
     ///
     /// The path is looked up once, and links that other users can change are not followed.
     ///
@@ -130,7 +130,7 @@ impl Backing {
         let flags = if how.claims { libc::O_EXCL } else { 0 };
         let file = found.open(!limits.read_only, true, flags).map_err(|errno| {
             if errno == Errno::EBUSY {
-                in_use(usage::holders_of_device(major, minor), "another program has claimed it")
+                in_use(usage::holders_of_device(major, minor), "claimed by another program")
             } else {
                 BackingProblem::Failed { doing: "cannot be opened", errno }
             }
@@ -155,7 +155,7 @@ impl Backing {
                 return Err(BackingProblem::OthersName(directory.clone()));
             }
             log::warn!(
-                "{}: others than root can put another file in its place: {} is not root's alone",
+                "{}: users other than root can replace this file, since they can change {}",
                 found.path.display(),
                 directory.display()
             );
@@ -179,8 +179,8 @@ impl Backing {
         if how.claims {
             if limits.logical_block > 512 && has_partitions_of_512(&found) {
                 log::warn!(
-                    "{}: its partition table is one of blocks of 512 bytes, and its file system wants blocks \
-                     of {}: the partitions are not seen; --block-size 512 shows them",
+                    "{}: its partition table is for blocks of 512 bytes, but its file system needs blocks \
+                     of {}, so the kernel finds no partitions; use --block-size 512",
                     found.path.display(),
                     limits.logical_block
                 );
@@ -210,7 +210,7 @@ impl Backing {
         Ok(Self { path, handle, identity, size, limits, route, can_poll, is_buffered })
     }
 
-    /// `/dev/zero`, which fills the reads of targets without data.
+    /// Opens `/dev/zero`, which fills the reads of targets without data.
     ///
     /// # Errors
     /// [`BackingError`] if it cannot be opened.
@@ -237,13 +237,13 @@ impl Backing {
         &self.path
     }
 
-    /// Size in bytes, whole logical blocks.
+    /// The used size in bytes, whole logical blocks.
     #[must_use]
     pub const fn size(&self) -> Bytes {
         self.size
     }
 
-    /// The size that it has now, whole logical blocks. What is used of it stays the same.
+    /// The present size, whole logical blocks. The used size does not change.
     ///
     /// # Errors
     /// [`BackingError`].
@@ -257,8 +257,7 @@ impl Backing {
         size.map_err(|problem| BackingError { path: self.path.clone(), problem })
     }
 
-    /// Whether it is a block device with fewer than `end` bytes by now; one that was pulled out has
-    /// none.
+    /// Whether it is a block device that now has fewer than `end` bytes. A removed drive has 0.
     #[must_use]
     pub fn has_shrunk(&self, end: u64) -> bool {
         match &self.handle {
@@ -268,25 +267,25 @@ impl Backing {
         }
     }
 
-    /// Its limits.
+    /// The limits of the backing.
     #[must_use]
     pub const fn limits(&self) -> &Limits {
         &self.limits
     }
 
-    /// How operations reach it.
+    /// How operations access the backing.
     #[must_use]
     pub const fn route(&self) -> Route {
         self.route
     }
 
-    /// Whether it goes through the page cache, since its own blocks are larger than those served.
+    /// Whether it goes through the page cache, because its own blocks are larger than the device's.
     #[must_use]
     pub const fn is_buffered(&self) -> bool {
         self.is_buffered
     }
 
-    /// Whether the drive has queues to be polled.
+    /// Whether the drive has poll queues.
     #[must_use]
     pub const fn can_poll(&self) -> bool {
         self.can_poll
@@ -321,7 +320,7 @@ fn in_use(mut users: Vec<String>, otherwise: &str) -> BackingProblem {
     BackingProblem::InUse(users)
 }
 
-/// Opens without updates of the access time where that is allowed.
+/// Opens without access time updates (`O_NOATIME`) where that is allowed.
 fn open_quietly(path: &Path, write: bool, flags: i32) -> Result<File, Errno> {
     let open = |flags| {
         OpenOptions::new()
@@ -347,15 +346,15 @@ fn size_of_open(mut file: &File, block: u32) -> Result<Bytes, BackingProblem> {
     }
 }
 
-/// The block device that a file's file system is on.
+/// The block device of a file's file system.
 fn device_below(file: &File) -> Result<Option<SysfsDevice>, BackingProblem> {
     let meta = file.metadata().map_err(failed("cannot be looked up"))?;
     let (major, minor) = procfs::split_devt(meta.dev());
     Ok(SysfsDevice::find(Path::new("/sys"), major, minor))
 }
 
-/// The limits of a regular file: what direct I/O on its file system wants (`STATX_DIOALIGN`,
-/// Linux 6.1), and the I/O size of the device below it.
+/// The limits of a regular file: the requirements of direct I/O on its file system
+/// (`STATX_DIOALIGN`, Linux 6.1), and the I/O size of the device below.
 fn limits_of_file(file: &File, below: Option<&SysfsDevice>) -> Result<Limits, BackingProblem> {
     let meta = file.metadata().map_err(failed("cannot be looked up"))?;
     let below = below.map(SysfsDevice::limits);
@@ -388,20 +387,20 @@ fn limits_of_file(file: &File, below: Option<&SysfsDevice>) -> Result<Limits, Ba
     })
 }
 
-/// Refuses blocks that a device cannot have: the driver would say `EINVAL` and no more.
+/// Refuses block sizes that a device cannot have: the driver would only return `EINVAL`.
 const fn check_block(bytes: u32) -> Result<(), BackingProblem> {
     if bytes > MAX_BLOCK { Err(BackingProblem::BlockTooBig(bytes)) } else { Ok(()) }
 }
 
-/// Whether a file has a GPT in its second sector of 512 bytes.
+/// Whether a file has a GPT in its second 512-byte sector.
 fn has_partitions_of_512(found: &Found) -> bool {
     let mut signature = [0; 8];
     let read = found.open(false, false, 0).map(|file| file.read_exact_at(&mut signature, 512));
     matches!(read, Ok(Ok(()))) && signature == *b"EFI PART"
 }
 
-/// What the file system of a file does of discards and zeroes, found out behind its end; `None` if
-/// nothing.
+/// Probes which call of the file system discards and writes zeroes, behind the end of the file;
+/// `None` if none does.
 fn probe(file: &File) -> Option<DiscardCall> {
     const LEN: u64 = 4096;
     let end = file.metadata().ok()?.len().checked_next_multiple_of(LEN)?;
@@ -421,7 +420,7 @@ fn probe(file: &File) -> Option<DiscardCall> {
 /// `STATX_DIOALIGN` (`include/uapi/linux/stat.h`).
 const DIOALIGN: u32 = 0x2000;
 
-/// Most bytes of a file that are punched out in one request, so that none takes for ever.
+/// Most bytes of a file for one discard, so that none takes too long.
 const FILE_MAX_PUNCH: u64 = 1 << 30;
 
 #[cfg(test)]

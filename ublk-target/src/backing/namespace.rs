@@ -1,4 +1,4 @@
-//! NVMe namespaces whose commands go past the block layer (`/dev/ngXnY`).
+//! NVMe namespaces with commands that bypass the block layer (`/dev/ngXnY`).
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -14,13 +14,13 @@ use crate::backing::limits::Limits;
 use crate::backing::{Backing, BackingProblem, Handle, failed};
 use crate::os::kernel::KernelVersion;
 
-/// `IORING_SETUP_SQE_MIXED`, which lets such commands stand beside the others.
+/// The first kernel with `IORING_SETUP_SQE_MIXED`, which allows such commands beside other entries.
 const FIRST_KERNEL: KernelVersion = KernelVersion(6, 19);
 
 /// Both devices of a namespace.
 #[derive(Debug)]
 pub(super) struct NamespaceFiles {
-    /// Held so that nobody else claims it: commands to the generic device ask nobody.
+    /// Held exclusively, since commands to the generic device do not check for other users.
     _block: File,
     generic: File,
 }
@@ -39,13 +39,13 @@ impl AsRawFd for NamespaceFiles {
     }
 }
 
-/// The generic device of a block device, `None` for what is no whole NVMe namespace.
+/// The generic device of a block device; `None` if it is not a whole NVMe namespace.
 pub(super) fn generic_of(block: &Path) -> Option<PathBuf> {
     let number = block.file_name()?.to_str()?.strip_prefix("nvme")?;
     is_number(number).then(|| Path::new("/dev").join(format!("ng{number}")))
 }
 
-/// The block device of a generic device, `None` for what is none.
+/// The block device of a generic device; `None` for any other path.
 pub(super) fn block_of(generic: &Path) -> Option<PathBuf> {
     let number = generic.file_name()?.to_str()?.strip_prefix("ng")?;
     is_number(number).then(|| Path::new("/dev").join(format!("nvme{number}")))
@@ -99,8 +99,8 @@ fn size(identity: &Identity) -> Option<Bytes> {
     identity.blocks.checked_mul(1 << shift).map(Bytes)
 }
 
-/// As the block device has them, but for the length of one command: what it takes is not split,
-/// and what it does not take fails.
+/// The limits of the block device, except the length of one command: the drive does not split a
+/// command, and fails one that is too long.
 fn limits(limits: Limits, block: &Path, namespace: Namespace) -> Result<Limits, BackingProblem> {
     if limits.logical_block != 1 << namespace.block_shift {
         return Err(BackingProblem::NoNamespace);
@@ -121,8 +121,7 @@ fn hardware_max_io(block: &Path) -> Option<u64> {
     kib.checked_mul(1024)
 }
 
-/// Commands to the generic device neither see nor change what the page cache holds of the block
-/// device.
+/// Commands to the generic device bypass the page cache of the block device.
 fn drop_cache(block: &File) -> std::io::Result<()> {
     fsync(block)?;
     fadvise(block, 0, None, Advice::DontNeed)?;

@@ -15,8 +15,8 @@ pub struct SysfsDevice {
 }
 
 impl SysfsDevice {
-    /// Finds a device by its number, below `sys` (`/sys` but in tests). `None` if sysfs does not
-    /// know it.
+    /// Finds a device by its number, below `sys` (`/sys` except in tests). `None` if sysfs does not
+    /// have it.
     #[must_use]
     pub fn find(sys: &Path, major: u32, minor: u32) -> Option<Self> {
         let directory = fs::canonicalize(sys.join(format!("dev/block/{major}:{minor}"))).ok()?;
@@ -52,13 +52,13 @@ impl SysfsDevice {
             .collect()
     }
 
-    /// Whether the device is zoned, which no target here serves.
+    /// Whether the device is zoned; no target supports that.
     #[must_use]
     pub fn is_zoned(&self) -> bool {
         self.text("zoned").is_some_and(|model| model != "none")
     }
 
-    /// Whether its driver has queues to be polled.
+    /// Whether its driver has poll queues.
     #[must_use]
     pub fn can_poll(&self) -> bool {
         self.text("io_poll").is_some_and(|on| on == "1")
@@ -70,7 +70,7 @@ impl SysfsDevice {
         read(&self.directory.join("ro")).is_some_and(|text| text == "1")
     }
 
-    /// An attribute of the disk, of the whole one for a partition.
+    /// An attribute of the disk; for a partition, of the whole disk.
     #[must_use]
     pub fn attribute_of_disk(&self, name: &str) -> Option<String> {
         read(&self.queue.parent()?.join(name))
@@ -85,7 +85,7 @@ impl SysfsDevice {
         read(&self.directory.join("start"))?.parse().ok()
     }
 
-    /// The limits. What an older kernel does not show has the block layer's default.
+    /// The limits. An attribute that an older kernel lacks gets the block layer's default.
     #[must_use]
     pub fn limits(&self) -> Limits {
         let logical_block = self.number_or("logical_block_size", 512);

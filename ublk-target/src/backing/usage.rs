@@ -1,4 +1,4 @@
-//! Who uses a block device or a file: to say it where exclusive use is refused.
+//! The users of a block device or a file, for errors when exclusive use is refused.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -33,8 +33,8 @@ pub fn numbers_of_device(major: u32, minor: u32) -> Vec<(u32, u32)> {
     numbers
 }
 
-/// The users of the block devices of these numbers, in words: mounts in every mount namespace in
-/// sight, devices stacked on them, loop devices of the kernel, swap.
+/// The users of the block devices with these numbers, in words: mounts in every visible mount
+/// namespace, devices stacked on them, kernel loop devices, swap.
 #[must_use]
 pub fn users_of(numbers: &[(u32, u32)]) -> Vec<String> {
     let mut users = mounts_of(numbers);
@@ -54,8 +54,8 @@ pub fn users_of(numbers: &[(u32, u32)]) -> Vec<String> {
     users
 }
 
-/// Where block devices of these numbers are mounted, in words. Each mount namespace is looked at once,
-/// by one of its processes; those of the calling one first.
+/// The mounts of the block devices with these numbers, in words. Each mount namespace is read once,
+/// by one of its processes; that of the calling process first.
 fn mounts_of(numbers: &[(u32, u32)]) -> Vec<String> {
     let mut seen = BTreeSet::new();
     let mut found = Vec::new();
@@ -82,7 +82,7 @@ fn mounts_of(numbers: &[(u32, u32)]) -> Vec<String> {
     found
 }
 
-/// The loop devices of the kernel whose file is such a one, in words.
+/// The kernel loop devices with such a file, in words.
 fn loop_devices_of(is_it: impl Fn(&LoopFile) -> bool) -> Vec<String> {
     let Ok(blocks) = fs::read_dir("/sys/block") else { return Vec::new() };
     let mut found = Vec::new();
@@ -97,8 +97,8 @@ fn loop_devices_of(is_it: impl Fn(&LoopFile) -> bool) -> Vec<String> {
     found
 }
 
-/// The mounted btrfs file systems that have such a device among others, in words: the mount names one
-/// of them only.
+/// The mounted btrfs file systems that include such a device, in words: their mounts name only one
+/// device.
 fn btrfs_of(numbers: &[(u32, u32)]) -> Vec<String> {
     let Ok(systems) = fs::read_dir("/sys/fs/btrfs") else { return Vec::new() };
     let has_it = |system: &fs::DirEntry| {
@@ -111,14 +111,14 @@ fn btrfs_of(numbers: &[(u32, u32)]) -> Vec<String> {
     systems.flatten().filter(has_it).map(named).collect()
 }
 
-/// That such a file is used as swap, in words.
+/// Whether such a file is used as swap, in words.
 fn swaps_of(is_it: impl Fn(&fs::Metadata) -> bool) -> Option<String> {
     let swaps = fs::read_to_string("/proc/swaps").unwrap_or_default();
     let is_used = swap_paths(&swaps).any(|path| fs::metadata(path).is_ok_and(|meta| is_it(&meta)));
     is_used.then(|| "used as swap".to_owned())
 }
 
-/// The users of a block device, or where none is known the processes that have it open.
+/// The users of a block device, or if none is known, the processes that have it open.
 #[must_use]
 pub fn holders_of_device(major: u32, minor: u32) -> Vec<String> {
     let users = users_of_device(major, minor);
@@ -128,8 +128,8 @@ pub fn holders_of_device(major: u32, minor: u32) -> Vec<String> {
     openers_of_device(major, minor).iter().take(3).map(|o| format!("open by {o}")).collect()
 }
 
-/// The users of a regular file, in words: swap, kernel loop devices. It may have several names, so it
-/// is known by its numbers.
+/// The users of a regular file, in words: swap, kernel loop devices. It may have several hard
+/// links, so its device and inode numbers identify it.
 #[must_use]
 pub fn users_of_file(file: &fs::Metadata) -> Vec<String> {
     let (device, inode) = (file.dev(), file.ino());
@@ -152,14 +152,14 @@ pub struct Opener {
 }
 
 impl Opener {
-    /// A process, whatever it has open.
+    /// A process, independent of its open files.
     #[must_use]
     pub fn of(pid: u32) -> Self {
         Self { pid, name: process_name(pid) }
     }
 
     /// Whether it is a worker of udev, or a program that one has started (`blkid`, `bcache`): these
-    /// look at every device that appears or was written to, and let go of it by themselves.
+    /// open every device that appears or was written to, and close it soon.
     #[must_use]
     pub fn is_udev(&self) -> bool {
         let mut pid = Some(self.pid);
@@ -185,13 +185,13 @@ impl std::fmt::Display for Opener {
     }
 }
 
-/// Processes that have a node of the block device open, or of one of its partitions.
+/// Processes that have a node of the block device or of one of its partitions open.
 #[must_use]
 pub fn openers_of_device(major: u32, minor: u32) -> Vec<Opener> {
     openers_of(&numbers_of_device(major, minor))
 }
 
-/// Processes that have a block device of these numbers open.
+/// Processes that have a block device with these numbers open.
 #[must_use]
 pub fn openers_of(numbers: &[(u32, u32)]) -> Vec<Opener> {
     openers(|node| !node.is_char && numbers.contains(&node.number))
@@ -204,8 +204,8 @@ pub fn openers_of_char_device(path: &Path) -> Vec<Opener> {
     openers(|it| it.is_char && it.number == split_devt(node.rdev()))
 }
 
-/// Whether an open file is the character device of the ublk device `id`: whatever is in the place of its
-/// node may be somebody else's device.
+/// Whether an open file is the character device of the ublk device `id`: its node may have been
+/// replaced by another device.
 #[must_use]
 pub fn is_char_device_of(file: &File, id: u32) -> bool {
     // Without a driver there is nothing to compare with.
@@ -215,8 +215,8 @@ pub fn is_char_device_of(file: &File, id: u32) -> bool {
     })
 }
 
-/// The ids of the ublk devices whose character device a process has open, those among them that are
-/// deleted but not let go of. The device's number is its id; a name could be anything.
+/// The ids of the ublk devices whose character device a process has open, including deleted devices
+/// that are still open. The id comes from the device number, since a name can be wrong.
 #[must_use]
 pub fn served_by(pid: u32) -> Vec<u32> {
     let Some(ublk) = char_major("ublk-char") else { return Vec::new() };

@@ -13,7 +13,7 @@ use super::device::{Device, Life};
 use super::partitions;
 use super::processes::{self, announce};
 
-/// Adds a device and serves it, here or in a process of its own.
+/// Adds a device and serves it, in this process or in its own.
 pub fn add(target: &Target, verbose: u8) -> anyhow::Result<ExitCode> {
     let (config, device) = config(target)?;
     if device.life.supervise && config.on_death == OnDeath::Fail {
@@ -38,10 +38,10 @@ pub fn add(target: &Target, verbose: u8) -> anyhow::Result<ExitCode> {
     })
 }
 
-/// What a device is to be made of, and the options that this is from.
+/// The configuration of a device, and its options.
 ///
 /// # Errors
-/// The layers are too many.
+/// There are too many layers.
 pub fn config(target: &Target) -> Result<(DeviceConfig, &Device), BadLayers> {
     let mut layers = Vec::new();
     let (target, device) = resolve(target, &mut layers);
@@ -66,7 +66,7 @@ pub fn config(target: &Target) -> Result<(DeviceConfig, &Device), BadLayers> {
     Ok((config, device))
 }
 
-/// Whether a device is there and its server is dead.
+/// Whether a device exists and its server is dead.
 fn is_waiting(id: u32) -> bool {
     Control::open().is_ok_and(|control| recoverable::check(&control, id).is_ok())
 }

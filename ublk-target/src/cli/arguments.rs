@@ -16,7 +16,7 @@ use super::which::{One, Perhaps, Which};
 #[derive(Debug, Parser)]
 #[command(name = "ublk-target", version, max_term_width = 100)]
 pub struct Cli {
-    /// Say more (-v: choices and their reasons, -vv: details)
+    /// Log more (-v: choices and their reasons, -vv: details)
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
     #[command(subcommand)]
@@ -28,23 +28,23 @@ pub enum Command {
     /// Add a device and serve it
     #[command(subcommand)]
     Add(Target),
-    /// Serve many devices with few threads, as a file says
+    /// Serve all devices of a file in one process, with few threads
     #[command(after_help = SERVE_HELP)]
     Serve(Serve),
-    /// Delete devices, in whatever state they are; one that is open or mounted is refused
+    /// Delete devices in any state; a device that is open or mounted is refused
     #[command(after_help = DEL_HELP)]
     Del(Del),
-    /// Give a device whose server is dead a new one
+    /// Start a new server for a device whose server is dead
     Recover(Recover),
-    /// Have devices served by another version of this program, while they are used
+    /// Replace the running server of a device with this version of the program
     Upgrade(Upgrade),
-    /// Change the size of a device, while it is used
+    /// Change the size of a device while it is used
     Resize(Resize),
     /// Show devices
     List(List),
-    /// Show what a device does: rates, lent slots, latencies
+    /// Show rates, lent slots and latencies of a device
     Stats(Stats),
-    /// Show what the ublk driver of this kernel can do
+    /// Show the features of this kernel's ublk driver
     Features(Features),
     /// Stop or remove a device for a process that must not do it itself
     #[command(hide = true)]
@@ -52,11 +52,11 @@ pub enum Command {
         /// The device /dev/ublkbID
         #[arg(short = 'n', long, value_name = "ID")]
         id: u32,
-        /// What to have the driver do
+        /// The command for the driver
         #[arg(long, value_name = "WHAT", default_value = "stop")]
         command: deletion::Command,
     },
-    /// Make the I/O of a device wait for its next server
+    /// Suspend the I/O of a device until its next server
     #[command(hide = true)]
     QuiesceDevice {
         /// The device /dev/ublkbID
@@ -66,14 +66,14 @@ pub enum Command {
         #[arg(long, value_name = "PID")]
         server: u32,
     },
-    /// Say whether this program could serve a device in the place of its present server
+    /// Check whether this program could replace the server of a device
     #[command(hide = true)]
     CheckState {
         /// The device /dev/ublkbID
         #[arg(short = 'n', long, value_name = "ID")]
         id: u32,
     },
-    /// Wait until the kernel has looked for partitions on a device, for its server, which must not
+    /// Wait for the end of a device's partition scan; its server must not wait itself
     #[command(hide = true)]
     AwaitPartitions {
         /// The device /dev/ublkbID
@@ -92,11 +92,11 @@ pub enum Command {
     },
 }
 
-// One may be within another, so they are made only as far as they are asked for.
+// Targets can be nested, so clap builds only the requested ones.
 #[derive(Debug, Subcommand)]
 #[command(defer = true)]
 pub enum Target {
-    /// A device that forgets what is written to it and reads as zeros
+    /// Discard writes and read as zeros
     Null {
         /// Size of the device: bytes, or a number with K, M, G, T or P
         #[arg(long, default_value = "250G")]
@@ -104,7 +104,7 @@ pub enum Target {
         #[command(flatten)]
         device: Device,
     },
-    /// A file or block device, block for block
+    /// Map one file or block device, block for block
     Loop {
         /// The backing: a block device (opened exclusively) or a regular file (locked)
         #[arg(short, long, value_name = "PATH")]
@@ -112,33 +112,33 @@ pub enum Target {
         #[command(flatten)]
         device: Device,
     },
-    /// Extents of files or block devices, one after the other
+    /// Concatenate extents of files or block devices
     Linear {
-        /// An extent, in the order of the device: a backing, and where on it the extent begins
-        /// (default 0) and how long it is (default: to the end)
+        /// An extent, in the order of the device: a backing, the offset of the extent on it (default
+        /// 0) and its length (default: to the end); can be repeated
         #[arg(short, long = "file", value_name = "PATH[,OFFSET[,LENGTH]]", required = true)]
         file: Vec<Extent>,
         #[command(flatten)]
         device: Device,
     },
-    /// Chunks that go to files or block devices in turn (RAID 0)
+    /// Stripe over files or block devices (RAID 0)
     Stripe {
-        /// A backing; 2 to 64 of them
+        /// A backing; repeat the option for 2 to 64 backings
         #[arg(short, long = "file", value_name = "PATH", required = true)]
         file: Vec<PathBuf>,
-        /// Bytes of a chunk: a power of two of at least 4K
+        /// Chunk size: a power of two, at least 4K
         #[arg(short, long, value_name = "SIZE", default_value = "64K")]
         chunk: Bytes,
         #[command(flatten)]
         device: Device,
     },
-    /// Another target, some of whose requests fail, come short at first, or are held back
+    /// Put a layer before another target that injects faults: errors, short transfers, delays
     #[command(after_help = FAULT_HELP, subcommand_value_name = "TARGET", subcommand_help_heading = "Targets")]
     Fault {
-        /// Which requests meet what, see below; the first rule that applies decides
+        /// Which requests get which fault, see below; can be repeated, the first matching rule applies
         #[arg(long, value_name = "RULE", required = true)]
         rule: Vec<Rule>,
-        /// The same seed and requests meet the same faults
+        /// Random seed: the same seed and requests give the same faults
         #[arg(long, value_name = "N", default_value = "0")]
         seed: u64,
         #[command(subcommand)]
@@ -146,20 +146,20 @@ pub enum Target {
     },
 }
 
-/// Their names.
+/// The names of the targets.
 pub const TARGETS: [&str; 5] = ["null", "loop", "linear", "stripe", "fault"];
 
 pub const FAULT_HELP: &str = "\
-Which requests a rule concerns:
-  op=KIND+KIND…     read, write, flush, discard, write-zeroes [default: all that the effect fits]
-  range=START-END   those that touch these bytes of the device; also START+LENGTH, with K, M, G, T
-  p=P               with this probability [default: 1]
-  count=N           at most N of each queue
-What it does to them, one or more:
-  error=NAME        answers with this error: EIO, ENOSPC, ETIMEDOUT, ENOLINK, EREMOTEIO, EBADE,
-                    ENODATA, EILSEQ, ENODEV or ETIME; nothing is read or written
-  short             reads or writes only a part at first, as a drive may; the server goes on with the rest
-  delay=TIME        holds them for so long first: a number with ns, us, ms or s
+A rule matches requests by:
+  op=KIND+KIND…     read, write, flush, discard, write-zeroes [default: all that allow the effect]
+  range=START-END   requests that touch these bytes; also START+LENGTH, with K, M, G, T
+  p=P               probability [default: 1]
+  count=N           at most N requests per queue
+Effects, one or more:
+  error=NAME        fails with this error: EIO, ENOSPC, ETIMEDOUT, ENOLINK, EREMOTEIO, EBADE,
+                    ENODATA, EILSEQ, ENODEV or ETIME; no data is read or written
+  short             transfers only a part at first, as a drive may; the server continues with the rest
+  delay=TIME        delays the request first: a number with ns, us, ms or s
 
 The options of the device (-n, -q, -d, --lend, …) follow the target:
   ublk-target add fault --rule p=0.01,error=EIO loop -f /dev/nvme1n1 -n 3
@@ -191,14 +191,14 @@ pub struct Serve {
     /// The file of the devices
     #[arg(short, long, value_name = "PATH", default_value = "/etc/ublk-target/serve.toml")]
     pub config: PathBuf,
-    /// Say what is wrong with the file, its devices and their backings, and do no more
+    /// Only check the file, its devices and their backings, and print the errors
     #[arg(long)]
     pub check: bool,
 }
 
 pub const SERVE_HELP: &str = "\
 The file is TOML. A device is a table with its target and the long options of `add TARGET`:
-  lanes = 2                  # threads that serve I/O [default: one for each CPU]
+  lanes = 2                  # threads that serve I/O [default: one per CPU]
   [[device]]
   id = 0
   target = \"loop\"
@@ -210,36 +210,36 @@ The file is TOML. A device is a table with its target and the long options of `a
   target = \"linear\"
   file = [\"/dev/nvme2n1,0,10G\", \"/srv/disk.img\"]
   rule = [\"p=0.01,error=EIO\"] # short for a single layer `fault`
-A device with layers has a table for each, the outermost first, which sees a request before the others;
-a `name` tells it from the others, and is the kind if it is left out:
+A device with layers has a table for each, the outermost first. The outermost layer sees a request
+before the others. A `name` is unique in the device; by default it is the kind:
   [[device.layer]]
   kind = \"fault\"             # with the options of `add fault`
   name = \"bad-writes\"
   rule = [\"op=write,p=0.01,error=EIO\"]
   seed = 4
-The process stays in the foreground, prints the devices when they are live, and tells systemd. SIGHUP has
-it read the file again: devices that are new are added, those that are gone or have changed are deleted
-if nobody uses them; with a fault in the file all stays as it was. SIGTERM takes all devices down. After
-SIGKILL the next `serve` takes over those of `on-death` wait, reissue and error, and adds the others
-again. Devices that poll, give NVMe commands, have an I/O lane or a `busy-wait` in microseconds get lanes
-of their own. A device that stands on another one of the process, in whatever way, is refused.";
+The process stays in the foreground, prints the devices when they are live, and notifies systemd.
+SIGHUP rereads the file: new devices are added, removed ones are deleted, changed ones are deleted and
+added again. A device in use stays as it was. If the file has an error, nothing changes. SIGTERM stops
+all devices. After SIGKILL, the next `serve` takes over devices with `on-death` wait, reissue or error,
+and adds the others again. Devices that poll, send NVMe commands, have an I/O lane or a `busy-wait` in
+microseconds get lanes of their own. A device stacked on another one of the process, directly or not,
+is refused.";
 
 #[derive(Debug, Args)]
 pub struct Del {
     #[command(flatten)]
     pub which: Which,
-    /// Delete a device that is open or mounted all the same: I/O of its users fails. Kill its server
-    /// if that does not end within 5 seconds
+    /// Delete a device even if it is open or mounted: the I/O of its users fails. Kill its server
+    /// if it does not end within 5 seconds
     #[arg(long)]
     pub force: bool,
 }
 
 pub const DEL_HELP: &str = "\
-Works on devices that are live, wait for recovery or are just recovered, that were never started, or
-whose server is dead. It returns when the device, its server and its supervisor are gone, and bounds
-every wait. A server of several devices (`serve`) goes on without this one. --all also ends other servers
-and supervisors of this program that have no device, and removes files in /run/ublk-target that belong to
-none.";
+It works on devices in any state: live, waiting for recovery, in recovery, never started, with a dead
+server. It returns when the device, its server and its supervisor are gone. Every wait is bounded. A
+server of several devices (`serve`) keeps running without this one. --all also ends servers and
+supervisors of this program without a device, and removes files in /run/ublk-target without a device.";
 
 #[derive(Debug, Args)]
 pub struct Recover {
@@ -253,7 +253,7 @@ pub struct Recover {
 pub struct Upgrade {
     #[command(flatten)]
     pub which: Which,
-    /// The program that is to serve from now on [default: this one]
+    /// The new program [default: this one]
     #[arg(long, value_name = "PATH")]
     pub program: Option<PathBuf>,
 }
@@ -262,8 +262,8 @@ pub struct Upgrade {
 pub struct Resize {
     #[command(flatten)]
     pub which: One,
-    /// Size of the device: bytes, or a number with K, M, G, T or P [default: all of the backings, which
-    /// may have grown]
+    /// Size of the device: bytes, or a number with K, M, G, T or P [default: the present size of
+    /// the backings]
     #[arg(long)]
     pub size: Option<Bytes>,
     /// Allow a smaller size; refused while the device is open or mounted
@@ -284,21 +284,21 @@ pub struct List {
 pub struct Stats {
     #[command(flatten)]
     pub which: One,
-    /// Print JSON: one object, with --watch one a line
+    /// Print JSON: one object; with --watch, one object per line
     #[arg(long)]
     pub json: bool,
-    /// Go on until interrupted, or until the device is gone
+    /// Repeat until interrupted, or until the device is gone
     #[arg(long)]
     pub watch: bool,
-    /// Look at so many seconds, whole or not
+    /// Length of a sample in seconds, from 0.1
     #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = interval)]
     pub interval: Duration,
-    /// Name each lent slot and what borrows it
+    /// List each lent slot and the operations that borrow it
     #[arg(long)]
     pub slots: bool,
 }
 
-/// A number of seconds that lanes can be asked after again and again.
+/// A sample length: seconds from 0.1 to a day.
 fn interval(text: &str) -> Result<Duration, String> {
     let interval = seconds(text).ok().filter(|interval| *interval >= Duration::from_millis(100));
     interval.ok_or_else(|| "not a number of seconds from 0.1 to 86400".to_owned())

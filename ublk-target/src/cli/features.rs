@@ -1,4 +1,4 @@
-//! `features`: what the driver can do, and what of that this program does not know.
+//! `features`: shows the features of the driver, including unknown ones.
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -54,7 +54,7 @@ fn as_text(release: &str, found: Features) -> String {
     text
 }
 
-/// What a feature is called that has no name here.
+/// The name of an unknown feature.
 fn name_unknown(bit: u32) -> String {
     format!("unknown (bit {bit})")
 }

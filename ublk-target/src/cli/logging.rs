@@ -1,5 +1,5 @@
-//! The log: to the terminal, or to the file of a device, which is opened again and never grows beyond
-//! a limit.
+//! The log: to the terminal, or to the file of a device, which can be reopened and has a size
+//! limit.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -14,24 +14,24 @@ use ublk_target::device::paths::{LOG_DIR, RUN_DIR};
 use ublk_target::os::own_files;
 use ublk_target::os::text::Printable;
 
-/// A file that is longer becomes `ID.log.1`, in place of an older one of that name.
+/// A longer file is renamed to `ID.log.1`, and replaces an older one of that name.
 const MAX_BYTES: u64 = 4 << 20;
 
-/// The file that the log goes to; none while it goes to the terminal.
+/// The log file; `None` while the log goes to the terminal.
 static FILE: Mutex<Option<PathBuf>> = Mutex::new(None);
 
-/// Where the log goes first.
+/// The first destination of the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum To {
-    /// A terminal, or whatever standard error is, for good.
+    /// Standard error, permanently.
     Terminal,
-    /// Standard error, until there is a file.
+    /// Standard error, until a file is opened.
     File,
     /// The user's standard error, which without `-v` is told only what is wrong, until there is a file.
     UserFirst,
 }
 
-/// Starts to log. `default` is the level without `-v`.
+/// Starts logging. `default` is the level without `-v`.
 pub fn start(verbose: u8, default: &str, to: To) {
     let level = match verbose {
         0 => default,
@@ -55,14 +55,14 @@ pub fn start(verbose: u8, default: &str, to: To) {
     }
 }
 
-/// Standard error, whose file is replaced when it is long.
+/// Standard error, with rotation of the file behind it.
 struct Bounded;
 
 impl Write for Bounded {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if let Ok(file) = FILE.lock() {
             if let Some(path) = file.as_deref() {
-                // One that cannot be replaced goes on.
+                // A file that cannot be replaced stays in use.
                 let _ = bound(path);
             }
         }
@@ -74,8 +74,7 @@ impl Write for Bounded {
     }
 }
 
-/// Opens another file in the place of one that is too long. Several processes may log to it: each
-/// finds out for itself.
+/// Rotates the file if it is too long. Several processes may log to it, so each checks for itself.
 fn bound(path: &Path) -> io::Result<()> {
     let own = File::from(io::stderr().as_fd().try_clone_to_owned()?).metadata()?;
     if own.len() < MAX_BYTES {
@@ -88,8 +87,8 @@ fn bound(path: &Path) -> io::Result<()> {
     redirect(path)
 }
 
-/// Sends standard output and error to the log of a device, from now on. Returns what was standard
-/// output, and what is wrong if the log is not where it belongs: the device is served all the same.
+/// Redirects standard output and error to the log of a device. Returns the former standard output,
+/// and a problem if the log is not at its usual path. The device is served anyway.
 ///
 /// # Errors
 /// `EMFILE` and the like.
@@ -126,7 +125,7 @@ pub fn to_file_of(id: u32) -> io::Result<(File, Option<String>)> {
     Ok((user, problem))
 }
 
-/// Opens the log of a device again: somebody has moved it away, or it can be where it belongs by now.
+/// Reopens the log of a device: it may have been moved, or its usual path may be writable now.
 pub fn reopen(id: u32) {
     match to_file_of(id) {
         Ok((_, None)) => log::info!("SIGHUP: the log is open again"),

@@ -61,7 +61,7 @@ pub fn delete(del: &Del) -> anyhow::Result<ExitCode> {
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-/// The ids of all devices, those among them that are deleted but not let go of.
+/// The ids of all devices, including deleted devices that are still open.
 fn all_ids() -> BTreeSet<u32> {
     let mut ids: BTreeSet<u32> = device_ids().into_iter().collect();
     ids.extend(recorded_ids(Path::new(RUN_DIR)));
@@ -69,7 +69,7 @@ fn all_ids() -> BTreeSet<u32> {
     ids
 }
 
-/// Gives the driver a command, in place of a process that must not do it itself.
+/// Gives the driver a command, for a process that must not do it itself.
 pub fn command(id: u32, command: deletion::Command) -> anyhow::Result<ExitCode> {
     let _file = role::say_of_device(Role::Helper, Some(id));
     match deletion::command(id, command) {
@@ -169,7 +169,7 @@ fn row(device: &Description) -> [String; 11] {
     ]
 }
 
-/// Removes files that belong to no device, and names what else is left of dead servers.
+/// Removes files without a device, and lists other leftovers of dead servers.
 fn name_leftovers(control: &Control) {
     for file in leftovers::remove_files(control) {
         say!("note: removed {}, which belonged to no device", file.display());

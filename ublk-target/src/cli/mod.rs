@@ -1,4 +1,4 @@
-//! Arguments and dispatch. Every failure is one line: what, why, what to do.
+//! Arguments and dispatch. Every error is one line: what failed, why, what to do.
 
 mod add;
 mod arguments;
@@ -59,7 +59,7 @@ pub fn run() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    // What the driver offers is told without a look at devices.
+    // `features` does not need to see devices.
     let is_blind = matches!(cli.command, Command::Features(_));
     let sight = if is_blind { Ok(()) } else { sight::check() };
     let result = sight.and_then(|()| carry_out(&cli.command, cli.verbose));

@@ -1,4 +1,4 @@
-//! Partitions that are there when a command says that their device is.
+//! Waits for partitions before a command announces their device.
 
 use std::process::{Child, ExitCode, Stdio};
 
@@ -6,13 +6,13 @@ use ublk_target::device::partitions;
 
 use super::processes::own;
 
-/// Waits until the kernel has looked for partitions, in place of the server.
+/// Waits for the end of the partition scan, for the server.
 pub fn await_scan(id: u32) -> anyhow::Result<ExitCode> {
     partitions::await_scan(id)?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// Has another process wait for each of the devices, for a bounded time.
+/// Waits for the partitions of the devices, by one process each, for a bounded time.
 pub fn await_all(ids: impl Iterator<Item = u32>) {
     let mut wait = partitions::wait();
     let started: Vec<_> = ids.map(|id| (id, start(id))).collect();
@@ -20,7 +20,7 @@ pub fn await_all(ids: impl Iterator<Item = u32>) {
         match process.and_then(|mut process| partitions::await_process(&mut process, &mut wait)) {
             Ok(true) => {}
             Ok(false) => {
-                log::warn!("the kernel has not yet looked for partitions on device {id}");
+                log::warn!("the kernel has not yet scanned device {id} for partitions");
             }
             Err(error) => log::warn!("cannot wait for the partitions of device {id}: {error}"),
         }
@@ -30,6 +30,6 @@ pub fn await_all(ids: impl Iterator<Item = u32>) {
 fn start(id: u32) -> std::io::Result<Child> {
     let mut command = own();
     command.args(["await-partitions", "-n", &id.to_string()]);
-    // Whoever reads what this command says must not wait for it.
+    // A reader of this command's output must not wait for it.
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()
 }

@@ -1,5 +1,5 @@
 //! The processes of one command: the one that the user waits for, the server, its supervisor, and
-//! those that do what these must not do themselves.
+//! helpers for operations that these must not do themselves.
 //!
 //! The command starts itself again in another role, with a pipe as standard output, and waits for
 //! the line that the server prints when the device is live. Errors reach the user on standard
@@ -40,8 +40,8 @@ use super::logging::{self, To};
 use super::role;
 use super::terminal::say;
 
-/// Lives as the role of this process wants it: serves, supervises one that serves, or starts one of
-/// these and waits until the device is live. `device` is the one that it is about, if that is known.
+/// Acts by the role of this process: serves, supervises a server, or starts one of these and waits
+/// until the device is live. `device` is its device, if known.
 pub fn live(
     life: &Life,
     device: Option<u32>,
@@ -84,8 +84,8 @@ pub fn live(
     }
 }
 
-/// Exit code of a server, to its supervisor, which lacks something that may be there later
-/// (`EX_TEMPFAIL` of `sysexits.h`).
+/// Exit code of a server, for its supervisor, after a temporary shortage (`EX_TEMPFAIL` of
+/// `sysexits.h`).
 const LACKING: u8 = 75;
 
 const fn name(role: Role) -> &'static str {
@@ -95,14 +95,14 @@ const fn name(role: Role) -> &'static str {
     }
 }
 
-/// This program, even if its file was replaced or is elsewhere for whoever starts it.
+/// This program, even if its file was replaced, or its path differs in another mount namespace.
 pub fn own() -> Command {
     let mut command = Command::new("/proc/self/exe");
     command.arg0(env!("CARGO_PKG_NAME"));
     command
 }
 
-/// The user's arguments, without those of a role.
+/// The user's arguments, without the role.
 fn arguments() -> Vec<std::ffi::OsString> {
     let mut arguments: Vec<_> = std::env::args_os().skip(1).collect();
     for own in ["--role", "--nonce"] {
@@ -121,8 +121,8 @@ fn start(command: &mut Command) -> anyhow::Result<ExitCode> {
             let printed = out.write_all(line.as_bytes()).and_then(|()| out.flush());
             if let Err(error) = printed {
                 // As if the server could not have told this command.
-                let fate = if take_back() { "deleted again" } else { "served all the same" };
-                anyhow::bail!("cannot print which device is live: {error}; it is {fate}");
+                let fate = if take_back() { "deleted again" } else { "still served" };
+                anyhow::bail!("cannot print the live device: {error}; it is {fate}");
             }
             Ok(ExitCode::SUCCESS)
         }
@@ -133,8 +133,8 @@ fn start(command: &mut Command) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// What a command ends with whose server has. The server has said why; if it could not, this says
-/// how it ended.
+/// Exit code when the server failed. The server has reported why; if it could not, this reports how
+/// it ended.
 fn has_failed(ended: &Ended) -> anyhow::Result<ExitCode> {
     if let Some(shortage) = &ended.shortage {
         anyhow::bail!("the kernel has killed the server: {shortage}");
@@ -147,19 +147,19 @@ fn has_failed(ended: &Ended) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// A process that has ended before it said a line.
+/// A process that has ended before it printed a line.
 struct Ended {
     status: ExitStatus,
-    /// What memory it lacked, if the kernel has killed it for that.
+    /// The memory that it lacked, if the out-of-memory killer killed it.
     shortage: Option<String>,
-    /// What was on its standard error, where that was a pipe.
+    /// Its standard error, if that was a pipe.
     said: String,
-    /// The last signal that was passed on to it.
+    /// The last signal passed on to it.
     told: Option<Signal>,
 }
 
-/// Starts a process, and waits for a line from it or its end. A signal is passed on to it. What it
-/// says on standard error until then is passed on, too, where that is a pipe.
+/// Starts a process, and waits for a line from it or for its end. Signals are passed on to it. If
+/// its standard error is a pipe, the text until then is passed on, too.
 fn wait_for_line(
     command: &mut Command,
     wakeups: Option<&Wakeups>,
@@ -176,13 +176,13 @@ fn wait_for_line(
             // It can only fail if the server has ended.
             let _ = kill(Pid::from_raw(i32::try_from(server.id())?), signal);
         }
-        BufReader::new(out).read_line(&mut line).context("cannot hear from the server")?;
+        BufReader::new(out).read_line(&mut line).context("cannot read the server's answer")?;
     }
     step(if wakeups.is_some() { "supervisor-heard-it" } else { "heard-it" });
     let mut said = Vec::new();
     if let Some(mut error) = server.stderr.take() {
         // By now it has ended, or logs elsewhere.
-        error.read_to_end(&mut said).context("cannot hear from the server")?;
+        error.read_to_end(&mut said).context("cannot read the server's errors")?;
         // There is nobody else to be told.
         let _ = io::stderr().write_all(&said);
     }
@@ -195,8 +195,8 @@ fn wait_for_line(
     Ok(Err(Ended { status, shortage, said: String::from_utf8_lossy(&said).into_owned(), told }))
 }
 
-/// Deletes what the server of this command has added, of which nobody was told; whether there was
-/// anything. A device that it has recovered has another mark.
+/// Deletes an unannounced device that the server of this command has added, and returns whether
+/// there was one. A recovered device has another mark.
 fn take_back() -> bool {
     role_file::sweep(Path::new(RUN_DIR));
     let Ok(control) = Control::open() else { return false };
@@ -238,19 +238,19 @@ fn supervise_new(life: &Life) -> anyhow::Result<ExitCode> {
         }
     };
     let description: Description =
-        serde_json::from_str(&line).context("the server has told nonsense")?;
+        serde_json::from_str(&line).context("the server's answer is not valid")?;
     if let Err(error) = announce(life, &description, None) {
         if take_back() {
             return Err(error.into());
         }
-        // It was there before whoever asked for its recovery, and stays if he is gone.
+        // The device existed before the recovery, so it stays even if the caller is gone.
         log::warn!("recovered, but: {error}");
     }
     step("supervising");
     watch(description.id, server.id(), life.foreground, &wakeups)
 }
 
-/// Supervises a device whose server is there.
+/// Supervises a device that has a server.
 pub fn supervise_device(id: u32, server: u32, verbose: u8) -> anyhow::Result<ExitCode> {
     logging::start(verbose, "info", To::File);
     inherited::shed();
@@ -269,12 +269,12 @@ fn wakeups(foreground: bool) -> anyhow::Result<Wakeups> {
     Wakeups::new(hangup).map_err(|errno| anyhow::anyhow!("cannot wait for signals: {errno}"))
 }
 
-/// Whether the process belongs to a terminal, whose end SIGHUP tells of.
+/// Whether the process belongs to a terminal; then SIGHUP means the end of the terminal.
 fn ends_with_terminal(foreground: bool) -> bool {
     foreground && io::stderr().is_terminal()
 }
 
-/// Has SIGHUP open the log again, which for a process in the foreground is whatever it was given.
+/// Reopens the log on SIGHUP. A process in the foreground keeps its standard error.
 fn reopen_log(foreground: bool, id: u32) {
     if !foreground {
         logging::reopen(id);
@@ -306,14 +306,14 @@ fn reap() {
     }
 }
 
-/// Starts a server that recovers a device, with this process as its supervisor: of the program of
-/// the last server, which may be newer than this one, or else of this one.
+/// Starts a server that recovers a device, with this process as its supervisor. It runs the program
+/// of the last server, which may be newer, or else this program.
 fn recover_under(id: u32, foreground: bool, wakeups: &Wakeups) -> Result<u32, NotRecovered> {
     let last = StateFile::read(Path::new(RUN_DIR), id).ok().map(|record| record.program);
     let last = last.and_then(|path| match Program::open(&path) {
         Ok(program) => Some(program),
         Err(error) => {
-            log::info!("{error}: this program serves the device");
+            log::info!("{error}: using this program instead");
             None
         }
     });
@@ -366,9 +366,9 @@ fn recover_with(
     Err(NotRecovered::Failed(why))
 }
 
-/// What a server has others do.
+/// The operations that a server leaves to other processes.
 ///
-/// `life` is this process's own.
+/// `life` has the options of this process.
 pub fn helpers(life: &Life) -> Helpers<'_> {
     Helpers {
         stop: Box::new(|id| delete_by(id, deletion::Command::Stop)),
@@ -396,14 +396,14 @@ pub fn helpers(life: &Life) -> Helpers<'_> {
     }
 }
 
-/// Starts a process that makes the I/O of a device of the calling one wait.
+/// Starts a process that quiesces a device of the calling process.
 pub fn quiesce_by(id: u32) -> io::Result<Child> {
     let own = std::process::id().to_string();
     let mut helper = prepare(&["quiesce-device", "-n", &id.to_string(), "--server", &own]);
     helper.process_group(0).spawn()
 }
 
-/// Starts a process that gives the driver a command which may take long.
+/// Starts a process that gives the driver a command that may take long.
 pub fn delete_by(id: u32, command: deletion::Command) -> io::Result<Child> {
     let command = command.to_possible_value();
     let command = command.as_ref().map_or("stop", PossibleValue::get_name);
@@ -418,7 +418,7 @@ fn prepare(arguments: &[&str]) -> Command {
     command
 }
 
-/// Tells the user that the device is live. A process in the background has its log by then.
+/// Announces the live device to the user. A process in the background then logs to its file.
 pub fn announce(
     life: &Life,
     description: &Description,
@@ -455,8 +455,8 @@ pub fn announce(
     say(&mut user, &line)
 }
 
-/// Tells at least the command that waits for it that a device is live, where [`announce`] could not, and
-/// lets go of what it waits on.
+/// Announces a live device at least to the waiting command, if [`announce`] could not, and closes
+/// the pipe to it.
 pub fn announce_late(life: &Life, description: &Description) {
     if life.foreground || life.role.is_none() {
         return;
@@ -466,7 +466,7 @@ pub fn announce_late(life: &Life, description: &Description) {
     } else {
         description.device.display().to_string()
     };
-    // Whoever was there to be told may be gone.
+    // The waiting command may be gone.
     let _ = say(&mut io::stdout().lock(), &line);
     // Standard input is the null device, and this takes no descriptor.
     let _ = dup2_stdout(io::stdin()).and_then(|()| dup2_stderr(io::stdin()));

@@ -19,11 +19,11 @@ use super::device::Life;
 use super::processes::{self, announce, announce_late, own};
 use super::terminal::say;
 
-/// Gives devices whose server is dead a new one.
+/// Starts a new server for devices whose server is dead.
 pub fn recover(args: &Recover, verbose: u8) -> anyhow::Result<ExitCode> {
     let Some(id) = args.which.id() else { return recover_all(args) };
     if args.which.positional().is_some() {
-        // What a process sees to is known by its `-n ID`.
+        // Other commands find the device of a process by its `-n ID`.
         let mut same = own();
         same.args(["recover", "-n", &id.to_string()]);
         same.args((0..verbose).map(|_| "-v")).args(options(&args.life));
@@ -32,13 +32,13 @@ pub fn recover(args: &Recover, verbose: u8) -> anyhow::Result<ExitCode> {
     processes::live(&args.life, Some(id), verbose, |life| Ok(serve(id, life)?))
 }
 
-/// Serves a device whose server is dead.
+/// Recovers a device and serves it.
 pub fn serve(id: u32, life: &Life) -> Result<(), RecoverError> {
     let mut progress = |what: &str| say!("{what} …");
     let helpers = processes::helpers(life);
     let on_live = |description: &_, choice: &_| {
         announce(life, description, Some(choice)).inspect_err(|error| {
-            // Where whoever asked is gone, the log is there already.
+            // If the caller is gone, the log is open already.
             if !matches!(error, AnnounceError::Abandoned) {
                 announce_late(life, description);
             }
@@ -47,7 +47,7 @@ pub fn serve(id: u32, life: &Life) -> Result<(), RecoverError> {
     recovery::recover(id, life.supervisor, life.next, &helpers, &mut progress, on_live)
 }
 
-/// Each device by a process of its own; those that stand on others that wait, after these.
+/// Recovers each device in its own process. A device stacked on others comes after these.
 fn recover_all(args: &Recover) -> anyhow::Result<ExitCode> {
     if args.life.foreground {
         anyhow::bail!("--foreground serves one device; give it with -n");
@@ -85,7 +85,7 @@ fn recover_all(args: &Recover) -> anyhow::Result<ExitCode> {
     Ok(code)
 }
 
-/// The options that users give, again.
+/// The user's options, for another process.
 fn options(life: &Life) -> impl Iterator<Item = &'static str> {
     let Life { supervise, foreground, json, .. } = *life;
     let all = [(supervise, "--supervise"), (foreground, "--foreground"), (json, "--json")];

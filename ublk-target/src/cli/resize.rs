@@ -24,9 +24,9 @@ use super::terminal::{print_line, say};
 /// The longest wait for another command that resizes a device.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Keeps other commands from resizing a device: what one has found out about sizes and users must hold
-/// until the driver knows the new size, or a device could shrink unasked. The node is root's, and
-/// nothing else locks it.
+/// Locks out other `resize` commands. The checked sizes and users must stay valid until the driver
+/// knows the new size; otherwise a device could shrink unintentionally. The node belongs to root,
+/// and nothing else locks it.
 fn keep_others_out() -> anyhow::Result<Flock<File>> {
     let tell = |what: &dyn Display, _| say!("waiting for {what} …");
     let mut wait = Wait::at_most(PATIENCE).every(Duration::from_millis(5));
@@ -52,8 +52,8 @@ fn keep_others_out() -> anyhow::Result<Flock<File>> {
     }
 }
 
-/// Changes the size of a live device. The server is asked to serve more; the kernel is told here, so
-/// that the server never waits for its own device.
+/// Changes the size of a live device. The server only prepares for it. This process tells the
+/// kernel the new size, so that the server never waits for its own device.
 pub fn resize(args: &Resize) -> anyhow::Result<ExitCode> {
     let (id, control) = (args.which.id(), Control::open()?);
     let _alone = keep_others_out()?;
@@ -74,27 +74,27 @@ pub fn resize(args: &Resize) -> anyhow::Result<ExitCode> {
         anyhow::bail!("device {id} is {}; only a live device can be resized", described.state);
     }
     if args.size.is_some_and(|size| size.0 == 0 || size.0 % 512 != 0) {
-        anyhow::bail!("a size has to be a multiple of 512 bytes, and not 0");
+        anyhow::bail!("the size must be a multiple of 512 bytes, and not 0");
     }
     let longest = Bytes(Client::connect(id)?.grow(args.size.map(|size| size.0))?);
     let (new, old) = (args.size.unwrap_or(longest), Bytes(described.size_bytes));
     if new > longest {
         anyhow::bail!(
-            "the backings of device {id} hold {longest}, less than {new}; make them longer"
+            "the backings of device {id} hold {longest}, less than {new}; enlarge them first"
         );
     }
     if new < old {
         if !args.shrink {
             anyhow::bail!(
-                "{new} is less than the {old} that {} has; what is behind that would be lost: \
-                 say --shrink if it may be",
+                "{new} is less than the present size {old} of {}: the data beyond would be lost; \
+                 use --shrink to allow this",
                 described.device.display()
             );
         }
         let users = users(id);
         if !users.is_empty() {
             anyhow::bail!(
-                "{} is in use: {}; stop that use before it shrinks",
+                "{} is in use: {}; stop that use before you shrink it",
                 described.device.display(),
                 users.join(", ")
             );

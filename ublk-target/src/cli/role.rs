@@ -1,4 +1,4 @@
-//! What this process is, as it says to others ([`role_file`](ublk_target::device::role_file)).
+//! The role of this process, in its role file ([`role_file`](ublk_target::device::role_file)).
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ use ublk_target::device::role_file::{self, RoleFile, Told};
 
 use super::device::{Life, Role};
 
-/// Says what this process is of those that one command needs, for as long as the file is kept.
+/// Writes the role file of a process of one command. It exists while the returned value does.
 pub fn say(role: Role, device: Option<u32>, life: &Life) -> Option<RoleFile> {
     let role = match role {
         Role::Server => role_file::Role::Server,

@@ -27,12 +27,14 @@ pub fn serve(args: &Serve, verbose: u8) -> anyhow::Result<ExitCode> {
     };
     if args.check {
         match fleet::check(&config) {
-            Ok(unknown) => unknown.iter().for_each(|why| say!("the driver was not asked: {why}")),
+            Ok(unknown) => {
+                unknown.iter().for_each(|why| say!("the driver's features were not checked: {why}"))
+            }
             Err(faults) => return Ok(refuse(&faults)),
         }
         let count = config.devices.len();
         let devices = if count == 1 { "device" } else { "devices" };
-        print_line(format_args!("{}: {count} {devices} without faults", path.display()))?;
+        print_line(format_args!("{}: {count} {devices}, no errors", path.display()))?;
         return Ok(ExitCode::SUCCESS);
     }
     inherited::shed();
@@ -50,7 +52,7 @@ pub fn serve(args: &Serve, verbose: u8) -> anyhow::Result<ExitCode> {
     }
 }
 
-/// A line for each fault.
+/// Prints a line for each error.
 fn refuse(faults: &[String]) -> ExitCode {
     for fault in faults {
         say!("{fault}");
@@ -58,16 +60,16 @@ fn refuse(faults: &[String]) -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// The longest that a device may take to begin, in microseconds: each of the waits for what a dead
-/// server has left is bounded by 30 s. A service manager that waits less would take down the devices
-/// that are live already.
+/// The longest start of a device, in microseconds: each wait for leftovers of a dead server is
+/// bounded by 30 s. A service manager with a shorter limit would stop the devices that are already
+/// live.
 const LONGEST_BEGIN_US: u32 = 180_000_000;
 
-/// Tells the service manager, and whoever reads standard output. Without them it does nothing.
+/// Notifies the service manager, and prints live devices on standard output.
 fn tell(news: &FleetEvent) {
     let states = match news {
         FleetEvent::Begins(done, wanted) => {
-            let status = format!("beginning device {} of {wanted}", done + 1);
+            let status = format!("starting device {} of {wanted}", done + 1);
             let extended = NotifyState::ExtendTimeoutUsec(LONGEST_BEGIN_US);
             return notify(&[extended, NotifyState::Status(&status)]);
         }

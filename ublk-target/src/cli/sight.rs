@@ -1,23 +1,23 @@
-//! Whether a command can see what it judges by: devices, processes and mounts. What it could not look at,
-//! it would take for absent.
+//! Checks that a command can see devices, processes and mounts. It would take unreadable things for
+//! absent.
 
 use std::path::Path;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// Descriptors that a command has open at a time, at most.
+/// Most open descriptors of a command.
 const FILES: u64 = 64;
 
-/// What has to be mounted, a path in it, and the command that mounts it.
+/// A required mount, a path in it, and the command that mounts it.
 const MOUNTS: [(&str, &str, &str); 2] = [
     ("/proc", "/proc/self/stat", "mount -t proc proc /proc"),
     ("/sys", "/sys/class", "mount -t sysfs sysfs /sys"),
 ];
 
-/// Raises the limit of open files where that is too small.
+/// Raises the limit of open files if it is too small.
 ///
 /// # Errors
-/// What keeps the command from seeing, and what to do.
+/// What the command cannot see, and what to do.
 pub fn check() -> anyhow::Result<()> {
     // It can only fail for a resource that there is not.
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((FILES, FILES));

@@ -17,7 +17,7 @@ use ublk_target::socket::report::Report;
 use super::Stats;
 use super::terminal::say;
 
-/// How often the server is told that the connection is wanted; it ends silent ones after 30 s.
+/// Interval of keep-alives; the server closes silent connections after 30 s.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
 /// Why watching ended without an error.
@@ -26,11 +26,11 @@ enum End {
     Interrupted,
     /// The device went away.
     Gone(ClientError),
-    /// Nobody reads the output.
+    /// The output was closed.
     Unread,
 }
 
-/// Shows what a device does in an interval, or in one after the other.
+/// Shows the activity of a device in one interval, or in one after another.
 pub fn stats(args: &Stats) -> anyhow::Result<ExitCode> {
     // Without --watch a signal just ends the program.
     let interrupts = if args.watch { Some(interrupts()?) } else { None };
@@ -87,7 +87,7 @@ fn print(args: &Stats, report: &Report) -> io::Result<()> {
     out.flush()
 }
 
-/// Makes signals that end the program something to be waited for.
+/// Turns signals that end the program into events.
 fn interrupts() -> anyhow::Result<SignalFd> {
     let set: SigSet = [Signal::SIGINT, Signal::SIGTERM].into_iter().collect();
     set.thread_block().context("cannot block signals")?;
@@ -95,7 +95,7 @@ fn interrupts() -> anyhow::Result<SignalFd> {
     SignalFd::with_flags(&set, flags).context("cannot wait for signals")
 }
 
-/// Waits until `next`; the server is told meanwhile that somebody is there.
+/// Waits until `next`, and keeps the connection alive.
 fn wait(
     client: &mut Client,
     next: Instant,

@@ -2,16 +2,16 @@
 
 use ublk_target::os::text::printable;
 
-/// Where the cells of a table stand in their columns.
+/// Alignment of the cells of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Align {
-    /// All at the left.
+    /// All left-aligned.
     Left,
-    /// So many columns at the left, the others, which are numbers, at the right.
+    /// This number of columns left-aligned, the others (numbers) right-aligned.
     RightAfter(usize),
 }
 
-/// Rows as columns of equal width. Names of others in them cannot command a terminal.
+/// Rows as aligned columns, without control characters of names from others.
 pub fn table<const N: usize>(rows: &[[String; N]], align: Align) -> String {
     let rows = rows.iter().map(|row| row.each_ref().map(|cell| printable(cell)));
     let rows: &[[String; N]] = &rows.collect::<Vec<_>>();

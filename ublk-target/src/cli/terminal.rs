@@ -1,17 +1,17 @@
-//! What a command says to its user.
+//! Output of a command to its user.
 
 use std::fmt::Display;
 use std::io::Write;
 
 use ublk_target::os::text::Printable;
 
-/// Says a line on standard error. Names of others in it cannot command the terminal.
+/// Prints a line on standard error, without control characters of names from others.
 macro_rules! say {
     ($($said:tt)*) => { $crate::cli::terminal::say_error(format_args!($($said)*)) };
 }
 pub(super) use say;
 
-/// Says a line on standard error; see [`say`].
+/// Prints a line on standard error; see [`say`].
 pub fn say_error(what: impl Display) {
     // There is nobody else to be told.
     let _ = writeln!(std::io::stderr(), "ublk-target: {}", Printable(what));

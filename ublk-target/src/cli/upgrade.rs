@@ -28,10 +28,10 @@ use uring_ext::feature::{Features, QUIESCE};
 use super::Upgrade;
 use super::terminal::{print_line, say};
 
-/// The longest wait for the new server; I/O that is outstanding has to end first.
+/// The longest wait for the new server; outstanding I/O must end first.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Has devices served by another program.
+/// Upgrades devices to another program.
 pub fn upgrade(args: &Upgrade) -> anyhow::Result<ExitCode> {
     let program = match &args.program {
         Some(program) => Program::open(program)?,
@@ -64,15 +64,15 @@ fn one(control: &Control, id: u32, program: &Program) -> anyhow::Result<()> {
     let on_death = OnDeath::of_flags(info.flags);
     if !on_death.keeps_io() {
         anyhow::bail!(
-            "{} was added with `--on-death {on_death}`: its I/O would fail, not wait; only devices \
-             of `wait` and `reissue` can be upgraded while they are used",
+            "{} was added with `--on-death {on_death}`: its I/O would fail instead of waiting; only \
+             devices with `wait` or `reissue` can be upgraded",
             device.display()
         );
     }
     if !Features(info.flags).has(QUIESCE) {
         anyhow::bail!(
-            "upgrading needs the ublk feature QUIESCE (Linux {} or newer), which {} was added \
-             without (this kernel: {})",
+            "upgrading needs the ublk feature QUIESCE (Linux {} or newer), but {} was added \
+             without it (this kernel: {})",
             QUIESCE.since,
             device.display(),
             kernel::release().unwrap_or_default()
@@ -122,7 +122,7 @@ fn one(control: &Control, id: u32, program: &Program) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The longest wait for a program's word on whether it can serve a device.
+/// The longest wait until a program says whether it can serve a device.
 const PATIENCE_TO_CHECK: Duration = Duration::from_secs(30);
 
 /// Whether the program starts, and understands the device and its backings.
@@ -140,7 +140,7 @@ fn check(program: &Program, id: u32) -> anyhow::Result<()> {
     else {
         let waited = PATIENCE_TO_CHECK.as_secs();
         anyhow::bail!(
-            "{path} has not said within {waited} s whether it can serve device {id}; nothing has changed"
+            "{path} did not say within {waited} s whether it can serve device {id}; nothing has changed"
         );
     };
     if status.success() && out.trim_end() == can_serve(id) {
@@ -155,25 +155,26 @@ fn check(program: &Program, id: u32) -> anyhow::Result<()> {
     anyhow::bail!("{path} cannot serve device {id}: {said}; nothing has changed");
 }
 
-/// What a program says that can serve a device: any program may end without an error.
+/// The output of a program that can serve a device. An exit code of 0 is not enough, since any
+/// program may have it.
 pub fn can_serve(id: u32) -> String {
     format!("can serve device {id}")
 }
 
-/// What came of starting a program.
+/// The result of a program.
 struct Checked {
     status: ExitStatus,
     out: String,
     err: String,
 }
 
-/// Waits for the end of a program, and kills one that does not end. What it has said by then comes with its
-/// status; others that it has started may still have its pipes open.
+/// Waits for the end of a program, and kills it after `patience`. Its output until then comes with
+/// its status. Its children may still have its pipes open.
 fn ended(mut child: Child, patience: Duration, path: &str) -> anyhow::Result<Option<Checked>> {
     let watch = Watch::on(child.id());
     let tell = |what: &dyn Display, _| say!("waiting for {what} …");
     let mut wait = Wait::at_most(patience).telling_once(Duration::from_secs(2), tell);
-    let what = Words(|| format!("{path} to look at the device"));
+    let what = Words(|| format!("{path} to check the device"));
     let has_ended = wait.until_or(watch.fd(), || match watch.has_ended(Duration::ZERO) {
         true => ControlFlow::Break(()),
         false => ControlFlow::Continue(&what),
@@ -197,8 +198,9 @@ fn said_so_far(pipe: impl Read + AsFd) -> anyhow::Result<String> {
     Ok(String::from_utf8_lossy(&said).into_owned())
 }
 
-/// Waits until the device has its next server. Returns the file of its program, unless another pid namespace
-/// hides the server. If the present server dies meanwhile, one of the programs recovers the device.
+/// Waits until the device has its next server. Returns its state file, and the file of its program
+/// unless another pid namespace hides the server. If the present server dies meanwhile, one of the
+/// programs recovers the device.
 fn await_next(
     control: &Control,
     id: u32,
@@ -231,8 +233,8 @@ fn await_next(
     });
     found.unwrap_or_else(|unmet| {
         Err(anyhow::anyhow!(
-            "device {id} has had no new server for {} s, probably since I/O is outstanding on its \
-             backings; it goes on when that ends",
+            "device {id} has had no new server for {} s, probably because I/O is outstanding on \
+             its backings; the upgrade continues when that ends",
             unmet.waited.as_secs()
         ))
     })
@@ -259,7 +261,7 @@ fn next_server(
 fn recover_by(id: u32, program: Option<&&Program>) -> anyhow::Result<()> {
     let Some(program) = program else {
         anyhow::bail!(
-            "the server of device {id} has died, and no other one could recover it; \
+            "the server of device {id} has died, and no other program could recover it; \
              `ublk-target recover -n {id}` tries again"
         );
     };

@@ -1,4 +1,4 @@
-//! Which device a command is about: `-n ID`, or the device itself.
+//! The device of a command: `-n ID`, or the device itself.
 
 use clap::Args;
 use ublk_target::device::paths::MAX_ID;
@@ -13,13 +13,13 @@ pub struct Which {
     /// The device /dev/ublkbID
     #[arg(short = 'n', long, value_name = "ID", value_parser = id)]
     id: Option<u32>,
-    /// Every device, except those that another program serves
+    /// All devices, except those of other programs
     #[arg(long)]
     all: bool,
 }
 
 impl Which {
-    /// The one device; none stands for all.
+    /// The id of the device; `None` means all.
     pub fn id(&self) -> Option<u32> {
         self.device.or(self.id)
     }
@@ -43,14 +43,14 @@ pub struct One {
 }
 
 impl One {
-    /// Its id.
+    /// The id of the device.
     pub fn id(&self) -> u32 {
-        // The parser sees to it that there is one of them.
+        // The parser requires one of the two.
         self.device.or(self.id).unwrap_or(u32::MAX)
     }
 }
 
-/// One device, or none in particular.
+/// One device, or all if none is given.
 #[derive(Debug, Args)]
 #[group(multiple = false)]
 pub struct Perhaps {
@@ -63,7 +63,7 @@ pub struct Perhaps {
 }
 
 impl Perhaps {
-    /// Its id.
+    /// The id of the device.
     pub fn id(&self) -> Option<u32> {
         self.device.or(self.id)
     }
@@ -97,7 +97,7 @@ fn number(text: &str) -> Result<u32, String> {
         return Err(format!("an id is the number N of a device /dev/ublkbN, from 0 to {MAX_ID}"));
     }
     let id = text.parse().ok().filter(|id| *id <= MAX_ID);
-    id.ok_or_else(|| format!("an id is not beyond the driver's limit of {MAX_ID}"))
+    id.ok_or_else(|| format!("the id is beyond the driver's limit of {MAX_ID}"))
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! What stands between the client and the target of a device.
+//! The layers between the client and the target of a device.
 
 use std::fmt;
 use std::str::FromStr;
@@ -6,15 +6,15 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use ublk_engine::target::Rule;
 
-/// A device has no more layers than this.
+/// The maximum number of layers of a device.
 pub const MAX_LAYERS: usize = 64;
 
-/// The longest name of a layer, in bytes.
+/// The maximum length of a layer's name in bytes.
 const MAX_NAME: usize = 32;
 
-/// The layers of a device, from the outermost, which is nearest to the client and sees a request first,
-/// to the innermost, which is next to the target. They have this order wherever they are listed. No two
-/// have the same name, and there are at most [`MAX_LAYERS`].
+/// The layers of a device, outermost first. The outermost layer is nearest to the client and sees a
+/// request first; the innermost is next to the target. They have this order in all lists. Names are
+/// unique, and there are at most [`MAX_LAYERS`].
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "Vec<LayerConfig>")]
 pub struct Layers(Vec<LayerConfig>);
@@ -23,21 +23,21 @@ pub struct Layers(Vec<LayerConfig>);
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LayerConfig {
-    /// Tells it from the others of the device.
+    /// Its name, unique in the device.
     pub name: LayerName,
-    /// What it does.
+    /// Its kind and options.
     pub kind: LayerKind,
 }
 
-/// What a layer does.
+/// The kind of a layer, with its options.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum LayerKind {
-    /// Some requests fail, come short at first, or are held back.
+    /// Injects errors, short transfers and delays.
     Fault {
-        /// The first one that applies to a request decides.
+        /// The first rule that matches a request applies.
         rules: Vec<Rule>,
-        /// What chance draws from.
+        /// The random seed.
         seed: u64,
     },
 }
@@ -47,7 +47,7 @@ pub enum LayerKind {
 #[serde(try_from = "String")]
 pub struct LayerName(String);
 
-/// Why something is no name of a layer.
+/// Why a text is not a name of a layer.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{0:?} is no name of a layer; use at most {MAX_NAME} lower-case letters, digits and `-`, a letter \
@@ -62,13 +62,13 @@ pub enum BadLayers {
     /// More than [`MAX_LAYERS`].
     #[error("{0} layers are too many; a device has at most {MAX_LAYERS}")]
     TooMany(usize),
-    /// Two have the same name.
+    /// Two layers have the same name.
     #[error("two layers of the device have the name `{0}`")]
     SameName(LayerName),
 }
 
 impl LayerKind {
-    /// The word for it.
+    /// The name of the kind.
     #[must_use]
     pub const fn name(&self) -> &'static str {
         match self {
@@ -84,7 +84,7 @@ impl Layers {
         Self(Vec::new())
     }
 
-    /// Layers with the names given, the outermost first. Those without one are named after their kind:
+    /// Layers with the given names, outermost first. A layer without one is named after its kind:
     /// `fault`, `fault-2` and so on.
     ///
     /// # Errors
@@ -112,12 +112,12 @@ impl Layers {
         named.collect::<Vec<_>>().try_into()
     }
 
-    /// The outermost first.
+    /// Iterates, outermost first.
     pub fn iter(&self) -> std::slice::Iter<'_, LayerConfig> {
         self.0.iter()
     }
 
-    /// Whether there are none.
+    /// Whether there are no layers.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
@@ -141,7 +141,7 @@ impl TryFrom<Vec<LayerConfig>> for Layers {
 }
 
 impl LayerName {
-    /// As text.
+    /// The name as text.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0

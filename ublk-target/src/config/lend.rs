@@ -14,7 +14,7 @@ pub enum LendRequest {
     Auto,
     /// Zero copy by automatic buffer registration (Linux 6.16).
     Fused,
-    /// Zero copy by a registration and an unregistration with each request (Linux 6.15).
+    /// Zero copy: the server registers and unregisters the buffer of each request (Linux 6.15).
     Slot,
     /// Copies by `pread` and `pwrite` on the character device (Linux 6.5).
     UserCopy,
@@ -22,7 +22,7 @@ pub enum LendRequest {
     Copy,
 }
 
-/// The mode cannot be had.
+/// The mode is unavailable.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{what} needs the ublk feature {} (Linux {} or newer), which this kernel ({release}) lacks; \
@@ -35,7 +35,7 @@ pub struct CannotLend {
     instead: &'static str,
 }
 
-/// A mode, and why it was chosen.
+/// A mode, with the reason for the choice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Choice {
     /// The mode.
@@ -44,12 +44,12 @@ pub struct Choice {
     pub flags: u64,
     /// The reason, for the user.
     pub reason: String,
-    /// `auto` had to take less than the best.
+    /// Whether `auto` had to take a mode that is not the best.
     pub is_fallback: bool,
 }
 
 /// What `auto` tries, best first. User copy is not among them: wherever it is available, so is
-/// copying by the driver, which needs no system call of ours.
+/// copying by the driver, which costs the server no system call.
 const BEST_FIRST: [LendMode; 3] = [LendMode::Fused, LendMode::Slot, LendMode::Copy];
 
 impl LendRequest {
@@ -100,10 +100,10 @@ fn best(features: Features) -> Choice {
     unreachable!("copy needs no feature");
 }
 
-/// Checks that operations can be issued from another lane than the fetching one.
+/// Checks that an I/O lane can issue the operations.
 ///
 /// # Errors
-/// [`CannotLend`] on kernels that register a buffer only for the task that fetched it.
+/// [`CannotLend`] if the kernel registers a buffer only for the task that fetched it.
 pub fn check_io_lane(features: Features) -> Result<(), CannotLend> {
     let Some(feature) = features.first_missing(&[BUF_REG_OFF_DAEMON]) else { return Ok(()) };
     let release = kernel::release().unwrap_or_default();

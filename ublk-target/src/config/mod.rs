@@ -1,4 +1,4 @@
-//! What a device is made of.
+//! The configuration of a device.
 
 pub mod busy_wait;
 mod layers;
@@ -20,7 +20,7 @@ use self::polling::{Unpolled, WrittenPolling};
 pub use layers::{BadLayerName, BadLayers, LayerConfig, LayerKind, LayerName, Layers, MAX_LAYERS};
 pub use target::{ExtentConfig, TargetConfig};
 
-/// What a device is made of.
+/// The configuration of a device.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DeviceConfig {
@@ -32,42 +32,42 @@ pub struct DeviceConfig {
     pub depth: u16,
     /// How to lend.
     pub lend: LendRequest,
-    /// The slot that tag 0 of each queue lends in, the other tags following. Without one, fused
-    /// mode begins at 0, and slot mode takes whichever is free.
+    /// The slot of tag 0 of each queue; the other tags use the following slots. Without it, fused mode
+    /// begins at 0, and slot mode takes any free slot.
     pub first_slot: Option<u16>,
-    /// Issue the operations of each queue from a lane of their own.
+    /// Issue the operations of each queue from a second lane.
     pub io_lane: bool,
     /// How long an operation on a backing may take before it is cancelled.
     pub io_timeout: Option<Duration>,
-    /// Give NVMe commands to the backings, which are whole namespaces.
+    /// Send NVMe commands to the backings, which must be whole namespaces.
     pub passthru: bool,
-    /// How completions of operations are found.
+    /// How lanes wait for completions of operations.
     #[serde(with = "WrittenPolling")]
     pub polling: Polling,
-    /// Whether lanes look for completions for a while before they sleep.
+    /// Whether lanes spin for completions before they sleep.
     #[serde(default)]
     pub busy_wait: BusyWait,
-    /// What to do where a backing cannot be polled.
+    /// What to do if a backing cannot be polled.
     pub unpolled: Unpolled,
-    /// What becomes of the device when its server dies.
+    /// What happens to the device when its server dies.
     pub on_death: OnDeath,
-    /// Bytes of a block, a power of two from 512 to 4,096; those of the backings if it is left out.
+    /// Block size in bytes, a power of two from 512 to 4,096; that of the backings if left out.
     #[serde(default)]
     pub block_size: Option<u32>,
-    /// Whether the kernel leaves it to others to look for partitions.
-    // Not written where it is not so: programs that do not know it serve the device as well.
+    /// Whether the kernel skips the partition scan.
+    // Not written if false, so that older programs can still serve the device.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub no_part_scan: bool,
     /// The target.
     pub target: TargetConfig,
-    /// What stands before the target.
-    // Not written where there are none, for the same reason.
+    /// The layers before the target.
+    // Not written if there are none, for the same reason.
     #[serde(default, skip_serializing_if = "Layers::is_empty")]
     pub layers: Layers,
 }
 
 impl DeviceConfig {
-    /// One queue of 128 tags, the best lend mode, and all else as simple as can be.
+    /// One queue of 128 tags, the best lend mode, and the defaults for all other options.
     #[must_use]
     pub const fn of_target(target: TargetConfig) -> Self {
         Self {
@@ -90,7 +90,7 @@ impl DeviceConfig {
         }
     }
 
-    /// The target within its layers, in a word: `loop`, `fault(loop)`.
+    /// The target with its layers, as text: `loop`, `fault(loop)`.
     #[must_use]
     pub fn target_name(&self) -> String {
         let name = self.target.name().to_owned();

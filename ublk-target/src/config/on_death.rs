@@ -1,4 +1,4 @@
-//! What becomes of a device when its server dies.
+//! What happens to a device when its server dies.
 
 use serde::{Deserialize, Serialize};
 use uring_ext::feature::{
@@ -7,30 +7,30 @@ use uring_ext::feature::{
 
 use crate::os::kernel;
 
-/// What becomes of a device, and of its I/O, when its server dies.
+/// What happens to a device, and to its I/O, when its server dies.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnDeath {
-    /// The device goes away: outstanding I/O fails (EIO), and later I/O finds nothing (writes fail
-    /// with ENOSPC, reads are at the end). For scratch data, and where something above, such as
-    /// RAID, replaces a device that fails.
+    /// The device disappears: outstanding I/O fails (EIO), and later I/O finds no data (writes fail
+    /// with ENOSPC, reads are at the end). For scratch data, and below RAID, which replaces a
+    /// failed device.
     #[default]
     Fail,
-    /// I/O waits for `recover`; what was outstanding fails (EIO), so that nothing is ever written
-    /// twice. For applications that deal with an error themselves, such as databases.
+    /// I/O waits for `recover`; outstanding I/O fails (EIO), so nothing is ever written twice. For
+    /// applications that handle an error themselves, such as databases.
     Wait,
-    /// I/O waits for `recover`; what was outstanding is issued again, so that no application sees an
-    /// error. A write may be carried out twice, with the same data, before it is answered: right
-    /// for file systems, databases and all else that would do the same after a power cut; wrong
-    /// for clients of which several write the same blocks and order that by other means.
+    /// I/O waits for `recover`; outstanding I/O is issued again, so no application sees an error. A
+    /// write may be carried out twice, with the same data, before it is answered. Right for file
+    /// systems, databases and others that would do the same after a power cut. Wrong if several
+    /// clients write the same blocks and order these writes by other means than the answers.
     Reissue,
-    /// I/O fails until `recover`, and works again from then on: what was outstanding with EIO, later
-    /// I/O with EREMOTEIO, which dm-multipath takes for an error of the data and not of the path.
-    /// For clients that must never hang.
+    /// I/O fails until `recover`, and then works again. Outstanding I/O fails with EIO, later I/O
+    /// with EREMOTEIO, which dm-multipath takes for an error of the data, not of the path. For
+    /// clients that must never hang.
     Error,
 }
 
-/// The driver cannot keep a device beyond its server.
+/// The driver cannot keep a device after its server has died.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "--on-death {on_death} needs the ublk feature {} (Linux {} or newer), which this kernel \
@@ -46,7 +46,7 @@ impl OnDeath {
     /// The driver features that the device is added with.
     ///
     /// # Errors
-    /// [`CannotRecover`] if the driver lacks one that cannot be done without.
+    /// [`CannotRecover`] if the driver lacks a feature that this needs.
     pub fn flags(self, features: Features) -> Result<u64, CannotRecover> {
         if let Some(feature) = features.first_missing(self.needs()) {
             let release = kernel::release().unwrap_or_default();
@@ -69,7 +69,7 @@ impl OnDeath {
         matches!(self, Self::Wait | Self::Reissue)
     }
 
-    /// What a device with these features does.
+    /// The behaviour of a device with these features.
     #[must_use]
     pub const fn of_flags(flags: u64) -> Self {
         let features = Features(flags);

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use uring_ext::ring::Polling;
 
-/// [`Polling`], written down.
+/// The form of [`Polling`] in a state file.
 #[derive(Serialize, Deserialize)]
 #[serde(remote = "Polling", rename_all = "kebab-case")]
 pub(crate) enum WrittenPolling {
@@ -12,14 +12,14 @@ pub(crate) enum WrittenPolling {
     Hybrid,
 }
 
-/// What to do where a backing has no queues to be polled. A polling ring cannot serve it: the block
-/// layer refuses what it cannot poll for with `EOPNOTSUPP` (`submit_bio_noacct`).
+/// What to do if a backing has no poll queues. A polling ring cannot serve it: the block layer
+/// refuses operations that it cannot poll for with `EOPNOTSUPP` (`submit_bio_noacct`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Unpolled {
     /// Refuse to serve the device.
     #[default]
     Refuse,
-    /// Serve all of it by interrupt.
+    /// Use interrupts for the whole device.
     Interrupt,
 }

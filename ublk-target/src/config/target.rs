@@ -10,24 +10,24 @@ use ublk_engine::units::Bytes;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum TargetConfig {
-    /// Forgets writes, reads as zeros.
+    /// Discards writes, reads as zeros.
     Null {
         /// Size of the device.
         size: Bytes,
     },
-    /// A file or block device, block for block.
+    /// Maps one file or block device, block for block.
     Loop {
         /// The backing.
         file: PathBuf,
     },
-    /// Extents of files or block devices, one after the other.
+    /// Concatenates extents of files or block devices.
     Linear {
-        /// In the order of the device.
+        /// The extents in the order of the device.
         extents: Vec<ExtentConfig>,
     },
-    /// Chunks that go to files or block devices in turn.
+    /// Stripes over files or block devices.
     Stripe {
-        /// Bytes of a chunk.
+        /// Chunk size in bytes.
         chunk: Bytes,
         /// The backings.
         files: Vec<PathBuf>,
@@ -35,7 +35,7 @@ pub enum TargetConfig {
 }
 
 impl TargetConfig {
-    /// The word for it.
+    /// The name of the target.
     #[must_use]
     pub const fn name(&self) -> &'static str {
         match self {
@@ -46,7 +46,7 @@ impl TargetConfig {
         }
     }
 
-    /// The size of a null target, to be changed.
+    /// The size of a null target, mutable.
     pub(crate) const fn null_size(&mut self) -> Option<&mut Bytes> {
         match self {
             Self::Null { size } => Some(size),
@@ -54,8 +54,8 @@ impl TargetConfig {
         }
     }
 
-    /// With absolute paths, for a server that starts elsewhere. What cannot be looked up stays as it
-    /// is, for the error that opening it gives.
+    /// Makes paths absolute, for a server that starts elsewhere. A path that cannot be looked up stays
+    /// unchanged, so that opening it gives the error.
     pub(crate) fn absolute(&mut self) {
         for file in self.files_mut() {
             if let Ok(path) = file.canonicalize() {
@@ -64,8 +64,8 @@ impl TargetConfig {
         }
     }
 
-    /// With paths that begin at the root directory in place of the working directory, which the server
-    /// leaves. Links in them are looked at when they are opened.
+    /// Makes relative paths absolute, since the server leaves the working directory. Links in them are
+    /// resolved when the paths are opened.
     pub(crate) fn begin_at_root(&mut self) {
         for file in self.files_mut() {
             if let Ok(path) = std::path::absolute(&*file) {
@@ -74,7 +74,7 @@ impl TargetConfig {
         }
     }
 
-    /// The paths of the backings, as often as they are given.
+    /// The paths of the backings, with duplicates.
     #[must_use]
     pub fn files(&self) -> Vec<&Path> {
         match self {
@@ -93,7 +93,7 @@ impl TargetConfig {
         self.files().into_iter().find(is_missing)
     }
 
-    /// The same, to be changed.
+    /// The same, mutable.
     pub fn files_mut(&mut self) -> Vec<&mut PathBuf> {
         match self {
             Self::Null { .. } => Vec::new(),
@@ -110,8 +110,8 @@ impl TargetConfig {
 pub struct ExtentConfig {
     /// The backing.
     pub file: PathBuf,
-    /// Where it begins.
+    /// Its offset on the backing.
     pub offset: Bytes,
-    /// How long it is; to the end of the backing without one.
+    /// Its length; `None` means to the end of the backing.
     pub len: Option<Bytes>,
 }

@@ -1,9 +1,9 @@
-//! Deleting devices, in whatever state they are, and what sees to them.
+//! Deletes devices in any state, with their processes.
 //!
-//! Deletion is never done by the process that serves the device, except at its own orderly end:
-//! a server that waits on its own device cannot serve what the wait needs. Nor are the driver's
-//! commands given by the process that the user waits for, but by a helper: a command that waits for
-//! outstanding I/O cannot be taken back, and keeps its process from ending.
+//! The process that serves a device deletes it only at its own orderly end: a server that waits for
+//! its own device cannot serve the I/O that the wait needs. A helper gives the driver the commands,
+//! not the process that the user waits for. A command that waits for outstanding I/O cannot be
+//! cancelled, and its process does not end before it.
 
 use std::fmt;
 use std::io;
@@ -34,12 +34,12 @@ pub use crate::control::device_to_delete::users;
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum DeleteError {
-    /// There is none.
-    #[error("there is no ublk device {0}; `ublk-target list` shows those that are")]
+    /// It does not exist.
+    #[error("there is no ublk device {0}; `ublk-target list` lists the existing ones")]
     NoDevice(u32),
-    /// Somebody uses it.
+    /// It is in use.
     #[error(
-        "{} is in use: {}; stop that use first, or have it fail with --force",
+        "{} is in use: {}; stop that use first, or use --force, which fails its I/O",
         paths::block_path(*id).display(), users.join(", ")
     )]
     InUse {
@@ -48,7 +48,7 @@ pub enum DeleteError {
         /// Its users, in words.
         users: Vec<String>,
     },
-    /// Somebody uses it, and may wait for a server.
+    /// It is in use, and its users may wait for a server.
     #[error(
         "{} is in use: {}; its server is dead: `ublk-target recover -n {id}` lets that use go on, \
          `ublk-target del -n {id} --force` fails its I/O",
@@ -60,26 +60,26 @@ pub enum DeleteError {
         /// Its users, in words.
         users: Vec<String>,
     },
-    /// Somebody waits for something that does not come.
+    /// A wait has timed out.
     #[error("gave up waiting after {} s for {what}; the deletion may still complete", waited.as_secs())]
     Stuck {
-        /// What was waited for.
+        /// What the wait was for.
         what: String,
-        /// How long.
+        /// How long it took.
         waited: Duration,
     },
-    /// The process that gives the driver's commands could not be started.
+    /// The helper process could not be started.
     #[error("cannot start a process that stops the device: {0}")]
     NoHelper(Errno),
-    /// That process has failed, and said why.
+    /// The helper process has failed, and has reported the reason.
     #[error("the driver did not delete device {0}")]
     Refused(u32),
-    /// The driver said no.
+    /// The driver refused.
     #[error(transparent)]
     Control(#[from] ControlError),
 }
 
-/// What a helper has the driver do.
+/// A command that a helper gives to the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Command {
     /// Stop a device that nobody has open (`TRY_STOP_DEV`)
@@ -90,14 +90,14 @@ pub enum Command {
     Remove,
 }
 
-/// How a helper ends that found the device in use.
+/// Exit code of a helper if the device is in use.
 pub const IN_USE: u8 = 16;
 
-/// Gives the driver a command and waits for its end, for as long as that takes. A device that is
-/// gone is stopped and removed.
+/// Gives the driver a command and waits for its end, without a limit. For a device that is gone,
+/// stopping and removing succeed.
 ///
 /// # Errors
-/// `EBUSY` for one that is in use, and the driver's others.
+/// `EBUSY` for a device in use, and other errors of the driver.
 pub fn command(id: u32, command: Command) -> Result<(), ControlError> {
     let control = Control::open()?;
     let sent = match command {
@@ -119,33 +119,34 @@ pub fn command(id: u32, command: Command) -> Result<(), ControlError> {
     }
 }
 
-/// The longest wait for each of: outstanding I/O, the end of a process, the driver's clean-up.
+/// The longest wait for each of these: outstanding I/O, the end of a process, the driver's
+/// clean-up.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// After so much of it a process of ours is killed, if that was asked for.
+/// With --force, a process of ours is killed after this time.
 const BEFORE_KILL: Duration = Duration::from_secs(5);
-/// A user of which no process and no mount is to be seen.
+/// A user without a visible process or mount.
 pub(crate) const UNSEEN: &str =
     "the kernel, or a process in another pid namespace, has it open (an export, for instance)";
-/// How long what is on its way to close a device may take; what has it open after that uses it.
+/// The time that a process may take to close a device. After that it counts as a user.
 const TO_LET_GO: Duration = Duration::from_secs(2);
 
-/// How devices are deleted.
+/// Options and callbacks of deletions.
 pub struct Deletion<'a> {
     /// The driver.
     pub control: &'a Control,
     /// Stop a device that is in use, and kill a server that does not end.
     pub force: bool,
-    /// Starts a process that carries out [`command`]; it ends with 0, with [`IN_USE`], or has said
-    /// why it has failed.
+    /// Starts a process that runs [`command`]. It ends with 0, with [`IN_USE`], or with another
+    /// code after it has reported the reason.
     pub helper: &'a dyn Fn(u32, Command) -> io::Result<Child>,
-    /// Is told what is waited for, when a wait gets long, and what is left.
+    /// Called with what a long wait is for, and with what remains.
     pub progress: &'a mut dyn FnMut(&str),
 }
 
 impl Deletion<'_> {
-    /// Deletes the device `id`. Refuses one that is open or mounted, unless it is forced. Returns
-    /// when nothing is left of it, neither in the driver nor its server and supervisor. After a
-    /// device was forced out of the hands of its users, its id is taken until they let go of it.
+    /// Deletes the device `id`. Refuses a device that is open or mounted, unless `force` is set.
+    /// Returns when the device is gone from the driver, and its server and supervisor have ended.
+    /// If users of a forced device still have it open, its id stays in use until they close it.
     ///
     /// # Errors
     /// [`DeleteError`].
@@ -173,7 +174,7 @@ impl Deletion<'_> {
         step("del-removed");
         self.await_end(&device.processes, Some(&device))?;
         self.await_removal(&device)?;
-        // Those that were started meanwhile by those that have ended by now.
+        // Processes that were started meanwhile by others that have ended now.
         let mut late = processes::of_device(id, None);
         late.retain(|process| process.role != Role::Fleet && process.started <= device.seen);
         self.await_end(&late, None)?;
@@ -191,7 +192,7 @@ impl Deletion<'_> {
         self.await_end(&[process], None)
     }
 
-    /// Stops a device that nobody uses, or whoever does.
+    /// Stops a device that is not in use, or with `force` any.
     fn stop(&mut self, device: &DeviceToDelete) -> Result<(), DeleteError> {
         let id = device.id;
         let can_try = self.control.features().is_ok_and(|features| features.has(SAFE_STOP_DEV));
@@ -207,20 +208,20 @@ impl Deletion<'_> {
                 Ok(true) => ControlFlow::Break(Ok(())),
                 Err(error) => ControlFlow::Break(Err(error)),
             });
-        // Opened since it was looked at; or by who cannot be seen from here, and does not let go.
+        // A process has opened it since the check; or an invisible user does not close it.
         stopped.unwrap_or_else(|unmet| {
             Err(DeleteError::InUse { id, users: vec![unmet.reason.to_owned()] })
         })
     }
 
-    /// Refuses a device that somebody uses. Workers of udev are no users: they look at a device that
-    /// was just made or written to, and are waited for, unless nobody serves what they wait for.
-    /// Whether the device is to be stopped only if it is unused.
+    /// Refuses a device in use. Workers of udev do not count: they look at a device after it was
+    /// made or written to. They are waited for, unless nobody serves their I/O. Returns whether the
+    /// device may be stopped only if it is unused.
     fn await_users(&mut self, device: &DeviceToDelete) -> Result<bool, DeleteError> {
         let Some((major, minor)) = device.number else { return Ok(true) };
         let (id, control) = (device.id, self.control);
-        let what = format!("udev to let go of {device}");
-        // Nobody tells when a device is closed.
+        let what = format!("udev to close {device}");
+        // Nothing reports when a device is closed.
         patient(self.progress).every(Duration::from_millis(10)).until(|| {
             let (users, is_open) = users_of((major, minor));
             if !users.is_empty() {
@@ -236,8 +237,8 @@ impl Deletion<'_> {
         })?
     }
 
-    /// Has a helper give the driver a command. Whether it was carried out; a device in use is not
-    /// stopped.
+    /// Lets a helper give the driver a command. Returns whether it was carried out; a device in use
+    /// is not stopped.
     fn run(
         &mut self,
         device: &DeviceToDelete,
@@ -261,20 +262,20 @@ impl Deletion<'_> {
             }
         });
         if ended.is_err() {
-            // It ends when the command does, and not before.
+            // It ends together with the command.
             let _ = helper.kill();
         }
         let status = ended?.map_err(failed)?;
         match status.code() {
             Some(0) => Ok(true),
             Some(code) if code == i32::from(IN_USE) => Ok(false),
-            // It has said why.
+            // It has reported the reason.
             _ => Err(DeleteError::Refused(device.id)),
         }
     }
 
-    /// Waits until processes are gone, and kills those that do not end, if that was asked for.
-    /// `removed` is the device if the driver has removed it already.
+    /// Waits until processes have ended. With `force` it kills those that do not end. `removed` is
+    /// the device if the driver has removed it already.
     fn await_end(
         &mut self,
         processes: &[Process],
@@ -283,7 +284,7 @@ impl Deletion<'_> {
         let (control, force, began) = (self.control, self.force, Instant::now());
         for process in processes {
             while !process.has_ended() {
-                // A server that was about to start a device still can.
+                // A server that was about to start a device may still start it.
                 let restarted = removed.filter(|device| device.is_started(control));
                 if let Some(device) = restarted {
                     self.run(device, Command::Stop, "the driver to stop it again")?;
@@ -305,13 +306,13 @@ impl Deletion<'_> {
         Ok(())
     }
 
-    /// Waits until the driver has let go of the id.
+    /// Waits until the driver has freed the id.
     fn await_removal(&mut self, device: &DeviceToDelete) -> Result<(), DeleteError> {
         let control = self.control;
         let force = self.force;
-        let what = format!("{}, to let go of device {}", device.holders(), device.id);
+        let what = format!("{}, to close device {}", device.holders(), device.id);
         let began = Instant::now();
-        // The driver tells nobody when it has let go of an id.
+        // Nothing reports when the driver frees an id.
         let users = patient(self.progress).every(Duration::from_millis(5)).until(|| {
             match device.is_gone(control) {
                 Err(error) => return ControlFlow::Break(Err(error)),
@@ -329,14 +330,14 @@ impl Deletion<'_> {
         })??;
         if !users.is_empty() {
             let users = users.join(", ");
-            (self.progress)(&format!("note: id {} is taken as long as it is {users}", device.id));
+            (self.progress)(&format!("note: id {} stays in use while it is {users}", device.id));
         }
         Ok(())
     }
 }
 
-/// Kills processes; supervisors first, for they would put others in the place of servers. A server
-/// of several devices is not among them: the others need it.
+/// Kills processes; supervisors first, since they would start other servers. A server of several
+/// devices is spared: the other devices need it.
 fn kill(processes: &[Process]) {
     for role in [Role::Supervisor, Role::Server] {
         for process in processes.iter().filter(|process| process.role == role) {
@@ -345,7 +346,7 @@ fn kill(processes: &[Process]) {
     }
 }
 
-/// A wait that tells `progress` when it takes long, and that gives up after [`PATIENCE`].
+/// A wait that reports to `progress` when it takes long, and times out after [`PATIENCE`].
 fn patient<'a>(progress: &'a mut dyn FnMut(&str)) -> Wait<'a> {
     Wait::at_most(PATIENCE).every(Duration::from_millis(100)).telling(
         Duration::from_secs(2),

@@ -1,4 +1,4 @@
-//! A device that is to be deleted: who uses it, and what sees to it.
+//! A device to delete: its users and its processes.
 
 use std::fs;
 use std::time::Duration;
@@ -13,7 +13,7 @@ use crate::device::paths;
 use crate::device::processes::{self, Process, Role};
 use crate::os::procfs::{self, parse_devt};
 
-/// The users of a device, in words, but for workers of udev, which let go of it by themselves.
+/// The users of a device, in words, without workers of udev, which close it by themselves.
 #[must_use]
 pub fn users(id: u32) -> Vec<String> {
     number_of(id).map_or_else(Vec::new, |number| users_of(number).0)
@@ -33,20 +33,20 @@ pub(super) fn users_of((major, minor): (u32, u32)) -> (Vec<String>, bool) {
     (users, !openers.is_empty())
 }
 
-/// A device that is to be deleted.
+/// A device to delete.
 pub(super) struct DeviceToDelete {
     pub id: u32,
-    /// Number of its block device, if it has one.
+    /// The number of its block device, if it has one.
     pub number: Option<(u32, u32)>,
-    /// Those of its partitions, too.
+    /// The numbers of its block device and its partitions.
     pub numbers: Vec<(u32, u32)>,
-    /// Tells it from a later one of the same id.
+    /// Distinguishes it from a later device of the same id.
     pub identity: Option<u64>,
-    /// What sees to it, and ends with it.
+    /// Processes that end with it.
     pub processes: Vec<Process>,
-    /// What serves it among others, and goes on without it.
+    /// A process that serves it among others, and continues without it.
     pub fleet: Option<Process>,
-    /// When it was there last, since the machine was started.
+    /// The time when it was last seen, since boot.
     pub seen: Duration,
 }
 
@@ -54,12 +54,12 @@ impl DeviceToDelete {
     pub fn new(id: u32, info: &sys::ublksrv_ctrl_dev_info) -> Self {
         let number = number_of(id);
         let numbers = number.map(|(major, minor)| usage::numbers_of_device(major, minor));
-        // Of one that was started, the server is in its state file.
+        // The state file of a started device names its server.
         let adder = Nonce::of(info).filter(|_| !description::has_disk(info));
         let (mut fleet, mut processes): (Vec<_>, Vec<_>) = processes::of_device(id, adder)
             .into_iter()
             .partition(|process| process.role == Role::Fleet);
-        // A supervisor waits for its server: where that hangs, it is the one to be named.
+        // A supervisor waits for its server. If the server hangs, the message must name the server.
         processes.sort_by_key(|process| process.role != Role::Server);
         Self {
             id,
@@ -72,7 +72,7 @@ impl DeviceToDelete {
         }
     }
 
-    /// Whether the driver has none of this id, or another one.
+    /// Whether the driver has no device of this id, or another one.
     pub fn is_gone(&self, control: &Control) -> Result<bool, ControlError> {
         match control.info(self.id) {
             Err(error) if description::is_missing(&error) => Ok(true),
@@ -84,8 +84,8 @@ impl DeviceToDelete {
         }
     }
 
-    /// Whether its I/O is served: its server is alive, or is not to be seen from here and the driver
-    /// has not said that it is gone.
+    /// Whether its I/O is served: its server is alive, or is not visible from here while the driver
+    /// has not noticed its end.
     pub fn is_served(&self, control: &Control) -> bool {
         control.info(self.id).is_ok_and(|info| {
             let is_alive = u32::try_from(info.ublksrv_pid).is_ok_and(procfs::is_alive);
@@ -99,7 +99,7 @@ impl DeviceToDelete {
             && description::identity(self.id).is_none()
     }
 
-    /// Who has its block device, in words.
+    /// The users of its block device, in words.
     pub fn users(&self) -> Vec<String> {
         let mut users = usage::users_of(&self.numbers);
         let openers = usage::openers_of(&self.numbers);
@@ -107,7 +107,7 @@ impl DeviceToDelete {
         users
     }
 
-    /// Who keeps it from going away, in words.
+    /// The processes that keep it from going away, in words.
     pub fn holders(&self) -> String {
         let mut holders: Vec<_> = usage::servers_of(self.id)
             .iter()

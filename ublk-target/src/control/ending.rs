@@ -1,4 +1,4 @@
-//! How a server ends: it stops the device, deletes it, or leaves it to the next one.
+//! The end of a server: it stops its device, deletes it, or leaves it to the next server.
 
 use std::ops::ControlFlow;
 use std::os::fd::AsFd;
@@ -19,30 +19,30 @@ use crate::os::steps::step;
 use crate::os::wait::{Wait, Words};
 
 impl Server {
-    /// Has the lanes end as soon as they have no request in hand, and waits for that.
+    /// Tells the lanes to end as soon as no request is open, and waits for that.
     pub fn drain(&mut self) {
         self.lanes.send(|| LaneMessage::Drain);
         if let Err(error) = self.lanes.join() {
             log::error!("{error}");
         }
-        // What these had to say has been said.
+        // The lanes' errors were reported already.
         while self.wakeups.take_lane_ended() || self.wakeups.take_undelivered() {}
     }
 
-    /// Lets go of all that another server needs.
+    /// Closes everything that another server needs.
     pub fn let_go(&mut self) {
         self.control_requests = None;
         drop(self.stats.take());
         drop(self.cdev.take());
     }
 
-    /// Stops the device, which completes or fails outstanding I/O. It may take as long as that
-    /// I/O; a second signal cancels what is in flight on the backings, and a third ends the wait
-    /// and leaves the rest to the kernel and to `del`.
+    /// Stops the device, which completes or fails outstanding I/O. This may take as long as that
+    /// I/O. A second signal cancels the operations in flight on the backings. A third one ends the
+    /// wait, and leaves the rest to the kernel and to `del`.
     ///
-    /// Another process does it. A server that is killed while a command of its own waits for
-    /// outstanding I/O would wait for itself, for ever: the command keeps its files open, so the
-    /// driver never learns of its death and fails no I/O.
+    /// Another process does this. If the server gave the command itself and were killed while it
+    /// waits for outstanding I/O, it would wait for itself for ever: the command keeps its files
+    /// open, so the driver would never notice its death, and would fail no I/O.
     pub fn stop(&self, stop: &StopHelper<'_>) -> Result<(), ServeError> {
         let failed = |error: std::io::Error| {
             SetupError::new("cannot start a process that stops the device", Errno::of(&error))
@@ -76,13 +76,13 @@ impl Server {
                 self.lanes.send(|| LaneMessage::CancelAll);
             }
         };
-        // It has said why.
+        // It has reported the reason.
         if status.success() { Ok(()) } else { Err(ServeError::NotStopped) }
     }
 
-    /// Deletes the device and waits for the lanes, whose fetches thereby end. The character
-    /// device stays open until the deletion is under way, so that the id cannot have passed to
-    /// another device. A device that is left to the next server is only let go of.
+    /// Deletes the device and waits for the lanes: the deletion ends their fetches. The character
+    /// device stays open until the deletion is in progress, so that no other device can have the
+    /// id. A device kept for recovery is only closed.
     pub fn take_down(mut self) -> Result<(), ServeError> {
         let mut result = Ok(());
         if self.is_left {
@@ -91,13 +91,13 @@ impl Server {
             drop(self.stats.take());
             return Ok(());
         }
-        // One that was never opened may be another one by now.
+        // Without the open character device, the id may belong to another device.
         if self.cdev.is_none() && self.is_deleted() {
             return Ok(());
         }
         step("stopped");
         if self.is_removed() {
-            // Deleting it again would not take back what was fetched since.
+            // A second deletion would not end the fetches made since.
             let _ = self.control.stop(self.id).and_then(|pending| self.control.finish(pending));
         }
         let deleted = self.control.delete(self.id).and_then(|pending| self.control.finish(pending));
@@ -107,9 +107,9 @@ impl Server {
             Ok(_) | Err(_) => {}
         }
         result = result.and(self.lanes.join().map_err(ServeError::from));
-        // Whoever asks for something now is not answered any more, and must not be waited for.
+        // Later requests on the socket get no answer, and must not wait.
         self.control_requests = None;
-        // It tells of the lanes until they have ended. The id is still this device's, so that no
+        // It reports on the lanes until they have ended. The id still belongs to this device, so no
         // other server can have made a socket of this name.
         drop(self.stats.take());
         step("deaf");
@@ -119,12 +119,12 @@ impl Server {
         result
     }
 
-    /// Leaves the device to the next server, whatever comes, until [`Server::keep`].
+    /// From now on the device is left to the next server, until [`Server::keep`].
     pub fn leave(&mut self) {
         self.is_left = true;
     }
 
-    /// It is this server's now, to its orderly end.
+    /// From now on the device belongs to this server, until its orderly end.
     pub fn keep(&mut self) {
         self.is_left = false;
     }

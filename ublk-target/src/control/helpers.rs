@@ -1,4 +1,4 @@
-//! What a server has from its process: helpers, protection, what wakes it.
+//! A server's interface to its process: helpers, protection, wake-ups.
 
 use std::io;
 use std::path::Path;
@@ -13,16 +13,17 @@ use crate::os::wakeups::{Hangup, Wakeups};
 
 /// Processes that do what the server must not do itself, or cannot.
 pub struct Helpers<'a> {
-    /// Starts one that stops a device ([`deletion::command`](crate::control::deletion::command)).
+    /// Starts a process that stops a device
+    /// ([`deletion::command`](crate::control::deletion::command)).
     pub stop: Box<StopHelper<'a>>,
-    /// Starts one that supervises the device of the calling process.
+    /// Starts a process that supervises the device of the calling process.
     pub supervise: Box<dyn Fn(u32) -> io::Result<Child> + 'a>,
-    /// Starts one that makes the I/O of a device wait (see [`quiesce`](crate::control::upgrade::quiesce)).
+    /// Starts a process that quiesces a device ([`quiesce`](crate::control::upgrade::quiesce)).
     pub quiesce: Box<dyn Fn(u32) -> io::Result<Child> + 'a>,
-    /// Becomes a process of another program that recovers a device, with the supervisor of this
-    /// one. Returns only if it cannot.
+    /// Replaces the process by another program, which recovers a device with the same supervisor.
+    /// Returns only on an error.
     pub become_next: Box<BecomeNext<'a>>,
-    /// Opens the log of a device again, which SIGHUP asks for. Without it SIGHUP ends the server.
+    /// Opens the log of a device again, on SIGHUP. Without it, SIGHUP ends the server.
     pub reopen_log: Option<Box<dyn Fn(u32) + 'a>>,
 }
 
@@ -38,13 +39,13 @@ pub type StopHelper<'a> = dyn Fn(u32) -> io::Result<Child> + 'a;
 /// The device, the program, and the supervisor.
 pub type BecomeNext<'a> = dyn Fn(u32, &Program, Option<u32>) -> io::Error + 'a;
 
-/// Makes the calling process, which has one thread, fit to serve devices on these backings.
+/// Prepares the calling process, which has one thread, for serving devices on these backings.
 pub(super) fn protect_server(backings: &[&Path]) {
     let own = [Path::new(RUN_DIR), Path::new(LOG_DIR)];
     protect(&[backings, &own].concat());
 }
 
-/// All that wakes the main thread, to be shared with lanes. Signals are blocked from here on.
+/// The wake-ups of the main thread, shared with lanes. Signals are blocked from here on.
 pub(crate) fn ready(hangup: Hangup) -> Result<Arc<Wakeups>, SetupError> {
     let wakeups = Wakeups::new(hangup);
     wakeups.map(Arc::new).map_err(|errno| SetupError::new("cannot wait for signals", errno))

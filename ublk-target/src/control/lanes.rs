@@ -1,4 +1,4 @@
-//! The lanes of a device: threads of its own, or stations in lanes that it shares with others.
+//! The lanes of a device: threads of its own, or stations in shared lanes.
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -24,7 +24,7 @@ use crate::io_thread::setup::{LaneConfig, LaneReport};
 use crate::os::steps::step;
 use crate::os::wakeups::Wakeups;
 
-/// What a device's lanes are made from.
+/// The inputs of a device's lanes.
 pub(super) struct LaneSetup<'a> {
     pub control: &'a Control,
     pub info: &'a sys::ublksrv_ctrl_dev_info,
@@ -39,7 +39,7 @@ pub(super) struct LaneSetup<'a> {
 #[derive(Default)]
 pub(super) struct DeviceLanes {
     queues: Vec<Queue>,
-    /// Those that the process's devices share.
+    /// The shared lanes of the process.
     shared_lanes: Option<Rc<RefCell<SharedLanes>>>,
 }
 
@@ -49,10 +49,10 @@ struct Queue {
 }
 
 impl DeviceLanes {
-    /// Starts to serve all queues. What was started is there even if not all could be.
+    /// Starts to serve all queues. If some fail, the others stay started.
     pub fn start(&mut self, setup: &LaneSetup<'_>) -> Result<(), QueueError> {
-        // A ring that polls, takes double entries or has a second one is of one device; and so is a
-        // lane that is told how to wait.
+        // A ring that polls, takes double entries or has a second ring serves one device; so does a
+        // lane with an idle policy of its own.
         let is_alone = setup.plan.config.io_lane
             || setup.plan.layout.polling != Polling::Off
             || matches!(setup.plan.config.busy_wait, BusyWait::Limit(_))
@@ -79,7 +79,7 @@ impl DeviceLanes {
         Ok(())
     }
 
-    /// How others talk to the lanes.
+    /// The handles of the lanes.
     pub fn handles(&self) -> Vec<LaneHandle> {
         self.queues.iter().map(|queue| queue.handle.clone()).collect()
     }
@@ -88,7 +88,7 @@ impl DeviceLanes {
         self.queues.len()
     }
 
-    /// Sends each of them a message.
+    /// Sends a message to each of them.
     pub fn send(&self, mut message: impl FnMut() -> LaneMessage) {
         for queue in &self.queues {
             queue.handle.send(message());
@@ -105,14 +105,14 @@ impl DeviceLanes {
         self.queues.iter_mut().all(|queue| queue.station.has_ended())
     }
 
-    /// Whether the driver has taken back some fetches of a lane that shares its ring, and no request of
-    /// it is in hand: the others have to be taken back, too, before the device can have another server.
+    /// Whether the driver has taken back some fetches of a shared lane, and no request is open
+    /// there. The other fetches must be taken back too before the device can have another server.
     pub fn are_withdrawn(&mut self) -> bool {
         let mut stations = self.queues.iter_mut().map(|queue| &mut queue.station);
         stations.any(|station| station.is_withdrawn() && !station.has_ended())
     }
 
-    /// Why a lane cannot go on that shares its ring, and so has to be ended: once.
+    /// Why a shared lane must stop serving this device; returned once.
     pub fn take_failure(&self) -> Option<QueueError> {
         let mut failures = self.queues.iter().filter_map(|queue| {
             let error = queue.station.take_failure()?;
@@ -132,7 +132,7 @@ impl DeviceLanes {
         QueueError::Lane { qid, error }
     }
 
-    /// Waits for the end of all, and logs what they did.
+    /// Waits for the end of all lanes, and logs their statistics.
     pub fn join(&mut self) -> Result<(), QueueError> {
         let mut result = Ok(());
         for queue in std::mem::take(&mut self.queues) {

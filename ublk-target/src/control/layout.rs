@@ -1,4 +1,4 @@
-//! From a configuration to open backings, a planner and limits.
+//! Turns a configuration into open backings, a planner and limits.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -26,33 +26,33 @@ use crate::control::polling;
 use crate::device::standing::Recorded;
 use crate::os::memory;
 
-/// The greatest request in the copy modes, whose buffers take memory.
+/// The longest request in the copy modes, whose buffers take memory.
 const COPY_MAX_IO: u32 = 512 << 10;
-/// Requests may be as long where buffers are lent, though an operation may not: a request that is
-/// cut is delivered once.
+/// The longest request in the other modes. It may be longer than one operation: a request is
+/// delivered once, and the target cuts it.
 const LENT_MAX_IO: u32 = 1 << 20;
-/// Buffers of a lane for requests whose own cannot be registered. That is rare, and the queues of a
-/// lane wait for each other.
+/// Buffers of a lane for requests whose own buffer cannot be registered. That is rare, so the
+/// queues of a lane wait for each other.
 const SPARE_BUFFERS: u16 = 1;
 
 /// Target, backings and limits of a device.
 pub(super) struct Layout {
     pub target: AnyTarget,
     pub backings: Arc<[Backing]>,
-    /// Of the device.
+    /// The limits of the device.
     pub limits: Limits,
-    /// Of operations on the backings.
+    /// The limits of operations on the backings.
     backing_limits: Limits,
     pub size: Bytes,
     pub buffer_bytes: u32,
     pub polling: Polling,
-    /// What the backings stand on.
+    /// The ublk devices below the backings.
     pub below: Below,
 }
 
 impl Layout {
-    /// `known` are the backings of a device that is to be recovered. Those that are not claimed are
-    /// only looked at.
+    /// `known` are the backings of a device to recover. If the backings are not claimed, they are
+    /// only checked.
     pub fn open(
         config: &DeviceConfig,
         lend: LendMode,
@@ -63,7 +63,7 @@ impl Layout {
         let Parts { base, backings, limits, size } = Opener { how, known }.parts(&config.target)?;
         let layers = config.layers.iter().map(|it| layer(&it.kind, limits.logical_block));
         let target = AnyTarget::new(layers.collect::<Vec<_>>(), base);
-        // Larger blocks than those of the backings are made of them.
+        // Larger blocks consist of several blocks of the backings.
         let block = config.block_size.unwrap_or(0).max(limits.logical_block);
         let physical_block = limits.physical_block.max(block);
         let backing_limits = Limits { logical_block: block, physical_block, ..limits };
@@ -83,7 +83,7 @@ impl Layout {
         Ok(Self { target, backings, limits, backing_limits, size, buffer_bytes, polling, below })
     }
 
-    /// What requests of the device have to keep to.
+    /// The limits of the device's requests.
     pub fn geometry(&self) -> Geometry {
         let (size, block) = (self.size.0, self.limits.logical_block);
         Geometry { size, block, max_bytes: self.buffer_bytes }
@@ -94,13 +94,13 @@ impl Layout {
         self.backings.iter().any(|backing| backing.route().is_namespace())
     }
 
-    /// Bytes of each of the server's buffers.
+    /// Size of each of the server's buffers in bytes.
     pub fn pool_bytes(&self) -> u32 {
         self.buffer_bytes.max(self.target.scratch_bytes())
     }
 
-    /// Buffers that do not fit would bring the machine down instead of failing. `program` is what the
-    /// server needs besides.
+    /// Checks that the buffers fit into memory: too many would make the whole machine run out of
+    /// it. `program` is what the server needs besides.
     pub fn check_memory(
         &self,
         queues: u16,
@@ -124,12 +124,12 @@ impl Layout {
         Ok(())
     }
 
-    /// The same device on backings that have grown since it was added, and what to know these by.
+    /// The same device on backings that have grown since it was added, with their new identities.
     pub fn grown(&self, config: &TargetConfig) -> Result<Grown, LayoutError> {
         let is_null = self.target.base().is_null();
         let mut known = self.known();
         for (known, backing) in known.iter_mut().zip(self.backings.iter()) {
-            // What has shrunk is for those to find who use it.
+            // A shrunk backing is the concern of its users.
             known.size = backing.size_now()?.max(known.size);
         }
         let sizes: Vec<_> = known.iter().map(|known| known.size.0).collect();
@@ -142,7 +142,7 @@ impl Layout {
         Ok(Grown { base, size, known })
     }
 
-    /// What to know the backings by later.
+    /// The identities of the backings, to recognise them later.
     pub fn known(&self) -> Vec<Known> {
         let backings = self.backings.iter().filter(|_| !self.target.base().is_null());
         backings.map(Backing::known).collect()
@@ -151,13 +151,13 @@ impl Layout {
 
 /// A device that has grown.
 pub(super) struct Grown {
-    /// The target below the layers.
+    /// The target without layers.
     pub base: BaseTarget,
     pub size: Bytes,
     pub known: Vec<Known>,
 }
 
-/// What a target is made of.
+/// The parts of a target.
 struct Parts {
     base: BaseTarget,
     backings: Vec<Backing>,
@@ -225,7 +225,7 @@ fn files_of(config: &TargetConfig) -> Result<Vec<PathBuf>, LayoutError> {
     match config {
         TargetConfig::Null { .. } => Ok(Vec::new()),
         TargetConfig::Loop { file } => Ok(vec![file.clone()]),
-        // A backing that has several extents is opened once.
+        // A backing with several extents is opened once.
         TargetConfig::Linear { extents } => {
             let mut files = Vec::new();
             for file in extents.iter().map(|extent| canonical(&extent.file)) {
@@ -261,7 +261,7 @@ fn layer(kind: &LayerKind, block: u32) -> AnyLayer {
     }
 }
 
-/// The limits of operations on any of the backings; `None` if there are none.
+/// The limits of operations on all backings; `None` if there are none.
 fn limits_of(config: &TargetConfig, backings: &[Backing]) -> Option<Limits> {
     let common = Limits::of_all(backings.iter().map(Backing::limits))?;
     let limits = match (config, backings) {
@@ -279,7 +279,7 @@ fn limits_of(config: &TargetConfig, backings: &[Backing]) -> Option<Limits> {
     Some(limits)
 }
 
-/// The target of backings of these sizes in bytes, and its size.
+/// The target on backings of these sizes in bytes, and its size.
 fn target_of(
     config: &TargetConfig,
     sizes: &[u64],
@@ -306,7 +306,7 @@ fn target_of(
     }
 }
 
-/// Extents with the index of their backing, their first byte and their length.
+/// Extents: index of the backing, first byte, length.
 fn placed(
     extents: &[ExtentConfig],
     sizes: &[u64],
@@ -348,7 +348,7 @@ fn placed(
     Ok(placed)
 }
 
-/// The buffer table of each lane, for a target that wants scratch buffers or does not.
+/// The buffer table of each lane, with or without scratch buffers.
 pub(super) fn slot_table(
     config: &DeviceConfig,
     choice: &Choice,

@@ -1,9 +1,7 @@
-//! What dead servers have left: files of devices that there are no more, and processes without a
-//! device.
+//! Leftovers of dead servers: files of deleted devices, and processes without a device.
 //!
-//! All of it is told from what belongs to a device that is just being added. A file is left over
-//! once its device is gone, or nobody writes it any more. A device gets its files only after it was
-//! added.
+//! A device that is being added is not a leftover. A file is stale once its device is gone, or once
+//! no process writes it any more. A device gets its files only after it was added.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -20,19 +18,19 @@ use crate::os::own_files;
 use crate::os::procfs;
 use crate::socket;
 
-/// A process without a device that is younger may be about to add one.
+/// A younger process without a device may be about to add one.
 const TIME_TO_ADD: Duration = Duration::from_secs(5);
 
-/// Something in the directory of the state files.
+/// An entry in the directory of the state files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Entry {
     Record(u32),
-    /// What a supervisor tells of a device.
+    /// A supervisor's report on a device.
     Trouble(u32),
-    /// A file that nobody has finished yet.
+    /// An unfinished file.
     HalfWritten,
     Socket(u32),
-    /// The log of a device that could have none where logs belong.
+    /// The log of a device that had no log in the usual directory.
     Log(u32),
 }
 
@@ -56,7 +54,7 @@ impl Entry {
     fn is_left(self, control: &Control, directory: &Path, path: &Path) -> bool {
         match self {
             Self::HalfWritten => !own_files::is_being_written(path),
-            // A device has its files only after it was added.
+            // A device gets its files only after it was added.
             Self::Record(id) | Self::Log(id) | Self::Trouble(id) => is_gone(control, id),
             Self::Socket(id) => socket::is_deserted(directory, id) && is_gone(control, id),
         }
@@ -67,7 +65,7 @@ fn is_gone(control: &Control, id: u32) -> bool {
     control.info(id).is_err_and(|error| description::is_missing(&error))
 }
 
-/// Removes the files that belong to no device; returns them.
+/// Removes the files that belong to no device, and returns them.
 #[must_use]
 pub fn remove_files(control: &Control) -> Vec<PathBuf> {
     role_file::sweep(Path::new(RUN_DIR));
@@ -90,7 +88,7 @@ fn remove(control: &Control, directory: &Path, which: impl Fn(&str) -> bool) -> 
         let Some(name) = name.to_str().filter(|name| which(name)) else { continue };
         let is_left = Entry::parse(name)
             .is_some_and(|entry| entry.is_left(control, directory, &found.path()));
-        // One that is missing by now was another one's to remove.
+        // Another process has removed a missing one.
         if is_left && fs::remove_file(found.path()).is_ok() {
             removed.push(found.path());
         }
@@ -99,7 +97,7 @@ fn remove(control: &Control, directory: &Path, which: impl Fn(&str) -> bool) -> 
     removed
 }
 
-/// Servers and supervisors of this program that have no device, and have had the time to add one.
+/// Servers and supervisors of this program without a device, old enough to have added one.
 #[must_use]
 pub fn processes(control: &Control) -> Vec<Process> {
     let mut found = without_device(control);
@@ -108,8 +106,8 @@ pub fn processes(control: &Control) -> Vec<Process> {
     found
 }
 
-/// Servers and supervisors of this program that have no device, those among them that are about to
-/// add one.
+/// Servers and supervisors of this program without a device, including those that are about to add
+/// one.
 #[must_use]
 pub fn without_device(control: &Control) -> Vec<Process> {
     let mut found = processes::all();

@@ -1,4 +1,4 @@
-//! What is decided of a device before the driver is asked for anything, and asking it.
+//! The plan of a device, made before the driver is asked for anything, and its use with the driver.
 
 use std::ops::ControlFlow;
 use std::time::Duration;
@@ -24,20 +24,20 @@ use crate::os::kernel;
 use crate::os::memory;
 use crate::os::wait::Wait;
 
-/// What is decided before the driver is asked for anything.
+/// The decisions before the driver is asked for anything.
 pub(super) struct Plan {
     pub config: DeviceConfig,
     pub choice: Choice,
     pub layout: Layout,
     pub slots: SlotTable,
     pub faults: Option<Faults>,
-    /// Servers that the device has had before.
+    /// Number of servers that the device has had before.
     pub incarnation: u32,
 }
 
 impl Plan {
-    /// For a driver with these features; on any thread. `known` are the backings of a device that is to be
-    /// recovered.
+    /// Makes a plan for a driver with these features, on any thread. `known` are the backings of a
+    /// device to recover.
     pub fn for_driver(
         config: &DeviceConfig,
         features: Features,
@@ -46,8 +46,8 @@ impl Plan {
         Self::with(config, features, known, true)
     }
 
-    /// As [`Plan::for_driver`], but the backings are only looked at: nothing is claimed, and they may
-    /// be in use.
+    /// As [`Plan::for_driver`], but only checks the backings: they are not claimed, and may be in
+    /// use.
     pub fn look(
         config: &DeviceConfig,
         features: Features,
@@ -62,7 +62,7 @@ impl Plan {
         known: Option<&[Known]>,
         claims: bool,
     ) -> Result<Self, PlanError> {
-        // The greatest number of all stands for any id.
+        // The driver would take the largest number for any id.
         if let Some(id) = config.id.filter(|id| *id > MAX_ID) {
             return Err(PlanError::IdTooBig(id));
         }
@@ -93,7 +93,7 @@ impl Plan {
             return Err(PlanError::OnItself(id));
         }
         let slots = slot_table(config, &choice, &layout.target)?;
-        // A device that there is must not be given up for an estimate.
+        // An existing device must not be lost because of an estimate.
         let program = if known.is_some() { 0 } else { memory::PROGRAM };
         layout.check_memory(config.queues, config.depth, choice.mode, &slots, program)?;
         log::info!("lend mode {}: {}", choice.mode, choice.reason);
@@ -103,20 +103,20 @@ impl Plan {
     }
 }
 
-/// The faults that `UBLK_TARGET_FAULT` asks for: names, separated by commas.
+/// The faults in `UBLK_TARGET_FAULT`: names, separated by commas.
 #[cfg(feature = "test-hooks")]
 fn faults_asked_for() -> Result<Option<Faults>, PlanError> {
     let list = std::env::var("UBLK_TARGET_FAULT").ok();
     Ok(list.map(|list| Faults::parse(&list)).transpose()?)
 }
 
-/// None can be asked for.
+/// This build has no faults.
 #[cfg(not(feature = "test-hooks"))]
 const fn faults_asked_for() -> Result<Option<Faults>, PlanError> {
     Ok(None)
 }
 
-/// The features that a device is ever asked for with. The driver adds some by itself.
+/// The features that a device may ask for. The driver adds some by itself.
 const SERVED: &[Feature] = &[
     feature::SUPPORT_ZERO_COPY,
     feature::USER_RECOVERY,
@@ -138,8 +138,7 @@ fn needed(option: &'static str, feature: Feature, features: Features) -> Result<
     Err(PlanError::Lacks { option, feature, release })
 }
 
-/// The flags that `ADD_DEV` is given: whatever else a driver offers may change what its requests
-/// look like.
+/// The flags of `ADD_DEV`. Other features of a driver may change the form of its requests.
 fn asked_for(choice: &Choice) -> u64 {
     let flags = choice.flags | feature::CMD_IOCTL_ENCODE.bit;
     let served = SERVED.iter().fold(0, |bits, feature| bits | feature.bit);
@@ -147,10 +146,10 @@ fn asked_for(choice: &Choice) -> u64 {
     flags & served
 }
 
-/// Has the driver look at a device: adds one of any id, gives it the parameters, and takes it away.
+/// Lets the driver check a device: adds one of any id, sets the parameters, and deletes it.
 ///
 /// # Errors
-/// Those of [`add`], and of setting the parameters.
+/// Errors of [`add`], and of setting the parameters.
 pub(super) fn try_on(control: &Control, plan: &Plan) -> Result<(), AddError> {
     let added = add(control, plan, None)?;
     let layout = &plan.layout;
@@ -160,7 +159,7 @@ pub(super) fn try_on(control: &Control, plan: &Plan) -> Result<(), AddError> {
     Ok(taken?)
 }
 
-/// Has the driver add a device, of this id or any.
+/// Adds a device with this id, or any.
 pub(super) fn add(
     control: &Control,
     plan: &Plan,
@@ -177,8 +176,8 @@ pub(super) fn add(
         ublksrv_flags: Nonce::own().flags(),
         ..Default::default()
     };
-    // A device that is gone keeps its id for a moment, while the driver takes it apart
-    // (`ublk_cdev_rel`), and nobody tells when that is over.
+    // A deleted device keeps its id for a moment, while the driver removes it (`ublk_cdev_rel`),
+    // and nothing reports the end.
     let is_gone = |id| control.info(id).is_err_and(|error| description::is_missing(&error));
     let mut wait = Wait::at_most(Duration::from_secs(5)).every(Duration::from_millis(5));
     let added = wait.until(|| match control.add(info) {
@@ -206,7 +205,7 @@ mod tests {
     use crate::config::{LayerKind, Layers, TargetConfig};
     use crate::device::state_file::StateFile;
 
-    /// A driver of the future offers all that there can be.
+    /// A future driver offers all possible features.
     #[test]
     fn no_driver_is_asked_for_what_is_not_served() {
         use LendRequest::{Auto, Copy, Fused, Slot, UserCopy};
@@ -239,7 +238,7 @@ mod tests {
         let refused = flag(&config, old).unwrap_err().to_string();
         assert!(refused.contains("NO_AUTO_PART_SCAN (Linux 7.0 or newer)"), "{refused}");
         assert!(!flag(&null, old).unwrap());
-        // The next server knows it, and one that does not know it reads what it does know.
+        // The next server knows the fault. A server that does not know it still reads the rest.
         let read = |config: &DeviceConfig| {
             let text = serde_json::to_string(config).unwrap();
             (text.contains("no_part_scan"), serde_json::from_str::<DeviceConfig>(&text).unwrap())
@@ -247,7 +246,7 @@ mod tests {
         assert_eq!((read(&config), read(&null)), ((true, config), (false, null)));
     }
 
-    /// All places in a value where something else may stand.
+    /// All places in a value where something else may be.
     fn places(value: &Value, at: &str, found: &mut Vec<String>) {
         found.push(at.to_owned());
         match value {
@@ -261,8 +260,8 @@ mod tests {
         }
     }
 
-    /// Whatever a state file says that is of the right shape, the next server says what is wrong with
-    /// it, or serves it: it does not panic.
+    /// For any valid form of a state file, the next server reports an error or serves the device:
+    /// it does not panic.
     #[test]
     fn any_record_is_planned_or_refused() {
         let directory = tempfile::tempdir_in(".").unwrap();

@@ -9,30 +9,30 @@ use crate::config::polling::Unpolled;
 use crate::config::{DeviceConfig, TargetConfig};
 use crate::os::kernel::KernelVersion;
 
-/// The first kernel whose driver takes its commands on a ring that polls.
+/// The first kernel whose driver takes its commands on a polling ring.
 const FIRST_KERNEL: KernelVersion = KernelVersion(7, 1);
 
 /// Why a device cannot poll.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CannotPoll {
-    /// The driver does not take commands on such a ring.
+    /// The driver does not take commands on a polling ring.
     #[error("--poll needs Linux {FIRST_KERNEL}, and this is {0}; leave it out")]
     TooOld(KernelVersion),
     /// The target has no drive.
     #[error("the null target has no drive to poll; leave --poll out")]
     NoDrive,
-    /// Two lanes would have to poll.
+    /// The I/O lane would have to poll too.
     #[error("--poll and --io-lane exclude each other; leave one of them out")]
     IoLane,
-    /// A backing has no queues for it.
+    /// A backing has no poll queues.
     #[error(
-        "{} has no queues to be polled; give its driver some (nvme.poll_queues=N on the kernel's \
-         command line), or let all backings interrupt with `--unpolled interrupt`", .0.display()
+        "{} has no poll queues; configure some (nvme.poll_queues=N on the kernel's command line), \
+         or use interrupts for all backings with `--unpolled interrupt`", .0.display()
     )]
     NoQueues(PathBuf),
 }
 
-/// What can be said before any backing is opened.
+/// Checks that need no open backing.
 pub(super) fn check(config: &DeviceConfig) -> Result<(), CannotPoll> {
     if config.polling == Polling::Off {
         return Ok(());
@@ -49,7 +49,7 @@ pub(super) fn check(config: &DeviceConfig) -> Result<(), CannotPoll> {
     }
 }
 
-/// How to find completions of operations on these backings.
+/// Selects how to find completions of operations on these backings.
 pub(super) fn choose(config: &DeviceConfig, backings: &[Backing]) -> Result<Polling, CannotPoll> {
     if config.polling == Polling::Off {
         return Ok(Polling::Off);
@@ -60,7 +60,10 @@ pub(super) fn choose(config: &DeviceConfig, backings: &[Backing]) -> Result<Poll
     match config.unpolled {
         Unpolled::Refuse => Err(CannotPoll::NoQueues(unpolled.path().to_owned())),
         Unpolled::Interrupt => {
-            log::info!("{} cannot be polled: all backings interrupt", unpolled.path().display());
+            log::info!(
+                "{} cannot be polled: all backings use interrupts",
+                unpolled.path().display()
+            );
             Ok(Polling::Off)
         }
     }

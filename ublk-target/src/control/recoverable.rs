@@ -1,4 +1,4 @@
-//! Whether a device can have another server: what is known of it, and what its backings are now.
+//! Whether a device can have another server: its record, and the present state of its backings.
 
 use std::path::Path;
 
@@ -24,7 +24,7 @@ use crate::os::kernel;
 use crate::os::procfs;
 use crate::socket::client;
 
-/// Whether a device can be recovered: what is known of it.
+/// Checks whether a device can be recovered, and returns its record.
 ///
 /// # Errors
 /// [`RecoverError`].
@@ -36,7 +36,7 @@ pub fn check(control: &Control, id: u32) -> Result<StateFile, RecoverError> {
     read(control, id)
 }
 
-/// What the driver says of a device that outlives its server.
+/// The driver's information about a device that outlives its server.
 fn lasting(control: &Control, id: u32) -> Result<sys::ublksrv_ctrl_dev_info, RecoverError> {
     let info = control.info(id).map_err(|error| missing(id, error))?;
     if OnDeath::of_flags(info.flags) == OnDeath::Fail {
@@ -48,8 +48,8 @@ fn lasting(control: &Control, id: u32) -> Result<sys::ublksrv_ctrl_dev_info, Rec
     Ok(info)
 }
 
-/// Whether a device can have another server, now or when its present one is dead: what is known of
-/// it.
+/// Checks whether a device can have another server, now or after the death of its present one.
+/// Returns its record.
 ///
 /// # Errors
 /// [`RecoverError`].
@@ -63,8 +63,8 @@ pub fn read(control: &Control, id: u32) -> Result<StateFile, RecoverError> {
     }
 }
 
-/// Refuses a device that stands on itself, or on one without a server: opening its backing would wait for
-/// that one's next server. Only what is below without a doubt counts.
+/// Refuses a device that is stacked on itself, or on one without a server: opening its backing
+/// would wait for the next server below. Only devices that are certainly below count.
 pub(super) fn refuse_unserved(
     control: &Control,
     id: u32,
@@ -81,7 +81,7 @@ pub(super) fn refuse_unserved(
     }
 }
 
-/// As [`refuse_unserved`], for a device that is to be added on these backings.
+/// As [`refuse_unserved`], for a device to be added on these backings.
 pub(super) fn refuse_new_on_unserved(
     control: &Control,
     backings: &[&Path],
@@ -103,8 +103,9 @@ pub(super) fn missing(id: u32, error: ControlError) -> RecoverError {
     if description::is_missing(&error) { RecoverError::NoDevice(id) } else { error.into() }
 }
 
-/// The live server of a device, in words, unless it is the calling process: that has let go of the device,
-/// which the driver notices when the last ring has gone, or has the process id of a dead one by chance.
+/// The live server of a device, in words. The calling process does not count: it has closed the
+/// device, which the driver notices with its last ring; or it has the process id of a dead server
+/// by chance.
 pub(super) fn server_of(info: &sys::ublksrv_ctrl_dev_info) -> Option<String> {
     let pid = u32::try_from(info.ublksrv_pid).ok();
     if u32::from(info.state) != sys::UBLK_S_DEV_LIVE || pid == Some(std::process::id()) {
@@ -112,14 +113,14 @@ pub(super) fn server_of(info: &sys::ublksrv_ctrl_dev_info) -> Option<String> {
     }
     match pid.filter(|pid| procfs::is_alive(*pid)) {
         Some(pid) => Some(Opener::of(pid).to_string()),
-        // It has no process id here, or is dead.
+        // The server has no process id here, or is dead.
         None => {
             client::is_served(info.dev_id).then(|| "a process of another pid namespace".to_owned())
         }
     }
 }
 
-/// How a state file differs from the device that it should be of.
+/// The difference between a state file and its device.
 fn difference(
     record: &StateFile,
     info: &sys::ublksrv_ctrl_dev_info,
@@ -133,9 +134,9 @@ fn difference(
     let on_death = OnDeath::of_flags(info.flags);
     match (record.diskseq, diskseq) {
         (Some(recorded), Some(is)) if recorded != is => differs("disk", &recorded, &is),
-        // The mark is another for each device, and is there before the disk is.
+        // The mark is unique for each device, and exists before the disk.
         _ if record.nonce != Nonce::of(info) => Some("its mark is another device's".to_owned()),
-        // The driver gives no more queues than there are CPUs.
+        // The driver gives at most one queue per CPU.
         _ if config.queues < info.nr_hw_queues => {
             differs("queues", &config.queues, &info.nr_hw_queues)
         }
@@ -149,8 +150,8 @@ fn difference(
     }
 }
 
-/// Whether the program that runs could serve a device which another server has: what it would be made
-/// of is looked at, and nothing claimed.
+/// Checks whether this program could serve a device that another server has now. Opens its backings
+/// without claiming them.
 ///
 /// # Errors
 /// [`RecoverError`].
@@ -164,7 +165,7 @@ pub fn check_upgrade(control: &Control, id: u32) -> Result<(), RecoverError> {
     check_limits(&plan, &params, &info)
 }
 
-/// What a device is made of, as it was recorded and as the driver has it.
+/// The configuration of a device, from the record and from the driver.
 pub(super) fn config_of(
     record: &StateFile,
     info: &sys::ublksrv_ctrl_dev_info,
@@ -174,8 +175,8 @@ pub(super) fn config_of(
         id: Some(record.id),
         queues: info.nr_hw_queues,
         depth: info.queue_depth,
-        // Those of the device stay what they are. A file whose file system wants larger ones by now, as
-        // XFS does once blocks of it are shared, goes through the page cache.
+        // The device keeps its block size. If a file needs larger blocks by now, as on XFS once it
+        // shares blocks with a copy, it goes through the page cache.
         block_size: Some(1 << params.basic().logical_bs_shift.min(12)),
         ..record.config.clone()
     }
@@ -192,7 +193,7 @@ pub(super) fn check_limits(
     }
 }
 
-/// What the backings take less of than the device was started with.
+/// The limit of the backings that is lower than the device's, if any.
 fn stricter(
     plan: &Plan,
     params_were: &Params,
@@ -215,7 +216,7 @@ fn stricter(
     } else if has_now(sys::UBLK_ATTR_READ_ONLY) {
         Some("they are read-only now".to_owned())
     } else if has_now(sys::UBLK_ATTR_VOLATILE_CACHE) {
-        // Its users send no flushes, and nothing would be durable.
+        // The device's users send no flushes, so nothing would be durable.
         Some(
             "they have a volatile write cache, and the device has none (set the drive's to `write \
              through` again, in queue/write_cache)"
@@ -233,7 +234,7 @@ fn stricter(
     }
 }
 
-/// Commands to a namespace are neither split nor copied by the kernel, as others are.
+/// The kernel neither splits nor copies commands to a namespace, as it does other operations.
 fn segments_stricter(
     now: &sys::ublk_param_segment,
     was: &sys::ublk_param_segment,
@@ -270,7 +271,7 @@ mod tests {
             ..Default::default()
         };
         assert_eq!(difference(&record, &info, Some(17)), None);
-        // An older kernel does not tell the number.
+        // An older kernel has no disk sequence number.
         assert_eq!(difference(&record, &info, None), None);
         let differs = |record: &StateFile, info: &sys::ublksrv_ctrl_dev_info, diskseq| {
             difference(record, info, Some(diskseq)).unwrap()
@@ -283,7 +284,7 @@ mod tests {
         };
         assert!(other(|info| info.nr_hw_queues = 3).contains("queues 2"));
         assert!(other(|info| info.queue_depth = 64).contains("depth 128"));
-        // Other programs' devices have no mark.
+        // Devices of other programs have no mark.
         assert!(other(|info| info.ublksrv_flags = 0).contains("mark"));
         let reissue = |info: &mut sys::ublksrv_ctrl_dev_info| {
             info.flags |= uring_ext::feature::USER_RECOVERY_REISSUE.bit;

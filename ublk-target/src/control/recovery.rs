@@ -1,4 +1,4 @@
-//! A device gets a new server in the place of a dead one.
+//! Gives a device a new server after the death of the old one.
 
 use std::fmt::Display;
 use std::fs::File;
@@ -30,20 +30,20 @@ use crate::os::kernel;
 use crate::os::steps::step;
 use crate::os::wait::{Unmet, Wait, Words};
 
-/// The longest wait for what is left of the dead server.
+/// The longest wait for the remains of the dead server.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// How often it is looked at.
+/// The interval of checks.
 const PAUSE: Duration = Duration::from_millis(2);
-/// How often it is told what is waited for.
+/// The interval of progress messages.
 const WORDS: Duration = Duration::from_secs(2);
 
-/// Serves a device whose server is dead, as [`serve`](crate::control::server::serve) does one that it has
-/// added. `progress` is told what is waited for, when that takes long. `is_next` says that the
-/// calling process was the server before it became one of another program, so that nobody else will
-/// recover the device if it does not; signals wait until the device is live then.
+/// Serves a device after its server has died, as [`serve`](crate::control::server::serve) does
+/// after it has added one. `progress` is called with what a long wait is for. `is_next` says that
+/// the calling process was the server before it became another program. Then nobody else recovers
+/// the device if this fails, so signals wait until the device is live.
 ///
 /// # Errors
-/// [`RecoverError`]; the device is as it was before.
+/// [`RecoverError`]; the device has not changed.
 pub fn recover(
     id: u32,
     supervisor: Option<u32>,
@@ -53,24 +53,24 @@ pub fn recover(
     on_live: impl FnOnce(&Description, &Choice) -> Result<(), AnnounceError>,
 ) -> Result<(), RecoverError> {
     let node = Control::open_node()?;
-    // While there is one thread: the control ring has workers of the kernel's. A record that cannot be
-    // read is an error below.
+    // There is only one thread at this point: the control ring has kernel workers. An unreadable
+    // record gives an error below.
     let record = StateFile::read(Path::new(RUN_DIR), id);
     protect_server(&record.as_ref().map_or_else(|_| Vec::new(), |it| it.config.target.files()));
     let control = Control::with(node)?;
     let wakeups = ready(helpers.hangup())?;
     step("signals-blocked");
-    // Its process is alive: it is this one.
+    // The recorded process is alive: it is this one.
     let record = if is_next { read(&control, id)? } else { check(&control, id)? };
     if !is_next {
         refuse_unserved(&control, id, &record)?;
     }
-    // One that was faster than the supervisor is supervised all the same.
+    // This server was faster than the supervisor; the supervisor watches it all the same.
     let is_supervisor = |pid: &u32| {
         let is_of_it = |it: Process| it.device.is_none_or(|other| other == id);
         Process::find(*pid).is_some_and(|it| it.role == Role::Supervisor && is_of_it(it))
     };
-    // One that has given up is about to end.
+    // A supervisor that has given up is about to end.
     let has_given_up = Trouble::read(Path::new(RUN_DIR), id).is_some_and(|it| it.given_up);
     let recorded = record.supervisor.filter(|_| !has_given_up);
     let supervisor = supervisor.or_else(|| recorded.filter(is_supervisor));
@@ -78,7 +78,7 @@ pub fn recover(
     server.leave();
     let taken = take_over(&mut server, &record, !is_next, progress)?;
     server.keep();
-    // The device was there before whoever asked for its recovery, and stays if he is gone.
+    // The device existed before this recovery was requested. It stays if the caller is gone.
     let served = server.live(taken.plan, helpers, |description, choice| {
         if let Err(error) = on_live(description, choice) {
             log::warn!("recovered, but: {error}");
@@ -90,14 +90,14 @@ pub fn recover(
     Ok(served.and(ended)?)
 }
 
-/// A device that is the calling process's now.
+/// A device that the calling process has taken over.
 pub(super) struct Taken {
     pub plan: Plan,
-    /// What took how long, in words.
+    /// The times of the steps, in words.
     pub times: String,
 }
 
-/// Makes a device whose server is gone the calling process's.
+/// Takes over a device without a server.
 pub(super) fn take_over(
     server: &mut Server,
     record: &StateFile,
@@ -107,7 +107,7 @@ pub(super) fn take_over(
     let (id, began) = (server.id, Instant::now());
     let wakeups = Arc::clone(&server.wakeups);
     let tell = |what: &dyn Display, _| progress(&format!("waiting for {what}"));
-    // Nobody tells when what is left is gone.
+    // Nothing reports the end of the remains.
     let mut wait = Wait::at_most(PATIENCE).since(began).every(PAUSE).telling(WORDS, WORDS, tell);
     if heeds_signals {
         wait = wait.or_signal(&wakeups);
@@ -116,7 +116,7 @@ pub(super) fn take_over(
     let claimed = began.elapsed();
     server.cdev = Some(Arc::clone(&cdev));
     step("claimed");
-    // Nobody else can have the device from here on, so this is what it is.
+    // From here on no other process can have the device, so its information is final.
     let info = server.control.info(id)?;
     let plan = plan(server, record, &info, &mut wait)?;
     let opened = began.elapsed();
@@ -130,8 +130,7 @@ pub(super) fn take_over(
     server.await_recovery(end)?;
     let live = began.elapsed();
     let times = format!(
-        "{} ms until the device was let go of, {} to open the backings, {} to start the lanes, {} to be \
-         live",
+        "{} ms until the device was free, {} to open the backings, {} to start the lanes, {} to be live",
         claimed.as_millis(),
         (opened - claimed).as_millis(),
         (ready - opened).as_millis(),
@@ -140,7 +139,7 @@ pub(super) fn take_over(
     Ok(Taken { plan, times })
 }
 
-/// Why a wait for what is left of the dead server has come to nothing.
+/// The error of a wait for the remains of the dead server.
 fn given_up(unmet: Unmet<impl Display>) -> RecoverError {
     match unmet.signal {
         Some(_) => RecoverError::NotRecovered,
@@ -148,15 +147,15 @@ fn given_up(unmet: Unmet<impl Display>) -> RecoverError {
     }
 }
 
-/// Waits until the driver has all buffers of the dead server back, and takes the character device:
-/// only one process can have it.
+/// Waits until the driver has all buffers of the dead server back, and opens the character device.
+/// Only one process can have it open.
 fn claim(server: &Server, wait: &mut Wait<'_>) -> Result<File, RecoverError> {
     let id = server.id;
     let path = paths::char_path(id);
     let holder = Words(|| {
         let openers = usage::openers_of_char_device(&path);
         match openers.first() {
-            Some(opener) => format!("{opener} to let go of {}", path.display()),
+            Some(opener) => format!("{opener} to close {}", path.display()),
             None => format!("the kernel to end the I/O of the dead server of device {id}"),
         }
     });
@@ -164,7 +163,7 @@ fn claim(server: &Server, wait: &mut Wait<'_>) -> Result<File, RecoverError> {
         Ok(()) => match File::options().read(true).write(true).open(&path) {
             Ok(file) if usage::is_char_device_of(&file, id) => Ok(Some(file)),
             Ok(_) => Err(wrong_node(&path).into()),
-            // Another one was faster.
+            // Another process was faster.
             Err(error) if Errno::of(&error) == Errno::EBUSY => Ok(None),
             Err(error) => {
                 let doing = format!("cannot open {}", path.display());
@@ -172,7 +171,7 @@ fn claim(server: &Server, wait: &mut Wait<'_>) -> Result<File, RecoverError> {
             }
         },
         Err(error) if error.errno() == Some(Errno::EBUSY) => {
-            // Recovered by another one meanwhile, or stopped.
+            // Another process has recovered it meanwhile, or stopped it.
             let info = server.control.info(id).map_err(|error| missing(id, error))?;
             if !description::has_disk(&info) {
                 return Err(RecoverError::NotStarted(id));
@@ -191,7 +190,7 @@ fn claim(server: &Server, wait: &mut Wait<'_>) -> Result<File, RecoverError> {
     claimed.map_err(given_up)?
 }
 
-/// Something else is in the place of a character device.
+/// Another file is at the path of the character device.
 pub(super) fn wrong_node(path: &Path) -> SetupError {
     let doing = format!(
         "{} is not the driver's character device; remove it, and have `udevadm trigger` or mknod(1) make \
@@ -201,7 +200,7 @@ pub(super) fn wrong_node(path: &Path) -> SetupError {
     SetupError::new(doing, Errno::ENODEV)
 }
 
-/// Opens the backings and makes the same device of them. The dead server's files are let go of some
+/// Opens the backings and makes the same device of them. The dead server's files are closed some
 /// time after its end.
 fn plan(
     server: &Server,
@@ -219,14 +218,14 @@ fn plan(
                 problem: BackingProblem::InUse(users),
             }))) => {
                 let what =
-                    move || format!("{} to be let go of ({})", path.display(), users.join(", "));
+                    move || format!("{} to be closed ({})", path.display(), users.join(", "));
                 ControlFlow::Continue(Words(what))
             }
             planned => ControlFlow::Break(planned),
         });
     let mut plan = planned.map_err(given_up)??;
     check_limits(&plan, &params, info)?;
-    // Blocks that were asked for, not those that the device has come to.
+    // The requested block size, not the one that the device has got.
     plan.config.block_size = record.config.block_size;
     plan.layout.buffer_bytes = info.max_io_buf_bytes;
     plan.incarnation = record.incarnation.wrapping_add(1);

@@ -1,4 +1,4 @@
-//! A device's life: added, served, stopped, deleted.
+//! A device's life: it is added, served, stopped and deleted.
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -42,12 +42,12 @@ use crate::socket;
 use crate::socket::control_request::{ControlRequest, Petitioner};
 use crate::socket::{Limits, StatsServer, StatsThread};
 
-/// Adds a device, calls `on_live` when it is, and serves it until a signal ends the server or
-/// somebody stops the device. If `on_live` fails, the device is taken back.
+/// Adds a device, calls `on_live` when it is live, and serves it until a signal ends the server or
+/// another process stops the device. If `on_live` fails, the device is deleted.
 ///
 /// # Errors
-/// [`AddError`]. Nothing is left of the device, but for one that outlives its server
-/// ([`OnDeath`](crate::config::on_death::OnDeath)) when a lane has failed: that waits for recovery.
+/// [`AddError`]. The device is deleted. Exception: if a lane has failed, a device that outlives its
+/// server ([`OnDeath`](crate::config::on_death::OnDeath)) waits for recovery.
 pub fn serve(
     config: &DeviceConfig,
     supervisor: Option<u32>,
@@ -56,16 +56,16 @@ pub fn serve(
 ) -> Result<(), AddError> {
     let mut config = config.clone();
     config.target.begin_at_root();
-    // A path that is wrong would only be told of when the driver is there.
+    // Otherwise a wrong path would be reported only after the driver is loaded.
     let node = Control::open_node().map_err(|error| match config.target.missing_file() {
         Some(path) => AddError::from(PlanError::from(LayoutError::missing(path))),
         None => error.into(),
     })?;
-    // While there is one thread: the control ring has workers of the kernel's.
+    // There is only one thread at this point: the control ring has kernel workers.
     protect_server(&config.target.files());
     let control = Control::with(node)?;
     recoverable::refuse_new_on_unserved(&control, &config.target.files())?;
-    // So that no signal ends the process half-way.
+    // No signal ends the process between two steps.
     let wakeups = ready(helpers.hangup())?;
     step("signals-blocked");
     let plan = Plan::for_driver(&config, kernel::features(&control)?, None)?;
@@ -80,10 +80,10 @@ pub fn serve(
     served.and(ended.map_err(AddError::from))
 }
 
-/// Takes a signal, if one has come, and leaves all else for later.
+/// Takes a pending signal. All other events stay for later.
 ///
 /// # Errors
-/// [`AddError::Interrupted`] if one has.
+/// [`AddError::Interrupted`] if there is one.
 fn refuse_signal(wakeups: &Wakeups) -> Result<(), AddError> {
     wakeups.take_signal().map_or(Ok(()), |_| Err(AddError::Interrupted))
 }
@@ -95,7 +95,7 @@ pub(super) struct SharedServices {
     pub stats: Arc<StatsThread>,
 }
 
-/// A device that has been added, and what serves it.
+/// A device that has been added, with everything that serves it.
 pub(super) struct Server {
     pub control: Rc<Control>,
     pub wakeups: Arc<Wakeups>,
@@ -106,7 +106,7 @@ pub(super) struct Server {
     pub record: Option<StateFile>,
     pub supervisor: Option<u32>,
     pub(super) control_requests: Option<Receiver<ControlRequest>>,
-    /// It is to be left to the next server.
+    /// It is left to the next server.
     pub(super) is_left: bool,
     /// What it shares with other devices of the process.
     pub services: Option<SharedServices>,
@@ -134,7 +134,7 @@ impl Server {
         }
     }
 
-    /// Has the driver start the device that it has added.
+    /// Starts the added device.
     pub fn go_live(
         &mut self,
         plan: &Plan,
@@ -145,7 +145,7 @@ impl Server {
             return Err(AddError::TakenBack { feature: feature.name });
         }
         if added.nr_hw_queues < plan.config.queues {
-            log::warn!("the driver gives {} queues, one for each CPU", added.nr_hw_queues);
+            log::warn!("the driver allows only {} queues, one per CPU", added.nr_hw_queues);
         }
         let cdev = Arc::new(self.open_cdev()?);
         self.cdev = Some(Arc::clone(&cdev));
@@ -156,7 +156,7 @@ impl Server {
         self.control.set_params(self.id, layout.limits.params(layout.size, layout.buffer_bytes))?;
         step("parameters-set");
         self.take_charge(plan)?;
-        // The driver would start what somebody has deleted meanwhile.
+        // Otherwise the driver would start a device that another process has deleted.
         if self.is_removed() {
             return Err(AddError::Deleted(self.id));
         }
@@ -165,7 +165,7 @@ impl Server {
         self.await_start(start)
     }
 
-    /// Writes down that the device is this server's, and answers questions about it.
+    /// Writes the state file with this server, and starts to answer on the socket.
     pub fn take_charge(&mut self, plan: &Plan) -> Result<(), ServeError> {
         let (layout, config) = (&plan.layout, plan.config.clone());
         let config = DeviceConfig { id: Some(self.id), ..config };
@@ -201,7 +201,7 @@ impl Server {
         self.wait_for_the_end(plan, helpers)
     }
 
-    /// Writes down which disk it is, and describes it.
+    /// Records the disk in the state file, and describes the device.
     pub fn describe_live(&mut self) -> Result<Description, ServeError> {
         if let Some(record) = self.record.as_mut().filter(|record| record.diskseq.is_none()) {
             record.diskseq = description::diskseq(self.id);
@@ -213,8 +213,8 @@ impl Server {
         Ok(description)
     }
 
-    /// Opens the character device. Its node is made by devtmpfs at once, but elsewhere (in
-    /// containers, under a slow udev) it may take a moment.
+    /// Opens the character device. devtmpfs makes its node at once. In other places (containers, a
+    /// slow udev) it may take a moment.
     fn open_cdev(&self) -> Result<File, AddError> {
         let path = paths::char_path(self.id);
         let failed = |errno| SetupError::new(format!("cannot open {}", path.display()), errno);
@@ -228,7 +228,7 @@ impl Server {
                 Err(error) => Errno::of(&error),
             };
             if self.is_deleted() {
-                // By somebody else.
+                // Another process has deleted it.
                 return ControlFlow::Break(Err(AddError::Deleted(self.id)));
             }
             match error {
@@ -242,7 +242,7 @@ impl Server {
         })
     }
 
-    /// Whether the driver has removed the device, which is still open here.
+    /// Whether the driver has deleted the device, although it is still open here.
     pub(super) fn is_removed(&self) -> bool {
         let node = self.cdev.as_ref().and_then(|cdev| cdev.metadata().ok());
         node.is_some_and(|node| node.nlink() == 0)
@@ -283,24 +283,25 @@ impl Server {
         Ok(())
     }
 
-    /// Waits until the device is live. The driver scans for partitions meanwhile, which the
-    /// lanes serve.
+    /// Waits until the device is live. Meanwhile the driver scans for partitions, and the lanes
+    /// serve the scan.
     fn await_start(&mut self, start: Pending) -> Result<(), AddError> {
         let is_live = self.await_driver(start, true)?;
         if is_live { Ok(()) } else { Err(AddError::Interrupted) }
     }
 
-    /// As [`Server::await_start`], for a device that has been live before: a signal waits until it
-    /// is so again.
+    /// As [`Server::await_start`], for a device that was live before: signals wait until it is live
+    /// again.
     pub fn await_recovery(&mut self, end: Pending) -> Result<(), ServeError> {
         self.await_driver(end, false).map(drop)
     }
 
-    /// Whether the device is live; a signal ends the wait if it is heeded.
+    /// Waits until the device is live. With `heed`, a signal ends the wait. Returns whether the device
+    /// is live.
     fn await_driver(&mut self, mut start: Pending, heed: bool) -> Result<bool, ServeError> {
         let (id, control, lanes) = (self.id, &self.control, &mut self.lanes);
         let words = Duration::from_secs(10);
-        // It waits as it looks.
+        // The check itself waits.
         let mut wait = Wait::endless().every(Duration::ZERO).telling(words, words, |what, _| {
             log::warn!("waiting for {what}");
         });
@@ -319,7 +320,7 @@ impl Server {
         });
         match started {
             Ok(started) => started.map(|()| true),
-            // Nothing but a signal ends the wait.
+            // Only a signal ends the wait.
             Err(_) => Ok(false),
         }
     }
@@ -343,9 +344,9 @@ impl Server {
                 }
                 Wake::LaneEnded if !self.wakeups.take_undelivered() => break,
                 Wake::LaneEnded | Wake::Undelivered => {
-                    // Stopping a device takes fetches back, too.
+                    // Stopping a device also takes fetches back.
                     if self.is_live() {
-                        log::warn!("somebody has made the device wait for another server");
+                        log::warn!("another process has quiesced the device");
                         plan = self.hand_over_to_self(plan)?;
                     } else if woken == Wake::LaneEnded {
                         break;
@@ -386,7 +387,7 @@ impl Server {
         Err(error.into())
     }
 
-    /// Carries out what somebody asks for, if he still waits for it.
+    /// Carries out a control request, if its client still waits.
     fn carry_out(
         &mut self,
         control_request: ControlRequest,
@@ -399,7 +400,7 @@ impl Server {
                 reply.send(grown.map_err(|error| error.to_string()));
                 Ok(plan)
             }
-            // Stopped meanwhile: nobody can serve it any more.
+            // The device was stopped meanwhile: nobody can serve it any more.
             ControlRequest::Upgrade { reply, .. } if !self.is_live() => {
                 reply.send(Err("the device is stopped".to_owned()));
                 Ok(plan)
@@ -408,32 +409,32 @@ impl Server {
                 self.hand_over(plan, &program, reply, helpers)
             }
             ControlRequest::Grow { .. } | ControlRequest::Upgrade { .. } => {
-                log::warn!("nobody waits any more for what was asked; nothing is done");
+                log::warn!("the client has given up on its request; nothing is done");
                 Ok(plan)
             }
         }
     }
 
-    /// Whether the device is neither stopped nor without a server, for all the driver knows.
+    /// Whether the device is neither stopped nor without a server, according to the driver.
     fn is_live(&self) -> bool {
         let info = self.control.info(self.id);
         info.is_ok_and(|info| u32::from(info.state) == sys::UBLK_S_DEV_LIVE)
     }
 
-    /// What somebody asks for.
+    /// A control request.
     pub fn control_request(&self) -> Option<ControlRequest> {
         self.control_requests.as_ref()?.try_recv().ok()
     }
 
-    /// Serves the bytes by which the backings have grown; how long the device may be now. `size` is
-    /// that of a null device.
+    /// Serves the bytes by which the backings have grown. Returns the new maximum size of the
+    /// device. `size` is the size of a null device.
     pub fn grow(&mut self, plan: &mut Plan, size: Option<Bytes>) -> Result<Bytes, ServeError> {
         let mut target = plan.config.target.clone();
         if let (Some(null_size), Some(size)) = (target.null_size(), size) {
             *null_size = size.max(*null_size);
         }
         let grown = plan.layout.grown(&target)?;
-        // The next server has to know what this one serves.
+        // The next server must know what this one serves.
         let before = self.record.clone();
         if let Some(record) = &mut self.record {
             record.backings.clone_from(&grown.known);
@@ -450,13 +451,13 @@ impl Server {
         });
         drop(reply);
         for _ in 0..self.lanes.count() {
-            // Lanes answer between two batches; one that has ended leaves the channel.
+            // Lanes answer between two batches. A lane that has ended closes the channel.
             done.recv().map_err(|_| SetupError::new("a lane has ended", Errno::ENODEV))?;
         }
         plan.layout.target.replace_base(&grown.base);
         plan.layout.size = grown.size;
         plan.config.target = target;
-        log::info!("the device may have {}", grown.size);
+        log::info!("the device may grow to {}", grown.size);
         Ok(grown.size)
     }
 }

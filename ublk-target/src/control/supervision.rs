@@ -1,5 +1,4 @@
-//! The server's side of its supervision: it watches the supervisor, and starts another one in the
-//! place of a dead one.
+//! The server's side of its supervision: it watches the supervisor, and replaces a dead one.
 
 use std::io;
 use std::process::Child;
@@ -9,18 +8,18 @@ use nix::poll::PollTimeout;
 
 use crate::os::process::Watch;
 
-/// Who supervises the server.
+/// The supervisor of the server.
 pub(super) struct Supervision {
     pub watch: Option<Watch>,
     /// The supervisor, if this server has started it; kept so that it can be reaped.
     child: Option<Child>,
-    /// When there is to be another one.
+    /// When to start another one.
     revive_at: Option<Instant>,
 }
 
 impl Supervision {
-    /// The pause after a supervisor's death: one that dies at once must not be started again as
-    /// fast as that.
+    /// The pause after a supervisor's death, so that one that dies at once is not restarted in a
+    /// tight loop.
     const PAUSE: Duration = Duration::from_millis(500);
 
     pub fn of(supervisor: Option<u32>) -> Self {
@@ -40,16 +39,16 @@ impl Supervision {
         self.revive_at = Some(Instant::now() + Self::PAUSE);
     }
 
-    /// How long to wait for what comes by itself.
+    /// The time until the next action of its own.
     pub fn pause(&self) -> PollTimeout {
         self.revive_at.map_or(PollTimeout::NONE, |at| {
-            // Rounded up, so that it has passed when the wait is over.
+            // Rounded up, so that the time has passed when the wait is over.
             let left = at.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
             PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
         })
     }
 
-    /// Starts another supervisor; its process id.
+    /// Starts another supervisor. Returns its process id.
     pub fn revive(&mut self, start: impl FnOnce() -> io::Result<Child>) -> Option<u32> {
         match start() {
             Ok(child) => {

@@ -1,7 +1,7 @@
-//! The supervisor: a process without a data path that puts a new server in the place of a dead one.
+//! The supervisor: a process without a data path that replaces a dead server.
 //!
-//! It need not be the server's parent: it watches by a process descriptor, so that a supervisor
-//! can be put in the place of a dead one, too (the server does that).
+//! It need not be the server's parent: it watches a process descriptor. So the server can replace a
+//! dead supervisor too.
 
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -22,18 +22,18 @@ use crate::os::steps::step;
 use crate::os::wait::Wait;
 use crate::os::wakeups::{Wake, Wakeups};
 
-/// How soon, and how often, a server is put in the place of a dead one.
+/// How soon, and how often, a dead server is replaced.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Policy {
-    /// A server that lived so long was sound.
+    /// A server that has lived this long counts as healthy.
     pub sound: Duration,
-    /// The pause before the second attempt; it doubles with each further one. There is none before
-    /// the first.
+    /// The pause before the second attempt. It doubles with each further one. The first attempt is
+    /// immediate.
     pub pause: Duration,
     /// The longest pause.
     pub longest_pause: Duration,
-    /// How many servers in a row may fail to become sound. Those that lack what may be there later do
-    /// not count.
+    /// The maximum number of failed servers in a row. Servers that failed because something was
+    /// lacking that may come later do not count.
     pub attempts: u32,
 }
 
@@ -48,18 +48,18 @@ impl Default for Policy {
     }
 }
 
-/// How many servers in a row have failed.
+/// The number of failed servers in a row.
 #[derive(Clone, Copy, Debug)]
 struct Attempts {
     policy: Policy,
     failed: u32,
-    /// Of these, those that do not count.
+    /// The number of these that do not count.
     lacked: u32,
 }
 
 impl Attempts {
-    /// A server has died, after it had lived for so long. Returns the pause before the next one;
-    /// `None` to give up.
+    /// Records the death of a server that has lived this long. Returns the pause before the next
+    /// one, or `None` to give up.
     fn next(&mut self, lived: Duration) -> Option<Duration> {
         if lived >= self.policy.sound {
             (self.failed, self.lacked) = (0, 0);
@@ -77,7 +77,7 @@ impl Attempts {
 }
 
 impl Attempts {
-    /// As [`Attempts::next`], after something was lacking that may be there later.
+    /// As [`Attempts::next`], after a failure that may pass.
     fn next_when_lacking(&mut self) -> Duration {
         self.lacked = self.lacked.saturating_add(1);
         self.next(Duration::ZERO).unwrap_or(self.policy.longest_pause)
@@ -89,32 +89,32 @@ impl Attempts {
 pub enum End {
     /// The device is gone or stopped.
     Stopped,
-    /// No server stays alive, for this reason: the last one's last words, or how it died. The
-    /// device waits for `recover`.
+    /// No server stays alive. This is the reason: the last error of the last one, or how it died.
+    /// The device waits for `recover`.
     GivenUp(String),
 }
 
 /// Why a device has no new server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NotRecovered {
-    /// A signal came that would end the server, and was passed on to the one that was starting.
+    /// A signal that ends the server came, and was passed on to the starting one.
     Told(Signal),
-    /// The server has failed, for this reason.
+    /// The server has failed, with this error.
     Failed(String),
-    /// It lacks something that may be there later: memory, processes, room in the file system, a backing
-    /// that somebody else has.
+    /// It has failed with an error that may pass: no memory, no processes, no space in the file
+    /// system, a backing in use.
     Lacking(String),
 }
 
 /// Starts a server that recovers a device, and waits until it is live. Returns its process id, or
-/// why there is none. Its supervisor is the calling process.
+/// the reason for the failure. The calling process becomes its supervisor.
 pub type Recover<'a> = dyn Fn(u32) -> Result<u32, NotRecovered> + 'a;
 
-/// Supervises a device until it is gone, or no server stays alive. A signal that would end the
-/// server is passed on to it, and SIGHUP, too, after `reopen_log`.
+/// Supervises a device until it is gone, or no server stays alive. Passes signals that end a server
+/// on to the server; SIGHUP too, after it has called `reopen_log`.
 ///
 /// # Errors
-/// [`ControlError`] if there can be no supervision at all.
+/// [`ControlError`] if the driver cannot be used.
 pub fn supervise(
     id: u32,
     server: u32,
@@ -159,7 +159,7 @@ pub fn supervise(
                 }
                 Err(NotRecovered::Told(signal)) => return Ok(leave(id, signal)),
                 Err(failed @ (NotRecovered::Failed(_) | NotRecovered::Lacking(_))) => {
-                    // Somebody else may have been faster.
+                    // Another process may have been faster.
                     if let Some(other) = live_server(&control, id) {
                         pid = other;
                         break;
@@ -175,7 +175,7 @@ pub fn supervise(
     }
 }
 
-/// Ends, though the device has no server.
+/// Ends the supervision of a device without a server.
 fn leave(id: u32, signal: Signal) -> End {
     log::info!("{signal}: ending; device {id} waits for recovery");
     End::Stopped
@@ -188,7 +188,7 @@ enum Rest {
     Told(Signal),
 }
 
-/// Pauses. A device that is deleted meanwhile must not wait for that.
+/// Pauses. The deletion of the device ends the pause.
 fn rest(pause: Duration, wakeups: &Wakeups, is_stopped: impl Fn() -> bool) -> Rest {
     let mut wait = Wait::at_most(pause).every(Duration::from_millis(50)).or_signal(wakeups);
     let stopped = wait.until(|| {
@@ -233,7 +233,7 @@ fn is_stopped(control: &Control, id: u32) -> bool {
         Ok(info) => !description::has_disk(&info),
         Err(error) => {
             if description::is_missing(&error) {
-                // What its server has left, if it was killed at its end.
+                // Removes what its server has left, if it was killed at its end.
                 leftovers::remove_files_of(control, id);
             }
             description::is_missing(&error)
@@ -247,16 +247,16 @@ fn live_server(control: &Control, id: u32) -> Option<u32> {
     (description::has_disk(&info) && processes::is_ours(pid)).then_some(pid)
 }
 
-/// Makes it visible that the device has no server, and why.
+/// Reports that the device has no server, and why.
 fn tell_trouble(id: u32, why: &str, given_up: bool) {
     let trouble = Trouble { why: why.to_owned(), given_up };
-    // Where there is no room for it, the log has it.
+    // If there is no room for the report, the log has it.
     if let Err(error) = trouble.write(Path::new(RUN_DIR), id) {
         log::warn!("cannot write to {RUN_DIR}: {error}");
     }
 }
 
-/// Makes it visible that nobody looks after the device any more.
+/// Reports that the device is not supervised any more.
 fn give_up(id: u32, why: &str) -> End {
     log::error!("{why}: given up; `ublk-target recover -n {id}` tries again");
     tell_trouble(id, why, true);
@@ -283,7 +283,7 @@ mod tests {
         let pauses: Vec<_> = (0..1000).map(|_| attempts.next_when_lacking()).collect();
         assert!(pauses.is_sorted() && pauses[0] == Duration::ZERO);
         assert_eq!(pauses[999], policy.longest_pause);
-        // Others count as before.
+        // Other failures count as before.
         let left = std::iter::from_fn(|| attempts.next(Duration::ZERO)).count();
         assert_eq!(left, usize::try_from(policy.attempts).unwrap() - 1);
     }

@@ -1,8 +1,8 @@
-//! A live device passes from one program to the next: its I/O waits meanwhile, and none fails.
+//! Passes a live device from one program to the next. Its I/O waits meanwhile, and none fails.
 //!
-//! The process stays the same one: its lanes end, it lets go of the device, and becomes a process
-//! of the new program (`execve(2)`) that recovers the device. So its process id, its supervisor and
-//! whatever else watches it go on. If it cannot become one, it recovers the device itself.
+//! The process stays the same. Its lanes end, it closes the device, and becomes a process of the
+//! new program (`execve(2)`), which recovers the device. So its process id, its supervisor and
+//! other watchers stay valid. If execve fails, it recovers the device itself.
 
 use std::io;
 use std::ops::ControlFlow;
@@ -30,19 +30,19 @@ use crate::socket::control_request::Reply;
 /// waits all the same.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Makes the I/O of a device wait for its next server. What is outstanding goes on.
+/// Makes the I/O of a device wait for its next server. Outstanding I/O continues.
 ///
-/// To be called by another process than the server: one that is killed while it waits for itself
-/// would wait for ever.
+/// Must be called by another process than the server: a server that is killed while it waits for
+/// itself would wait for ever.
 ///
-/// `server` is the parent of the calling process: without it, the device may be that of another
-/// server by now, which must not be made to wait.
+/// `server` is the parent of the calling process. If it is gone, the device may belong to another
+/// server by now, which must not be quiesced.
 ///
 /// # Errors
-/// Those of the driver; the I/O goes on then.
+/// Errors of the driver; the I/O then continues.
 pub fn quiesce(id: u32, server: u32) -> Result<(), ControlError> {
     let control = Control::open()?;
-    // Not vital: the next server notices what comes too late, and serves again.
+    // Not essential: the next server notices a late quiesce, and serves again.
     let _ = set_pdeathsig(Signal::SIGKILL);
     if u32::try_from(getppid().as_raw()) != Ok(server) {
         return Ok(());
@@ -52,7 +52,7 @@ pub fn quiesce(id: u32, server: u32) -> Result<(), ControlError> {
     step("quiesce-sent");
     loop {
         match control.wait(&mut pending, Duration::from_secs(10)) {
-            // The queues had no idle tag; their fetches end with their ring.
+            // The queues had no idle tag. Their fetches end with their ring.
             Some(Err(error)) if matches!(error.errno(), Some(Errno::EBUSY | Errno::EINTR)) => {
                 return Ok(());
             }
@@ -63,9 +63,9 @@ pub fn quiesce(id: u32, server: u32) -> Result<(), ControlError> {
 }
 
 impl Server {
-    /// Becomes a process of another program that serves the device. Returns if that cannot be, with
-    /// the device served again. Whoever asked is told once the driver delivers nothing more, or why
-    /// all stays as it is.
+    /// Becomes a process of another program that serves the device. Returns only if that fails; the
+    /// device is then served again. The client is told once the driver delivers nothing more, or
+    /// why nothing has changed.
     pub(super) fn hand_over(
         &mut self,
         plan: Plan,
@@ -76,31 +76,28 @@ impl Server {
         log::info!("handing over to {}", program.path().display());
         step("upgrade-asked");
         if let Err(error) = self.stop_deliveries(helpers) {
-            log::error!("the device stays with this program: {error}");
-            reply.send(Err(format!("it serves the device on: {error}")));
+            log::error!("cannot upgrade; this program still serves the device: {error}");
+            reply.send(Err(format!("it still serves the device: {error}")));
             return Ok(plan);
         }
         step("upgrade-quiesced");
-        // Before the thread that passes it on ends.
+        // The answer must be passed on before the thread that sends it ends.
         reply.send(Ok(()));
         self.let_device_go(plan);
         step("upgrade-let-go");
         let error = (helpers.become_next)(self.id, program, self.supervisor);
-        log::error!(
-            "cannot become {}: {error}; going on with this program",
-            program.path().display()
-        );
+        log::error!("cannot execute {}: {error}; this program continues", program.path().display());
         self.take_back()
     }
 
-    /// Serves a device again that delivers no more. Another process may have told the driver so, a
-    /// late one of an earlier upgrade for instance: new I/O waits until the device is recovered.
+    /// Serves a quiesced device again. Another process may have quiesced it, for instance a late
+    /// one of an earlier upgrade. New I/O waits until the device is recovered.
     pub(super) fn hand_over_to_self(&mut self, plan: Plan) -> Result<Plan, ServeError> {
         self.let_device_go(plan);
         self.take_back()
     }
 
-    /// From here on the device waits for its next server, whoever that is.
+    /// From here on the device waits for its next server, whichever that is.
     fn let_device_go(&mut self, plan: Plan) {
         self.leave();
         self.drain();
@@ -117,21 +114,21 @@ impl Server {
         Ok(taken.plan)
     }
 
-    /// Has the driver deliver nothing more.
+    /// Makes the driver deliver nothing more.
     fn stop_deliveries(&self, helpers: &Helpers<'_>) -> Result<(), ServeError> {
         let failed = |error: io::Error| {
-            SetupError::new("cannot start a process that makes I/O wait", Errno::of(&error))
+            SetupError::new("cannot start a process that quiesces the device", Errno::of(&error))
         };
-        // What comes meanwhile is seen later: a blocked signal outlasts execve(2), and the other wake-ups
-        // stay.
+        // Events that come meanwhile are handled later: a blocked signal survives execve(2), and
+        // other wake-ups stay.
         let quiesce = || (helpers.quiesce)(self.id).and_then(|mut process| process.wait());
         let stopped = Wait::at_most(3 * PATIENCE).every(Duration::ZERO).until(|| match quiesce() {
             Err(error) => ControlFlow::Break(Err(failed(error).into())),
             Ok(status) => match status.code() {
                 Some(0) => ControlFlow::Break(Ok(())),
-                // It has said why.
+                // It has reported the reason.
                 Some(_) => ControlFlow::Break(Err(ServeError::NotQuiesced)),
-                // Killed; whether the driver was asked is not known.
+                // It was killed, so it is unknown whether the driver was asked.
                 None => ControlFlow::Continue(ServeError::NotQuiesced),
             },
         });

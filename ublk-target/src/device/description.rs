@@ -1,4 +1,4 @@
-//! What the driver, sysfs and the state file say of a device.
+//! The description of a device, from the driver, sysfs and the state file.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -18,42 +18,42 @@ use crate::device::state_file::StateFile;
 use crate::device::trouble::Trouble;
 use crate::os::procfs::is_alive;
 
-/// The sequence number of a device's disk, if it has one and the kernel tells.
+/// The sequence number of a device's disk, if it has one and the kernel shows it.
 #[must_use]
 pub fn diskseq(id: u32) -> Option<u64> {
     fs::read_to_string(format!("/sys/block/ublkb{id}/diskseq")).ok()?.trim().parse().ok()
 }
 
-/// A device, as `list` and `add` show it.
+/// A device, in the form that `list` and `add` show.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Description {
     /// Device id.
     pub id: u32,
     /// The block device.
     pub device: PathBuf,
-    /// The driver's word: `LIVE`, `DEAD`, `QUIESCED` or `FAIL_IO`.
+    /// The driver's state: `LIVE`, `DEAD`, `QUIESCED` or `FAIL_IO`.
     pub state: String,
-    /// Name of the target within its layers, such as `fault(loop)`; `unknown` for a device of another
+    /// Name of the target with its layers, such as `fault(loop)`; `unknown` for a device of another
     /// program.
     pub target: String,
     /// Name of the target without its layers, such as `loop`; `unknown` for a device of another program.
-    // An earlier program, which may have started the server, tells neither this nor the layers.
+    // An earlier program, which may have started the server, sends neither this nor the layers.
     #[serde(default)]
     pub base: String,
-    /// The layers before the target, the outermost first.
+    /// The layers before the target, outermost first.
     #[serde(default)]
     pub layers: Vec<DescribedLayer>,
     /// How the device lends.
     pub lend: String,
-    /// What becomes of it when its server dies: `fail`, `wait`, `reissue` or `error`.
+    /// What happens to it when its server dies: `fail`, `wait`, `reissue` or `error`.
     pub on_death: String,
     /// Process id of the server, `null` if it is gone.
     pub pid: Option<u32>,
     /// Process id of the supervisor, `null` if there is none.
     pub supervisor: Option<u32>,
-    /// Why the supervisor has given up, `null` if it has not.
+    /// Why the supervisor has given up; `null` if it has not.
     pub given_up: Option<String>,
-    /// Why the device has no server, which the supervisor tries to change; `null` if it has one.
+    /// Why the device has no server while the supervisor tries to start one; `null` if it has one.
     pub trouble: Option<String>,
     /// Number of queues.
     pub queues: u16,
@@ -63,16 +63,16 @@ pub struct Description {
     pub size_bytes: u64,
     /// Canonical paths of the backings.
     pub backings: Vec<PathBuf>,
-    /// Some go through the page cache, since their own blocks are larger than the device's.
+    /// Some backings go through the page cache, since their blocks are larger than the device's.
     pub page_cache: bool,
 }
 
 /// A layer of a device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DescribedLayer {
-    /// Tells it from the others of the device.
+    /// Its name, unique in the device.
     pub name: String,
-    /// What it does: `fault`.
+    /// Its kind: `fault`.
     pub kind: String,
 }
 
@@ -86,14 +86,14 @@ impl Description {
     /// Describes the device `id`.
     ///
     /// # Errors
-    /// `ENODEV` if there is none, and those of the driver.
+    /// `ENODEV` if there is no such device, and errors of the driver.
     pub fn of(control: &Control, id: u32) -> Result<Self, ControlError> {
         let info = control.info(id)?;
-        // A device that was never started has no parameters to be read.
+        // A device that was never started has no parameters to read.
         let sectors = control.params(id).map_or(0, |params| params.basic().dev_sectors);
         let pid = u32::try_from(info.ublksrv_pid).ok().filter(|pid| is_alive(*pid));
         let file = StateFile::read(Path::new(RUN_DIR), id).ok();
-        // A device that is stopped has no disk any more to be told by.
+        // A stopped device has no disk to compare with.
         let is_its = |file: &StateFile| match (file.diskseq, diskseq(id)) {
             (Some(recorded), Some(is)) => recorded == is,
             (_, None) | (None, _) => true,
@@ -161,19 +161,20 @@ fn state_name(state: u16) -> &'static str {
     }
 }
 
-/// Whether a device has its block device: it was started and not stopped since.
+/// Whether a device has its block device: it was started and has not been stopped since.
 #[must_use]
 pub fn has_disk(info: &sys::ublksrv_ctrl_dev_info) -> bool {
     u32::from(info.state) != sys::UBLK_S_DEV_DEAD
 }
 
-/// Tells a device from a later one of the same id, as long as it has its character device.
+/// The number of its character device. It distinguishes a device from a later one of the same id
+/// while the character device exists.
 #[must_use]
 pub fn identity(id: u32) -> Option<u64> {
     fs::metadata(format!("/sys/class/ublk-char/ublkc{id}")).ok().map(|directory| directory.ino())
 }
 
-/// Whether an error says that there is no such device.
+/// Whether an error means that there is no such device.
 #[must_use]
 pub fn is_missing(error: &ControlError) -> bool {
     error.errno() == Some(Errno::ENODEV)

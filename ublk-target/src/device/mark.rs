@@ -1,8 +1,8 @@
-//! Which process has added a device: a number in the device's `ublksrv_flags`, which the driver keeps
-//! and does not look at.
+//! Identifies the process that has added a device: a number in the device's `ublksrv_flags`, which
+//! the driver stores without using it.
 //!
-//! It is drawn by lot and not a process id: ids are local to a pid namespace, and are used again. It
-//! tells a device from all others, too, as long as that exists.
+//! It is a random number, not a process id: process ids are local to a pid namespace, and are
+//! reused. It also distinguishes a device from all others while it exists.
 
 use std::fmt;
 use std::str::FromStr;
@@ -15,10 +15,10 @@ use crate::os::random;
 
 /// The upper bits of the flags of a device of this program: `ub`.
 const MARK: u64 = 0x7562;
-/// Bits of a number.
+/// Number of bits of the random number.
 const BITS: u32 = 48;
 
-/// The number of a process that adds devices, and of all devices that it adds.
+/// The number of a process that adds devices. All devices that it adds have it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Nonce(u64);
@@ -26,31 +26,31 @@ pub struct Nonce(u64);
 static OWN: OnceLock<Nonce> = OnceLock::new();
 
 impl Nonce {
-    /// One that no other process has.
+    /// A new random number.
     #[must_use]
     pub fn draw() -> Self {
         Self(random::number() >> (u64::BITS - BITS))
     }
 
-    /// The calling process's own.
+    /// The calling process's number.
     #[must_use]
     pub fn own() -> Self {
         *OWN.get_or_init(Self::draw)
     }
 
-    /// Has the calling process use a number that the one which started it knows. Without effect
-    /// once it has its own.
+    /// Makes the calling process use the number that its parent has chosen. Without effect if it
+    /// already has its own number.
     pub fn adopt(self) {
         let _ = OWN.set(self);
     }
 
-    /// What the process of this number marks its devices with.
+    /// The mark of the devices of a process with this number.
     #[must_use]
     pub const fn flags(self) -> u64 {
         MARK << BITS | self.0
     }
 
-    /// That of the process which has added a device, if it was one of this program.
+    /// The number of the process that has added a device, if that was a process of this program.
     #[must_use]
     pub fn of(info: &sys::ublksrv_ctrl_dev_info) -> Option<Self> {
         let flags = info.ublksrv_flags;
@@ -64,7 +64,7 @@ impl fmt::Display for Nonce {
     }
 }
 
-/// The text is no such number.
+/// The text is not such a number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("not a number of 12 hexadecimal digits")]
 pub struct NoNonce;
@@ -105,7 +105,7 @@ mod tests {
         assert_eq!(Nonce::of(&info), None);
         info.ublksrv_flags = nonce.flags();
         assert_eq!(Nonce::of(&info), Some(nonce));
-        // That of a version which used process ids.
+        // The mark of a version which used process ids.
         info.ublksrv_flags = 0x75_6274 << 32 | 77;
         assert_eq!(Nonce::of(&info), None);
         assert_eq!(nonce.to_string().parse(), Ok(nonce));

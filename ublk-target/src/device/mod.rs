@@ -1,4 +1,4 @@
-//! Devices from outside: their state files, what the driver says of them, and the processes that see to them.
+//! Devices from outside: their state files, their state in the driver, and their processes.
 
 pub mod description;
 pub mod mark;

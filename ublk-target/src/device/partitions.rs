@@ -1,10 +1,10 @@
-//! Whether the kernel has looked for partitions on a device that has just been started.
+//! Waits until the kernel has scanned a newly started device for partitions.
 //!
-//! From Linux 7.0 on the driver does so after `START_DEV` has been answered
-//! (`ublk_partition_scan_work`), and gives no sign when it is done. Two things tell: the disk's
-//! attribute `partscan` becomes 1 as the scan begins, and a disk cannot be opened while it is
-//! scanned, since both take the disk's `open_mutex`. Opening waits for the scan, which waits for the
-//! server: so another process than the server does it.
+//! From Linux 7.0 on the driver scans after it has answered `START_DEV`
+//! (`ublk_partition_scan_work`), and does not report the end. Two signs help: the disk's attribute
+//! `partscan` becomes 1 when the scan begins, and opening a disk waits for the scan, since both
+//! take the disk's `open_mutex`. The scan waits for the server. So another process than the server
+//! opens the disk.
 
 use std::fs::{self, File};
 use std::io;
@@ -18,13 +18,13 @@ use crate::device::paths;
 use crate::os::process::PidFd;
 use crate::os::wait::Wait;
 
-/// The longest wait of a server. A scan reads some blocks.
+/// The longest wait of a server. A scan reads only some blocks.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Nobody tells when `partscan` changes.
+/// The interval of checks: nothing reports when `partscan` changes.
 const PAUSE: Duration = Duration::from_millis(1);
 
-/// Waits until the kernel has looked for partitions, however long that takes: a process that is not
-/// the device's server may do so. Returns at once where the device is gone.
+/// Waits until the kernel has scanned for partitions, without a limit. Only a process that is not
+/// the device's server may call it. Returns at once if the device is gone.
 ///
 /// # Errors
 /// The device cannot be opened.
@@ -38,7 +38,8 @@ fn await_scan_by(attribute: &Path, disk: &Path) -> io::Result<()> {
         match fs::read_to_string(attribute) {
             Ok(value) if value.trim() == "0" => std::thread::sleep(PAUSE),
             Ok(_) => break,
-            // Before Linux 6.10 there is none, and the scan is over when the device is started.
+            // Before Linux 6.10 the attribute does not exist, and the scan is over when the device
+            // is started.
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             Err(error) => return Err(error),
         }
@@ -50,10 +51,11 @@ fn await_scan_by(attribute: &Path, disk: &Path) -> io::Result<()> {
     }
 }
 
-/// Waits for a process that does [`await_scan`], for a bounded time; whether it has succeeded.
+/// Waits at most a bounded time for a process that runs [`await_scan`]. Returns whether it has
+/// succeeded.
 ///
 /// # Errors
-/// It cannot be waited for.
+/// The process cannot be waited for.
 pub fn await_process(process: &mut Child, wait: &mut Wait<'_>) -> io::Result<bool> {
     let pidfd = PidFd::of_child(process)?;
     let ended = wait.until_or(Some(pidfd.as_fd()), || match process.try_wait() {
@@ -62,13 +64,13 @@ pub fn await_process(process: &mut Child, wait: &mut Wait<'_>) -> io::Result<boo
         Err(error) => ControlFlow::Break(Err(error)),
     });
     ended.unwrap_or_else(|_| {
-        // It ends when the scan does.
+        // The process ends when the scan does.
         process.kill()?;
         Ok(false)
     })
 }
 
-/// The wait of a server for all of its devices.
+/// The wait of a server for all its devices.
 pub fn wait<'a>() -> Wait<'a> {
     Wait::at_most(PATIENCE)
 }
@@ -93,7 +95,7 @@ mod tests {
         assert!(!waiting.is_finished(), "it has not begun");
         fs::write(directory.path().join("next"), "1\n").unwrap();
         fs::rename(directory.path().join("next"), &attribute).unwrap();
-        // There is no such disk any more.
+        // The disk does not exist any more.
         waiting.join().unwrap().unwrap();
     }
 

@@ -1,12 +1,12 @@
-//! Where the things of a device are, by its id.
+//! The paths of a device, by its id.
 
 use std::path::{Path, PathBuf};
 
-/// Where the state files are.
+/// The directory of the state files.
 pub const RUN_DIR: &str = "/run/ublk-target";
-/// Where the logs of servers are.
+/// The directory of the servers' logs.
 pub const LOG_DIR: &str = "/var/log/ublk-target";
-/// The greatest id: the driver's device numbers have 20 bits (`UBLK_MINORS`).
+/// The largest id: the driver's device numbers have 20 bits (`UBLK_MINORS`).
 pub const MAX_ID: u32 = (1 << 20) - 1;
 
 /// The block device of an id.

@@ -1,10 +1,11 @@
-//! Processes of this program: what each is, and which device it is about.
+//! Processes of this program: the role of each, and its device.
 //!
-//! A process is one of ours if root runs it, in this user namespace, and it has our name: other users
-//! can name theirs as they like. It serves a device if it has that one's character device open, by
-//! its number. Of processes that have none open only those of this pid namespace count. Each says what it
-//! is in a file ([`role_file`](crate::device::role_file)), or by its command line. What a state file says of
-//! a process is believed only as far as these agree.
+//! A process is one of ours if root runs it, in this user namespace, and it has our name; other
+//! users can name their processes freely. It serves a device if it has that device's character
+//! device open, identified by its number. Processes without an open character device count only in
+//! this pid namespace. Each process says its role in a file
+//! ([`role_file`](crate::device::role_file)), or else by its command line. The process ids in a
+//! state file are used only if they agree with this.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -30,28 +31,28 @@ use crate::os::procfs::{self, is_alive};
 pub struct Process {
     /// Process id.
     pub pid: u32,
-    /// What it is.
+    /// Its role.
     pub role: Role,
-    /// The device that it serves, or was told to see to; none where it serves many.
+    /// The device that it serves or is responsible for; none if it serves many.
     pub device: Option<u32>,
     /// Process id of its supervisor.
     pub supervisor: Option<u32>,
-    /// What it marks the device with that it adds, where another process knows that.
+    /// Its mark on the device that it adds, if another process knows it.
     pub nonce: Option<Nonce>,
-    /// When it was started, since the machine was.
+    /// Its start time, since boot.
     pub started: Duration,
     pidfd: PidFd,
 }
 
 impl Process {
-    /// The process `pid`, if it lives and is of this program.
+    /// The process `pid`, if it is alive and of this program.
     #[must_use]
     pub fn find(pid: u32) -> Option<Self> {
         Self::find_with(pid, &RoleFiles::read(Path::new(RUN_DIR)))
     }
 
     fn find_with(pid: u32, files: &RoleFiles) -> Option<Self> {
-        // What is read from here on is about this process: the descriptor tells it from a later
+        // From here on, all reads are of this process: the descriptor distinguishes it from a later
         // one of the same id.
         let pidfd = PidFd::open(pid).ok()?;
         if !is_ours(pid) {
@@ -68,7 +69,7 @@ impl Process {
             pid,
             role: told.role,
             device: if told.role == Role::Fleet { None } else { one() },
-            // Another namespace's ids are not those of this one.
+            // The ids of another pid namespace are not ids of this one.
             supervisor: told.supervisor.filter(|_| is_near),
             nonce: told.nonce,
             started: procfs::stat(pid)?.started,
@@ -95,13 +96,13 @@ impl Process {
         self.pidfd.has_ended(Duration::ZERO)
     }
 
-    /// Sends a signal to this process and no other. One that has ended needs none.
+    /// Sends a signal to this process and no other. Does nothing if it has ended.
     pub fn tell(&self, signal: Signal) {
         self.pidfd.tell(signal);
     }
 }
 
-/// Can be read when the process has ended.
+/// A descriptor that is readable when the process has ended.
 impl AsFd for Process {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.pidfd.as_fd()
@@ -125,9 +126,9 @@ impl fmt::Display for Process {
     }
 }
 
-/// What a process is by its command line, which has no role file: a server of a version up to 0.1.0, which
-/// writes none; and one of this version that has not come to that, or had no room for it. A device that an
-/// earlier version serves is recovered, upgraded and deleted by this one.
+/// The role of a process without a role file, by its command line: a server of a version up to
+/// 0.1.0, which writes none; or a process of this version that has not written it yet, or had no
+/// room for it. So this version can recover, upgrade and delete devices of an earlier one.
 fn told_by_command_line(pid: u32) -> Option<Told> {
     let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
     let words = line.split(|byte| *byte == 0).filter(|word| !word.is_empty());
@@ -154,7 +155,7 @@ fn told_by_arguments(arguments: &[String]) -> Told {
         }
         _ => Role::Command,
     };
-    // The device that `add` is told need not be the one that it adds: it may be somebody else's.
+    // The id on the command line of `add` may belong to another device: the driver may refuse it.
     let device = if command == "add" { None } else { value(&["-n", "--id"]) };
     Told {
         role,
@@ -164,7 +165,7 @@ fn told_by_arguments(arguments: &[String]) -> Told {
     }
 }
 
-/// The value of an option, given as one word or two.
+/// The value of an option, in one word or two.
 fn value_of<'a>(arguments: &'a [String], names: &[&str]) -> Option<&'a str> {
     arguments.iter().enumerate().find_map(|(at, argument)| {
         let rest = names.iter().find_map(|name| argument.strip_prefix(name))?;
@@ -177,8 +178,8 @@ fn value_of<'a>(arguments: &'a [String], names: &[&str]) -> Option<&'a str> {
     })
 }
 
-/// Whether a process is alive, of this program, and run by the user and in the user namespace of the
-/// calling one: root's.
+/// Whether a process is alive, of this program, and run by the user and in the user namespace of
+/// the calling one: root's.
 #[must_use]
 pub fn is_ours(pid: u32) -> bool {
     is_alive(pid)
@@ -187,26 +188,26 @@ pub fn is_ours(pid: u32) -> bool {
         && is_in_same("user", pid)
 }
 
-/// Whether a process is in the calling one's namespace of a kind.
+/// Whether a process is in the calling one's namespace of this kind.
 fn is_in_same(kind: &str, pid: u32) -> bool {
     let of = |process: &str| fs::read_link(format!("/proc/{process}/ns/{kind}")).ok();
-    // A kernel without such namespaces has none to tell apart.
+    // A kernel without such namespaces has nothing to compare.
     of("self").is_none_or(|own| of(&pid.to_string()) == Some(own))
 }
 
-/// All processes of this program but the calling one, in the order of their ids.
+/// All processes of this program except the calling one, in the order of their ids.
 #[must_use]
 pub fn all() -> Vec<Process> {
     let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
     let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     let pids: BTreeSet<u32> = pids.filter(|pid| *pid != std::process::id()).collect();
-    // One that says later what it is, is known by its command line.
+    // A process that writes its role file later is recognised by its command line.
     let files = RoleFiles::read(Path::new(RUN_DIR));
     pids.into_iter().filter_map(|pid| Process::find_with(pid, &files)).collect()
 }
 
-/// The processes that see to a device: its server and supervisor, and those that recover or stop it.
-/// `adder` is the mark of the one that has added it.
+/// The processes of a device: its server and supervisor, and those that recover or stop it. `adder`
+/// is the mark of the process that has added it.
 #[must_use]
 pub fn of_device(id: u32, adder: Option<Nonce>) -> Vec<Process> {
     let mut found = all();
@@ -274,7 +275,7 @@ mod tests {
 
     #[test]
     fn other_programs_are_not_ours() {
-        // Neither this test nor the first process.
+        // Neither this test nor process 1 is one of ours.
         assert!(Process::find(std::process::id()).is_none());
         assert!(Process::find(1).is_none());
         assert!(

@@ -1,7 +1,7 @@
-//! Programs that root runs: this one, another version of it, that of a server.
+//! Programs that root runs: this one, another version of it, or that of a server.
 //!
-//! They are held by a descriptor from the moment that they are looked at, so that nothing else is run in
-//! their place, and are refused if others than root could have changed them.
+//! A descriptor holds a program from the moment of its check, so that nothing else can be run in
+//! its place. A program is refused if others than root could have changed it.
 
 use std::fs::{File, Metadata};
 use std::io;
@@ -25,21 +25,21 @@ pub enum ProgramProblem {
     NotFound {
         /// The path.
         path: PathBuf,
-        /// Why.
+        /// The error.
         problem: BackingProblem,
     },
     /// Others than root can change it.
     #[error(
-        "{}: others than root can change {}; it is not run as root", path.display(), what.display()
+        "{}: users other than root can change {}; it is not run as root", path.display(), what.display()
     )]
     NotRoots {
         /// The path.
         path: PathBuf,
-        /// The file, or a directory on the way.
+        /// The file, or a directory of its path.
         what: PathBuf,
     },
     /// It is a directory, a pipe or the like.
-    #[error("{} is no program: it is no regular file", path.display())]
+    #[error("{} is not a program: it is not a regular file", path.display())]
     NoFile {
         /// The path.
         path: PathBuf,
@@ -49,12 +49,12 @@ pub enum ProgramProblem {
     NotOpened {
         /// The path.
         path: PathBuf,
-        /// Why.
+        /// The error.
         error: io::Error,
     },
 }
 
-/// A program that can be run, whatever becomes of its path.
+/// A program that can be run, even if its path changes.
 #[derive(Debug)]
 pub struct Program {
     file: File,
@@ -63,7 +63,7 @@ pub struct Program {
 }
 
 impl Program {
-    /// Finds a program, which only the calling user, who is root, can change.
+    /// Finds a program that only the calling user, who is root, can change.
     ///
     /// # Errors
     /// [`ProgramProblem`].
@@ -90,10 +90,10 @@ impl Program {
         Ok(Self { file, meta: found.meta, path: found.path })
     }
 
-    /// The file of a descriptor of another process, which says where it found it.
+    /// The file of another process's descriptor. That process reports the path.
     ///
     /// # Errors
-    /// As [`Program::open`]; the directories are for that process to look at.
+    /// As [`Program::open`]; the other process has checked the directories.
     pub fn of_descriptor(pid: u32, descriptor: i32, path: &Path) -> Result<Self, ProgramProblem> {
         let not_opened = |error| ProgramProblem::NotOpened { path: path.to_owned(), error };
         let file = File::open(format!("/proc/{pid}/fd/{descriptor}")).map_err(not_opened)?;
@@ -105,32 +105,32 @@ impl Program {
         Ok(Self { file, meta, path: path.to_owned() })
     }
 
-    /// That of a process of ours.
+    /// The program of a process of ours.
     #[must_use]
     pub fn of_process(pid: u32) -> Option<Self> {
         let file = File::open(format!("/proc/{pid}/exe")).ok()?;
-        // It was this process's if the id is still that of one of ours.
+        // The file belongs to this process if the id is still that of one of ours.
         let path = std::fs::read_link(format!("/proc/{pid}/exe")).ok()?;
         let meta = file.metadata().ok()?;
         processes::is_ours(pid).then_some(Self { file, meta, path })
     }
 
-    /// Where it was found.
+    /// The path where it was found.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Device and inode, which tell it from others.
+    /// Device and inode, which identify the file.
     #[must_use]
     pub fn identity(&self) -> (u64, u64) {
         (self.meta.dev(), self.meta.ino())
     }
 
-    /// Runs it: the file that was found, whatever is at its path by now.
+    /// A command that runs the file that was checked, even if its path leads to another file now.
     #[must_use]
     pub fn command(&self) -> Command {
-        // The interpreter of a script opens it by its name, when the descriptor is closed.
+        // The interpreter of a script opens it by its path, after the descriptor is closed.
         let mut start = [0; 2];
         let is_script = self.file.read_exact_at(&mut start, 0).is_ok() && start == *b"#!";
         let mut command = if is_script {
@@ -188,12 +188,12 @@ mod tests {
         let set = |path: &Path, mode| fs::set_permissions(path, Permissions::from_mode(mode));
         set(&path, 0o777).unwrap();
         let refused = Program::open(&path).unwrap_err().to_string();
-        assert!(refused.contains("others than root"), "{refused}");
+        assert!(refused.contains("users other than root"), "{refused}");
         set(&path, 0o755).unwrap();
         assert!(Program::open(&path).is_ok());
         set(directory.path(), 0o777).unwrap();
         assert!(matches!(Program::open(&path), Err(ProgramProblem::NotRoots { .. })));
-        // Nor is a pipe, which would be waited for.
+        // A pipe is refused too, without waiting for it.
         set(directory.path(), 0o755).unwrap();
         let pipe = directory.path().join("pipe");
         nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();

@@ -1,17 +1,17 @@
-//! What a process of this program says of itself, for as long as it lives: its role, and which device it is
-//! about.
+//! The role file of a process of this program: its role and its device, for as long as it lives.
 //!
-//! Each process that others must recognise has a file of its own with a name drawn by lot, and keeps it
-//! locked (`flock(2)`). A file is believed only while it is locked, if it is root's alone, and for the
-//! process that it names by its id, its pid namespace and the time of its start. So neither a dead process
-//! nor a later one of the same id is taken for what the file says. A file that nobody has locked is left
-//! over, and is removed by whoever finds it.
+//! Each process that others must recognise has its own file with a random name, and keeps it locked
+//! (`flock(2)`). A file is used only while it is locked, if only root can open it, and only for the
+//! process that it names by id, pid namespace and start time. So it cannot stand for a dead process
+//! or a later one of the same id. An unlocked file is stale, and any process that finds it removes
+//! it.
 //!
-//! The directory of the files is root's alone, and is never a link: otherwise nothing in it is read or removed.
-//! Whoever writes a file first puts away what somebody else has put in the place of the directory.
+//! The directory of the files belongs to root alone and is never a link; otherwise nothing in it is
+//! read or removed. The first process that writes a file moves away what another user has put in
+//! place of the directory.
 //!
-//! The lock ends with the program: the descriptor is closed by execve(2), so that no other program keeps it.
-//! After an upgrade the next program writes a file of its own.
+//! The lock ends with the program: execve(2) closes the descriptor, so another program does not
+//! keep it. After an upgrade the new program writes its own file.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -31,48 +31,48 @@ use crate::os::procfs;
 use crate::os::random;
 use crate::os::steps::step;
 
-/// What a process of this program is.
+/// The role of a process of this program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Role {
-    /// A command that a user waits for, and that ends with what it has started. It has no file.
+    /// A command that a user waits for. It ends together with what it has started, and has no file.
     Command,
     /// A server of one device.
     Server,
-    /// A server of many devices, which goes on without any one of them.
+    /// A server of many devices. It continues when one of them ends.
     Fleet,
     /// A supervisor.
     Supervisor,
-    /// One that does for others what may take long.
+    /// A helper: does for other processes what may take long.
     Helper,
 }
 
-/// What a process says of itself.
+/// The content of a role file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Told {
     /// What it is.
     pub role: Role,
-    /// The device that it was told to see to.
+    /// The device that it is responsible for.
     pub device: Option<u32>,
     /// Process id of its supervisor, in its own pid namespace.
     pub supervisor: Option<u32>,
-    /// What it marks the device with that it adds, where another process knows that.
+    /// Its mark on the device that it adds, if another process knows it.
     pub nonce: Option<Nonce>,
 }
 
-/// Which process a file is of.
+/// Identifies the process of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Identity {
     /// Its id in its own pid namespace.
     pid: u32,
-    /// The inode of that namespace; none where the kernel has no such namespaces.
+    /// The inode of that namespace; none if the kernel has no pid namespaces.
     pid_namespace: Option<u64>,
-    /// When it was started, in milliseconds since the machine was.
+    /// Its start time in milliseconds since boot.
     started_ms: u64,
 }
 
 impl Identity {
-    /// Of a process by its name in `/proc`, which may be `self`.
+    /// Reads it for a process by its name in `/proc`, which may be `self`.
     fn of(process: &str) -> Option<Self> {
         let started = procfs::stat_of(process)?.started;
         Some(Self {
@@ -95,23 +95,26 @@ struct Content {
 /// The longest file that is read, in bytes.
 const MAX_BYTES: u64 = 4 << 10;
 
-/// The directory of the files, in that of the state files. It is there while there are any.
+/// The directory of the files, below the directory of the state files. It exists while there are
+/// files.
 const DIRECTORY: &str = "process";
 
-/// The file of the calling process, which is removed with this.
+/// The file of the calling process. Dropping this removes the file.
 #[derive(Debug)]
 #[must_use = "the file is removed with it"]
 pub struct RoleFile {
     run: PathBuf,
     name: String,
-    /// Locked; closed at last.
+    /// The locked file; the last field, so that it is closed last.
     _file: Flock<File>,
 }
 
 impl RoleFile {
-    /// Says what the calling process is. Where there is no room for it, others go by its command line.
+    /// Writes the role file of the calling process. If there is no room for it, other processes use
+    /// its command line.
     pub fn hold(run: &Path, told: Told) -> Option<Self> {
-        // A failure is told below. This makes room: the process may have left a file as another program.
+        // An error is reported below. This removes also the file that this process has written before
+        // an upgrade.
         let _ = Files::make(run).map(|files| files.read());
         match Self::try_hold(run, told) {
             Ok(held) => Some(held),
@@ -127,7 +130,8 @@ impl RoleFile {
     fn try_hold(run: &Path, told: Told) -> io::Result<Self> {
         let of = Identity::of("self").ok_or(io::ErrorKind::NotFound)?;
         let text = serde_json::to_string(&Content { told, of })?;
-        // The directory, or the file before it is locked, may be taken for left over meanwhile.
+        // Another process may remove the directory as empty, or the file as stale before it is
+        // locked.
         let mut attempts = 0..16;
         loop {
             match Self::write(run, text.as_bytes()) {
@@ -141,7 +145,7 @@ impl RoleFile {
     fn write(run: &Path, text: &[u8]) -> io::Result<Self> {
         let files = Files::make(run)?;
         let name = format!("{:016x}.json", random::number());
-        // Nobody but root can have it locked in the place of its process.
+        // Only root can lock it instead of its process.
         let file = files.directory.create(&name)?;
         step("role-unlocked");
         let written = lock(file).and_then(|mut file| {
@@ -175,17 +179,17 @@ fn lock(file: File) -> io::Result<Flock<File>> {
 
 impl Drop for RoleFile {
     fn drop(&mut self) {
-        // One that stays is not locked any more, and is removed by whoever finds it.
+        // A file that stays is unlocked, and any process that finds it removes it.
         let _ = Files::open(&self.run).map(|files| files.remove(&self.name));
     }
 }
 
-/// What the processes that live now say of themselves.
+/// The role files of all live processes.
 #[derive(Debug, Default)]
 pub struct RoleFiles(Vec<Content>);
 
 impl RoleFiles {
-    /// Reads the files of all processes, and removes those that are left over.
+    /// Reads the files of all processes, and removes stale ones.
     #[must_use]
     pub fn read(run: &Path) -> Self {
         static SAID: Once = Once::new();
@@ -203,7 +207,7 @@ impl RoleFiles {
         }
     }
 
-    /// What a process says of itself; `None` if it has no file that is to be believed.
+    /// The role of a process; `None` if it has no valid file.
     #[must_use]
     pub fn of(&self, pid: u32) -> Option<Told> {
         let of = Identity::of(&pid.to_string()).filter(|_| !self.0.is_empty())?;
@@ -211,7 +215,7 @@ impl RoleFiles {
     }
 }
 
-/// Removes the files of processes that are dead.
+/// Removes the files of dead processes.
 pub fn sweep(run: &Path) {
     let _ = RoleFiles::read(run);
 }
@@ -267,7 +271,7 @@ impl Files {
         if meta.uid() != geteuid().as_raw() {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
-        // Shared, so that two who look do not take each other for the process.
+        // The lock is shared, so that two readers do not take each other for the owner.
         let file = match Flock::lock(file, FlockArg::LockSharedNonblock) {
             Ok(locked) => return Ok(Found::Left(locked)),
             Err((file, Errno::EWOULDBLOCK)) => file,
@@ -281,7 +285,7 @@ impl Files {
     }
 }
 
-/// Whether a name is one of those that are drawn by lot.
+/// Whether a name has the form of the random names.
 fn is_name(name: &str) -> bool {
     let digits = name.strip_suffix(".json");
     digits.is_some_and(|it| it.len() == 16 && it.bytes().all(|byte| byte.is_ascii_hexdigit()))

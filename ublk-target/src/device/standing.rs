@@ -1,4 +1,4 @@
-//! What the devices of this program stand on, by their state files.
+//! The stacking of this program's devices, by their state files.
 
 use std::cell::OnceCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -9,10 +9,10 @@ use crate::device::description::device_ids;
 use crate::device::paths::RUN_DIR;
 use crate::device::state_file::StateFile;
 
-/// The backings of all devices of this program, whoever serves them.
+/// The backings of all devices of this program, of any server.
 #[derive(Debug, Default)]
 pub struct Recorded {
-    /// Of the devices that there are; read when the first is asked for.
+    /// Backings of the existing devices; read on first use.
     files: OnceCell<BTreeMap<u32, StateFile>>,
 }
 
@@ -38,16 +38,16 @@ impl Records for Recorded {
     }
 }
 
-/// Which of two devices comes first, if one stands on the other. All others keep their order.
+/// The order of two devices, if one is stacked on the other. All others keep their order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
-    /// To take them down.
+    /// To stop them: the upper one first.
     UpperFirst,
-    /// To start them.
+    /// To start them: the lower one first.
     LowerFirst,
 }
 
-/// Sorts devices by what they stand on.
+/// Sorts devices by their stacking.
 #[must_use]
 pub fn sorted(ids: &BTreeSet<u32>, order: Order) -> Vec<u32> {
     let recorded = Recorded::default();
@@ -64,7 +64,7 @@ fn sort(mut waiting: Vec<(u32, Below)>, order: Order) -> Vec<u32> {
                 Order::LowerFirst => !below.has(*other),
             })
         };
-        // There is one, but for devices that go round in a circle.
+        // There is always one, except for a cycle of devices.
         let at = waiting.iter().position(is_next).unwrap_or(0);
         sorted.push(waiting.remove(at).0);
     }

@@ -1,8 +1,8 @@
-//! What is known about devices: the state file of each, and what the driver and sysfs say.
+//! The state file of each device: what the next server needs.
 //!
-//! A state file is untrusted when it is read back: it is used only for what the driver does not
-//! know (the target and its backings), only for the disk that it was written for, and all that it
-//! says is checked as if a user had typed it.
+//! A state file is untrusted input. It is used only for data that the driver does not have (the
+//! target and its backings), and only for the disk that it was written for. All its content is
+//! checked as if a user had typed it.
 
 mod version_3;
 
@@ -22,33 +22,33 @@ use crate::os::own_files;
 
 /// The format of devices with layers that format 3 cannot hold.
 const VERSION: u32 = 4;
-/// The oldest format that is read. All other devices are written in it, so that earlier programs can still
-/// read it after an upgrade: their supervisors, which look for the program, and the one that serves on
-/// where the new one cannot.
+/// The oldest format that is read. All other devices are written in it, so that earlier programs can
+/// read their files after an upgrade: supervisors, which look for the program in them, and a server
+/// that continues because the new program could not serve.
 const OLDEST: u32 = 3;
 /// The field of the checksum.
 const CHECKSUM: &str = "crc32c";
 /// The longest state file that is read, in bytes.
 const MAX_BYTES: u64 = 1 << 20;
 
-/// Where the program of this process was found, if its own mounts need not have it.
+/// The path of this process's program, if its own mounts may lack it.
 static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
 
-/// Says where the program of this process was found. Without effect if that was said before.
+/// Sets the path of this process's program. Without effect on a second call.
 pub fn adopt_program(path: &Path) {
     let _ = PROGRAM.set(path.to_owned());
 }
 
-/// The contents of a state file: all that the next server needs to serve the device as this one.
+/// The content of a state file: everything that the next server needs to serve the device as this
+/// one does.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StateFile {
     /// Device id.
     pub id: u32,
-    /// The disk's sequence number, which no other disk has had since the machine was booted
-    /// (Linux 5.15); absent until the device is live.
+    /// The disk's sequence number, unique since boot (Linux 5.15); absent until the device is live.
     pub diskseq: Option<u64>,
-    /// The mark of the device, which tells it from those of other processes.
+    /// The mark of the device, which distinguishes it from those of other processes.
     pub nonce: Option<Nonce>,
     /// Process id of the server.
     pub pid: u32,
@@ -56,13 +56,13 @@ pub struct StateFile {
     pub supervisor: Option<u32>,
     /// The program of the server.
     pub program: PathBuf,
-    /// Servers that the device has had before.
+    /// The number of servers that the device has had before.
     pub incarnation: u32,
-    /// Name of the target within its layers.
+    /// Name of the target with its layers.
     pub target: String,
     /// The backings, in the order of their index; none for targets without data.
     pub backings: Vec<Known>,
-    /// What the device is made of; paths are absolute.
+    /// The configuration of the device; paths are absolute.
     pub config: DeviceConfig,
 }
 
@@ -70,7 +70,7 @@ pub struct StateFile {
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum StateProblem {
-    /// There is none.
+    /// It does not exist.
     #[error("there is no state file {}", .0.display())]
     Missing(PathBuf),
     /// Others could have written it.
@@ -91,15 +91,15 @@ pub enum StateProblem {
     Unreadable {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The error.
         error: io::Error,
     },
-    /// It makes no sense.
+    /// Its content is invalid.
     #[error("the state file {} is corrupt: {reason}", path.display())]
     Corrupt {
         /// The file.
         path: PathBuf,
-        /// What is wrong.
+        /// The error.
         reason: String,
     },
     /// It is of another version of this program.
@@ -114,7 +114,7 @@ pub enum StateProblem {
 }
 
 impl StateFile {
-    /// A state file of the calling process.
+    /// A state file for a device of the calling process.
     #[must_use]
     pub fn new(id: u32, backings: Vec<Known>, config: DeviceConfig) -> Self {
         Self {
@@ -135,28 +135,28 @@ impl StateFile {
         }
     }
 
-    /// The file of a device.
+    /// The path of a device's state file.
     #[must_use]
     pub fn path(directory: &Path, id: u32) -> PathBuf {
         directory.join(format!("{id}.json"))
     }
 
-    /// Writes the file, whole or not at all.
+    /// Writes the file atomically.
     ///
     /// # Errors
-    /// Those of the file system; `EPERM` if others can write to the directory.
+    /// Errors of the file system; `EPERM` if others can write to the directory.
     pub fn write(&self, directory: &Path) -> io::Result<()> {
         own_files::directory(directory)?;
         let path = Self::path(directory, self.id);
         let mut text = self.to_text()?;
         text.push('\n');
         own_files::replace(&path, text.as_bytes())?;
-        // There is a server that has written this.
+        // The device has a server now: the one that has written this.
         Trouble::is_over(directory, self.id);
         Ok(())
     }
 
-    /// The record with its format, and a checksum over all the rest.
+    /// The record with its format, and a checksum over everything else.
     fn to_text(&self) -> io::Result<String> {
         let mut value = serde_json::to_value(self)?;
         let is_old = version_3::can_hold(&self.config.layers);
@@ -168,8 +168,8 @@ impl StateFile {
         Ok(serde_json::to_string_pretty(&value)?)
     }
 
-    /// Reads the file of a device. Nothing that it says is believed because it is there: it is of
-    /// the right shape, and no more.
+    /// Reads the file of a device. It checks the form and the checksum only; the caller must check
+    /// the content.
     ///
     /// # Errors
     /// [`StateProblem`].
@@ -201,13 +201,13 @@ impl StateFile {
         if !(u64::from(OLDEST)..=u64::from(VERSION)).contains(&found) {
             return Err(StateProblem::Version { path: path.to_owned(), found });
         }
-        // Somebody has changed it, or a bit has flipped on the way.
+        // The file was changed, or a bit has flipped.
         let recorded = value.as_object_mut().and_then(|fields| fields.remove(CHECKSUM));
         let is = checksum_of(&value);
         if recorded.as_ref().and_then(serde_json::Value::as_str) != Some(&is) {
             return Err(corrupt(format!("its checksum is not {is}")));
         }
-        // Supervisors wrote to it before, too.
+        // Supervisors of earlier programs wrote to it, too.
         for field in ["version", "given_up", "trouble"] {
             let _ = value.as_object_mut().and_then(|fields| fields.remove(field));
         }
@@ -217,17 +217,17 @@ impl StateFile {
         let state: Self =
             serde_json::from_value(value).map_err(|error| corrupt(error.to_string()))?;
         if state.id != id {
-            return Err(corrupt(format!("it is of device {}", state.id)));
+            return Err(corrupt(format!("it belongs to device {}", state.id)));
         }
         Ok(state)
     }
 
     /// Removes the files of a device, if there are any.
     pub fn remove(directory: &Path, id: u32) {
-        // A missing file is what is wanted; another error leaves a file that nobody trusts.
+        // A missing file is fine. After another error, the remaining file is not trusted.
         let _ = fs::remove_file(Self::path(directory, id));
         Trouble::is_over(directory, id);
-        // Its log, if that could not be where logs belong.
+        // Its log, if it could not be in the directory of logs.
         let _ = fs::remove_file(directory.join(format!("{id}.log")));
         let Ok(entries) = fs::read_dir(directory) else { return };
         let half_written = ["json", "trouble"].map(|kind| format!("{id}.{kind}."));
@@ -240,12 +240,12 @@ impl StateFile {
     }
 }
 
-/// The CRC-32C of a value as JSON without blanks, its fields in the order of their names.
+/// The CRC-32C of a value as JSON without blanks, with sorted fields.
 fn checksum_of(value: &serde_json::Value) -> String {
     format!("{:08x}", crc32c::crc32c(value.to_string().as_bytes()))
 }
 
-/// The ids of all devices that there are state files of, in order.
+/// The ids of all devices that have a state file, in order.
 #[must_use]
 pub fn recorded_ids(directory: &Path) -> Vec<u32> {
     let Ok(entries) = fs::read_dir(directory) else { return Vec::new() };

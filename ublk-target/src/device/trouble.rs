@@ -1,7 +1,7 @@
-//! Why a device has no server, as its supervisor tells.
+//! The reason why a device has no server, written by its supervisor.
 //!
-//! The supervisor writes it to a file of its own: the state file is the server's, and one that is started
-//! by hand meanwhile must not lose what it has just recorded.
+//! The supervisor writes it to its own file. The state file belongs to the server: a server that
+//! was started by hand meanwhile must not lose what it has just recorded.
 
 use std::fs;
 use std::io;
@@ -11,12 +11,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::os::own_files;
 
-/// What a supervisor says of a device.
+/// A supervisor's report on a device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Trouble {
-    /// Why there is no server: the last one's last words, or how it died.
+    /// Why there is no server: the last error of the last one, or how it died.
     pub why: String,
-    /// No other server is tried.
+    /// The supervisor has given up.
     pub given_up: bool,
 }
 
@@ -28,10 +28,10 @@ impl Trouble {
         directory.join(format!("{id}.trouble"))
     }
 
-    /// Writes it down, unless it is written already.
+    /// Writes it, unless the file already has it.
     ///
     /// # Errors
-    /// Those of the file system; `EPERM` if others can write to the directory.
+    /// Errors of the file system; `EPERM` if others can write to the directory.
     pub fn write(&self, directory: &Path, id: u32) -> io::Result<()> {
         if Self::read(directory, id).as_ref() == Some(self) {
             return Ok(());
@@ -40,8 +40,7 @@ impl Trouble {
         own_files::replace(&Self::path(directory, id), serde_json::to_string(self)?.as_bytes())
     }
 
-    /// What was written down of a device, if there is something that makes sense, and no other user
-    /// can have written it.
+    /// The report on a device, if there is a valid one that no other user can have written.
     #[must_use]
     pub fn read(directory: &Path, id: u32) -> Option<Self> {
         let file = own_files::regular(&Self::path(directory, id), libc::O_NOFOLLOW).ok()?;
@@ -51,9 +50,9 @@ impl Trouble {
         serde_json::from_str(&own_files::read_whole(&file, MAX_BYTES).ok()?).ok()
     }
 
-    /// The device has a server, or is gone.
+    /// Removes the report: the device has a server, or is gone.
     pub fn is_over(directory: &Path, id: u32) {
-        // A missing file is what is wanted; one that stays is not heeded while the device has a server.
+        // A missing file is fine. A file that stays is ignored while the device has a server.
         let _ = fs::remove_file(Self::path(directory, id));
     }
 }

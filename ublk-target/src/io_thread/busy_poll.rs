@@ -1,54 +1,55 @@
-//! Busy polling: whether a lane polls for completions before it sleeps. It decides by the length of its last
-//! waits, so that nobody has to choose.
+//! Busy polling: whether a lane polls for completions before it sleeps. It decides by the length of
+//! its last waits, so users need not choose.
 
 use std::ops::RangeInclusive;
 
 use crate::config::busy_wait::BusyWait;
 
-/// Averages have so many bits behind the point.
+/// Averages are fixed-point numbers with this many fraction bits.
 const POINT: u32 = 8;
-/// What one wait counts for in an average, as a power of two.
+/// The weight of one wait in an average, as a power of two.
 const WEIGHT: u32 = 3;
-/// With more operations than this in flight, on average, the backing has something to do while the
-/// lane falls asleep and wakes up, and the processor is of more use to others.
+/// With more operations than this in flight, on average, the backing stays busy while the lane
+/// falls asleep and wakes up. The CPU is then more useful to others.
 const FEW: u64 = 1 << POINT;
-/// After so many waits it is looked whether the processor was taken away meanwhile.
+/// After this many waits, the lane checks how often it was preempted.
 const LOOK_EVERY: u32 = 64;
-/// Taken away more often than that, and somebody else needs the processor.
+/// If it was preempted more often than this, another thread needs the CPU.
 const TAKEN_OFTEN: u64 = 8;
-/// For so many waits it is left to others then, and for twice as many each time that it is taken
-/// away again at once: two threads may just have met on one processor, or it is needed for good.
+/// The number of waits for which the lane then does not poll. It doubles each time that the lane is
+/// preempted again at once: two threads may just have met on one CPU, or another thread may need it
+/// for long.
 const LEAVE_FOR: RangeInclusive<u32> = 64..=4096;
 
-/// What the last waits of a lane were like.
+/// Statistics of the last waits of a lane.
 #[derive(Debug)]
 pub struct BusyPoll {
-    /// Nanoseconds; 0 for a lane that always sleeps.
+    /// The limit of a poll in nanoseconds; 0 for a lane that always sleeps.
     limit: u64,
     /// Average length of waits in nanoseconds.
     wait: u64,
-    /// Average number of operations in flight as waits begin, with a point.
+    /// Average number of operations in flight at the start of a wait, fixed-point.
     in_flight: u64,
-    /// Waits for which the processor is left to others.
+    /// Waits that remain without polling.
     leave: u32,
-    /// For how many it is the next time.
+    /// The number of waits without polling after the next preemption.
     leave_next: u32,
-    /// Waits until the next look at how often it was taken away.
+    /// Waits until the next check for preemption.
     until_look: u32,
-    /// How often it had been at the last look.
+    /// The preemption count at the last check.
     taken: Option<u64>,
 }
 
 impl BusyPoll {
-    /// For a lane that may run on so many processors. With one it would keep from running whomever
-    /// it waits for.
+    /// For a lane that may run on this many CPUs. On a single CPU it would starve its clients by
+    /// polling.
     #[must_use]
     pub fn new(busy_wait: BusyWait, processors: usize) -> Self {
         let limit = busy_wait.limit().filter(|_| processors > 1);
         let limit = limit.map_or(0, |it| u64::try_from(it.as_nanos()).unwrap_or(u64::MAX));
         Self {
             limit,
-            // As if it had been idle.
+            // Begins with the averages of an idle lane.
             wait: limit.saturating_mul(4),
             in_flight: FEW,
             leave: 0,
@@ -58,31 +59,30 @@ impl BusyPoll {
         }
     }
 
-    /// Whether it looks at times.
+    /// Whether the lane ever polls.
     #[must_use]
     pub const fn looks(&self) -> bool {
         self.limit > 0
     }
 
-    /// Whether the length of the next wait is of interest.
+    /// Whether the length of the next wait must be measured.
     #[must_use]
     pub const fn is_timed(&self) -> bool {
         self.limit > 0 && self.in_flight <= FEW
     }
 
-    /// For how many nanoseconds to look for completions before the next sleep; 0 for not at all.
+    /// The time to poll for completions before the next sleep, in nanoseconds; 0 for not at all.
     #[must_use]
     pub const fn look_for(&self) -> u64 {
         let is_worth_it = self.wait <= self.limit / 2 && self.in_flight <= FEW && self.leave == 0;
         if is_worth_it { self.limit } else { 0 }
     }
 
-    /// There was a wait of so many nanoseconds (`None` if nobody measured), with so many operations
-    /// in flight as it began. `taken` tells how often the processor has been taken away from this
-    /// thread in its life.
+    /// Records a wait of so many nanoseconds (`None` if not measured), with so many operations in
+    /// flight at its start. `taken` returns how often this thread has been preempted in its life.
     pub fn waited(&mut self, ns: Option<u64>, in_flight: usize, taken: impl FnOnce() -> u64) {
         if let Some(ns) = ns {
-            // One pause, be it a day, is soon forgotten.
+            // One long pause must not dominate the average.
             let ns = ns.min(self.limit.saturating_mul(4));
             self.wait = self.wait - (self.wait >> WEIGHT) + (ns >> WEIGHT);
         }

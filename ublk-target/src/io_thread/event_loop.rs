@@ -1,9 +1,10 @@
-//! The loop that serves queues: one thread's rings, and the stations on them.
+//! The loop that serves queues: the rings of one thread, and the stations on them.
 //!
-//! A lane of its own has one station for life; stations of a shared lane come and go. The
-//! incarnation in a completion names its station; number 0 is the lane's own. The loop is: look
-//! after the stations that need it, submit and wait, reap, let the engines decide. Nothing in it
-//! allocates, locks, logs or blocks: a station brings its memory along, and takes it away.
+//! A lane of its own has one station for life. In a shared lane, stations come and go. Each
+//! completion names its station by the incarnation; number 0 is the lane itself. One round of the
+//! loop: handle the stations that have an event, submit and wait, reap, let the engines decide.
+//! Nothing in it allocates, locks, logs or blocks: a station brings all its memory, and takes it
+//! away.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -29,7 +30,7 @@ use crate::io_thread::station::{Arrival, Ended, MAX_STATIONS, NAMES, OWN, Parts,
 use crate::os::clock::{coarse_now, precise_now};
 use crate::os::wakeups::Wakeups;
 
-/// Completions that are taken off the queue before the kernel is told so.
+/// Completions that are taken off the queue before the kernel is informed.
 pub(crate) const REAP_BATCH: usize = 64;
 /// No station has this key.
 const NOBODY: u16 = u16::MAX;
@@ -45,13 +46,13 @@ struct Station {
     wakeups: Arc<Wakeups>,
     looks: bool,
     is_withdrawn: Arc<AtomicBool>,
-    /// It has to be looked after before the next submission.
+    /// It must be handled before the next submission.
     is_due: bool,
-    /// Why it has to end, as soon as the driver has taken its fetches back.
+    /// The reason why it must end. It ends when the driver has taken its fetches back.
     failure: Option<LaneError>,
 }
 
-/// What is left of a station, and who is to know.
+/// The remains of a station, and the channel that announces its end.
 pub(crate) struct Leaving {
     ended: Ended,
     end: SyncSender<Ended>,
@@ -62,35 +63,37 @@ pub(crate) struct Leaving {
 pub(crate) struct EventLoop<'ring> {
     rings: Rings<'ring>,
     stations: Slab<Station>,
-    /// Key of the station of each name.
+    /// The key of the station for each name.
     at: Box<[u16; NAMES as usize]>,
-    /// Names of the stations that are due.
+    /// Names of the stations that have an event.
     due: Vec<u16>,
-    /// Where stations come from, as long as somebody can send any.
+    /// The source of stations, while it has a sender.
     arrivals: Option<Receiver<Arrival>>,
     wake: Arc<EventFd>,
-    /// When completions were reaped last.
+    /// The time of the last reaping.
     now: u64,
-    /// A station measures latencies, which takes a better clock.
+    /// A station measures latencies, so the lane reads the precise clock.
     measures: bool,
     idle_policy: IdlePolicy,
-    /// Reads and writes in flight, of all stations together.
+    /// Reads and writes in flight, of all stations.
     in_flight: usize,
-    /// The lane is of one station, and ends with it.
+    /// The lane belongs to one station, and ends with it.
     is_alone: bool,
     /// The lane ends once no request is in hand.
     is_draining: bool,
-    /// Stations of a lane that is alone, until its rings have gone.
+    /// Stations of a lane of one queue, kept until its rings are closed.
     left: Vec<Leaving>,
 }
 
 impl<'ring> EventLoop<'ring> {
-    /// The loop of a lane that serves the stations that arrive. The calling thread's.
+    /// The loop of a shared lane, which serves the stations that arrive. It runs on the calling
+    /// thread.
     pub fn shared(rings: Rings<'ring>, arrivals: Receiver<Arrival>, wake: Arc<EventFd>) -> Self {
         Self::new(rings, Some(arrivals), wake, BusyWait::Auto, MAX_STATIONS)
     }
 
-    /// The loop of a lane of one station, which [arrives](EventLoop::take_in) before it runs.
+    /// The loop of a lane with one station, which [arrives](EventLoop::take_in) before the loop
+    /// runs.
     pub fn alone(rings: Rings<'ring>, wake: Arc<EventFd>, busy_wait: BusyWait) -> Self {
         Self::new(rings, None, wake, busy_wait, 1)
     }
@@ -120,11 +123,12 @@ impl<'ring> EventLoop<'ring> {
         }
     }
 
-    /// Serves until nobody can send stations any more and all have ended, or the lane is drained.
+    /// Serves until no sender can send stations any more and all stations have ended, or the lane
+    /// is drained.
     ///
     /// # Errors
-    /// [`LaneError::Ring`] if the ring does not work any more. Those of the station if it has the
-    /// lane to itself.
+    /// [`LaneError::Ring`] if the ring does not work any more. If the lane has one station only,
+    /// also the errors of the station.
     pub fn run(&mut self) -> Result<(), LaneError> {
         loop {
             self.look_after_due()?;
@@ -136,8 +140,8 @@ impl<'ring> EventLoop<'ring> {
             self.submit_and_wait(is_idle)?;
             self.idle_policy.ended(in_flight);
             let reaped = self.reap()?;
-            // All deliveries that were under way have been seen: there was a submission after the
-            // driver had stopped delivering, and it has brought nothing.
+            // All deliveries have been seen: there was a submission after the driver had stopped
+            // delivering, and it has brought no completion.
             if is_idle && reaped == 0 {
                 return Ok(());
             }
@@ -149,26 +153,27 @@ impl<'ring> EventLoop<'ring> {
             return self.rings.submit_and_wait(Some(Duration::ZERO), self.in_flight);
         }
         let look_for = self.idle_policy.look_for();
-        if look_for > 0 && self.rings.submit_and_look(look_for)? {
+        if look_for > 0 && self.rings.submit_and_poll(look_for)? {
             return Ok(());
         }
         self.rings.submit_and_wait(self.patience(), self.in_flight)
     }
 
-    /// Deals with all completions that are there, in batches; returns how many there were. The kernel
-    /// is told of each batch, so that it has room for more.
+    /// Handles all available completions in batches, and returns their number. The kernel is
+    /// informed after each batch, so that it has room for more.
     fn reap(&mut self) -> Result<usize, LaneError> {
         let mut reaped = 0;
         loop {
-            self.rings.look();
-            // While nobody measures, coarse time does: it costs no system call and no clock read.
+            self.rings.sync();
+            // Without measuring, the coarse clock is enough: it costs no system call and no clock
+            // read.
             self.now = if self.measures { precise_now() } else { coarse_now() };
             let mut count = 0;
             let mut next = self.rings.take();
             while let Some(cqe) = next {
                 next = self.handle_run(cqe, &mut count)?;
             }
-            self.rings.look();
+            self.rings.sync();
             reaped += count;
             if count < REAP_BATCH {
                 return Ok(reaped);
@@ -176,13 +181,13 @@ impl<'ring> EventLoop<'ring> {
         }
     }
 
-    /// Whether no request is in hand and every commit is on its way.
+    /// Whether no request is open and every commit has been submitted.
     fn is_idle(&self) -> bool {
         let mut stations = self.stations.iter().map(|(_, station)| &station.lane);
         stations.all(|lane| lane.engine().holdings().requests == 0 && lane.backlog() == 0)
     }
 
-    /// How long there may be nothing to do. Stations with deadlines are always due.
+    /// The longest wait for a completion. Stations with deadlines always have an event.
     fn patience(&self) -> Option<Duration> {
         let keys = self.due.iter().map(|name| usize::from(self.at[usize::from(*name)]));
         let due = keys.filter_map(|key| self.stations.get(key));
@@ -222,7 +227,7 @@ impl<'ring> EventLoop<'ring> {
         Ok(next)
     }
 
-    /// Deals with a completion of the lane's own.
+    /// Handles a completion of the lane itself.
     #[cold]
     fn handle_own(&mut self, cqe: Cqe) -> Result<(), LaneError> {
         match Event::decode(cqe.user_data, OWN) {
@@ -231,7 +236,7 @@ impl<'ring> EventLoop<'ring> {
             Some(Event::Unsent) => {
                 Err(LaneError::Ring(Errno::from_result(cqe.res).err().unwrap_or(Errno::EIO)))
             }
-            // What comes late for a station that has gone is for nobody.
+            // A late completion for a removed station is dropped.
             Some(
                 Event::Fetched(_)
                 | Event::Op(_)
@@ -254,7 +259,7 @@ impl<'ring> EventLoop<'ring> {
         Ok(())
     }
 
-    /// Looks after the stations that need it, before what they have decided is submitted.
+    /// Handles the stations that have an event, before their entries are submitted.
     fn look_after_due(&mut self) -> Result<(), LaneError> {
         if self.rings.is_spare_wanted {
             self.pass_spares_on();
@@ -293,9 +298,9 @@ impl<'ring> EventLoop<'ring> {
         }
         let engine = station.lane.engine();
         let is_finished = engine.is_finished();
-        // Somebody has quiesced the device. On a shared ring the other fetches stay with the driver,
-        // which delivers no more. A lane of its own says so even if all its fetches have ended:
-        // control finds out whether the device was stopped or is to be served again.
+        // The device was quiesced. On a shared ring the other fetches stay with the driver, which
+        // delivers no more. A lane of its own says so even if all its fetches have ended: control
+        // finds out whether the device was stopped or will be served again.
         let is_withdrawn = if self.is_alone {
             engine.has_ended_tags()
         } else {
@@ -311,7 +316,7 @@ impl<'ring> EventLoop<'ring> {
         Ok(if station.is_due { Standing::Due } else { Standing::Idle })
     }
 
-    /// Gives spare buffers that are free to the stations that wait for them.
+    /// Gives free spare buffers to the stations that wait for them.
     #[cold]
     fn pass_spares_on(&mut self) {
         for index in 0..MAX_SPARES {
@@ -333,22 +338,22 @@ impl<'ring> EventLoop<'ring> {
         self.rings.is_spare_wanted = self.rings.spares.iter().any(Spare::is_wanted);
     }
 
-    /// Asks to be woken by the next message.
+    /// Asks for a wake-up by the next message.
     pub fn watch(&mut self) -> Result<(), LaneError> {
         self.rings.push_own(Sqe::poll_readable(EVENT).user_data(Event::Wake.encode(OWN)))
     }
 
     fn read_messages(&mut self) -> Result<(), LaneError> {
-        // Nothing to read is no error: the descriptor only wakes.
+        // An empty descriptor is no error: it only wakes.
         let _ = self.wake.read();
         self.watch()?;
-        // The I/O lane wakes its lane so when its ring has failed.
+        // The I/O lane wakes its lane this way if its own ring has failed.
         self.take_of_io_lane()?;
         for (_, station) in &mut self.stations {
             while let Ok(message) = station.inbox.try_recv() {
                 let mut io = StationIo { rings: &mut self.rings, parts: &mut station.parts };
                 station.lane.set_now(self.now);
-                // Nobody has a station of a shared lane drained: its fetches would stay with the
+                // A station of a shared lane is never drained: its fetches would stay with the
                 // ring.
                 self.is_draining |= attend(&mut station.lane, &mut io, message) && self.is_alone;
                 if !station.is_due {
@@ -406,7 +411,7 @@ impl<'ring> EventLoop<'ring> {
         fetched
     }
 
-    /// Ends a station that has nothing in flight.
+    /// Ends a station that has no operation in flight.
     fn end(&mut self, name: u16) {
         let key = std::mem::replace(&mut self.at[usize::from(name)], NOBODY);
         let Some(station) = self.stations.try_remove(key.into()) else { return };
@@ -416,23 +421,24 @@ impl<'ring> EventLoop<'ring> {
         self.let_go(station);
     }
 
-    /// Empties a station's places of the tables, and sends it back: they are free again then.
+    /// Removes a station from the tables and sends it back. Its ranges are then free again.
     fn let_go(&mut self, station: Station) {
         if self.is_alone {
-            // The tables go with the rings.
+            // The tables are closed with the rings.
             return self.left.push(station.leave());
         }
         self.empty_tables(&station);
         station.leave().announce();
     }
 
-    /// One station is enough to have the lane do without busy waits.
+    /// One station with this setting is enough to disable busy polling in the lane.
     fn allow_looks(&mut self) {
         let are_allowed = self.stations.iter().all(|(_, station)| station.looks);
         self.idle_policy.allow(are_allowed);
     }
 
-    /// The end of the lane: what is left of its stations. If it ends for an error, so do they.
+    /// The end of the lane: the remains of its stations. If it ends with an error, its stations do
+    /// too.
     pub fn end_all(mut self, error: Option<LaneError>) -> Vec<Leaving> {
         let mut left = std::mem::take(&mut self.left);
         for mut station in self.stations.drain() {
@@ -455,7 +461,7 @@ impl<'ring> EventLoop<'ring> {
         self.rings.set_buffers(arrival.place.first_slot + lent, pool)
     }
 
-    /// The kernel can only refuse places that are beyond the tables.
+    /// The kernel can refuse only ranges beyond the tables.
     fn empty_tables(&mut self, station: &Station) {
         let (place, parts) = (station.place, &station.parts);
         let lent = station.lane.engine().config().slots.lent;
@@ -474,13 +480,13 @@ impl Station {
 
 impl Leaving {
     pub fn announce(self) {
-        // There is room for the only one.
+        // There is room for the only station.
         let _ = self.end.try_send(self.ended);
         self.wakeups.lane_ended();
     }
 }
 
-/// What is to be done about a station.
+/// What to do with a station.
 enum Standing {
     Idle,
     Due,

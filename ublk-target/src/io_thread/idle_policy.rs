@@ -1,5 +1,6 @@
-//! The idle policy of a lane: whether it polls for completions before it sleeps, and whether it runs at
-//! real-time priority while requests come one at a time. Both follow from its last waits.
+//! The idle policy of a lane: whether it polls for completions before it sleeps, and whether it
+//! runs at real-time priority while requests come one at a time. It decides both by the lane's last
+//! waits.
 
 use nix::sched::{CpuSet, sched_getaffinity};
 use nix::sys::resource::{UsageWho, getrusage};
@@ -11,21 +12,21 @@ use crate::io_thread::busy_poll::BusyPoll;
 use crate::io_thread::realtime_boost::RealtimeBoost;
 use crate::os::clock::precise_now;
 
-/// How the calling thread, a lane's, waits.
+/// How the calling lane thread waits.
 #[derive(Debug)]
 pub struct IdlePolicy {
     busy_poll: BusyPoll,
-    /// If it may go first.
+    /// The real-time boost, if the thread may have it.
     boost: Option<RealtimeBoost>,
-    /// Whoever it serves lets it do more than sleep.
+    /// All devices of the lane allow more than sleeping.
     is_allowed: bool,
-    /// When the last wait ended, if that was of interest. What is done between waits takes little,
-    /// and one look at the clock for each is enough.
+    /// The time at which the last wait ended, if that matters. The time between waits is short, so
+    /// one clock read per wait is enough.
     last_ended: Option<u64>,
 }
 
 impl IdlePolicy {
-    /// Of a lane on this thread.
+    /// The policy of a lane on this thread.
     #[must_use]
     pub fn new(busy_wait: BusyWait) -> Self {
         // Polling on the only CPU would starve the client.
@@ -38,7 +39,7 @@ impl IdlePolicy {
         }
     }
 
-    /// Whether it may do more than sleep.
+    /// Sets whether the lane may do more than sleep.
     pub fn allow(&mut self, is_allowed: bool) {
         self.is_allowed = is_allowed;
         if let Some(boost) = self.boost.as_mut().filter(|_| !is_allowed) {
@@ -49,13 +50,13 @@ impl IdlePolicy {
         }
     }
 
-    /// For how many nanoseconds to look for completions before the next sleep; 0 for not at all.
+    /// The time to poll for completions before the next sleep, in nanoseconds; 0 for not at all.
     #[must_use]
     pub const fn look_for(&self) -> u64 {
         if self.is_allowed { self.busy_poll.look_for() } else { 0 }
     }
 
-    /// There was a wait, with so many operations in flight as it began.
+    /// Records a wait, with so many operations in flight at its start.
     pub fn ended(&mut self, in_flight: usize) {
         if self.busy_poll.looks() {
             let now = self.busy_poll.is_timed().then(precise_now);
@@ -70,15 +71,15 @@ impl IdlePolicy {
     }
 }
 
-/// Whether a ring should show when the kernel has work for this thread, so that it can be looked
-/// for.
+/// Whether a ring must show pending kernel work for this thread, so that the thread can poll for
+/// it.
 #[must_use]
 pub fn may_look(busy_wait: BusyWait) -> bool {
     busy_wait != BusyWait::Off && processors() > 1
 }
 
-/// Whether this thread may run on one processor only. A share of several that amounts to one is
-/// another thing: real-time priority would take more than the share.
+/// Whether this thread may run on one CPU only. A CPU quota that amounts to one CPU is different:
+/// at real-time priority the thread would exceed its quota.
 fn is_bound() -> bool {
     let set = sched_getaffinity(Pid::from_raw(0));
     set.is_ok_and(|set| {
@@ -86,12 +87,13 @@ fn is_bound() -> bool {
     })
 }
 
-/// Processors that this thread may use, or as many as its share amounts to.
+/// The number of CPUs that this thread may use, by affinity and CPU quota.
 fn processors() -> usize {
     std::thread::available_parallelism().map_or(1, Into::into)
 }
 
-/// Whether this thread may have real-time priority. One whose policy somebody has chosen keeps it.
+/// Whether this thread may have real-time priority. If somebody has set its scheduling policy, it
+/// keeps that.
 fn can_go_first() -> bool {
     if !task::is_ordinary() {
         return false;
@@ -103,12 +105,12 @@ fn can_go_first() -> bool {
     tried.is_ok()
 }
 
-/// It was possible when it was tried; should it not be any more, things stay as they are.
+/// The first attempt succeeded. If it fails now, the priority stays unchanged.
 fn go_first(is_first: bool) {
     let _ = task::set_real_time(is_first);
 }
 
-/// How often another thread was given the processor while this one could run.
+/// How often this thread was preempted.
 fn times_preempted() -> u64 {
     let usage = getrusage(UsageWho::RUSAGE_THREAD);
     usage.map_or(0, |it| u64::try_from(it.involuntary_context_switches()).unwrap_or(0))

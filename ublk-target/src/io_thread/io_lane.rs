@@ -1,6 +1,6 @@
-//! The I/O lane: a second thread and ring that issue a lane's operations, and register the
-//! buffers for them (`UBLK_F_BUF_REG_OFF_DAEMON`, Linux 6.17). It decides nothing: entries come
-//! from the lane, completions go back to it.
+//! The I/O lane: a second thread and ring that issue a lane's operations, and register the buffers
+//! for them (`UBLK_F_BUF_REG_OFF_DAEMON`, Linux 6.17). It decides nothing: entries come from the
+//! lane, and completions go back to it.
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
@@ -29,35 +29,35 @@ pub(crate) struct IoLane {
     completions: Consumer<Cqe>,
     /// The I/O lane's ring.
     ring: RawFd,
-    /// Entries were handed over that it has not been told of.
+    /// There are entries that the I/O lane has not been notified of.
     untold: bool,
     end: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// What the thread works with.
+/// The state of the thread.
 struct Worker<'ring> {
     queues: Queues<'ring>,
     entries: Consumer<Sqe>,
     completions: Producer<Cqe>,
-    /// Taken from `entries`, not yet queued.
+    /// An entry from `entries` that is not queued yet.
     chain: SmallVec<[Sqe; 4]>,
-    /// The lane's ring, and what wakes the lane when rings do not work.
+    /// The lane's ring, and the descriptor that wakes the lane if rings do not work.
     lane: RawFd,
     wake: Arc<EventFd>,
     failed: bool,
 }
 
 impl IoLane {
-    /// Starts the thread, whose ring has the station's files and buffers. `lane` is the descriptor
-    /// of the ring that is told of completions, and `wake` is written to if that cannot be done.
+    /// Starts the thread. Its ring has the station's files and buffers. `lane` is the descriptor of
+    /// the ring that gets a message for completions. If that fails, the thread writes to `wake`.
     pub fn start(
         config: &LaneConfig,
         tables: IoTables,
         lane: RawFd,
         wake: &Arc<EventFd>,
     ) -> Result<Self, LaneError> {
-        // For the entries and completions on their way.
+        // Queues for entries and completions in transit.
         let room = config.entries_in_flight();
         let (to_worker, entries) = RingBuffer::new(room);
         let (completions, from_worker) = RingBuffer::new(room);
@@ -91,19 +91,19 @@ impl IoLane {
         })
     }
 
-    /// Hands entries over, all or none.
+    /// Passes entries to the I/O lane, all or none.
     ///
     /// # Errors
     /// `EBUSY` if there is no room now.
     pub fn push(&mut self, sqes: &[Sqe]) -> Result<(), Errno> {
-        // At once, so that the other side never sees part of a chain.
+        // In one step, so that the other side never sees part of a chain.
         let chunk = self.entries.write_chunk_uninit(sqes.len()).map_err(|_full| Errno::EBUSY)?;
         chunk.fill_from_iter(sqes.iter().cloned());
         self.untold = true;
         Ok(())
     }
 
-    /// The message that tells of entries handed over since the last one.
+    /// The message that announces entries passed since the last message.
     pub fn message(&mut self) -> Option<Sqe> {
         let [told, unsent] = [Event::Told, Event::Unsent].map(|event| event.encode(OWN));
         std::mem::take(&mut self.untold).then(|| Sqe::message(self.ring, told).user_data(unsent))
@@ -117,7 +117,7 @@ impl IoLane {
 
 impl Drop for IoLane {
     fn drop(&mut self) {
-        // It can only fail at 2^64 - 1 ends.
+        // It can only fail after 2^64 - 1 ends.
         let _ = self.end.write(1);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
@@ -125,10 +125,10 @@ impl Drop for IoLane {
     }
 }
 
-/// What the ring of an I/O lane has in its tables.
+/// The contents of the tables of an I/O lane's ring.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct IoTables {
-    /// Where the station is.
+    /// The ranges of the station.
     pub berth: Berth,
     /// The station's own buffers.
     pub pool: Option<BufferPool>,
@@ -152,7 +152,7 @@ fn set_up(config: &LaneConfig, end: &EventFd, tables: &IoTables) -> Result<Ring,
 
 impl Worker<'_> {
     fn run(mut self) {
-        // Nothing that it does carries this number: the lane encodes its events otherwise.
+        // No completion of this ring has this number: the lane encodes its events differently.
         const END: u64 = u64::MAX;
         let watch = Sqe::poll_readable(EVENT).user_data(END);
         if self.queues.push(&[watch]).is_err() {
@@ -172,7 +172,7 @@ impl Worker<'_> {
                         END => return,
                         user_data if user_data == told => {}
                         _ => {
-                            // There is room for all that can be in flight.
+                            // There is room for everything that can be in flight.
                             let _ = self.completions.push(*cqe);
                             finished += 1;
                         }
@@ -192,29 +192,29 @@ impl Worker<'_> {
         }
     }
 
-    /// Submits what the lane has handed over, chains whole.
+    /// Submits the entries from the lane. A chain is submitted whole.
     fn take_entries(&mut self) {
         loop {
-            // Nothing is left to do for a chain that there was no room for.
+            // Takes nothing more while a chain has no room.
             let mut is_whole = !self.chain.is_empty();
             while !is_whole {
                 let Ok(sqe) = self.entries.pop() else { return };
                 let width = sqe.width();
                 is_whole = !sqe.is_linked();
                 self.chain.push(sqe);
-                // The second half of a double entry is handed over with the first.
+                // The second half of a double entry follows the first at once.
                 self.chain.extend((1..width).filter_map(|_| self.entries.pop().ok()));
             }
             match self.queues.push(&self.chain) {
                 Ok(()) => self.chain.clear(),
-                // No room until the kernel has taken what is queued.
+                // There is no room until the kernel has taken the queued entries.
                 Err(Errno::EBUSY) => return,
                 Err(errno) => return self.fail(errno),
             }
         }
     }
 
-    /// Tells the lane that there are completions.
+    /// Notifies the lane of completions.
     fn tell(&mut self) {
         let [told, unsent] = [Event::Told, Event::Unsent].map(|event| event.encode(OWN));
         let message = Sqe::message(self.lane, told).user_data(unsent);
@@ -223,7 +223,7 @@ impl Worker<'_> {
         }
     }
 
-    /// The ring is unusable; the lane learns of it as of a failed message of its own.
+    /// The ring is unusable. The lane notices it as a failed message of its own.
     fn fail(&mut self, errno: Errno) {
         let user_data = Event::Unsent.encode(OWN);
         let _ = self.completions.push(Cqe { user_data, res: errno.negated() });

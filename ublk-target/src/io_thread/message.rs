@@ -1,4 +1,4 @@
-//! Messages to lanes: control asks, the lane answers between two batches.
+//! Messages to lanes: control asks, and the lane answers between two batches.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
@@ -14,38 +14,36 @@ use ublk_engine::units::{Qid, Tag};
 
 use crate::os::clock::precise_now;
 
-/// What a lane is asked for. Memory for the answer comes with the question, so that the lane
-/// allocates none.
+/// A request to a lane. It carries the memory for the answer, so that the lane allocates nothing.
 #[derive(Debug)]
 pub enum LaneMessage {
-    /// Fill in what is known now.
+    /// Fill in a snapshot.
     Snapshot {
-        /// To be filled in.
+        /// The snapshot to fill in.
         snapshot: Box<LaneSnapshot>,
-        /// Takes it back.
+        /// Takes the snapshot back.
         reply: SyncSender<Box<LaneSnapshot>>,
     },
-    /// Begin or end the measuring of latencies, or go on with an empty recorder: what was recorded
-    /// is handed over, not copied.
+    /// Begin or end the measuring of latencies, or continue with an empty recorder. The old
+    /// recorder is passed back, not copied.
     Measure {
-        /// Where to, or `None` to end.
+        /// The new recorder, or `None` to end.
         recorder: Option<Box<Recorder>>,
-        /// Takes the recorder used until then.
+        /// Takes the old recorder.
         reply: SyncSender<Option<Box<Recorder>>>,
     },
     /// Cancel all operations in flight.
     CancelAll,
-    /// Serve a longer device.
+    /// Serve a device that has grown.
     Grow {
-        /// The target of that size below all layers.
+        /// The target of that size, without layers.
         base: Box<BaseTarget>,
-        /// Bytes of the device.
+        /// The new size of the device in bytes.
         size: u64,
-        /// Told when it is done.
+        /// Notified when it is done.
         reply: SyncSender<()>,
     },
-    /// Come to an end once no request is in hand. The driver delivers no more, but for what is
-    /// under way already.
+    /// End once no request is open. The driver delivers no more, except requests in transit.
     Drain,
 }
 
@@ -54,16 +52,16 @@ pub enum LaneMessage {
 pub struct BorrowingOp {
     /// The slot.
     pub slot: SlotIndex,
-    /// By which the registry knows it.
+    /// The key of the borrow in the registry.
     pub label: Borrower,
-    /// The tag that it works for, and what it does, while it is in flight.
+    /// The tag that it works for and its kind, while it is in flight.
     pub op: Option<(Tag, Op)>,
 }
 
-/// How many leaked slots a snapshot names. There should be none at all.
+/// The maximum number of leaked slots that a snapshot names. There should be none.
 pub const NAMED_LEAKS: usize = 16;
 
-/// What is known of a lane at one instant.
+/// The state of a lane at one instant.
 #[derive(Clone, Debug)]
 pub struct LaneSnapshot {
     /// The queue.
@@ -72,20 +70,20 @@ pub struct LaneSnapshot {
     pub at: u64,
     /// Counters since the start.
     pub stats: EngineStats,
-    /// What is in hand.
+    /// Open requests and operations.
     pub holdings: Option<Holdings>,
-    /// Lent slots, as many as there is room for.
+    /// Lent slots, as many as fit.
     pub lent: Vec<Lent>,
-    /// Lent slots that nothing answers for, the first [`NAMED_LEAKS`].
+    /// Lent slots without an owner, the first [`NAMED_LEAKS`].
     pub leaks: Vec<Leak>,
     /// The operations that borrow those slots.
     pub borrowers: Vec<BorrowingOp>,
-    /// Operations that met a fault which a test asked for.
+    /// Operations that met an injected test fault.
     pub injected: Injected,
 }
 
 impl LaneSnapshot {
-    /// An empty one with room for `slots` lent slots. With room for none, only leaks are named.
+    /// An empty snapshot with room for `slots` lent slots. Without room, it names leaks only.
     #[must_use]
     pub fn new(qid: Qid, slots: usize) -> Self {
         Self {
@@ -100,7 +98,7 @@ impl LaneSnapshot {
         }
     }
 
-    /// Fills it in, without allocating.
+    /// Fills in the snapshot without allocating.
     pub(crate) fn take<P: Planner>(&mut self, engine: &Engine<P>, injected: Injected, at: u64) {
         let holdings = engine.holdings();
         self.at = at;
@@ -140,7 +138,7 @@ impl LaneSnapshot {
     }
 }
 
-/// Does what a message asks for. Returns whether the lane is to come to an end.
+/// Carries out a message. Returns whether the lane must end.
 pub(crate) fn attend(
     lane: &mut Lane<AnyTarget>,
     io: &mut impl LaneIo,
@@ -149,11 +147,11 @@ pub(crate) fn attend(
     match message {
         LaneMessage::Snapshot { mut snapshot, reply } => {
             snapshot.take(lane.engine(), lane.injected(), precise_now());
-            // Whoever asked may have gone.
+            // The sender may be gone.
             let _ = reply.try_send(snapshot);
         }
         LaneMessage::Measure { recorder, reply } => {
-            // The old one is freed by whoever sent the new one.
+            // The sender frees the old recorder.
             let _ = reply.try_send(lane.engine_mut().measure(recorder));
         }
         LaneMessage::CancelAll => lane.cancel_all(io),
@@ -167,7 +165,7 @@ pub(crate) fn attend(
     false
 }
 
-/// How others talk to a lane.
+/// The handle by which others talk to a lane.
 #[derive(Clone, Debug)]
 pub struct LaneHandle {
     /// The queue.
@@ -179,13 +177,13 @@ pub struct LaneHandle {
 }
 
 impl LaneHandle {
-    /// A handle of a queue whose lane is woken by `wake`, and the lane's end of it.
+    /// A handle of a queue whose lane is woken by `wake`, and the lane's end of the channel.
     pub(crate) fn new(qid: Qid, depth: u16, wake: &Arc<EventFd>) -> (Self, Receiver<LaneMessage>) {
         let (messages, inbox) = channel();
         (Self { qid, depth, messages, wake: Arc::clone(wake) }, inbox)
     }
 
-    /// Sends a message; `false` if the lane has ended.
+    /// Sends a message. Returns `false` if the lane has ended.
     pub fn send(&self, message: LaneMessage) -> bool {
         self.messages.send(message).is_ok() && self.wake.write(1).is_ok()
     }

@@ -1,4 +1,4 @@
-//! Threads that serve queues: loop, rings, how they wait, and what control asks of them.
+//! Threads that serve queues: the loop, the rings, the idle policy, and messages from control.
 
 pub mod busy_poll;
 pub mod event_loop;

@@ -1,22 +1,23 @@
 //! The real-time boost: whether a lane that shares its only CPU with clients runs before them.
 //!
-//! At equal priority, the client sleeps after each request, the lane sleeps after each answer, and both are woken
-//! again. At queue depth 1 this is most of a request's cost. With real-time priority, the lane answers before the
-//! client sleeps. It then serves one request at a time, though, and with many in flight batches cost less. A
-//! boosted lane cannot tell the two cases apart. So from time to time it gives the boost up, and counts.
+//! At equal priority, the client sleeps after each request and the lane sleeps after each answer;
+//! both are woken again. At queue depth 1 this is most of a request's cost. With real-time
+//! priority, the lane answers before the client sleeps. But then it serves one request at a time.
+//! With many requests in flight, batches cost less. A boosted lane cannot tell the two cases apart,
+//! so from time to time it returns to normal priority, and counts.
 
-/// For so many waits a lane is an equal, before it decides by what was in flight then.
+/// The number of waits at normal priority before each decision.
 const EQUAL_FOR: u32 = 64;
-/// For so many it goes first then.
+/// The number of waits at real-time priority after a decision for it.
 const FIRST_FOR: u32 = 1024;
 
-/// Whether a lane goes first, and whether requests come one by one.
+/// Whether the lane has real-time priority, and whether requests come one by one.
 #[derive(Debug)]
 pub struct RealtimeBoost {
     is_first: bool,
-    /// Waits until it decides again.
+    /// Waits until the next decision.
     until: u32,
-    /// At some wait since then there was more than one operation in flight.
+    /// Since the last decision, some wait began with more than one operation in flight.
     are_several: bool,
 }
 
@@ -27,8 +28,8 @@ impl Default for RealtimeBoost {
 }
 
 impl RealtimeBoost {
-    /// There was a wait, with so many operations in flight as it began. Returns whether to go first
-    /// from now on, if that changes.
+    /// Records a wait, with so many operations in flight at its start. Returns whether to use
+    /// real-time priority from now on, if that changes.
     pub fn waited(&mut self, in_flight: usize) -> Option<bool> {
         self.are_several |= in_flight > 1;
         self.until -= 1;
@@ -42,7 +43,7 @@ impl RealtimeBoost {
         changes.then_some(is_first)
     }
 
-    /// Whether it goes first.
+    /// Whether the lane has real-time priority.
     #[must_use]
     pub const fn is_first(&self) -> bool {
         self.is_first
@@ -53,7 +54,7 @@ impl RealtimeBoost {
 mod tests {
     use super::*;
 
-    /// Of so many waits, those during which it went first.
+    /// The number of these waits at real-time priority.
     fn first_of(waits: u32, in_flight: impl Fn(bool, u32) -> usize) -> u32 {
         let mut precedence = RealtimeBoost::default();
         let mut first = 0;
@@ -67,8 +68,7 @@ mod tests {
         first
     }
 
-    /// Deliveries and operations take turns; a lane that goes first gets them one by one whatever
-    /// the depth is.
+    /// Deliveries and operations alternate. A boosted lane gets them one by one at any depth.
     fn at_depth(depth: usize) -> impl Fn(bool, u32) -> usize {
         move |is_first, wait| {
             if wait % 2 == 0 {

@@ -1,4 +1,4 @@
-//! The rings of a lane, and what a station asks of the kernel on them.
+//! The rings of a lane, and a station's access to the kernel through them.
 
 use std::os::fd::RawFd;
 use std::time::Duration;
@@ -20,11 +20,11 @@ use crate::io_thread::spare::{MAX_SPARES, Spare};
 use crate::io_thread::station::Parts;
 use crate::os::clock::precise_now;
 
-/// The rings of a lane: one for most; a second one if the first polls, or if operations are issued
-/// from a lane of their own.
+/// The rings of a lane. Most have one. There is a second ring if the first one polls, or if an I/O
+/// lane issues the operations.
 pub(crate) struct Rings<'ring> {
     pub queues: Queues<'ring>,
-    /// Where `queues` polls.
+    /// The side ring, if `queues` polls.
     pub side: Option<SideQueues<'ring>>,
     pub io_lane: Option<IoLane>,
     /// The spare buffers, by number.
@@ -45,7 +45,7 @@ impl<'ring> Rings<'ring> {
         Self { queues, side, io_lane, spares, is_spare_wanted: false }
     }
 
-    /// Submits what is queued.
+    /// Submits the queued entries.
     pub fn submit(&mut self) -> Result<(), LaneError> {
         self.tell_io_lane()?;
         match &mut self.side {
@@ -55,8 +55,8 @@ impl<'ring> Rings<'ring> {
         .map_err(LaneError::Ring)
     }
 
-    /// Submits what is queued and waits for a completion, no longer than `patience`. If the ring
-    /// polls and `transfers` are in flight, it looks once and does not wait.
+    /// Submits the queued entries and waits for a completion, at most `patience`. If the ring polls
+    /// and `transfers` are in flight, it polls once and does not wait.
     pub fn submit_and_wait(
         &mut self,
         patience: Option<Duration>,
@@ -72,22 +72,22 @@ impl<'ring> Rings<'ring> {
         .map_err(LaneError::Ring)
     }
 
-    /// Submits what is queued, and looks for completions for at most `ns` nanoseconds. Returns
+    /// Submits the queued entries, and polls for completions for at most `ns` nanoseconds. Returns
     /// whether there are any.
-    pub fn submit_and_look(&mut self, ns: u64) -> Result<bool, LaneError> {
+    pub fn submit_and_poll(&mut self, ns: u64) -> Result<bool, LaneError> {
         self.tell_io_lane()?;
-        self.queues.submit_and_look(ns).map_err(LaneError::Ring)
+        self.queues.submit_and_poll(ns).map_err(LaneError::Ring)
     }
 
-    /// Sees what has come; see [`Queues::look`].
-    pub fn look(&mut self) {
-        self.queues.look();
+    /// Makes new completions visible; see [`Queues::sync`].
+    pub fn sync(&mut self) {
+        self.queues.sync();
         if let Some(side) = &mut self.side {
-            side.look();
+            side.sync();
         }
     }
 
-    /// Takes a completion that was there at the last look.
+    /// Takes a completion that the last [`Rings::sync`] has made visible.
     #[inline(always)]
     pub fn take(&mut self) -> Option<Cqe> {
         self.queues.take().or_else(|| self.side.as_mut().and_then(SideQueues::take))
@@ -98,7 +98,7 @@ impl<'ring> Rings<'ring> {
         self.io_lane.as_mut().and_then(IoLane::reap)
     }
 
-    /// Queues an entry of the lane's own, for the ring that it sleeps on.
+    /// Queues an entry of the lane itself, on the ring on which the lane sleeps.
     pub fn push_own(&mut self, sqe: Sqe) -> Result<(), LaneError> {
         match &mut self.side {
             None => self.queues.push(&[sqe]),
@@ -107,7 +107,7 @@ impl<'ring> Rings<'ring> {
         .map_err(LaneError::Ring)
     }
 
-    /// Puts a station's files into places of the tables, from `first` on.
+    /// Puts a station's files into the file table, from `first` on.
     pub fn set_files(&mut self, first: FixedFile, files: &[RawFd]) -> Result<(), LaneError> {
         let set = self.queues.set_files(first, files).and_then(|()| match &mut self.side {
             None => Ok(()),
@@ -116,8 +116,8 @@ impl<'ring> Rings<'ring> {
         set.map_err(failed("registering files"))
     }
 
-    /// Puts buffers into slots of the table, from `first` on. An I/O lane has the table and has
-    /// done so.
+    /// Puts buffers into the buffer table, from slot `first` on. An I/O lane has its own table, and
+    /// has done so already.
     pub fn set_buffers(&mut self, first: u16, pool: &BufferPool) -> Result<(), LaneError> {
         if self.io_lane.is_some() {
             return Ok(());
@@ -131,14 +131,14 @@ impl<'ring> Rings<'ring> {
     }
 }
 
-/// The lane's rings and what is the station's own, for the time of one call.
+/// The lane's rings with the data of one station, for one call.
 pub(crate) struct StationIo<'a, 'ring> {
     pub rings: &'a mut Rings<'ring>,
     pub parts: &'a mut Parts,
 }
 
 impl StationIo<'_, '_> {
-    /// The pool that has a buffer of the station, and the buffer's number there.
+    /// The pool with a buffer of the station, and the buffer's index there.
     fn pool(&self, buffer: u16) -> Option<(&BufferPool, u16)> {
         let Some(spare) = self.parts.spare else {
             return self.parts.pool.as_ref().map(|pool| (pool, buffer));
@@ -173,7 +173,7 @@ impl LaneIo for StationIo<'_, '_> {
     fn pool_addr(&self, buffer: u16, offset: u32) -> PoolAddr {
         match self.pool(buffer) {
             Some((pool, buffer)) => pool.addr(buffer, offset),
-            // The slot table says how many buffers there are, and they were made by it.
+            // The slot table says how many buffers there are, and the pools were made by it.
             None => unreachable!("a table without a pool has no pool slots"),
         }
     }

@@ -1,4 +1,4 @@
-//! What a lane is made for, and its ring.
+//! The setup of a lane, and its ring.
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd};
@@ -21,17 +21,17 @@ use crate::os::wakeups::Wakeups;
 /// Everything that a lane needs to serve its queue.
 #[derive(Clone, Debug)]
 pub struct LaneConfig {
-    /// What its engine is made for.
+    /// The configuration of its engine.
     pub engine: EngineConfig,
-    /// Issue operations from a lane of their own.
+    /// Issue operations from an I/O lane.
     pub io_lane: bool,
     /// How completions of operations are found.
     pub polling: Polling,
-    /// Whether to look for completions for a while before sleeping.
+    /// Whether to spin for completions before sleeping.
     pub busy_wait: BusyWait,
-    /// Faults that a test asked for.
+    /// Test faults to inject.
     pub faults: Option<Faults>,
-    /// Bytes of each of the server's buffers.
+    /// Size of each of the server's buffers in bytes.
     pub buffer_bytes: u32,
     /// The mapping policy.
     pub target: AnyTarget,
@@ -41,25 +41,25 @@ pub struct LaneConfig {
     pub backings: Arc<[Backing]>,
     /// CPUs that the lane may run on; empty for any.
     pub cpus: Vec<usize>,
-    /// Told when the driver takes fetches back.
+    /// Notified when the driver takes fetches back.
     pub wakeups: Arc<Wakeups>,
 }
 
-/// What a lane did in its life.
+/// Statistics of a lane's life.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LaneReport {
     /// The engine's counters.
     pub stats: EngineStats,
-    /// Operations that met a fault which a test asked for.
+    /// Operations that met an injected test fault.
     pub injected: Injected,
-    /// Slots that were still lent at the end, and nothing answered for them.
+    /// Slots that were still lent at the end without an owner.
     pub leaks: Vec<String>,
-    /// Slots whose fate was not known at the end; the end of the ring settles it.
+    /// Slots in an unknown state at the end. The end of the ring settles it.
     pub quarantined: u32,
 }
 
 impl LaneReport {
-    /// What a lane has done until now.
+    /// The statistics of a lane up to now.
     pub(crate) fn of(lane: &Lane<AnyTarget>) -> Self {
         let engine = lane.engine();
         Self {
@@ -71,7 +71,7 @@ impl LaneReport {
     }
 }
 
-/// Part of the set-up of a lane failed.
+/// Makes the error for a failed part of a lane's set-up.
 pub(crate) fn failed(doing: &'static str) -> impl Fn(Errno) -> LaneError {
     move |errno| LaneError::Setup { doing, errno }
 }
@@ -81,12 +81,12 @@ impl LaneConfig {
         self.backings.iter().any(|backing| backing.route().is_namespace())
     }
 
-    /// A commit, and a full window with its cancelling, of every tag.
+    /// For every tag: a commit, and a full window with its cancellations.
     pub(crate) fn entries_in_flight(&self) -> usize {
         usize::from(self.engine.queue.depth) * (2 * WINDOW_OPS + 2)
     }
 
-    /// Whether the pool of the queue is the spare buffer of its lane. It has no other buffer then.
+    /// Whether the queue's pool is the spare buffer of its lane. It has no other buffer then.
     pub(crate) fn shares_spare(&self) -> bool {
         let pool = self.engine.slots.pool;
         let shares = self.engine.lend.is_zero_copy() && pool > 0;
@@ -94,13 +94,13 @@ impl LaneConfig {
         shares
     }
 
-    /// How many buffers the queue has to itself.
+    /// The number of buffers of the queue's own.
     pub(crate) fn own_buffers(&self) -> u16 {
         let slots = &self.engine.slots;
         if self.shares_spare() { slots.scratch } else { slots.buffers() }
     }
 
-    /// How many slots the queue has to itself.
+    /// The number of slots of the queue's own.
     pub(crate) fn own_slots(&self) -> u16 {
         self.engine.slots.lent.saturating_add(self.own_buffers())
     }
@@ -109,7 +109,7 @@ impl LaneConfig {
 /// The fixed file of a ring's own event descriptor.
 pub(crate) const EVENT: FixedFile = FixedFile(0);
 
-/// What a ring is made for. Its tables of files and buffers are empty at first.
+/// The capacity of a ring. Its tables of files and buffers are empty at first.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RingNeeds {
     /// Entries that are submitted at a time.
@@ -120,17 +120,17 @@ pub(crate) struct RingNeeds {
     pub files: u16,
     /// Slots of the buffer table.
     pub slots: u16,
-    /// It takes NVMe commands.
+    /// The ring takes NVMe commands.
     pub mixed_sizes: bool,
-    /// How completions are found.
+    /// How to find completions.
     pub polling: Polling,
-    /// It shows when the kernel has work for its thread.
+    /// The ring shows pending kernel work for its thread.
     pub show_work: bool,
 }
 
 impl RingNeeds {
-    /// A ring of one queue. Its completion queue never overflows. The queue's files follow
-    /// [`EVENT`], and behind them is room for one more.
+    /// The capacity for one queue. The completion queue never overflows. The queue's files follow
+    /// [`EVENT`], and one more fits behind them.
     pub fn of_queue(config: &LaneConfig) -> Self {
         let completions = u32::try_from(config.entries_in_flight()).unwrap_or(u32::MAX);
         let spare = u16::from(config.shares_spare());
@@ -146,7 +146,7 @@ impl RingNeeds {
         }
     }
 
-    /// Makes the ring, with the table of files. `event` is its [`EVENT`].
+    /// Makes the ring and its file table. `event` is its [`EVENT`].
     ///
     /// # Errors
     /// [`LaneError::Setup`].
@@ -159,7 +159,7 @@ impl RingNeeds {
             show_work: self.show_work,
         };
         let mut ring = Ring::new(&setup).map_err(failed("making the ring"))?;
-        ring.register_places_of_files(self.files).map_err(failed("registering files"))?;
+        ring.register_empty_files(self.files).map_err(failed("registering files"))?;
         let set = ring.queues().set_files(EVENT, &[event.as_fd().as_raw_fd()]);
         set.map_err(failed("registering files"))?;
         Ok(ring)

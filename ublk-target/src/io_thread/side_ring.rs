@@ -1,5 +1,5 @@
-//! The second ring of a lane whose first one polls: for what a polling ring refuses (flushing,
-//! `fallocate`, waiting for descriptors), and to sleep on while there is nothing to poll.
+//! The second ring of a lane whose first ring polls. It takes what a polling ring refuses (flush,
+//! `fallocate`, waiting for descriptors). The lane sleeps on it while there is nothing to poll for.
 
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::time::Duration;
@@ -13,10 +13,10 @@ use uring_ext::sqe::{FixedFile, Sqe};
 use crate::io_thread::setup::{RingNeeds, failed};
 use crate::os::wakeups::event_descriptor;
 
-/// What the completion of waiting for the bell carries. No event of a lane looks like that.
+/// The `user_data` of waiting for the bell. No event of a lane has this value.
 const BELL: u64 = u64::MAX;
 
-/// The ring, and the bell that the polling ring rings.
+/// The ring, and the event descriptor (the bell) that the polling ring signals.
 #[derive(Debug)]
 pub(crate) struct SideRing {
     ring: Ring,
@@ -25,7 +25,7 @@ pub(crate) struct SideRing {
 }
 
 impl SideRing {
-    /// A ring like the polling one; its last fixed file is the bell.
+    /// Makes a ring like the polling one. Its last fixed file is the bell.
     pub fn new(needs: &RingNeeds, wake: &EventFd) -> Result<Self, LaneError> {
         let bell = event_descriptor().map_err(failed("making an event descriptor"))?;
         let needs = RingNeeds { polling: Polling::Off, show_work: true, ..*needs };
@@ -36,7 +36,7 @@ impl SideRing {
         Ok(Self { ring, bell, bell_file })
     }
 
-    /// For the thread that made it. `polling` is the lane's first ring.
+    /// The queues, for the thread that made the ring. `polling` is the lane's first ring.
     pub fn queues(&mut self, polling: &mut Queues<'_>) -> Result<SideQueues<'_>, LaneError> {
         let registered = polling.register_event(self.bell.as_fd());
         registered.map_err(failed("registering an event descriptor"))?;
@@ -51,7 +51,7 @@ pub(crate) struct SideQueues<'ring> {
     queues: Queues<'ring>,
     bell: &'ring EventFd,
     bell_file: FixedFile,
-    /// The ring waits for the bell.
+    /// The ring is waiting for the bell.
     is_watched: bool,
 }
 
@@ -65,17 +65,17 @@ impl SideQueues<'_> {
         self.queues.set_files(first, files)
     }
 
-    /// Submits to both rings and looks once for completions on both.
+    /// Submits to both rings and polls both once.
     pub fn poll(&mut self, polling: &mut Queues<'_>) -> Result<(), Errno> {
         polling.submit()?;
-        if self.queues.has_queued() || self.queues.has_news() {
+        if self.queues.has_queued() || self.queues.has_pending() {
             self.queues.submit()?;
         }
         Ok(())
     }
 
-    /// Submits to both rings and sleeps until one has a completion, but no longer than `limit`.
-    /// Nothing may be in flight that has to be polled for.
+    /// Submits to both rings and sleeps until one has a completion, at most `limit`. No operation
+    /// may be in flight that needs polling.
     pub fn sleep(
         &mut self,
         polling: &mut Queues<'_>,
@@ -86,14 +86,14 @@ impl SideQueues<'_> {
             self.queues.push(&[sqe])?;
             self.is_watched = true;
         }
-        // The bell is rung by work that finds none before it: what comes from now on rings, if there
-        // is nothing left of what came before.
+        // Only the first item of pending work signals the bell. If nothing older is pending, the
+        // next item signals it.
         polling.signal(true);
         polling.submit_and_settle()?;
-        // A kernel that is short of memory has neither taken all entries nor done all work. The side
-        // ring is not asked for news: waiting sees them, and is not misled by a mark of work that was
-        // made after the work had been done, which would stay until there is other work.
-        let slept = if polling.has_queued() || polling.has_news() {
+        // If the kernel is short of memory, it has not taken all entries or done all work. The side
+        // ring is not checked for pending work: the wait sees it, and ignores a stale mark of work
+        // that is already done. Such a mark stays until there is new work.
+        let slept = if polling.has_queued() || polling.has_pending() {
             self.queues.submit()
         } else {
             match limit {
@@ -102,18 +102,18 @@ impl SideQueues<'_> {
             }
         };
         polling.signal(false);
-        // Not having been rung is no error.
+        // An unsignalled bell is no error.
         let _ = self.bell.read();
         slept?;
         polling.submit()
     }
 
-    /// See [`Queues::look`].
-    pub fn look(&mut self) {
-        self.queues.look();
+    /// See [`Queues::sync`].
+    pub fn sync(&mut self) {
+        self.queues.sync();
     }
 
-    /// See [`Queues::take`]. Completions of the bell are its own.
+    /// See [`Queues::take`]. Completions of the bell are handled here.
     pub fn take(&mut self) -> Option<Cqe> {
         let cqe = self.queues.take()?;
         if cqe.user_data != BELL {

@@ -1,18 +1,18 @@
-//! The spare buffer of a lane: for requests whose buffer the driver could not lend. The stations of
-//! a lane share it, since it is hardly ever used.
+//! The spare buffer of a lane, for requests with a buffer that the driver could not lend. The
+//! stations of a lane share it, since it is rarely used.
 //!
-//! A station that has it needs nothing else to come to an end, and one that waits for it holds
-//! nothing. They have it in the order in which they asked.
+//! A station that holds it needs nothing else to end, and a station that waits for it holds
+//! nothing. They get it in the order in which they asked.
 
 use std::collections::VecDeque;
 
 use uring_ext::pool::BufferPool;
 
-/// Spare buffers that a lane may have. A device with longer requests than those before it brings a
-/// longer one.
+/// The maximum number of spare buffers of a lane. A device with longer requests than those before
+/// it adds a longer one.
 pub(crate) const MAX_SPARES: usize = 16;
 
-/// Where a spare buffer is.
+/// A spare buffer in its lane.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SpareBuffer {
     /// Its number in the lane.
@@ -23,25 +23,25 @@ pub(crate) struct SpareBuffer {
     pub pool: BufferPool,
 }
 
-/// A spare buffer, who has it, and who waits for it. Stations go by their names.
+/// A spare buffer, its holder, and the stations that wait for it, by name.
 #[derive(Debug)]
 pub(crate) struct Spare {
     /// Its memory, once a station has brought it.
     pub pool: Option<BufferPool>,
     holder: Option<u16>,
     waiting: VecDeque<u16>,
-    /// It was taken off `waiting`, and may take the buffer before all others.
+    /// The station was taken off `waiting`, and may take the buffer before all others.
     turn: Option<u16>,
 }
 
 impl Spare {
-    /// A place for one that up to `stations` share.
+    /// A spare buffer for up to `stations` stations.
     pub fn new(stations: usize) -> Self {
         let waiting = VecDeque::with_capacity(stations);
         Self { pool: None, holder: None, waiting, turn: None }
     }
 
-    /// Takes the buffer; `false` if another station has it or asked before.
+    /// Takes the buffer. Returns `false` if another station has it or asked before.
     pub fn take(&mut self, name: u16) -> bool {
         let is_first = match self.turn {
             Some(turn) => turn == name,
@@ -57,15 +57,15 @@ impl Spare {
         false
     }
 
-    /// Gives the buffer back.
+    /// Returns the buffer.
     pub fn give(&mut self, name: u16) {
         if self.holder == Some(name) {
             self.holder = None;
         }
     }
 
-    /// The station whose turn it is, until the next call. `None` if somebody has the buffer, or
-    /// nobody waits.
+    /// The station whose turn it is, until the next call. `None` if the buffer is in use, or no
+    /// station waits.
     pub fn next_turn(&mut self) -> Option<u16> {
         self.turn = None;
         if self.holder.is_none() {
@@ -79,7 +79,8 @@ impl Spare {
         !self.waiting.is_empty()
     }
 
-    /// The station has gone. A buffer that it had stays taken: an operation may still use it.
+    /// Removes a station. If it held the buffer, the buffer stays in use: an operation may still
+    /// use it.
     pub fn forget(&mut self, name: u16) {
         self.waiting.retain(|other| *other != name);
     }
@@ -103,7 +104,7 @@ mod tests {
         spare.give(2);
         assert!(spare.take(2), "it is still its turn: nobody was asked since");
         spare.give(2);
-        // One that does not want it any more.
+        // A station that does not need it any more.
         assert_eq!(spare.next_turn(), Some(3));
         assert_eq!(spare.next_turn(), Some(1));
         assert!(spare.take(1));

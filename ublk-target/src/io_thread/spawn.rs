@@ -6,9 +6,9 @@ use std::thread::JoinHandle;
 
 use crate::io_thread::setup::LaneConfig;
 
-/// Starts a thread that serves requests. Should it panic, the process ends: what the thread had in hand
-/// nobody else can answer, and the driver only learns from the end of the process that there is no
-/// server any more. The device then fares as after any death of its server.
+/// Starts a thread that serves requests. If it panics, the process aborts: no other thread can
+/// answer its open requests, and the driver notices only the end of the process. The device is then
+/// in the same state as after any death of its server.
 ///
 /// # Errors
 /// `EAGAIN` at the limit of threads.
@@ -17,25 +17,25 @@ pub(crate) fn spawn_lane<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<JoinHandle<T>> {
     let guarded = move || {
-        // The panic has been reported by now.
+        // The panic was already reported.
         catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
-            log::error!("a lane has panicked, which ends the server");
+            log::error!("a lane has panicked; the server ends");
             std::process::abort()
         })
     };
     std::thread::Builder::new().name(name).spawn(guarded)
 }
 
-/// Properties of any lane's thread. None of them is vital, so a failure is logged and no more.
+/// Sets the properties of a lane's thread. None of them is essential, so a failure is only logged.
 pub(crate) fn prepare_lane_thread() {
     // Allocations that this thread causes in the kernel must not wait for writeback, which may
     // need this thread (`prctl(2)`, Linux 5.6).
     if let Err(errno) = uring_ext::task::set_io_flusher() {
-        log::warn!("a lane: PR_SET_IO_FLUSHER: {errno}");
+        log::warn!("cannot set PR_SET_IO_FLUSHER for a lane: {errno}");
     }
 }
 
-/// Properties of the thread of a queue.
+/// Sets the properties of the thread of a queue.
 pub(crate) fn prepare_thread(config: &LaneConfig) {
     prepare_lane_thread();
     let mut set = nix::sched::CpuSet::new();

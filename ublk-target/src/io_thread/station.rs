@@ -1,4 +1,4 @@
-//! A station: a queue in a lane. What it is made of, and what is left of it.
+//! A station: a queue in a lane. Its contents, and its remains.
 
 use std::fs::File;
 use std::ops::Range;
@@ -25,28 +25,29 @@ use crate::io_thread::setup::{LaneConfig, failed};
 use crate::io_thread::spare::SpareBuffer;
 use crate::os::wakeups::Wakeups;
 
-/// Stations that a lane may have.
+/// The maximum number of stations of a lane.
 pub(crate) const MAX_STATIONS: usize = 1024;
-/// Names of stations: the lower bits of an incarnation, which completions carry. 0 is the lane's.
+/// The bits of a station's name: the lower bits of an incarnation, which completions carry. Name 0
+/// is the lane's.
 pub(crate) const NAMES: u16 = 1 << 12;
-/// What the lane's own completions carry.
+/// The name in completions of the lane itself.
 pub(crate) const OWN: Incarnation = Incarnation(0);
 
-/// What a station works with, beside the rings of its lane.
+/// The data of a station, apart from the rings of its lane.
 pub(crate) struct Parts {
     pub name: u16,
     qid: u16,
     pub iods: IoDescArray,
-    /// Buffers of its own.
+    /// The station's own buffers.
     pub pool: Option<BufferPool>,
-    /// The number of the lane's spare buffer that stands before them.
+    /// The number of the lane's spare buffer, which precedes its own buffers.
     pub spare: Option<usize>,
     ranges: Option<Ranges>,
     cdev: Arc<File>,
     pub backings: Arc<[Backing]>,
 }
 
-/// Where a station is in its lane.
+/// The position of a station in its lane.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Berth {
     pub name: u16,
@@ -55,17 +56,17 @@ pub(crate) struct Berth {
     pub spare: Option<SpareBuffer>,
 }
 
-/// How a station and those outside its lane talk to each other.
+/// The channels between a station and its outside.
 pub(crate) struct StationChannels {
     pub inbox: Receiver<LaneMessage>,
-    /// Told when all tags are with the driver, and once more if the driver refuses one later.
+    /// Notified when all tags are fetched, and again if the driver refuses one later.
     pub ready: SyncSender<Result<(), LaneError>>,
     pub end: SyncSender<Ended>,
-    /// Set when the driver has taken some fetches back, and no request is in hand.
+    /// Set when the driver has taken back some fetches, and no request is open.
     pub is_withdrawn: Arc<AtomicBool>,
 }
 
-/// A station on its way to its lane, with all the memory that it needs.
+/// A station on its way to its lane, with all its memory.
 pub(crate) struct Arrival {
     pub lane: Lane<AnyTarget>,
     pub parts: Parts,
@@ -75,7 +76,7 @@ pub(crate) struct Arrival {
     pub files: Box<[RawFd]>,
     pub channels: StationChannels,
     pub wakeups: Arc<Wakeups>,
-    /// Its lane may look for completions for a while before it sleeps.
+    /// Its lane may spin for completions before it sleeps.
     pub looks: bool,
 }
 
@@ -87,10 +88,10 @@ pub(crate) struct Ended {
 }
 
 impl Arrival {
-    /// A station at `berth`. `pool` are the buffers of its own.
+    /// A station at `berth`. `pool` has its own buffers.
     ///
     /// # Errors
-    /// `ENOMEM` and the like.
+    /// `ENOMEM` and other errors of memory.
     pub fn new(
         config: &LaneConfig,
         berth: Berth,
@@ -102,7 +103,7 @@ impl Arrival {
         let iods = IoDescArray::map(&config.cdev, queue.qid.0, queue.depth)
             .map_err(failed("mapping the request descriptors"))?;
         let ranges = if config.has_namespace() {
-            // One for each place of the table of operations in flight.
+            // One for each entry of the table of operations in flight.
             let places = usize::from(queue.depth) * WINDOW_OPS;
             let places = u16::try_from(places).unwrap_or(u16::MAX);
             Some(Ranges::new(places).map_err(failed("allocating ranges"))?)
@@ -134,7 +135,7 @@ impl Arrival {
 }
 
 fn new_lane(config: &LaneConfig, name: u16, place: TableRange) -> Lane<AnyTarget> {
-    // No process lives long enough for the upper bits to be used up.
+    // No process lives long enough to use up the upper bits.
     let life = config.engine.incarnation.0 << NAMES.trailing_zeros();
     let engine = EngineConfig { incarnation: Incarnation(life | u32::from(name)), ..config.engine };
     let port = PortConfig {
@@ -178,13 +179,13 @@ impl Parts {
     pub fn range(&mut self, place: u16, namespace: Namespace, offset: u64, len: u64) -> RangeAddr {
         match &mut self.ranges {
             Some(ranges) => ranges.set(place, namespace, offset, len),
-            // They are made for stations that have a namespace among their backings.
+            // They exist for stations with a namespace among their backings.
             None => unreachable!("a station without a namespace deallocates nothing"),
         }
     }
 }
 
-/// Allocates the buffers that a station has to itself.
+/// Allocates the buffers of the station's own.
 ///
 /// # Errors
 /// `ENOMEM`.

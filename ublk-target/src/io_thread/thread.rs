@@ -21,11 +21,11 @@ use crate::io_thread::station::{
     Arrival, Berth, MAX_STATIONS, StationChannels, own_pool, spare_pool,
 };
 
-/// Serves one queue on a thread and rings of its own, until the device is stopped or the lane is
+/// Serves one queue on its own thread and rings, until the device is stopped or the lane is
 /// drained.
 ///
 /// # Errors
-/// [`LaneError`]. One of the set-up is also sent to `channels.ready`.
+/// [`LaneError`]. Errors of the set-up are also sent to `channels.ready`.
 pub(crate) fn serve_one(
     config: LaneConfig,
     wake: Arc<EventFd>,
@@ -35,11 +35,11 @@ pub(crate) fn serve_one(
     let ready = channels.ready.clone();
     let OwnRings { mut ring, mut side, io_lane, arrival } = OwnRings::new(&config, &wake, channels)
         .inspect_err(|error| {
-            // The receiver may have given up on another lane's error.
+            // The receiver may have stopped at another lane's error.
             let _ = ready.send(Err(*error));
         })?;
     let busy_wait = busy_wait(&config);
-    // Its files are the station's now.
+    // The station has its files now.
     drop(config);
     let (ended, left) = {
         let mut queues = ring.queues();
@@ -56,17 +56,17 @@ pub(crate) fn serve_one(
         let ended = begun.and_then(|()| lane.run());
         (ended, lane.end_all(ended.err()))
     };
-    // The rings' files go before the end is announced.
+    // The rings close their files before the end is announced.
     drop((ring, side));
     left.into_iter().for_each(Leaving::announce);
     ended
 }
 
-/// Serves the stations that arrive, with so many fixed files and slots, until nobody can send any
+/// Serves the stations that arrive, with this many fixed files and slots, until no sender can send
 /// more and all have ended.
 ///
 /// # Errors
-/// [`LaneError`]. One of the set-up is also sent to `ready`.
+/// [`LaneError`]. Errors of the set-up are also sent to `ready`.
 pub(crate) fn serve_many(
     arrivals: Receiver<Arrival>,
     wake: Arc<EventFd>,
@@ -112,7 +112,7 @@ impl OwnRings {
         let ring = needs.make(wake)?;
         let side = (polling != Polling::Off).then(|| SideRing::new(&needs, wake)).transpose()?;
         let pool = own_pool(config)?;
-        // The spare buffer is behind the slots of the queue.
+        // The spare buffer follows the slots of the queue.
         let spare = if config.shares_spare() {
             let pool = spare_pool(config.buffer_bytes)?;
             Some(SpareBuffer { index: 0, slot: config.own_slots(), pool })
@@ -135,7 +135,7 @@ impl OwnRings {
     }
 }
 
-/// How a lane of one queue may wait. If its ring polls, the ring decides that.
+/// The idle policy of a lane of one queue. If its ring polls, the ring decides.
 fn busy_wait(config: &LaneConfig) -> BusyWait {
     if config.polling == Polling::Off { config.busy_wait } else { BusyWait::Off }
 }

@@ -4,13 +4,13 @@ use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 
-/// To a tick: it costs no system call and no clock read.
+/// With the resolution of a tick: costs no system call and no clock read.
 #[must_use]
 pub fn coarse_now() -> u64 {
     now(ClockId::CLOCK_MONOTONIC_COARSE)
 }
 
-/// To the nanosecond.
+/// With nanosecond resolution.
 #[must_use]
 pub fn precise_now() -> u64 {
     now(ClockId::CLOCK_MONOTONIC)

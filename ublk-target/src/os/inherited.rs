@@ -1,34 +1,34 @@
-//! What a server has from the process that started it, and must not keep: it outlives that process by
-//! far, and whatever it holds stays busy for as long.
+//! Drops what a server has inherited from its caller. The server lives much longer, and everything
+//! that it holds stays busy.
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::stat::{Mode, umask};
 use uring_ext::task::close_inherited_files;
 
-/// The limits that end a process, and the signals by which they do.
+/// The limits that kill a process, and their signals.
 const LIMITS: [(Resource, Signal); 3] = [
     (Resource::RLIMIT_FSIZE, Signal::SIGXFSZ),
     (Resource::RLIMIT_CPU, Signal::SIGXCPU),
     (Resource::RLIMIT_RTTIME, Signal::SIGXCPU),
 ];
 
-/// Descriptors that a process needs at most where it serves many devices.
+/// Most descriptors that a process of many devices needs.
 const FILES: u64 = 4096;
 
 /// Makes the calling process independent of the one that started it:
 ///
-/// - its descriptors are closed, but for standard input, output and error: a lock would be held, and a
-///   file system stay busy, as long as the server lives;
-/// - its umask is 022, so that files have the modes that they are given, and no others can write them;
-/// - no limit of file size or processor time ends it. A write beyond a limit that cannot be raised
-///   fails with `EFBIG`;
-/// - it may open as many files as it needs.
+/// - All descriptors except standard input, output and error are closed. Otherwise a lock would be
+///   held, and a file system stay busy, as long as the server lives.
+/// - Its umask is 022, so files get exactly their modes, and others cannot write them.
+/// - No limit of file size or CPU time kills it. A write beyond a limit that cannot be raised fails
+///   with `EFBIG`.
+/// - It may open as many files as it needs.
 ///
-/// To be called before the process opens anything or starts a thread.
+/// Call it before the process opens a file or starts a thread.
 pub fn shed() {
     if let Err(errno) = close_inherited_files() {
-        log::warn!("cannot close what was open before: {errno}");
+        log::warn!("cannot close inherited files: {errno}");
     }
     let files = getrlimit(Resource::RLIMIT_NOFILE);
     let raised = files.and_then(|(soft, hard)| {

@@ -8,7 +8,7 @@ use uring_ext::feature::{AUTO_BUF_REG, Features, SUPPORT_ZERO_COPY};
 pub struct KernelVersion(pub u32, pub u32);
 
 impl KernelVersion {
-    /// The running kernel's; 0.0 if it cannot be told.
+    /// The version of the running kernel; 0.0 if unknown.
     #[must_use]
     pub fn running() -> Self {
         release().as_deref().and_then(Self::parse).unwrap_or(Self(0, 0))

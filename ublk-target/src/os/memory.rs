@@ -1,5 +1,5 @@
-//! Memory that a server may have, by the limits that are not the machine's: that of its control group
-//! and that of locked memory.
+//! Memory limits of a server other than the machine's: that of its control group and that of locked
+//! memory.
 
 use std::fmt;
 use std::fs;
@@ -9,23 +9,23 @@ use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use ublk_engine::units::Bytes;
 use uring_ext::Errno;
 
-/// What the making of a device needs besides its buffers, from the moment on when they are chosen: the
-/// program, which is locked in memory, stacks, rings and tables, and the command that waits for the
-/// server. By measurement; less does not suffice.
+/// Memory in bytes that adding a device needs besides its buffers: the program, which is locked in
+/// memory, stacks, rings and tables, and the command that waits for the server. Measured; less is
+/// not enough.
 pub(crate) const PROGRAM: u64 = 13 << 19;
-/// `CAP_IPC_LOCK`: memory may be locked without limit.
+/// `CAP_IPC_LOCK`: no limit of locked memory.
 const CAP_IPC_LOCK: u32 = 14;
 
-/// Why memory is short that the machine has.
+/// A limit that leaves too little memory, though the machine has enough.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Shortage {
-    /// The limit of a control group (`memory.max`) leaves so many bytes.
+    /// The limit of a control group (`memory.max`).
     Group {
         /// The limit's file.
         file: PathBuf,
         /// The limit.
         limit: Bytes,
-        /// What of it is free, or would be if the page cache were dropped.
+        /// The free part, with the page cache counted as free.
         left: Bytes,
     },
     /// The limit of locked memory.
@@ -40,7 +40,7 @@ impl fmt::Display for Shortage {
         match self {
             Self::Group { file, limit, left } => write!(
                 f,
-                "its control group may have {limit} ({}), of which {left} are left; raise that limit",
+                "its control group is limited to {limit} ({}), and {left} are left; raise that limit",
                 file.display()
             ),
             Self::Locked { limit } => write!(
@@ -52,14 +52,14 @@ impl fmt::Display for Shortage {
     }
 }
 
-/// Why `needed` bytes are too many, of which `locked` are to be locked.
+/// The limit that `needed` bytes exceed; `locked` of them are locked.
 pub fn shortage(needed: u64, locked: u64) -> Option<Shortage> {
     let locked_limit = locked_limit().filter(|limit| *limit < locked);
     let of_lock = locked_limit.map(|limit| Shortage::Locked { limit: Bytes(limit) });
     of_lock.or_else(|| tightest_group().filter(|group| is_less(group, needed)))
 }
 
-/// Which limit may be why the kernel has refused memory; none where there is no limit.
+/// The limit that may be the reason why the kernel refused memory; `None` without a limit.
 pub fn suspect(errno: Errno) -> Option<Shortage> {
     match errno {
         // Locked memory beyond its limit is ENOMEM, or EAGAIN where a mapping is locked at once.
@@ -80,7 +80,7 @@ fn is_less(shortage: &Shortage, needed: u64) -> bool {
     }
 }
 
-/// How much memory this process may lock; none if as much as it likes.
+/// How much memory this process may lock; `None` for no limit.
 fn locked_limit() -> Option<u64> {
     let status = fs::read_to_string("/proc/self/status").ok()?;
     if has_capability(&status, CAP_IPC_LOCK) {
@@ -96,7 +96,7 @@ fn has_capability(status: &str, number: u32) -> bool {
     bits.is_some_and(|bits| bits & (1 << number) != 0)
 }
 
-/// The control group of this process, or one above it, that leaves the least.
+/// The control group of this process, or an ancestor of it, that leaves the least memory.
 fn tightest_group() -> Option<Shortage> {
     tightest_of(Path::new(ROOT), &own_group()?)
 }
@@ -110,7 +110,7 @@ fn own_group() -> Option<String> {
     own.lines().find_map(|line| line.strip_prefix("0::")).map(str::to_owned)
 }
 
-/// How many processes of this one's control group the kernel has killed for want of memory.
+/// How many processes of this process's control group the out-of-memory killer has killed.
 fn oom_kills() -> u64 {
     let group = own_group().unwrap_or_default();
     let events = Path::new(ROOT).join(group.trim_start_matches('/')).join("memory.events");
@@ -119,21 +119,21 @@ fn oom_kills() -> u64 {
     kills.and_then(|kills| kills.trim().parse().ok()).unwrap_or(0)
 }
 
-/// Notices that a server which this process has started was killed for want of memory, and so could not
-/// say what it lacks.
+/// Detects that the out-of-memory killer has killed a server of this process, which then could not
+/// report the shortage.
 #[derive(Clone, Copy, Debug)]
 pub struct OomWatch {
     kills: u64,
 }
 
 impl OomWatch {
-    /// To be called before the server is started.
+    /// Call it before the server starts.
     #[must_use]
     pub fn start() -> Self {
         Self { kills: oom_kills() }
     }
 
-    /// What the server needs and what there is, in words, if a process of the control group has been
+    /// The needed and the available memory, in words, if a process of the control group has been
     /// killed since.
     #[must_use]
     pub fn shortage(self) -> Option<String> {
@@ -145,7 +145,7 @@ impl OomWatch {
     }
 }
 
-/// `root` is where control groups are mounted.
+/// `root` is the mount point of the control groups.
 fn tightest_of(root: &Path, group: &str) -> Option<Shortage> {
     let group = Path::new(group.trim_start_matches('/'));
     let groups = group.ancestors().map(|group| root.join(group));

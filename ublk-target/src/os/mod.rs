@@ -1,4 +1,4 @@
-//! What the kernel gives to any process: descriptors, signals, processes, files, limits.
+//! The process's interface to the kernel: descriptors, signals, processes, files, limits.
 
 pub mod clock;
 pub mod inherited;

@@ -1,5 +1,5 @@
-//! Directories and files that are root's alone: others can neither write to them nor put links in
-//! their place. And files that are read as a whole: nothing in their place can hold the reader up.
+//! Directories and files for root only: others can neither write to them nor replace them by links.
+//! And files that are read as a whole: nothing in their place can block the reader.
 
 use std::fs::{self, DirBuilder, File, Metadata, OpenOptions, Permissions};
 use std::io::{self, Read, Write};
@@ -12,8 +12,8 @@ use nix::unistd::geteuid;
 use crate::os::random;
 use crate::os::steps::step;
 
-/// Makes a directory that only the calling user can write to, whatever the umask, or finds it. One of
-/// the user's that others can write to is closed to them.
+/// Makes a directory that only the calling user can write to, independent of the umask, or finds
+/// it. If others can write to it, its mode is corrected.
 ///
 /// # Errors
 /// `EPERM` for a directory of another user, `ENOTDIR` for a link or a file, and those of the file
@@ -26,7 +26,7 @@ pub fn directory(path: &Path) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
         Ok(()) | Err(_) => {}
     }
-    // The directory itself, and not what somebody puts in its place.
+    // The directory itself, and not something that has replaced it.
     let flags = libc::O_DIRECTORY | libc::O_NOFOLLOW;
     let directory = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
     let meta = directory.metadata()?;
@@ -35,15 +35,15 @@ pub fn directory(path: &Path) -> io::Result<()> {
     }
     if meta.mode() & 0o022 != 0 {
         directory.set_permissions(Permissions::from_mode(0o755))?;
-        log::warn!("{} could be written by others; now it cannot", path.display());
+        log::warn!("others could write to {}; its mode is now 0755", path.display());
     }
     Ok(())
 }
 
-/// Opens a file for appending, which is made with `mode`. Links are not followed.
+/// Opens a file for appending, and creates it with `mode` if it is missing. Links are not followed.
 ///
 /// # Errors
-/// `EPERM` for a file of another user or one with several names, `ELOOP` for a link, `ENXIO` for a
+/// `EPERM` for a file of another user or with several hard links, `ELOOP` for a link, `ENXIO` for a
 /// pipe, and those of the file system.
 pub fn append(path: &Path, mode: u32) -> io::Result<File> {
     let mut options = OpenOptions::new();
@@ -52,42 +52,42 @@ pub fn append(path: &Path, mode: u32) -> io::Result<File> {
     let file = options.open(path)?;
     let meta = file.metadata()?;
     if !meta.is_file() {
-        return Err(not_ours(path, "it is no regular file"));
+        return Err(not_ours(path, "it is not a regular file"));
     }
     if meta.uid() != geteuid().as_raw() {
         return Err(not_ours(path, "it belongs to another user"));
     }
     if meta.nlink() > 1 {
-        return Err(not_ours(path, "it has another name, too"));
+        return Err(not_ours(path, "it has several hard links"));
     }
     Ok(file)
 }
 
-/// Opens a regular file for reading, with more `flags` of open(2). Whatever else there is in its place,
-/// such as a pipe without a writer, is not waited for.
+/// Opens a regular file for reading, with more `flags` of open(2). It never blocks, not even on a
+/// pipe without a writer.
 ///
 /// # Errors
-/// `InvalidInput` for anything else, and those of the file system.
+/// `InvalidInput` if it is not a regular file, and those of the file system.
 pub fn regular(path: &Path, flags: i32) -> io::Result<File> {
     let file = OpenOptions::new().read(true).custom_flags(flags | libc::O_NONBLOCK).open(path)?;
     if file.metadata()?.is_file() {
         Ok(file)
     } else {
-        Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file"))
+        Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file"))
     }
 }
 
-/// Whether a file is the calling user's, and others cannot write to it.
+/// Whether a file belongs to the calling user, and others cannot write to it.
 #[must_use]
 pub fn is_own(meta: &Metadata) -> bool {
     meta.uid() == geteuid().as_raw() && meta.mode() & 0o022 == 0
 }
 
-/// Reads a file as a whole, of `max` bytes at most.
+/// Reads a whole file of at most `max` bytes.
 ///
 /// # Errors
-/// `FileTooLarge` for a longer one: its beginning may be something else than all of it.
-/// `InvalidData` where it is not UTF-8, and those of the file system.
+/// `FileTooLarge` for a longer file: a part of it may have another meaning than the whole.
+/// `InvalidData` if it is not UTF-8, and those of the file system.
 pub fn read_whole(file: &File, max: u64) -> io::Result<String> {
     let mut text = Vec::new();
     file.take(max + 1).read_to_end(&mut text)?;
@@ -97,12 +97,12 @@ pub fn read_whole(file: &File, max: u64) -> io::Result<String> {
     }
     String::from_utf8(text).map_err(|error| {
         let at = error.utf8_error().valid_up_to();
-        io::Error::new(io::ErrorKind::InvalidData, format!("it is no UTF-8 text (byte {at})"))
+        io::Error::new(io::ErrorKind::InvalidData, format!("it is not UTF-8 text (byte {at})"))
     })
 }
 
-/// Puts a file in the place of what there is, whole or not at all. Until it is whole it has the name of
-/// the file and a random one after it, and [`is_being_written`] tells it from one of a dead writer.
+/// Replaces a file atomically. Until it is complete, the new file has the old name with a random
+/// suffix, and [`is_being_written`] distinguishes it from the file of a dead writer.
 ///
 /// # Errors
 /// Those of the file system.
@@ -135,7 +135,7 @@ fn try_replace(path: &Path, text: &[u8]) -> io::Result<()> {
     written
 }
 
-/// The name of the file that the name of one belongs to which is not whole yet ([`replace`]).
+/// The final name for the name of an incomplete file ([`replace`]).
 #[must_use]
 pub fn whole_name(half_written: &str) -> Option<&str> {
     let (whole, suffix) = half_written.rsplit_once('.')?;
@@ -143,8 +143,8 @@ pub fn whole_name(half_written: &str) -> Option<&str> {
     is_suffix.then_some(whole)
 }
 
-/// Whether a process is writing a file that has no name of its own yet ([`replace`]): it has it locked. One
-/// that cannot be opened is gone, or not ours.
+/// Whether a process is still writing an incomplete file ([`replace`]): it then holds a lock. A
+/// file that cannot be opened is gone, or not ours.
 #[must_use]
 pub fn is_being_written(path: &Path) -> bool {
     let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
@@ -211,10 +211,10 @@ mod tests {
         assert_eq!(read("link", 5).unwrap(), "four");
         let refused = |name: &str, max| read(name, max).unwrap_err().to_string();
         assert_eq!(refused("file", 3), "it is longer than 3 bytes");
-        assert_eq!(refused("binary", 9), "it is no UTF-8 text (byte 1)");
-        assert_eq!(refused("pipe", 9), "it is no regular file");
-        assert_eq!(refused(".", 9), "it is no regular file");
-        assert_eq!(refused("/dev/zero", 9), "it is no regular file");
+        assert_eq!(refused("binary", 9), "it is not UTF-8 text (byte 1)");
+        assert_eq!(refused("pipe", 9), "it is not a regular file");
+        assert_eq!(refused(".", 9), "it is not a regular file");
+        assert_eq!(refused("/dev/zero", 9), "it is not a regular file");
         assert!(regular(&at("link"), libc::O_NOFOLLOW).is_err());
     }
 }

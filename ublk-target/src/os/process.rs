@@ -1,4 +1,4 @@
-//! Processes, told from later ones of the same id by a descriptor.
+//! Processes, identified by a descriptor, since a process id can be reused.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -9,7 +9,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use rustix::process::{Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
 
-/// A process that exists, or has ended and was not waited for. Readable once it has ended.
+/// A process descriptor. The process exists, or has ended and was not reaped. Readable once it has
+/// ended.
 #[derive(Debug)]
 pub struct PidFd(OwnedFd);
 
@@ -24,7 +25,7 @@ impl PidFd {
         Ok(Self(pidfd_open(pid, PidfdFlags::empty())?))
     }
 
-    /// A process that this one has started, and not waited for.
+    /// A child of this process that it has not reaped.
     ///
     /// # Errors
     /// `EMFILE` at the limit of open files.
@@ -32,7 +33,7 @@ impl PidFd {
         Ok(Self(pidfd_open(Pid::from_child(child), PidfdFlags::empty())?))
     }
 
-    /// Waits at most `timeout` for its end; whether it has ended.
+    /// Waits at most `timeout` for its end, and returns whether it has ended.
     #[must_use]
     pub fn has_ended(&self, timeout: Duration) -> bool {
         let mut fds = [PollFd::new(self.as_fd(), PollFlags::POLLIN)];
@@ -40,7 +41,7 @@ impl PidFd {
         matches!(poll(&mut fds, timeout), Ok(1..))
     }
 
-    /// Sends a signal to this process and no other. One that has ended needs none.
+    /// Sends a signal to this process. If it has ended, nothing happens.
     pub fn tell(&self, signal: Signal) {
         if let Some(signal) = rustix::process::Signal::from_named_raw(signal as i32) {
             // It can only fail because there is no such process any more.
@@ -55,24 +56,24 @@ impl AsFd for PidFd {
     }
 }
 
-/// Another process, whose end is to be seen.
+/// Watches for the end of another process.
 #[derive(Debug)]
 pub struct Watch(Option<PidFd>);
 
 impl Watch {
-    /// Watches a process. One that is gone already is seen to have ended.
+    /// Watches a process. A process that does not exist counts as ended.
     #[must_use]
     pub fn on(pid: u32) -> Self {
         Self(PidFd::open(pid).ok())
     }
 
-    /// Can be read when the process has ended; `None` if it was gone from the start.
+    /// Readable once the process has ended; `None` if it did not exist from the start.
     #[must_use]
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
         self.0.as_ref().map(AsFd::as_fd)
     }
 
-    /// Waits at most `timeout` for the end of the process; whether it has ended.
+    /// Waits at most `timeout` for the end of the process, and returns whether it has ended.
     #[must_use]
     pub fn has_ended(&self, timeout: Duration) -> bool {
         self.0.as_ref().is_none_or(|process| process.has_ended(timeout))

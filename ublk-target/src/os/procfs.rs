@@ -1,4 +1,4 @@
-//! What the kernel says of processes and mounts (proc(5)).
+//! Processes and mounts in `/proc` (proc(5)).
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -7,16 +7,16 @@ use std::time::Duration;
 
 use crate::os::text::printable;
 
-/// What `/proc/PID/stat` says of a process.
+/// Fields of `/proc/PID/stat`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stat {
-    /// What it does: `R` runs, `S` sleeps, `T` is suspended, `Z` has ended, and others.
+    /// Its state: `R` runs, `S` sleeps, `T` is suspended, `Z` has ended, and others.
     pub state: char,
-    /// When it was started, since the machine was.
+    /// Its start time, since the boot of the machine.
     pub started: Duration,
 }
 
-/// What the kernel says of a process; `None` if there is none.
+/// The state of a process; `None` if it does not exist.
 #[must_use]
 pub fn stat(pid: u32) -> Option<Stat> {
     stat_of(&pid.to_string())
@@ -69,7 +69,7 @@ pub fn process_name(pid: u32) -> String {
         .map_or_else(|_| "?".to_owned(), |name| printable(name.trim()))
 }
 
-/// Why a process does not run until somebody lets it: words that follow "which".
+/// Why a process does not run until somebody resumes it: words that follow "which".
 #[must_use]
 pub fn held_up(pid: u32) -> Option<&'static str> {
     match stat(pid)?.state {
@@ -81,7 +81,7 @@ pub fn held_up(pid: u32) -> Option<&'static str> {
     is_frozen(Path::new("/sys/fs/cgroup"), &groups).then_some("its control group has frozen")
 }
 
-/// Whether the control group of version 2 is frozen that `/proc/PID/cgroup` names.
+/// Whether the version 2 control group in `/proc/PID/cgroup` is frozen.
 fn is_frozen(top: &Path, groups: &str) -> bool {
     let path = groups.lines().find_map(|line| line.strip_prefix("0::/"));
     let events =
@@ -89,13 +89,13 @@ fn is_frozen(top: &Path, groups: &str) -> bool {
     events.is_some_and(|events| events.lines().any(|line| line == "frozen 1"))
 }
 
-/// Whether root runs a process.
+/// Whether a process runs as root.
 pub(crate) fn is_roots(pid: u32) -> bool {
     is_of_user(pid, 0)
 }
 
-/// Whether all user ids of a process are this one. Those of another user namespace are shown as the
-/// calling process's has them.
+/// Whether all user ids of a process are this one. Ids of another user namespace appear as mapped
+/// into that of the calling process.
 #[must_use]
 pub fn is_of_user(pid: u32, uid: u32) -> bool {
     let ids = numbers_of(&pid.to_string(), "Uid:");
@@ -106,7 +106,7 @@ pub(crate) fn parent_of(pid: u32) -> Option<u32> {
     numbers_of(&pid.to_string(), "PPid:").first().copied()
 }
 
-/// The numbers of a line of `/proc/PID/status`.
+/// The numbers in a line of `/proc/PID/status`.
 fn numbers_of(process: &str, field: &str) -> Vec<u32> {
     let status = fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix(field)).unwrap_or_default();
@@ -119,20 +119,20 @@ pub fn split_devt(devt: u64) -> (u32, u32) {
     (libc::major(devt), libc::minor(devt))
 }
 
-/// Something mounted.
+/// A mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
-    /// The device number; major 0 for file systems without a device, and those that have several
-    /// (btrfs).
+    /// The device number; major 0 for file systems without a device, or with several (btrfs).
     pub devt: (u32, u32),
-    /// Where.
+    /// The mount point.
     pub point: PathBuf,
-    /// What was mounted, as whoever did it has named it.
+    /// The source, as given to mount(2).
     pub source: PathBuf,
 }
 
 impl Mount {
-    /// Whether it is one of these block devices that is mounted. `root` is where its namespace begins.
+    /// Whether this mounts one of these block devices. `root` is the root directory of its
+    /// namespace.
     pub(crate) fn is_of(&self, numbers: &[(u32, u32)], root: &Path) -> bool {
         if numbers.contains(&self.devt) {
             return true;
@@ -146,8 +146,7 @@ impl Mount {
     }
 }
 
-/// What is mounted in a process's mount namespace, in the order of mounting. `process` is a process id,
-/// or `self`.
+/// The mounts in a process's mount namespace, in mount order. `process` is a process id, or `self`.
 #[must_use]
 pub fn mounts(process: &str) -> Vec<Mount> {
     parse_mounts(&fs::read_to_string(format!("/proc/{process}/mountinfo")).unwrap_or_default())
@@ -158,14 +157,14 @@ fn parse_mounts(mountinfo: &str) -> Vec<Mount> {
         let mut fields = line.split(' ');
         let devt = parse_devt(fields.nth(2)?)?;
         let point = PathBuf::from(unescape(fields.nth(1)?));
-        // Options and tags, of which there may be any number; then the type, and the source.
+        // Any number of options and tags; then the type, and the source.
         let source = fields.skip_while(|field| *field != "-").nth(2).unwrap_or_default();
         Some(Mount { devt, point, source: PathBuf::from(unescape(source)) })
     };
     mountinfo.lines().filter_map(parse).collect()
 }
 
-/// Undoes the octal escapes of blanks and backslashes.
+/// Decodes the octal escapes of blanks and backslashes.
 pub(crate) fn unescape(field: &str) -> String {
     [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
         .iter()

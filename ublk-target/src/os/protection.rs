@@ -1,7 +1,6 @@
-//! What a server does so that neither a lack of memory nor a client's mounts bring it down, or to a
-//! halt.
+//! Protects a server, so that neither a lack of memory nor a client's mounts can kill or block it.
 //!
-//! None of it is vital, so a failure is logged and no more.
+//! None of this is essential, so a failure is only logged.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -21,17 +20,17 @@ use uring_ext::task::in_child;
 
 use crate::os::procfs::mounts;
 
-/// Makes the calling process, which has one thread, fit to serve. `needed` are paths that it will open
-/// later.
+/// Prepares the calling process, which must have one thread, to serve. `needed` are paths that it
+/// opens later.
 pub(crate) fn protect(needed: &[&Path]) {
     leave_mounts(needed);
     lock_memory();
     spare_from_oom_killer();
 }
 
-/// Keeps the program in memory. When memory is short and all that could be freed is dirty, pages
-/// come free by writing through devices such as ours; a server whose own code was evicted could not
-/// run to write them. What is mapped later (stacks of threads) is locked as it is used.
+/// Keeps the program in memory. When memory is short and all reclaimable pages are dirty, the
+/// kernel writes them, perhaps through a device of ours. A server whose own code was evicted could
+/// not write them. Later mappings (stacks of threads) are locked as they are used.
 fn lock_memory() {
     let on_fault = MlockAllFlags::from_bits_retain(libc::MCL_ONFAULT);
     let locked = mlockall(MlockAllFlags::MCL_CURRENT)
@@ -41,26 +40,26 @@ fn lock_memory() {
     }
 }
 
-/// The server's few MiB are no remedy for a lack of memory, and without it no dirty page of its
-/// device can be freed.
+/// Killing the server would free only a few MiB, and without it no dirty page of its device can be
+/// freed.
 fn spare_from_oom_killer() {
     if let Err(error) = fs::write("/proc/self/oom_score_adj", "-1000") {
-        log::warn!("cannot spare the server from the out-of-memory killer: {error}");
+        log::warn!("cannot exempt the server from the out-of-memory killer: {error}");
     }
 }
 
-/// How long the making of a mount namespace may take. It takes long only if a file system is unmounted
-/// for good by it, on a device that does not answer.
+/// The longest time to make a mount namespace. It takes long only if this unmounts a file system
+/// for the last time, on a device that does not answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Takes the calling process, which has one thread, into a mount namespace of its own, in which there is
-/// nothing but what it needs: the mounts that lead to `needed`, to its program, its state, its log, and
-/// to devices.
+/// Moves the calling process, which must have one thread, into its own mount namespace. This has
+/// only the needed mounts: those that lead to `needed`, to its program, its state, its log, and to
+/// devices.
 ///
-/// A file system that was mounted there would stay in use when it is unmounted elsewhere; and the last
-/// process of a mount namespace unmounts, as it exits, what is mounted there. If that is a file system
-/// on the device that it serves, it waits for itself for ever. So another process makes the namespace,
-/// and this one enters it when nothing of that kind is there any more.
+/// Any other file system mounted there would stay in use when it is unmounted elsewhere. And when
+/// the last process of a mount namespace exits, it unmounts everything there. With a file system on
+/// its own device, it would wait for itself for ever. So another process makes the namespace, and
+/// this one enters it after those mounts are gone.
 fn leave_mounts(needed: &[&Path]) {
     if let Err(error) = enter_own_mounts(needed) {
         log::warn!("cannot leave the mount namespace: {error}");
@@ -93,13 +92,13 @@ fn enter_own_mounts(needed: &[&Path]) -> io::Result<()> {
     Ok(())
 }
 
-/// A pipe that programs do not inherit: where it is read, and where it is written.
+/// A pipe that programs do not inherit: its read end and its write end.
 fn pipe() -> io::Result<(File, File)> {
     let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
     Ok((reader.into(), writer.into()))
 }
 
-/// The number of the calling process in `/proc`, which may be that of another pid namespace.
+/// The id of the calling process in `/proc`, which may belong to another pid namespace.
 fn own_number() -> io::Result<u32> {
     let name = fs::read_link("/proc/self")?;
     let number = name.to_str().and_then(|name| name.parse().ok());
@@ -117,8 +116,8 @@ fn await_number(mut pipe: &File) -> io::Result<u32> {
     Ok(u32::from_ne_bytes(number))
 }
 
-/// Enters the mount namespace of another process. The root directory stays the same one: entering
-/// would make it that of the namespace.
+/// Enters the mount namespace of another process, and keeps the present root directory: entering
+/// alone would change it to that of the namespace.
 fn enter_mounts_of(pid: u32) -> io::Result<()> {
     let root = File::open(format!("/proc/{pid}/root"))?;
     setns(File::open(format!("/proc/{pid}/ns/mnt"))?, CloneFlags::CLONE_NEWNS)?;
@@ -127,7 +126,7 @@ fn enter_mounts_of(pid: u32) -> io::Result<()> {
     Ok(())
 }
 
-/// Makes a mount namespace for the calling process with nothing but what is needed.
+/// Makes a mount namespace for the calling process with only the needed mounts.
 fn make_own_mounts(needed: &[PathBuf]) -> io::Result<()> {
     unshare(CloneFlags::CLONE_NEWNS)?;
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
@@ -142,21 +141,22 @@ fn make_own_mounts(needed: &[PathBuf]) -> io::Result<()> {
     Ok(())
 }
 
-/// What is needed by all: devices, what is told about them, and the files that the program consists of (`/proc/self/maps`), from which it is started again.
+/// The paths that every server needs: devices, their descriptions, and the files of the program
+/// (`/proc/self/maps`), from which it starts again.
 fn all_needed(needed: &[&Path]) -> Vec<PathBuf> {
     let always = ["/dev", "/proc", "/sys", "/sys/fs/cgroup"].map(PathBuf::from);
     let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
     let program = maps.lines().filter_map(|line| Some(PathBuf::from(&line[line.find('/')?..])));
     let needed = needed.iter().flat_map(|path| on_the_way(path));
-    // The socket of the service manager, which is told later, if it has a place in a file system.
+    // The socket of the service manager, for a later notification, if it is in a file system.
     let manager = std::env::var_os("NOTIFY_SOCKET").map(PathBuf::from);
     let manager = manager.filter(|path| path.is_absolute());
     needed.chain(always).chain(program).chain(manager).collect()
 }
 
-/// A path without links, and the links that it leads through, which may be on other mounts.
+/// A path without links, and the links in it, which may be on other mounts.
 fn on_the_way(path: &Path) -> Vec<PathBuf> {
-    /// As many as the kernel follows (`MAXSYMLINKS`).
+    /// The kernel's limit of links (`MAXSYMLINKS`).
     const MAX_LINKS: usize = 40;
     let mut path = path.to_owned();
     let mut found = Vec::new();
@@ -177,15 +177,17 @@ fn on_the_way(path: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// Whether a mount leads to something that is needed.
+/// Whether a mount leads to a needed path.
 fn is_needed(point: &Path, needed: &[PathBuf]) -> bool {
     needed.iter().any(|path| path.starts_with(point))
 }
 
-/// Does something with the mounts of the first process in sight: those of the calling one are as they
-/// were when it left them, less what it had no use for. Where that cannot be, it is done with these.
+/// Runs a function in the mounts of process 1: the calling process still has the mounts from its
+/// start, without those that it did not need. If that fails, the function runs in the present
+/// mounts.
 ///
-/// No descriptor of that namespace is kept: whoever lets go of it last unmounts what is mounted there.
+/// It keeps no descriptor of that namespace: the process that closes the last one unmounts
+/// everything there.
 pub(crate) fn among_present_mounts<T: Send>(work: impl FnOnce() -> T + Send) -> T {
     let enter = || {
         // Threads share their root and working directory, and may not while one changes its mounts.

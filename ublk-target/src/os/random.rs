@@ -1,8 +1,8 @@
-//! Random numbers of the kernel's.
+//! Random numbers from the kernel.
 
 use rustix::rand::{GetRandomFlags, getrandom};
 
-/// A number that nobody can guess.
+/// An unpredictable number.
 #[must_use]
 pub fn number() -> u64 {
     let mut bytes = [0; 8];

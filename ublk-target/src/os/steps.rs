@@ -1,10 +1,10 @@
-//! Named steps of the control path, for tests that kill a process at each of them. Without the feature
-//! `test-hooks` of this package nothing happens at them.
+//! Named steps of the control path, for tests that kill a process at each step. Without the feature
+//! `test-hooks` of this package, a step does nothing.
 //!
-//! `UBLK_TARGET_STEP` in the environment is `STEP WHOM SIGNAL FILE`: the first process that comes to
-//! the step removes the file and sends the signal, to itself (`self`) or to the process that has
-//! started it (`parent`). All others, and the same one later, find no file and go on. After a kill it
-//! goes on when the killed process has closed its files, as if it had come to the step later.
+//! The environment variable `UBLK_TARGET_STEP` is `STEP WHOM SIGNAL FILE`. The first process that
+//! reaches the step removes the file and sends the signal, to itself (`self`) or to its parent
+//! (`parent`). Later calls find no file and continue. After killing its parent, the process
+//! continues only when the parent has closed its files, as if it had reached the step later.
 
 /// The process has come to a step.
 #[cfg(not(feature = "test-hooks"))]

@@ -1,10 +1,10 @@
-//! Text of others: names of processes, paths, what devices say of themselves. Whoever chose it may
-//! have put in what a terminal takes for a command.
+//! Text from others: process names, paths, descriptions of devices. It may contain control
+//! sequences for a terminal.
 
 use std::fmt::{self, Display, Write};
 
-/// Shows a text without what a terminal would obey: control characters but the line's end, and those
-/// that change the direction of writing, are written as `\u{…}`.
+/// Shows a text without control sequences: control characters except the line end, and characters
+/// that change the writing direction, appear as `\u{…}`.
 pub struct Printable<T>(pub T);
 
 impl<T: Display> Display for Printable<T> {
@@ -13,7 +13,7 @@ impl<T: Display> Display for Printable<T> {
     }
 }
 
-/// A name as a part of a line: as [`Printable`], and line ends are escaped, too.
+/// A name within a line: as [`Printable`], with line ends escaped, too.
 #[must_use]
 pub fn printable(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
@@ -41,7 +41,7 @@ impl<W: Write + ?Sized> Write for Escaping<'_, W> {
     }
 }
 
-/// Whether a terminal does something else with it than showing it.
+/// Whether a terminal interprets the character instead of showing it.
 fn is_obeyed(character: char) -> bool {
     let is_direction = matches!(character, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     character.is_control() || is_direction

@@ -1,7 +1,7 @@
-//! A bounded wait for a condition: the one way to wait in the control path.
+//! A bounded wait for a condition: the only way to wait in the control path.
 //!
-//! A condition is looked at again when a descriptor wakes the wait, and otherwise at an interval, for much
-//! of what the kernel does tells nobody. Meanwhile somebody may be told what is waited for.
+//! A wait checks its condition when a descriptor wakes it, and otherwise at an interval, since the
+//! kernel does not report many events. During a long wait it reports what it waits for.
 
 use std::fmt::{self, Display};
 use std::ops::ControlFlow;
@@ -13,7 +13,7 @@ use nix::sys::signal::Signal;
 
 use crate::os::wakeups::Wakeups;
 
-/// A wait, which may be for several conditions one after the other: they share its limit.
+/// A wait. It may be used for several conditions, one after the other, which share its limit.
 #[must_use = "nothing is waited for before `until`"]
 pub struct Wait<'a> {
     began: Instant,
@@ -23,21 +23,21 @@ pub struct Wait<'a> {
     progress: Option<Box<Progress<'a>>>,
 }
 
-/// Is told what is waited for, and for how long already.
+/// Called with what the wait is for, and how long it has taken.
 type Progress<'a> = dyn FnMut(&dyn Display, Duration) + 'a;
 
-/// A condition that did not come true.
+/// A condition that did not become true.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Unmet<R> {
-    /// What was waited for, or what the condition failed with last.
+    /// What the wait was for, or the last error of the condition.
     pub reason: R,
-    /// For how long.
+    /// How long the wait took.
     pub waited: Duration,
-    /// The signal that has ended the wait; `None` if its limit has.
+    /// The signal that ended the wait; `None` if it reached its limit.
     pub signal: Option<Signal>,
 }
 
-/// Words that are made only if somebody reads them.
+/// Words that are made only if they are shown.
 pub struct Words<F>(pub F);
 
 impl<F: Fn() -> String> Display for Words<F> {
@@ -47,38 +47,38 @@ impl<F: Fn() -> String> Display for Words<F> {
 }
 
 impl<'a> Wait<'a> {
-    /// Waits so long altogether, from now on.
+    /// Waits at most this long in total, from now on.
     pub fn at_most(limit: Duration) -> Self {
         let pace = Pace { limit: Some(limit), next_word: None, between_words: None };
         Self { began: Instant::now(), pace, interval: Duration::MAX, wakeups: None, progress: None }
     }
 
-    /// Waits for as long as it takes.
+    /// Waits without a limit.
     pub fn endless() -> Self {
         let mut wait = Self::at_most(Duration::MAX);
         wait.pace.limit = None;
         wait
     }
 
-    /// Counts the time from then on.
+    /// Counts the time from this instant on.
     pub fn since(mut self, began: Instant) -> Self {
         self.began = began;
         self
     }
 
-    /// Looks again after so long. Without it only a descriptor or a signal wakes the wait.
+    /// Checks again after this interval. Without it, only a descriptor or a signal wakes the wait.
     pub fn every(mut self, interval: Duration) -> Self {
         self.interval = interval;
         self
     }
 
-    /// A signal ends the wait. Other wake-ups stay for whoever waits for them.
+    /// A signal ends the wait. Other wake-ups stay for later waits.
     pub fn or_signal(mut self, wakeups: &'a Wakeups) -> Self {
         self.wakeups = Some(wakeups);
         self
     }
 
-    /// Tells what is waited for when that has taken so long.
+    /// Reports once, after this time.
     pub fn telling_once(
         mut self,
         after: Duration,
@@ -89,7 +89,7 @@ impl<'a> Wait<'a> {
         self
     }
 
-    /// As [`Wait::telling_once`], and again each time when it has taken so much longer.
+    /// As [`Wait::telling_once`], and again after each further `then`.
     pub fn telling(
         mut self,
         after: Duration,
@@ -106,10 +106,11 @@ impl<'a> Wait<'a> {
         self.began.elapsed()
     }
 
-    /// Looks until the condition holds, which breaks with a value, or says why it does not.
+    /// Checks until the condition is met. It breaks with a value, or continues with the reason why
+    /// it is not met.
     ///
     /// # Errors
-    /// [`Unmet`] at the limit, or when a signal has come. The wait can go on then.
+    /// [`Unmet`] at the limit, or after a signal. The wait can continue then.
     pub fn until<T, R: Display>(
         &mut self,
         look: impl FnMut() -> ControlFlow<T, R>,
@@ -117,8 +118,8 @@ impl<'a> Wait<'a> {
         self.until_or(None, look)
     }
 
-    /// As [`Wait::until`]; looks again as soon as a descriptor can be read, too. The condition has to see
-    /// what makes it so.
+    /// As [`Wait::until`], but also checks as soon as the descriptor is readable. The condition
+    /// must handle what makes it readable, or the wait spins.
     ///
     /// # Errors
     /// As [`Wait::until`].
@@ -150,8 +151,8 @@ impl<'a> Wait<'a> {
         let signals = self.wakeups.map(Wakeups::signals);
         let fds = [fd, signals].into_iter().flatten();
         let mut fds: Vec<_> = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
-        // To the next millisecond, so that what is due then is due when the rest is over. A signal that
-        // interrupts it ends it early.
+        // Rounded up to the next millisecond, so that the end is due when the pause is over. A
+        // signal ends the pause early.
         let time =
             if time.is_zero() { time } else { time.saturating_add(JUST_UNDER_A_MILLISECOND) };
         let _ = poll(&mut fds, PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX));
@@ -160,7 +161,7 @@ impl<'a> Wait<'a> {
 
 const JUST_UNDER_A_MILLISECOND: Duration = Duration::from_nanos(999_999);
 
-/// When a wait is over, and when there is something to be told. All times are since it began.
+/// The end of a wait, and its next report. All times count from its start.
 #[derive(Clone, Copy, Debug)]
 struct Pace {
     limit: Option<Duration>,
@@ -173,7 +174,7 @@ impl Pace {
         self.limit.is_some_and(|limit| waited >= limit)
     }
 
-    /// Whether something is to be told now. Words that would have been due meanwhile are not made up for.
+    /// Whether to report now. Missed reports are dropped.
     fn is_to_tell(&mut self, waited: Duration) -> bool {
         let Some(due) = self.next_word.filter(|due| waited >= *due) else { return false };
         self.next_word = self.between_words.map(|between| {
@@ -186,7 +187,7 @@ impl Pace {
         true
     }
 
-    /// For how long there is neither an end nor a word.
+    /// The time until the next report or the end.
     fn longest_rest(&self, waited: Duration) -> Duration {
         let due = self.limit.into_iter().chain(self.next_word).min();
         due.map_or(Duration::MAX, |due| due.saturating_sub(waited))
@@ -207,7 +208,7 @@ mod tests {
         Duration::from_secs(seconds)
     }
 
-    /// By a clock that goes in steps: when words are said, and when the wait is over.
+    /// With a clock that steps: the times of the reports, and of the end.
     #[test]
     fn words_and_end_come_in_time() {
         let pace = |limit, next_word, between_words| Pace { limit, next_word, between_words };
@@ -263,7 +264,7 @@ mod tests {
             if left == 0 { ControlFlow::Break(7) } else { ControlFlow::Continue("it") }
         });
         assert_eq!(value, Ok(7));
-        // One that holds needs no time.
+        // A condition that is met needs no time.
         let held = Wait::at_most(Duration::ZERO).until(|| ControlFlow::<_, &str>::Break(8));
         assert_eq!(held, Ok(8));
     }
@@ -309,7 +310,7 @@ mod tests {
     fn a_descriptor_wakes_it() {
         let mut child = std::process::Command::new("true").spawn().unwrap();
         let watch = Watch::on(child.id());
-        // Without that it would be looked at once.
+        // Without an interval it would be checked once.
         let status = Wait::at_most(s(600)).until_or(watch.fd(), || match child.try_wait() {
             Ok(None) => ControlFlow::Continue("its end"),
             ended => ControlFlow::Break(ended),

@@ -9,31 +9,31 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use uring_ext::Errno;
 
-/// What woke the main thread.
+/// The event that woke the main thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wake {
-    /// A signal that asks the server to end.
+    /// A signal that ends the server.
     Signal(Signal),
-    /// SIGHUP, where it does not ask for the end; only [`Wakeups::wait_or_hangup`] says so.
+    /// SIGHUP, if it does not end the server; only [`Wakeups::wait_or_hangup`] reports it.
     Hangup,
     /// A lane has ended.
     LaneEnded,
-    /// The driver takes back fetches of a lane: it delivers no more.
+    /// The driver has cancelled fetches of a lane: it delivers no more requests.
     Undelivered,
-    /// Somebody asks for something.
+    /// A control request has come.
     ControlRequest,
-    /// The other descriptor can be read.
+    /// The other descriptor is readable.
     Other,
-    /// Nothing within the time.
+    /// The time is over.
     TimedOut,
 }
 
-/// What SIGHUP means to a process.
+/// The meaning of SIGHUP for a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hangup {
-    /// Its terminal has gone, and it ends.
+    /// The terminal is gone; the process ends.
     Ends,
-    /// It opens its log again, or reads its configuration again.
+    /// The process reopens its log, or rereads its configuration.
     IsApart,
 }
 
@@ -41,7 +41,7 @@ pub enum Hangup {
 #[derive(Debug)]
 pub struct Wakeups {
     signals: SignalFd,
-    /// SIGHUP, where it does not ask for the end.
+    /// SIGHUP, if it does not end the process.
     hangup: Option<SignalFd>,
     /// The last signal that came; 0 if there was none.
     last: AtomicI32,
@@ -51,8 +51,8 @@ pub struct Wakeups {
 }
 
 impl Wakeups {
-    /// Blocks the signals in this thread, and so in all threads that it starts from now on; a control
-    /// command is then never interrupted half-way.
+    /// Blocks the signals in this thread and in all threads that it starts later, so that no signal
+    /// interrupts a control command.
     ///
     /// # Errors
     /// `EMFILE` at the limit of open files.
@@ -69,7 +69,7 @@ impl Wakeups {
         Ok(Self { signals, hangup, last, lanes, undelivered, control_requests })
     }
 
-    /// Whether SIGHUP has come since the last look, and does not ask for the end.
+    /// Whether SIGHUP has come since the last call, and does not end the process.
     pub(crate) fn take_hangup(&self) -> bool {
         let Some(hangup) = &self.hangup else { return false };
         let mut has_come = false;
@@ -79,33 +79,33 @@ impl Wakeups {
         has_come
     }
 
-    /// Says that a lane has ended. Callable from any thread.
+    /// Reports that a lane has ended. Callable from any thread.
     pub fn lane_ended(&self) {
         // It can only fail at 2^64 - 1 ended lanes.
         let _ = self.lanes.write(1);
     }
 
-    /// Says that the driver takes back fetches. Callable from any thread.
+    /// Reports that the driver has cancelled fetches. Callable from any thread.
     pub fn undelivered(&self) {
         let _ = self.undelivered.write(1);
     }
 
-    /// Whether fetches were taken back and nobody has looked; somebody has now.
+    /// Whether fetches were cancelled since the last call; clears this.
     pub(crate) fn take_undelivered(&self) -> bool {
         self.undelivered.read().is_ok()
     }
 
-    /// Whether the end of a lane has not been looked at yet; it has been now.
+    /// Whether a lane has ended since the last call; clears this.
     pub(crate) fn take_lane_ended(&self) -> bool {
         self.lanes.read().is_ok()
     }
 
-    /// Can be read when a signal has come.
+    /// Readable when a signal has come.
     pub(crate) fn signals(&self) -> BorrowedFd<'_> {
         self.signals.as_fd()
     }
 
-    /// A signal that has come and was not looked at yet; it has been now.
+    /// A signal that has come and was not read yet; this reads it.
     pub(crate) fn take_signal(&self) -> Option<Signal> {
         let info = self.signals.read_signal().ok()??;
         let number = i32::try_from(info.ssi_signo).unwrap_or(0);
@@ -114,13 +114,13 @@ impl Wakeups {
         Some(signal)
     }
 
-    /// The last signal that has ever come, whoever has looked at it.
+    /// The last signal that has come, whether it was read or not.
     pub(crate) fn last_signal(&self) -> Option<Signal> {
         while self.take_signal().is_some() {}
         Signal::try_from(self.last.load(Ordering::Relaxed)).ok()
     }
 
-    /// Says that somebody asks for something. Callable from any thread.
+    /// Reports a control request. Callable from any thread.
     pub fn control_request(&self) {
         let _ = self.control_requests.write(1);
     }
@@ -130,12 +130,13 @@ impl Wakeups {
         self.wait_for(None, false, timeout)
     }
 
-    /// Waits for a signal, the end of a lane, a control request, or until another descriptor can be read.
+    /// Waits for a signal, the end of a lane, a control request, or until another descriptor is
+    /// readable.
     pub fn wait_or(&self, other: BorrowedFd<'_>, timeout: PollTimeout) -> Wake {
         self.wait_for(Some(other), false, timeout)
     }
 
-    /// As [`Wakeups::wait_or`], or until SIGHUP comes, which other waits leave for this one.
+    /// As [`Wakeups::wait_or`], and also for SIGHUP, which other waits leave pending.
     pub fn wait_or_hangup(&self, other: Option<BorrowedFd<'_>>, timeout: PollTimeout) -> Wake {
         self.wait_for(other, true, timeout)
     }
@@ -182,7 +183,7 @@ impl Wakeups {
     }
 }
 
-/// Blocks signals in this thread, and in all that it starts, to be read from a descriptor.
+/// Blocks signals in this thread and in all that it starts, and reads them from a descriptor.
 fn signals(of: &[Signal]) -> Result<SignalFd, Errno> {
     let set: SigSet = of.iter().copied().collect();
     let errno = |errno| Errno::new(errno as i32);

@@ -1,4 +1,4 @@
-//! The side of those who want to know.
+//! The client side.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::ops::ControlFlow;
@@ -20,11 +20,11 @@ use crate::os::wait::Wait;
 use crate::socket::protocol::{Answer, Command, MAX_RESPONSE_BYTES, Response, Snapshot, VERSION};
 use crate::socket::socket_path;
 
-/// How long a server may take to answer.
+/// The longest wait for an answer of a server.
 pub const PATIENCE: Duration = Duration::from_secs(5);
-/// How long it may take to stop the deliveries of its device.
+/// The longest wait until a server has quiesced its device.
 const TO_STOP_DELIVERIES: Duration = Duration::from_secs(40);
-/// How long a server that lives may be without its socket: it starts, recovers, or becomes another one.
+/// How long a live server may be without its socket: while it starts, recovers, or upgrades.
 const TO_LISTEN: Duration = Duration::from_secs(5);
 
 /// Why statistics are unavailable.
@@ -34,19 +34,19 @@ pub enum ClientError {
     /// There is no such device.
     #[error("there is no ublk device {0}")]
     NoDevice(u32),
-    /// The socket is root's.
+    /// The socket is for root only.
     #[error("the statistics of device {0} are for root only: run as root")]
     NotRoot(u32),
     /// The server is dead.
     #[error("the server of device {0} is dead; `ublk-target del -n {0}` cleans up")]
     Dead(u32),
-    /// The server is dead, and the device can have another one.
+    /// The server is dead, and the device can be recovered.
     #[error(
-        "the server of device {0} is dead, and the device waits for another one: \
-         `ublk-target recover -n {0}` gives it one"
+        "the server of device {0} is dead, and the device waits for the next one: \
+         `ublk-target recover -n {0}` starts it"
     )]
     Waits(u32),
-    /// The server does not listen yet, or no more.
+    /// The server does not listen yet, or no longer.
     #[error(
         "the server of device {id} ({pid}) cannot be asked: it has no socket in {RUN_DIR}; if it has \
          just been started, recovered or upgraded, try again"
@@ -58,7 +58,7 @@ pub enum ClientError {
         pid: u32,
     },
     /// Another program serves the device.
-    #[error("device {id} is served by {name} ({pid}); only ublk-target gives statistics")]
+    #[error("device {id} is served by {name} ({pid}); only a server of ublk-target has statistics")]
     Foreign {
         /// The device.
         id: u32,
@@ -75,18 +75,18 @@ pub enum ClientError {
     Silent {
         /// The server, in words.
         server: String,
-        /// How long.
+        /// The waited time.
         waited: Duration,
     },
-    /// The server said no.
+    /// The server refused.
     #[error("the server of device {id} refuses: {error}")]
     Refused {
         /// The device.
         id: u32,
-        /// Its words.
+        /// Its error text.
         error: String,
     },
-    /// The answer makes no sense.
+    /// The answer is not valid.
     #[error("the answer of the server of device {id} is not understood: {why}")]
     Corrupt {
         /// The device.
@@ -94,7 +94,7 @@ pub enum ClientError {
         /// What is wrong with it.
         why: String,
     },
-    /// The socket does not work.
+    /// The socket failed.
     #[error("the server of device {id} cannot be reached: {errno}")]
     Unreachable {
         /// The device.
@@ -102,7 +102,7 @@ pub enum ClientError {
         /// Why.
         errno: Errno,
     },
-    /// The driver does not say what the device is.
+    /// The driver's query of the device failed.
     #[error(transparent)]
     Control(#[from] ControlError),
 }
@@ -120,7 +120,7 @@ impl Client {
     /// Connects to the server of the device `id`.
     ///
     /// # Errors
-    /// [`ClientError`]: without a socket, the driver is asked why.
+    /// [`ClientError`]: without a socket, the driver's state of the device gives the reason.
     pub fn connect(id: u32) -> Result<Self, ClientError> {
         // Nobody tells when it listens.
         let connected = Wait::at_most(TO_LISTEN).every(Duration::from_millis(10)).until(|| {
@@ -139,14 +139,14 @@ impl Client {
         connected.unwrap_or_else(|unmet| Err(unmet.reason))
     }
 
-    /// Speaks with the server of the device `id` on a stream of the caller's, which waits for an
-    /// answer as long as `patience`.
+    /// Uses a connected stream to the server of the device `id`, with `patience` as the longest
+    /// wait for an answer.
     #[must_use]
     pub fn new(id: u32, stream: UnixStream, patience: Duration) -> Self {
         Self { id, stream, received: Vec::new(), patience }
     }
 
-    /// Asks for what is known now.
+    /// Asks for a snapshot.
     ///
     /// # Errors
     /// [`ClientError`].
@@ -162,8 +162,8 @@ impl Client {
         }
     }
 
-    /// Has the server take note of backings that have grown; how many bytes the device may have.
-    /// `size` is that of a null device.
+    /// Makes the server read the new size of its backings, and returns the largest size of the
+    /// device in bytes. `size` is the new size of a null device.
     ///
     /// # Errors
     /// [`ClientError`].
@@ -176,11 +176,11 @@ impl Client {
         }
     }
 
-    /// Has the server hand the device over to another program. It has stopped the deliveries when this
-    /// returns, and lets the device go.
+    /// Makes the server hand the device over to another program. When this returns, the server has
+    /// quiesced the device, and is about to close it.
     ///
     /// # Errors
-    /// [`ClientError`]: the server serves the device on.
+    /// [`ClientError`]: the server still serves the device.
     pub fn upgrade(&mut self, program: &Program) -> Result<(), ClientError> {
         let (path, file) = (program.path().to_owned(), program.identity());
         let descriptor = program.as_raw_fd();
@@ -219,7 +219,7 @@ impl Client {
         parse(&line).map_err(|why| ClientError::Corrupt { id: self.id, why })
     }
 
-    /// Tells the server that the connection is still wanted. It ends one that says nothing for
+    /// Keeps the connection alive. The server closes a connection that is silent for
     /// [`Limits::idle`](crate::socket::Limits::idle).
     ///
     /// # Errors
@@ -228,7 +228,7 @@ impl Client {
         self.stream.write_all(b"\n").map_err(|error| self.failed(&error))
     }
 
-    /// What it means if the connection can be read though nothing was asked.
+    /// Why the connection is readable without a request.
     #[must_use]
     pub fn gone(&self) -> ClientError {
         ClientError::Gone(self.id)
@@ -277,7 +277,7 @@ impl Client {
     }
 }
 
-/// Readable when the device is gone, since the server says nothing unasked.
+/// Readable when the device is gone, since the server sends nothing unasked.
 impl AsFd for Client {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
@@ -287,13 +287,12 @@ impl AsFd for Client {
 fn parse(line: &[u8]) -> Result<Answer, String> {
     let response: Response = serde_json::from_slice(line).map_err(|error| error.to_string())?;
     if response.version != VERSION {
-        return Err(format!("it is of version {}, not {VERSION}", response.version));
+        return Err(format!("its version is {}, not {VERSION}", response.version));
     }
     Ok(response.answer)
 }
 
-/// Connects. The time limit is for the case that the server does not accept, and stays for what is
-/// written later.
+/// Connects. The time limit covers a server that does not accept, and also later writes.
 fn open(path: &Path, patience: Duration) -> io::Result<UnixStream> {
     let flags = SocketFlags::CLOEXEC;
     let socket = net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
@@ -303,25 +302,25 @@ fn open(path: &Path, patience: Duration) -> io::Result<UnixStream> {
     Ok(stream)
 }
 
-/// Whether there is a socket that nobody listens on.
+/// Whether a socket exists, but nobody listens on it.
 pub(super) fn is_deserted(path: &Path) -> bool {
     let refused = |error: io::Error| error.kind() == ErrorKind::ConnectionRefused;
     open(path, Duration::from_secs(1)).is_err_and(refused)
 }
 
-/// Whether a process listens for the device `id`: it has a server, though that may be in another pid
-/// namespace and have no process id here.
+/// Whether a process listens for the device `id`: then it has a server, perhaps in another pid
+/// namespace and without a process id here.
 #[must_use]
 pub fn is_served(id: u32) -> bool {
     open(&socket_path(Path::new(RUN_DIR), id), Duration::from_secs(1)).is_ok()
 }
 
-/// Whether a device without a server keeps its clients, and perhaps their I/O, for the next one.
+/// Whether a device without a server stays for the next server.
 fn waits(device: &Description) -> bool {
     matches!(device.state.as_str(), "QUIESCED" | "FAIL_IO")
 }
 
-/// A server that does not answer, and what holds it up, if that is to be seen.
+/// Describes a server that does not answer, with the reason if one is visible.
 fn silent(id: u32, waited: Duration) -> ClientError {
     let mut server = format!("the server of device {id}");
     if let Some(process) = usage::servers_of(id).first() {
@@ -330,7 +329,7 @@ fn silent(id: u32, waited: Duration) -> ClientError {
     ClientError::Silent { server, waited }
 }
 
-/// Why the socket of a device could not be connected to.
+/// The error for a failed connection to the socket of a device.
 fn why_not(id: u32, error: &io::Error) -> ClientError {
     if error.kind() == ErrorKind::PermissionDenied {
         return ClientError::NotRoot(id);

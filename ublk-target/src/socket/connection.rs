@@ -1,4 +1,4 @@
-//! One client: what it has sent and is yet to get. Nothing here waits for it.
+//! One client: its pending input and output. Nothing here blocks on it.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -10,31 +10,31 @@ use ublk_engine::engine::Recorder;
 
 use crate::socket::protocol::{Answer, BadRequest, Command, MAX_REQUEST_BYTES};
 
-/// Bytes written at a time, so that a big answer does not keep others waiting.
+/// Bytes per write, so that a big answer does not delay other clients.
 const WRITE_BYTES: usize = 256 << 10;
 
-/// A connected client. It gets its answers before its next line is looked at, so that it cannot
-/// make the server pile them up.
+/// A connected client. Its next line is read only after its last answer was written, so answers
+/// cannot pile up.
 #[derive(Debug)]
 pub(super) struct Connection {
     stream: UnixStream,
     received: Vec<u8>,
     to_send: Vec<u8>,
     sent: usize,
-    /// The client sends no more, or its last line is not worth going on.
+    /// The client has closed its sending side, or sent an invalid line.
     ending: bool,
     broken: bool,
     has_asked: bool,
     idle: Duration,
     deadline: Instant,
-    /// What each lane has measured since the last snapshot, if the client wants latencies.
+    /// The latencies of each lane since the last snapshot, if the client wants them.
     pub latencies: Option<Vec<Recorder>>,
-    /// Process id of the client, if it is one of this pid namespace.
+    /// Process id of the client, if it is in this pid namespace.
     pub client: Option<u32>,
 }
 
 impl Connection {
-    /// `idle` is how long nothing may move.
+    /// `idle` is the longest time without traffic.
     ///
     /// # Errors
     /// Those of `fcntl`.
@@ -59,23 +59,24 @@ impl Connection {
         self.stream.as_fd()
     }
 
-    /// What the connection waits for. That the client has gone is reported in any case.
+    /// The poll events of the connection. A hang-up is always reported.
     pub fn interest(&self) -> PollFlags {
         if self.is_sending() { PollFlags::POLLOUT } else { PollFlags::POLLIN }
     }
 
-    /// When the connection ends if nothing moves.
+    /// When the connection ends without traffic.
     pub fn deadline(&self) -> Instant {
         self.deadline
     }
 
-    /// Whether the client has asked for nothing yet, for so long.
+    /// Whether the client has been connected for this time without a request.
     pub fn has_not_asked_for(&self, time: Duration, now: Instant) -> bool {
         let has_asked = self.has_asked || !self.received.is_empty();
         !has_asked && now + self.idle >= self.deadline + time
     }
 
-    /// Whether the client has closed the connection. One that only sends no more waits for its answer.
+    /// Whether the client has closed the connection. A client that has closed only its sending side
+    /// still waits for its answer.
     pub fn has_gone(&self) -> bool {
         let mut fds = [PollFd::new(self.stream.as_fd(), PollFlags::empty())];
         let looked = poll(&mut fds, PollTimeout::ZERO);
@@ -87,7 +88,7 @@ impl Connection {
         self.broken || said_all || now >= self.deadline
     }
 
-    /// Reads and writes what can be without waiting.
+    /// Reads and writes without blocking.
     pub fn exchange(&mut self) {
         let exchanged = if self.is_sending() { self.write() } else { self.read() };
         match exchanged {
@@ -98,7 +99,7 @@ impl Connection {
         }
     }
 
-    /// The next command, once the answer to the one before is out.
+    /// The next command, once the previous answer is written.
     pub fn next_command(&mut self) -> Option<Result<Command, BadRequest>> {
         loop {
             if self.broken || self.is_sending() {
@@ -129,7 +130,7 @@ impl Connection {
         self.exchange();
     }
 
-    /// Ends the connection with an error in words, as far as the client takes it.
+    /// Closes the connection with an error text, as far as the client reads it.
     pub fn dismiss(mut self, error: &str) {
         self.send(Answer::Error(error.to_owned()));
     }
@@ -148,7 +149,7 @@ impl Connection {
         self.received.contains(&b'\n')
     }
 
-    /// Whether there is a line that nothing keeps from being answered.
+    /// Whether a line can be answered now.
     pub fn has_line_to_answer(&self) -> bool {
         !self.broken && !self.is_sending() && self.has_line()
     }

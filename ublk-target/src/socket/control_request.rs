@@ -1,4 +1,4 @@
-//! Control requests: what clients of the socket ask of a server's main thread, which owns the lanes.
+//! Control requests of socket clients to a server's main thread, which owns the lanes.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -10,34 +10,34 @@ use ublk_engine::units::Bytes;
 use crate::device::program::Program;
 use crate::os::wakeups::Wakeups;
 
-/// What is asked.
+/// A control request.
 #[derive(Debug)]
 pub enum ControlRequest {
-    /// Take note of backings that have grown, or of a null device's new size.
+    /// Read the new size of the backings, or take a null device's new size.
     Grow {
-        /// The size of a null device.
+        /// The new size of a null device.
         size: Option<Bytes>,
-        /// Told how long the device may be.
+        /// Gets the largest size of the device.
         reply: Reply<Bytes>,
     },
     /// Hand the device over to another program.
     Upgrade {
         /// The program.
         program: Program,
-        /// Told when the driver delivers nothing more and the device is about to be let go of.
+        /// Gets the answer when the device is quiesced and the server is about to close it.
         reply: Reply<()>,
     },
 }
 
-/// Nobody has looked at the request.
+/// The main thread has not seen the request.
 const ASKED: u8 = 0;
 /// The main thread carries it out.
 const BEGUN: u8 = 1;
-/// Whoever asked has given up.
+/// The client has given up.
 const GIVEN_UP: u8 = 2;
 
-/// The main thread's end of a request. A request that has been given up must not be carried out, and one
-/// that has been begun is not given up: [`Reply::begin`] decides which.
+/// The main thread's end of a request. It must not carry out a request that the client has given
+/// up, and a client cannot give up a started request. [`Reply::begin`] decides between the two.
 #[derive(Debug)]
 pub struct Reply<T> {
     sender: SyncSender<Result<T, String>>,
@@ -45,25 +45,25 @@ pub struct Reply<T> {
 }
 
 impl<T> Reply<T> {
-    /// Whether the request is to be carried out: whoever asked still waits.
+    /// Whether to carry out the request: the client still waits.
     #[must_use]
     pub fn begin(&self) -> bool {
         replace(&self.state, BEGUN)
     }
 
-    /// Answers.
+    /// Sends the answer.
     pub fn send(self, answer: Result<T, String>) {
-        // It can only fail if whoever asked has given up.
+        // It can only fail if the client has given up.
         let _ = self.sender.try_send(answer);
     }
 }
 
-/// Decides about a request that nobody has looked at; whether this call has.
+/// Sets the state of a request that nobody has decided; returns whether this call did.
 fn replace(state: &AtomicU8, decision: u8) -> bool {
     state.compare_exchange(ASKED, decision, Ordering::AcqRel, Ordering::Acquire).is_ok()
 }
 
-/// Brings control requests to the main thread.
+/// Sends control requests to the main thread.
 #[derive(Clone, Debug)]
 pub struct Petitioner {
     sender: Sender<ControlRequest>,
@@ -71,12 +71,13 @@ pub struct Petitioner {
     patience: Patience,
 }
 
-/// How long the main thread may take.
+/// Time limits of the main thread.
 #[derive(Clone, Copy, Debug)]
 struct Patience {
-    /// Until it begins. Shorter than a client waits, who then learns that nothing has changed.
+    /// Until it begins. Shorter than the wait of a client, so the client learns that nothing has
+    /// changed.
     to_begin: Duration,
-    /// From then on.
+    /// From the beginning to the answer.
     to_end: Duration,
 }
 
@@ -84,17 +85,17 @@ const PATIENCE: Patience =
     Patience { to_begin: Duration::from_secs(4), to_end: Duration::from_secs(30) };
 
 impl Petitioner {
-    /// One, and the main thread's end.
+    /// Makes a sender, and the main thread's receiver.
     #[must_use]
     pub fn new(wakeups: Arc<Wakeups>) -> (Self, Receiver<ControlRequest>) {
         let (sender, control_requests) = channel();
         (Self { sender, wakeups, patience: PATIENCE }, control_requests)
     }
 
-    /// Asks, and waits for the answer.
+    /// Sends a request, and waits for the answer.
     ///
     /// # Errors
-    /// The server's words, why it will not.
+    /// The error text of the server.
     pub fn ask<T>(
         &self,
         control_request: impl FnOnce(Reply<T>) -> ControlRequest,
@@ -113,7 +114,7 @@ impl Petitioner {
             return Err(busy());
         }
         let unanswered =
-            |_| Err("the server has begun, and has not said what came of it".to_owned());
+            |_| Err("the server has begun the request, but has not reported a result".to_owned());
         answer.recv_timeout(self.patience.to_end).unwrap_or_else(unanswered)
     }
 }

@@ -1,4 +1,4 @@
-//! Asking the lanes.
+//! Queries the lanes.
 
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
@@ -18,7 +18,7 @@ pub(super) struct Silent(Qid);
 pub(super) struct Lanes {
     handles: Vec<LaneHandle>,
     measuring: bool,
-    /// An empty recorder for each lane, to be exchanged for the one in use.
+    /// An empty recorder for each lane, to swap with the one in use.
     spares: Vec<Option<Box<Recorder>>>,
     patience: Duration,
 }
@@ -29,12 +29,12 @@ impl Lanes {
         Self { handles, measuring: false, spares, patience }
     }
 
-    /// Number of lanes, those that have ended included.
+    /// Number of lanes, including those that have ended.
     pub fn count(&self) -> usize {
         self.handles.len()
     }
 
-    /// What is known of each lane now, but for those that have ended. The index is the lane's.
+    /// A snapshot of each lane that has not ended, with its index.
     pub fn snapshots(&self, slots: bool) -> Result<Vec<(usize, Box<LaneSnapshot>)>, Silent> {
         let answers = self.ask(|_, lane, reply| {
             // A tag has its own slot, at times one of the pool, and perhaps one for scratch.
@@ -50,14 +50,14 @@ impl Lanes {
         self.measuring
     }
 
-    /// Begins to measure latencies.
+    /// Starts to measure latencies.
     pub fn begin_measuring(&mut self) -> Result<(), Silent> {
         self.measuring = true;
         self.ask(|_, _, reply| LaneMessage::Measure { recorder: Some(Box::default()), reply })?;
         Ok(())
     }
 
-    /// Ends the measuring; the memory is freed here.
+    /// Stops measuring, and frees the memory here.
     pub fn end_measuring(&mut self) {
         if std::mem::take(&mut self.measuring) {
             self.spares.fill_with(|| None);
@@ -66,7 +66,7 @@ impl Lanes {
         }
     }
 
-    /// Hands over what each lane has measured since the last time.
+    /// Returns the latencies of each lane since the last call.
     pub fn harvest(&mut self, mut take: impl FnMut(usize, &Recorder)) -> Result<(), Silent> {
         if !self.measuring {
             return Ok(());
@@ -88,7 +88,7 @@ impl Lanes {
         Ok(())
     }
 
-    /// Sends each lane a message, then waits for the answers; a lane that has ended has none.
+    /// Sends each lane a message, then waits for the answers. A lane that has ended gives none.
     fn ask<T>(
         &self,
         mut message: impl FnMut(usize, &LaneHandle, SyncSender<T>) -> LaneMessage,

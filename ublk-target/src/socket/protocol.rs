@@ -1,4 +1,4 @@
-//! The lines of the protocol, which is described in [`stats`](super).
+//! The lines of the protocol. The [parent module](super) describes it.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -6,41 +6,42 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use ublk_engine::lane::fault::Injected;
 
-/// The version that both sides speak.
+/// The protocol version.
 pub const VERSION: u32 = 1;
 
-/// Longest line that a server reads, in bytes, its end included.
+/// Longest line that a server reads, in bytes, with the line end.
 pub const MAX_REQUEST_BYTES: usize = 1024;
-/// Longest line that a client reads, in bytes, its end included.
+/// Longest line that a client reads, in bytes, with the line end.
 pub const MAX_RESPONSE_BYTES: usize = 64 << 20;
 
-/// What a client asks for.
+/// A command of a client.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "kebab-case")]
 pub enum Command {
-    /// What is known now.
+    /// A snapshot.
     Snapshot {
         /// Measure latencies for this connection.
         #[serde(default)]
         latencies: bool,
-        /// Name each lent slot.
+        /// List each lent slot.
         #[serde(default)]
         slots: bool,
     },
-    /// Take note of backings that have grown. The answer is how long the device may be; the kernel
-    /// is told by whoever asks.
+    /// Read the new size of the backings. The answer is the largest size of the device; the client
+    /// tells the kernel the new size.
     Grow {
         /// The size of a null device, in bytes.
         #[serde(default)]
         size: Option<u64>,
     },
-    /// Hand the device over to another program. The answer is whether it will be tried.
+    /// Hand the device over to another program. The answer says whether the server will try.
     Upgrade {
         /// Its absolute path.
         program: PathBuf,
-        /// The file that this is to be: the numbers of its device and of itself.
+        /// The expected file: its device and inode numbers.
         file: (u64, u64),
-        /// A descriptor of it in the client's process: the server has left the client's mounts.
+        /// A descriptor of the file in the client's process, since the server has left the client's
+        /// mounts.
         descriptor: i32,
     },
 }
@@ -52,26 +53,26 @@ struct Request {
     command: Command,
 }
 
-/// Why a line is not understood.
+/// Why a line is not valid.
 #[non_exhaustive]
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadRequest {
-    /// It is no JSON object with a version.
+    /// It is not a JSON object with a version.
     #[error("a line must be a JSON object with a version and a command")]
     NotAnObject,
-    /// Another version.
+    /// It has an unknown version.
     #[error("version {0} is not known; this server speaks version {VERSION}")]
     Version(u64),
-    /// A command that is not known, or its parameters are wrong.
+    /// It has an unknown command, or wrong parameters.
     #[error("the command is not understood: {0}")]
     Command(String),
-    /// Beyond [`MAX_REQUEST_BYTES`].
+    /// It is longer than [`MAX_REQUEST_BYTES`].
     #[error("a line has at most {MAX_REQUEST_BYTES} bytes")]
     TooLong,
 }
 
 impl Command {
-    /// As a line, its end included.
+    /// The request as a line, with the line end.
     #[must_use]
     pub fn to_line(&self) -> String {
         to_line(&Request { version: VERSION, command: self.clone() })
@@ -93,7 +94,7 @@ impl Command {
     }
 }
 
-/// What a server answers.
+/// An answer of a server.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Response {
     /// [`VERSION`].
@@ -107,18 +108,18 @@ pub struct Response {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Answer {
-    /// What was asked for.
+    /// The snapshot.
     Snapshot(Snapshot),
-    /// How many bytes the device may have.
+    /// The largest size of the device in bytes.
     Size(u64),
-    /// It will be done.
+    /// The server will do it.
     Accepted,
-    /// Why there is none.
+    /// The error text.
     Error(String),
 }
 
 impl Answer {
-    /// As a line, its end included.
+    /// The response as a line, with the line end.
     #[must_use]
     pub fn into_line(self) -> String {
         to_line(&Response { version: VERSION, answer: self })
@@ -132,41 +133,41 @@ fn to_line(message: &impl Serialize) -> String {
     line
 }
 
-/// What is known of a device at one instant.
+/// A snapshot of a device.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Snapshot {
     /// Device id.
     pub device: u32,
-    /// Its lanes, but for those that have ended.
+    /// Its lanes, without those that have ended.
     pub lanes: Vec<LaneStats>,
     /// Latencies of all lanes together, since the connection's previous snapshot.
     pub latencies: Vec<Latency>,
 }
 
-/// What is known of a lane.
+/// A snapshot of a lane.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LaneStats {
     /// The queue.
     pub qid: u16,
-    /// When, in nanoseconds of the monotonic clock.
+    /// Time of the snapshot, in nanoseconds of the monotonic clock.
     pub at_ns: u64,
-    /// What it does and has done.
+    /// Its requests, counters and slots.
     #[serde(flatten)]
     pub activity: Activity,
-    /// Operations that met a fault which a test asked for; absent if there were none.
+    /// Operations with a fault injected by a test; absent if there were none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub injected: Option<Injected>,
     /// The lent slots; absent unless asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lent: Option<Vec<LentSlot>>,
-    /// Leaked slots, the first few: [`Slots::leaked`] has their number.
+    /// The first few leaked slots; [`Slots::leaked`] has their number.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub leaks: Vec<LentSlot>,
     /// Latencies since the connection's previous snapshot.
     pub latencies: Vec<Latency>,
 }
 
-/// What one lane, or all of a device, does and has done.
+/// Requests, counters and slots of one lane, or of all lanes of a device.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Activity {
     /// Requests that were delivered and not yet committed.
@@ -188,7 +189,7 @@ pub struct Requests {
     pub bytes: u64,
 }
 
-/// How many slots of the buffer table are doing what. `free`, `reserved`, `active`, `retiring` and
+/// Numbers of slots of the buffer table by state. `free`, `reserved`, `active`, `retiring` and
 /// `quarantined` add up to `capacity`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Slots {
@@ -198,7 +199,7 @@ pub struct Slots {
     pub free: u64,
     /// Slots that are lent.
     pub lent: u64,
-    /// Slots whose registration is under way.
+    /// Slots with a registration in flight.
     pub reserved: u64,
     /// Slots that operations may borrow.
     pub active: u64,
@@ -208,9 +209,9 @@ pub struct Slots {
     pub borrows: u64,
     /// Slots whose buffer is on its way back.
     pub retiring: u64,
-    /// Slots that the kernel may still use, for all the program knows.
+    /// Slots whose buffer the kernel may still use.
     pub quarantined: u64,
-    /// Lent slots that nothing in the program answers for.
+    /// Lent slots with a lost lease.
     pub leaked: u64,
 }
 
@@ -219,7 +220,7 @@ pub struct Slots {
 pub struct LentSlot {
     /// The slot.
     pub slot: u16,
-    /// What it is doing: `reserved`, `active`, `retiring` or `quarantined`.
+    /// Its state: `reserved`, `active`, `retiring` or `quarantined`.
     pub state: String,
     /// Device id of the request that it is lent for.
     pub device: u32,
@@ -227,7 +228,7 @@ pub struct LentSlot {
     pub qid: u16,
     /// Tag of the request.
     pub tag: u16,
-    /// For how long it has been lent, in nanoseconds.
+    /// Time since it was lent, in nanoseconds.
     pub age_ns: u64,
     /// The operations that borrow it.
     pub borrowers: Vec<Borrower>,
@@ -236,14 +237,14 @@ pub struct LentSlot {
 /// An operation that borrows a slot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Borrower {
-    /// The number by which the registry knows it, hexadecimal.
+    /// Its number in the registry, hexadecimal.
     pub label: String,
-    /// What it does; absent if it is not in flight.
+    /// The operation; absent if it is not in flight.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub op: Option<Operation>,
 }
 
-/// What is left to be done of an operation on a backing.
+/// The unfinished part of an operation on a backing.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Operation {
     /// `read`, `write`, `write-fua`, `flush`, `discard`, `write-zeroes`, `read-scratch`,

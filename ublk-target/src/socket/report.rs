@@ -1,10 +1,10 @@
-//! What happened between two snapshots.
+//! The difference between two snapshots.
 
 use serde::{Deserialize, Serialize};
 
 use crate::socket::protocol::{Activity, LaneStats, Latency, Slots, Snapshot, VERSION};
 
-/// What a device did in an interval, and what it is at the end of it.
+/// The activity of a device in an interval, and its state at the end.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Report {
     /// The version of this format, [`VERSION`].
@@ -43,7 +43,7 @@ pub struct LaneReport {
     pub lane: LaneStats,
 }
 
-/// What is done in a second.
+/// Rates per second.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Rates {
     /// Reads delivered.
@@ -59,7 +59,7 @@ pub struct Rates {
 }
 
 impl Report {
-    /// Compares two snapshots of one connection. A lane that is not in both is left out.
+    /// Compares two snapshots of one connection. A lane that is missing in one of them is left out.
     #[must_use]
     pub fn between(earlier: &Snapshot, later: Snapshot) -> Self {
         let mut report = Self {
@@ -116,7 +116,7 @@ impl Rates {
 }
 
 impl Activity {
-    /// Adds what another lane does.
+    /// Adds the rates of another lane.
     fn add(&mut self, other: &Self) {
         self.in_flight += other.in_flight;
         for (kind, requests) in &other.requests {

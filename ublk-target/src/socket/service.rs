@@ -27,14 +27,14 @@ use crate::socket::lanes::{Lanes, Silent};
 use crate::socket::protocol::{Answer, Command, Snapshot};
 use crate::socket::summary::{lane_stats, latencies};
 
-/// Bounds of what clients may take.
+/// Limits for clients.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Connections at a time; more get an error.
+    /// Most connections at a time; further ones get an error.
     pub connections: usize,
-    /// How long a client may take to ask for something before it makes room for another one.
+    /// How long a client may be connected without a request before another one can replace it.
     pub to_ask: Duration,
-    /// How long nothing may move on a connection.
+    /// The longest time without traffic on a connection.
     pub idle: Duration,
     /// How long the lanes may take to answer, all together.
     pub lanes: Duration,
@@ -48,7 +48,7 @@ impl Default for Limits {
     }
 }
 
-/// How long nobody is accepted after that failed, for instance at the limit of open files.
+/// The pause after a failed accept, for instance at the limit of open files.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 /// Clients that may wait to be accepted.
 const BACKLOG: i32 = 16;
@@ -69,7 +69,7 @@ pub struct StatsServer {
     thread: Arc<StatsThread>,
 }
 
-/// What a thread is told.
+/// A message to the thread.
 #[derive(Debug)]
 enum Change {
     Add(Box<Service>),
@@ -77,7 +77,7 @@ enum Change {
 }
 
 impl StatsThread {
-    /// Starts one that has no sockets yet.
+    /// Starts a thread without sockets.
     ///
     /// # Errors
     /// `EAGAIN` if there can be no more threads, `EMFILE` at the limit of open files.
@@ -91,8 +91,8 @@ impl StatsThread {
         Ok(Arc::new(Self { changes: Some(changes), wake, thread }))
     }
 
-    /// Listens on `path` for a device. A socket that is there is replaced: the caller has the device,
-    /// so its server is dead.
+    /// Listens on `path` for a device. It replaces an existing socket: the caller has the device,
+    /// so the former server is dead.
     ///
     /// # Errors
     /// Those of making and naming a socket.
@@ -136,7 +136,7 @@ impl Drop for StatsThread {
 }
 
 impl StatsServer {
-    /// Listens on `path`, with a thread of its own; see [`StatsThread::listen`].
+    /// Listens on `path` with its own thread; see [`StatsThread::listen`].
     ///
     /// # Errors
     /// Those of making and naming a socket, and `EAGAIN` if there can be no more threads.
@@ -177,7 +177,7 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
     Ok(UnixListener::from(socket))
 }
 
-/// All that the thread has.
+/// The state of the thread.
 struct Services {
     wake: Arc<EventFd>,
     inbox: Receiver<Change>,
@@ -201,8 +201,8 @@ impl Services {
         self.services.iter_mut().for_each(|service| service.lanes.end_measuring());
     }
 
-    /// Waits until something can be done: whether it is for the thread itself, and for each service
-    /// whether its listener and its connections are ready.
+    /// Waits for an event. Returns whether the thread has a message, and for each service whether
+    /// its listener and its connections are ready.
     fn wait(&mut self) -> Vec<bool> {
         let now = Instant::now();
         let mut fds = vec![PollFd::new(self.wake.as_fd(), PollFlags::POLLIN)];
@@ -215,7 +215,7 @@ impl Services {
         fds.iter().map(|fd| fd.any().unwrap_or(true) && result.is_ok()).collect()
     }
 
-    /// Takes new services and gives old ones up; `false` if there will be none any more.
+    /// Takes new services and drops old ones; `false` if no more will come.
     fn take_changes(&mut self) -> bool {
         let _ = self.wake.read();
         loop {
@@ -235,12 +235,12 @@ impl Services {
     }
 }
 
-/// What is served to those who ask about a device.
+/// The service of one device.
 #[derive(Debug)]
 struct Service {
     device: u32,
     listener: UnixListener,
-    /// Nobody is accepted before.
+    /// No client is accepted before this time.
     accept_after: Option<Instant>,
     lanes: Lanes,
     petitioner: Petitioner,
@@ -249,7 +249,7 @@ struct Service {
 }
 
 impl Service {
-    /// Does what can be done, by whether the listener and the connections are ready.
+    /// Handles the listener and the connections that are ready.
     fn take_turn(&mut self, ready: &[bool]) {
         for (connection, ready) in self.connections.iter_mut().zip(&ready[1..]) {
             if *ready {
@@ -269,7 +269,7 @@ impl Service {
         }
     }
 
-    /// Names the descriptors that can be ready: the listener's and the connections'.
+    /// Lists the descriptors to poll: those of the listener and the connections.
     fn name<'a>(&'a self, fds: &mut Vec<PollFd<'a>>) {
         let wanted =
             if self.accept_after.is_some() { PollFlags::empty() } else { PollFlags::POLLIN };
@@ -278,7 +278,7 @@ impl Service {
         fds.extend(of_connections.map(|each| PollFd::new(each.fd(), each.interest())));
     }
 
-    /// How long there may be nothing to do.
+    /// The time until the next deadline.
     fn patience(&mut self, now: Instant) -> PollTimeout {
         self.accept_after = self.accept_after.filter(|after| *after > now);
         if self.connections.iter().any(Connection::has_line_to_answer) {
@@ -324,8 +324,8 @@ impl Service {
         }
     }
 
-    /// Answers the next line of a connection, if there is one and the client has taken the answer
-    /// before.
+    /// Answers the next line of a connection, if there is one and the client has read the previous
+    /// answer.
     fn serve(&mut self, index: usize) {
         let answer = match self.connections[index].next_command() {
             None => return,
@@ -385,7 +385,8 @@ impl Service {
         Ok(snapshot)
     }
 
-    /// Gives each connection that wants latencies what the lanes have measured since the last time.
+    /// Gives each connection that wants latencies its share: the latencies of the lanes since the
+    /// last time.
     fn share_latencies(&mut self) -> Result<(), Silent> {
         let connections = &mut self.connections;
         self.lanes.harvest(|lane, recorder| {
@@ -395,7 +396,7 @@ impl Service {
         })
     }
 
-    /// Measures for a connection from now on, or no more.
+    /// Starts or stops measuring for a connection.
     fn measure_for(&mut self, index: usize, wanted: bool) -> Result<(), Silent> {
         let latencies = &mut self.connections[index].latencies;
         if !wanted {
@@ -410,8 +411,8 @@ impl Service {
     }
 }
 
-/// The program that a client has open: by its descriptor, or by its path if that leads to the same file
-/// here, for the server has left the client's mounts.
+/// The program that a client has open: by its descriptor, or by its path if this leads to the same
+/// file here. The server has left the client's mounts.
 fn see(
     path: &Path,
     file: (u64, u64),
@@ -424,7 +425,7 @@ fn see(
     if seen.identity() == file {
         return Ok(seen);
     }
-    Err(format!("the server finds another file than the client does in {}", path.display()))
+    Err(format!("the server and the client find different files at {}", path.display()))
 }
 
 fn all_of(recorders: &[Recorder]) -> Recorder {
@@ -433,12 +434,13 @@ fn all_of(recorders: &[Recorder]) -> Recorder {
     all
 }
 
-/// The modes of the socket let nobody else in; this is for the case that somebody widens them.
+/// Whether the client is root. The mode of the socket already ensures this, unless somebody changes
+/// it.
 fn is_allowed(peer: UnixCredentials) -> bool {
     peer.uid() == 0 || peer.uid() == geteuid().as_raw()
 }
 
-/// The time until `deadline`, rounded up so that it has passed when the wait is over.
+/// The time until `deadline`, rounded up, so that the deadline has passed after the wait.
 fn until(deadline: Instant, now: Instant) -> PollTimeout {
     let left = deadline.saturating_duration_since(now) + Duration::from_millis(1);
     PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)

@@ -1,4 +1,4 @@
-//! From what a lane knows to what clients are told.
+//! Converts the state of a lane into the form for clients.
 
 use std::collections::BTreeMap;
 
@@ -14,7 +14,7 @@ use crate::socket::protocol::{
     Activity, Borrower, LaneStats, Latency, LentSlot, Operation, Requests, Slots,
 };
 
-/// A lane's snapshot as clients see it, without latencies.
+/// A lane's snapshot for clients, without latencies.
 pub(super) fn lane_stats(lane: &LaneSnapshot, slots: bool) -> LaneStats {
     let named = |lent: &Lent| lent_slot(lane, lent);
     LaneStats {
@@ -96,7 +96,7 @@ fn operation(op: &Op) -> Operation {
     Operation { kind: kind.to_owned(), backing: op.backing.0, offset: op.offset, len: op.len }
 }
 
-/// What a recorder has recorded.
+/// The latencies of a recorder.
 pub(super) fn latencies(recorder: &Recorder) -> Vec<Latency> {
     let mut found = Vec::new();
     for (kind, kind_name) in RequestKind::NAMES.into_iter().enumerate() {

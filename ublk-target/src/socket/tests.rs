@@ -375,7 +375,7 @@ fn answers_that_make_no_sense_are_refused() {
         ("{}\n", "missing field `version`"),
         ("{\"version\":1}\n", "is not understood"),
         ("{\"version\":1,\"snapshot\":{\"device\":7}}\n", "missing field `lanes`"),
-        ("{\"version\":4,\"error\":\"x\"}\n", "of version 4"),
+        ("{\"version\":4,\"error\":\"x\"}\n", "its version is 4"),
         ("{\"version\":1,\"error\":\"busy\"}\n", "refuses: busy"),
         ("{\"version\":1,\"err", "device 3 is gone"),
     ];

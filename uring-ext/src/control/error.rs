@@ -1,27 +1,27 @@
-//! Why a command was not carried out.
+//! Errors of control commands.
 
 use std::time::Duration;
 
 use super::CONTROL_PATH;
 use crate::Errno;
 
-/// What went wrong with a control command.
+/// Error of a control command.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
-    /// The node is missing: the driver is not loaded.
+    /// The node is missing since the driver is not loaded.
     #[error("{CONTROL_PATH} is missing: the ublk driver is not loaded; run `modprobe ublk_drv`")]
     NoDriver,
-    /// The same, for a process that could not open the node either.
+    /// The same, for a process that would also lack the permission to open the node.
     #[error(
         "run as root: {CONTROL_PATH} is root's; it is missing, too, for the ublk driver is not \
          loaded: `modprobe ublk_drv` as root"
     )]
     NoDriverNorRoot,
-    /// The node may not be opened.
+    /// No permission to open the node.
     #[error("{CONTROL_PATH} may not be opened: run as root")]
     NoPermission,
-    /// There is no node, or not this driver's, though the driver is loaded.
+    /// The driver is loaded, but there is no node, or it belongs to another driver.
     #[error(
         "{CONTROL_PATH} is missing here, or is something else, though the ublk driver is loaded: this /dev \
          is not the machine's own, as in a container; it needs the character device {0}"
@@ -33,7 +33,7 @@ pub enum ControlError {
     /// The kernel has no io_uring, or forbids its use.
     #[error("io_uring is not allowed ({0}); see the sysctl kernel.io_uring_disabled")]
     NoIoUring(Errno),
-    /// The node could not be opened, or the control ring not be made.
+    /// Opening the node or making the control ring failed.
     #[error("{what}: {errno}")]
     Setup {
         /// What was tried.
@@ -49,18 +49,18 @@ pub enum ControlError {
         /// Why it failed.
         errno: Errno,
     },
-    /// The driver did not answer in time. The command goes on and may still take effect.
+    /// The driver did not answer in time. The command may still take effect.
     #[error("{command}: no answer from the driver within {} s", waited.as_secs())]
     Timeout {
         /// The command by its UAPI name.
         command: &'static str,
-        /// How long was waited.
+        /// How long the caller waited.
         waited: Duration,
     },
 }
 
 impl ControlError {
-    /// The error number where the driver gave one.
+    /// The error number, if the driver returned one.
     #[must_use]
     pub const fn errno(&self) -> Option<Errno> {
         match self {
@@ -76,10 +76,11 @@ impl ControlError {
     }
 }
 
-/// What an error of opening the node means.
+/// The meaning of an error from opening the node. `numbers` are its device numbers, if the driver
+/// is loaded.
 pub(super) fn open_error(errno: Errno, numbers: Option<&str>, is_root: bool) -> ControlError {
     match errno {
-        // ENXIO and ENODEV: a static node whose driver is not there.
+        // ENXIO and ENODEV: a static node without its driver.
         Errno::ENOENT | Errno::ENODEV | Errno::ENXIO => match (numbers, is_root) {
             (Some(numbers), _) => ControlError::NoNode(numbers.to_owned()),
             (None, true) => ControlError::NoDriver,
@@ -90,7 +91,7 @@ pub(super) fn open_error(errno: Errno, numbers: Option<&str>, is_root: bool) -> 
     }
 }
 
-/// What an error of making the control ring means.
+/// The meaning of an error from making the control ring.
 pub(super) fn ring_error(error: libublk::UblkError) -> ControlError {
     let errno =
         if let libublk::UblkError::IOError(error) = error { Errno::of(&error) } else { Errno::EIO };

@@ -1,8 +1,8 @@
-//! Commands in flight on the control ring of a thread, and the memory that the kernel has of them.
+//! Commands in flight on the control ring of a thread, and their memory, which the kernel uses.
 //!
-//! The memory stays where it is until the command has been answered, whoever waits for that: a command that
-//! was given up goes on. Its memory is freed when the answer comes after all. What is unanswered at the end
-//! of the thread is kept until that of the process, for the kernel may still use it.
+//! The memory stays in place until the command is answered, even if nobody waits for the answer: an
+//! abandoned command continues. A late answer frees its memory. At the end of the thread, the
+//! memory of unanswered commands is kept until the process ends, since the kernel may still use it.
 
 use std::any::Any;
 use std::sync::{Mutex, PoisonError};
@@ -12,25 +12,25 @@ use slab::Slab;
 /// Memory of a command.
 pub(super) type Buffer = Box<dyn Any + Send>;
 
-/// What the kernel may use for ever.
+/// Memory that the kernel may use for ever.
 static KEPT: Mutex<Vec<Buffer>> = Mutex::new(Vec::new());
 
-/// The commands of a thread. A key is used again only after its command was answered, so that an answer is
-/// never taken for another command's.
+/// The commands of a thread. A key is reused only after its command was answered, so an answer
+/// never goes to another command.
 #[derive(Debug, Default)]
 pub(super) struct InFlight(Slab<Entry>);
 
 #[derive(Debug)]
 struct Entry {
     state: State,
-    /// What the kernel reads or fills.
+    /// The memory that the kernel reads or fills.
     buffer: Option<Buffer>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Awaited,
-    /// Nobody waits for the answer any more.
+    /// Nobody waits for the answer.
     Abandoned,
     Answered(i32),
 }
@@ -43,18 +43,18 @@ pub(super) struct Answer {
 }
 
 impl InFlight {
-    /// A new command: its key, and the address of its memory, 0 without any.
+    /// Adds a command. Returns its key, and the address of its memory; 0 without memory.
     pub fn add<T: Send + 'static>(&mut self, buffer: Option<Box<T>>) -> (usize, u64) {
         let entry = self.0.vacant_entry();
         let key = entry.key();
         let buffer = buffer.map(|it| -> Buffer { it });
         let entry = entry.insert(Entry { state: State::Awaited, buffer });
-        // Where it lies by now, for the kernel.
+        // The address after the move into the table, for the kernel.
         let value = entry.buffer.as_deref_mut().and_then(|it| it.downcast_mut::<T>());
         (key, value.map_or(0, |value| std::ptr::from_mut(value).expose_provenance() as u64))
     }
 
-    /// A command has been answered.
+    /// Records the answer to a command.
     pub fn answer(&mut self, key: usize, res: i32) {
         let Some(entry) = self.0.get_mut(key) else { return };
         match entry.state {
@@ -65,13 +65,13 @@ impl InFlight {
         }
     }
 
-    /// The answer to a command, if it has come. The key is not to be used any more then.
+    /// Takes the answer to a command, if it has come. The key is invalid then.
     pub fn take(&mut self, key: usize) -> Option<Answer> {
         let State::Answered(res) = self.0.get(key)?.state else { return None };
         Some(Answer { res, buffer: self.0.remove(key).buffer })
     }
 
-    /// Nobody waits for a command any more.
+    /// Abandons a command: nobody waits for its answer.
     pub fn abandon(&mut self, key: usize) {
         let Some(entry) = self.0.get_mut(key) else { return };
         match entry.state {
@@ -81,7 +81,7 @@ impl InFlight {
         }
     }
 
-    /// A command was never given to the kernel.
+    /// Removes a command that the kernel never got.
     pub fn withdraw(&mut self, key: usize) {
         drop(self.0.try_remove(key));
     }
@@ -96,7 +96,7 @@ impl Drop for InFlight {
     fn drop(&mut self) {
         let is_answered = |entry: &Entry| matches!(entry.state, State::Answered(_));
         let unanswered = self.0.drain().filter(|entry| !is_answered(entry));
-        // Whoever panicked has added to it, or has not.
+        // After a panic of another thread, the list is valid all the same.
         let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
         kept.extend(unanswered.filter_map(|entry| entry.buffer));
     }
@@ -110,7 +110,7 @@ mod tests {
 
     struct Memory(Arc<u64>);
 
-    /// Memory, and what tells whether it is still there.
+    /// Memory, and a weak reference that shows whether it still exists.
     fn memory() -> (Option<Box<Memory>>, Weak<u64>) {
         let memory = Memory(Arc::new(7));
         let watch = Arc::downgrade(&memory.0);
@@ -123,7 +123,7 @@ mod tests {
 
     #[test]
     fn memory_is_there_until_the_answer() {
-        /// In which order it is answered and abandoned, and whether its memory is there after each.
+        /// The order of answer and abandonment, and whether the memory exists after each.
         type Case = (&'static str, &'static [(&'static str, bool)]);
         let table: [Case; 4] = [
             ("in time", &[("answer", true), ("take", false)]),
@@ -160,13 +160,13 @@ mod tests {
         let (two, _) = commands.add(None::<Box<()>>);
         commands.answer(two, 2);
         assert!(commands.take(one).is_none());
-        // Neither of a command that there is not, nor a second one.
+        // Neither the answer to an unknown command nor a second answer has an effect.
         commands.answer(99, 9);
         commands.answer(two, 3);
         assert_eq!(commands.take(two).unwrap().res, 2);
         assert!(commands.take(two).is_none());
         commands.abandon(one);
-        // The key is taken until the late answer.
+        // The key is in use until the late answer.
         let (three, _) = commands.add(None::<Box<()>>);
         assert_ne!(three, one);
         commands.answer(one, 1);

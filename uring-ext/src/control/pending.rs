@@ -1,4 +1,4 @@
-//! Giving the control ring commands, and waiting for their answers.
+//! Submits commands to the control ring, and waits for their answers.
 
 use std::cell::RefCell;
 use std::marker::PhantomData;
@@ -12,11 +12,11 @@ use super::in_flight::{Answer, InFlight};
 use crate::Errno;
 
 thread_local! {
-    /// The ring is the thread's, and so are its commands.
+    /// The commands of this thread; each thread has its own control ring.
     static IN_FLIGHT: RefCell<InFlight> = RefCell::default();
 }
 
-/// A command under way. Dropping it before its answer abandons the answer, not the command.
+/// A command without an answer yet. Dropping it discards the answer; the command goes on.
 #[derive(Debug)]
 #[must_use]
 pub struct Pending {
@@ -27,13 +27,13 @@ pub struct Pending {
 }
 
 impl Pending {
-    /// What an answer means.
+    /// The result that an answer stands for.
     pub(super) fn result(&self, res: i32) -> Result<u32, ControlError> {
         let command = self.command;
         Errno::from_result(res).map_err(|errno| ControlError::Refused { command, errno })
     }
 
-    /// It was not answered in time.
+    /// The error if the answer did not come in time.
     pub(super) fn late(&self) -> ControlError {
         ControlError::Timeout { command: self.command, waited: self.started.elapsed() }
     }
@@ -41,13 +41,12 @@ impl Pending {
 
 impl Drop for Pending {
     fn drop(&mut self) {
-        // At the end of the thread it is given up with all others.
+        // At the end of the thread, the table of commands may be gone already.
         let _ = IN_FLIGHT.try_with(|it| it.borrow_mut().abandon(self.key));
     }
 }
 
-/// Gives the kernel a command that may use a buffer, whose address `entry` is told. The entry names no other
-/// memory.
+/// Submits a command that may use a buffer. `entry` gets the buffer's address, and names no other memory.
 pub(super) fn submit<T: Send + 'static>(
     command: &'static str,
     buffer: Option<Box<T>>,
@@ -58,16 +57,16 @@ pub(super) fn submit<T: Send + 'static>(
     let sqe = entry(address).user_data(key as u64);
     let refused = |errno| ControlError::Refused { command, errno };
     with_ctrl_ring_mut(|ring| {
-        // SAFETY: the callers name no memory but the buffer in the entry, or what is read while it is
-        // submitted. The buffer stays where it is until the command is answered (`InFlight`), whatever
-        // becomes of `pending`. The node stays open while the ring can submit.
+        // SAFETY: the entry names only the buffer, or memory that the kernel reads during submission.
+        // `InFlight` keeps the buffer in place until the command is answered, even if `pending` is
+        // dropped. The node stays open while the ring can submit.
         let pushed = unsafe { ring.submission().push(&sqe) };
         if pushed.is_err() {
-            // The kernel will never see it.
+            // The kernel never sees it.
             IN_FLIGHT.with(|it| it.borrow_mut().withdraw(key));
             return Err(refused(Errno::EBUSY));
         }
-        // An entry that is not taken now is taken with a later one.
+        // If the kernel does not take the entry now, it takes it with a later one.
         ring.submit().map(drop).map_err(|error| refused(Errno::of(&error)))
     })?;
     Ok(pending)
@@ -79,7 +78,7 @@ pub(super) fn await_answer(pending: &mut Pending, timeout: Duration) -> Option<A
     loop {
         reap();
         if let Some(answer) = IN_FLIGHT.with(|it| it.borrow_mut().take(pending.key)) {
-            // Of no command from here on.
+            // No command has this key; dropping `pending` does nothing.
             pending.key = usize::MAX;
             return Some(answer);
         }
@@ -89,7 +88,7 @@ pub(super) fn await_answer(pending: &mut Pending, timeout: Duration) -> Option<A
         }
         let timespec = types::Timespec::from(left);
         let args = types::SubmitArgs::new().timespec(&timespec);
-        // A signal or the time-out ends the wait early; the loop decides what that means.
+        // A signal or the time-out ends the wait early. The loop checks which.
         let _ = with_ctrl_ring_mut(|ring| ring.submitter().submit_with_args(1, &args));
     }
 }

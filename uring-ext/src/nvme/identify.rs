@@ -1,4 +1,4 @@
-//! What a namespace says of itself.
+//! `Identify` data of a namespace.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -8,38 +8,38 @@ use super::{
 };
 use crate::Errno;
 
-/// What a namespace says of itself.
+/// `Identify` data of a namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Identity {
     /// Its number and block size.
     pub namespace: Namespace,
     /// Its size in blocks.
     pub blocks: u64,
-    /// Bytes of metadata of each block in its present format.
+    /// Bytes of metadata of each block in the current format.
     pub metadata_bytes: u16,
-    /// Blocks deallocated by write-zeroes read as zeros.
+    /// Whether blocks that write-zeroes deallocates read as zeros.
     pub deallocates_zeroes: bool,
 }
 
 /// Asks the namespace behind a generic device or a block device for its format (`Identify`).
 ///
 /// # Errors
-/// `ENOTTY` if it is no NVMe device, `EACCES` without permission, `EIO` if the drive refuses or
-/// says what makes no sense.
+/// `ENOTTY` if it is no NVMe device, `EACCES` without permission, `EIO` if the drive refuses or its
+/// data is invalid.
 pub fn identify(device: BorrowedFd<'_>) -> Result<Identity, Errno> {
     // SAFETY: the request takes no argument.
     let nsid = unsafe { libc::ioctl(device.as_raw_fd(), IOCTL_ID.into()) };
     let nsid = u32::try_from(nsid).map_err(|_| last_errno())?;
     let data = identify_by(device, nsid, IDENTIFY_NAMESPACE)?;
     let mut identity = parse(nsid, &data).ok_or(Errno::EIO)?;
-    // A drive that does not say asks for no delay.
+    // A drive without this data demands no delay.
     let controller = identify_by(device, 0, IDENTIFY_CONTROLLER);
     let delays = controller.map(|data| RetryDelays::parse(&data));
     identity.namespace.retry_delays = delays.unwrap_or_default();
     Ok(identity)
 }
 
-/// `Identify`, of what is named by command dword 10.
+/// `Identify` with this command dword 10.
 fn identify_by(device: BorrowedFd<'_>, nsid: u32, cdw10: u32) -> Result<[u8; 4096], Errno> {
     let mut data = [0_u8; 4096];
     let mut command = Command {
@@ -50,8 +50,8 @@ fn identify_by(device: BorrowedFd<'_>, nsid: u32, cdw10: u32) -> Result<[u8; 409
         data_len: 4096,
         ..Command::default()
     };
-    // SAFETY: the command has the layout of `struct nvme_passthru_cmd`; it and the 4,096 bytes that
-    // it names outlive the call, after which the kernel uses neither.
+    // SAFETY: the command has the layout of `struct nvme_passthru_cmd`. It and its 4,096 bytes of
+    // data outlive the call, and the kernel uses neither afterwards.
     let done = unsafe {
         libc::ioctl(device.as_raw_fd(), IOCTL_ADMIN_CMD.into(), std::ptr::from_mut(&mut command))
     };
@@ -65,11 +65,11 @@ fn last_errno() -> Errno {
     Errno::of(&std::io::Error::last_os_error())
 }
 
-/// Reads `Identify Namespace` data.
+/// Parses `Identify Namespace` data.
 fn parse(nsid: u32, data: &[u8; 4096]) -> Option<Identity> {
     let blocks = u64::from_le_bytes(data[0..8].try_into().ok()?);
     let (formats, current) = (data[25], data[26]);
-    // The index has two more bits above the flag of interleaved metadata.
+    // The two upper bits of the index are above the flag for interleaved metadata.
     let index = (current & 0xf) | (current >> 1 & 0x30);
     if index > formats {
         return None;
@@ -110,6 +110,6 @@ mod tests {
             Some((9, 0))
         );
         data[26] = 3;
-        assert_eq!(parse(1, &data), None, "a format that is not there");
+        assert_eq!(parse(1, &data), None, "a format that does not exist");
     }
 }

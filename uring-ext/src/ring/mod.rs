@@ -16,7 +16,8 @@ use io_uring::{CompletionQueue, IoUring, SubmissionQueue, Submitter, types};
 use crate::Errno;
 use crate::sqe::Sqe;
 
-/// The greatest buffer table of a ring (`IORING_MAX_REG_BUFFERS`, `io_uring/rsrc.h`).
+/// The maximum number of slots of a ring's buffer table (`IORING_MAX_REG_BUFFERS`,
+/// `io_uring/rsrc.h`).
 pub const MAX_BUFFER_SLOTS: u32 = 1 << 14;
 
 /// The ring of one thread. Only the thread that made it may submit (`SINGLE_ISSUER`).
@@ -24,22 +25,22 @@ pub const MAX_BUFFER_SLOTS: u32 = 1 << 14;
 pub struct Ring {
     ring: RingInner,
     mode: RingMode,
-    /// Where the kernel finds the times of delays that are queued; one for each entry. It comes
-    /// behind the ring, which is dropped first.
+    /// The times of queued delays, one for each entry; the kernel reads them here. Declared after
+    /// the ring, which is dropped first.
     times: Box<[types::Timespec]>,
 }
 
 struct RingInner {
     ring: IoUring,
-    /// How many files are registered.
+    /// The size of the file table.
     files: usize,
 }
 
 impl Drop for RingInner {
     fn drop(&mut self) {
-        // The kernel takes a ring apart some time after it is closed (`io_ring_exit_work`), and its
-        // files, such as those of a file system that is to be unmounted, would stay open until then.
-        // Taking the whole table away would wait, before Linux 6.13, for all that is outstanding.
+        // The kernel frees a closed ring with a delay (`io_ring_exit_work`). Its files would stay
+        // open until then and could prevent an unmount. Unregistering the whole table would wait
+        // for all outstanding operations before Linux 6.13.
         let _ = self.ring.submitter().register_files_update(0, &vec![-1; self.files]);
     }
 }
@@ -51,7 +52,7 @@ impl std::fmt::Debug for RingInner {
 }
 
 impl Ring {
-    /// Makes a ring with the best set-up that the kernel takes.
+    /// Makes a ring with the best set-up that the kernel accepts.
     ///
     /// # Errors
     /// `ENOSYS` or `EPERM` where io_uring is absent or forbidden (`kernel.io_uring_disabled`),
@@ -66,7 +67,7 @@ impl Ring {
                     let ring = RingInner { ring, files: 0 };
                     return Ok(Self { ring, mode, times: times.into() });
                 }
-                // Only an unknown flag is worth another try.
+                // Only an unknown flag justifies another attempt.
                 Err(error) if Errno::of(&error) == Errno::EINVAL => last = Errno::EINVAL,
                 Err(error) => return Err(Errno::of(&error)),
             }
@@ -80,18 +81,18 @@ impl Ring {
         self.mode
     }
 
-    /// Registers a table of fixed files that are all missing yet; see [`Queues::set_files`].
+    /// Registers a table of `count` empty entries for fixed files; see [`Queues::set_files`].
     ///
     /// # Errors
     /// `EMFILE` beyond the limit of open files, `ENOMEM`.
-    pub fn register_places_of_files(&mut self, count: u16) -> Result<(), Errno> {
+    pub fn register_empty_files(&mut self, count: u16) -> Result<(), Errno> {
         let registered = self.ring.ring.submitter().register_files_sparse(count.into());
         registered.map_err(|error| Errno::of(&error))?;
         self.ring.files = count.into();
         Ok(())
     }
 
-    /// Registers a buffer table of empty slots, to be filled by the driver.
+    /// Registers a buffer table of empty slots, which the driver fills.
     ///
     /// # Errors
     /// `EINVAL` beyond [`MAX_BUFFER_SLOTS`], `ENOMEM`.
@@ -100,10 +101,10 @@ impl Ring {
     }
 
     /// The two queues and the submitter, for the thread that made the ring. Registers the ring's
-    /// own descriptor (Linux 5.18), which saves a look-up in every system call.
+    /// own descriptor (Linux 5.18), which saves a lookup in every system call.
     pub fn queues(&mut self) -> Queues<'_> {
         let (mut submitter, sq, cq) = self.ring.ring.split();
-        // Older kernels lack it; then the plain descriptor serves.
+        // Older kernels lack this; then the plain descriptor is used.
         let _ = submitter.register_ring_fd();
         let times = &mut self.times;
         Queues { submitter, sq, cq, pushed: 0, times, next_time: 0 }
@@ -117,16 +118,17 @@ impl AsRawFd for Ring {
     }
 }
 
-/// A completion, as the kernel gave it.
+/// A completion.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Cqe {
-    /// What the entry was pushed with.
+    /// The `user_data` of the entry.
     pub user_data: u64,
-    /// Zero or more, or a negated error number.
+    /// The result: 0 or more, or a negated error number.
     pub res: i32,
 }
 
-/// `IORING_CQE_F_SKIP`: fills the end of the queue, since a double completion has no gap.
+/// `IORING_CQE_F_SKIP`: fills the last entry of the queue, since a double completion must be
+/// contiguous.
 const CQE_SKIP: u32 = 1 << 5;
 /// `IORING_CQE_F_32`: a second half follows.
 const CQE_DOUBLE: u32 = 1 << 15;
@@ -136,19 +138,19 @@ pub struct Queues<'ring> {
     submitter: Submitter<'ring>,
     sq: SubmissionQueue<'ring>,
     cq: CompletionQueue<'ring>,
-    /// Entries queued in this ring's life, to know which of them is at the end of the array.
+    /// How many entries this ring has queued, to know which entry is the last of the array.
     pushed: usize,
     times: &'ring mut [types::Timespec],
     next_time: usize,
 }
 
 impl Queues<'_> {
-    /// Queues entries, all or none of them, so that a chain of links is submitted whole. Where
-    /// there is no room for them, what is queued is submitted first.
+    /// Queues all entries or none, so that a chain of links is submitted as a whole. If there is no
+    /// space, submits the queued entries first.
     ///
     /// # Errors
-    /// `EBUSY` if there is still no room, since the kernel did not take what was queued; otherwise
-    /// that of `io_uring_enter(2)`.
+    /// `EBUSY` if there is still no space, since the kernel did not take the queued entries;
+    /// otherwise as `io_uring_enter(2)`.
     #[inline(always)]
     pub fn push(&mut self, sqes: &[Sqe]) -> Result<(), Errno> {
         if let [sqe] = sqes {
@@ -192,19 +194,19 @@ impl Queues<'_> {
         pushed.map_err(|_full| Errno::EBUSY)
     }
 
-    /// Queues a delay, whose time the kernel reads when it takes the entry.
+    /// Queues a delay. The kernel reads its time when it takes the entry.
     #[cold]
     fn push_delay(&mut self, sqe: &Sqe, ns: u64) -> Result<(), Errno> {
-        // Entries are taken in order, and there are as many times as entries: when the turn comes
-        // to this one again, the entry that it was for has been taken.
+        // The kernel takes entries in order, and there are as many times as entries. So before a
+        // time is used again, the kernel has taken the entry that used it before.
         if self.sq.is_full() {
             return Err(Errno::EBUSY);
         }
         let time = &mut self.times[self.next_time];
         *time = types::Timespec::from(Duration::from_nanos(ns));
         let entry = sqe.delay_at(time);
-        // SAFETY: the time is the ring's, which outlives its queue, and it is not written to until
-        // the kernel has read it; see above.
+        // SAFETY: the time belongs to the ring, which outlives its queue, and is not overwritten
+        // before the kernel has read it; see above.
         let pushed = unsafe { self.sq.push_multiple(Sqe::entries(&[entry])) };
         self.pushed = self.pushed.wrapping_add(1);
         pushed.map_err(|_full| Errno::EBUSY)?;
@@ -212,8 +214,8 @@ impl Queues<'_> {
         Ok(())
     }
 
-    /// Submits what is queued. A ring that polls looks once for completions, and one that
-    /// [shows its work](RingSetup::show_work) does it. Does not wait.
+    /// Submits what is queued. A ring that polls polls once, and a ring that [shows its
+    /// work](RingSetup::show_work) runs it. Does not wait.
     ///
     /// # Errors
     /// See [`Queues::submit_and_wait`].
@@ -230,19 +232,19 @@ impl Queues<'_> {
         self.enter(1)
     }
 
-    /// Submits what is queued and does all the work that the kernel has for this thread: at some
-    /// time during the call there was none left, unless [entries](Queues::has_queued) or
-    /// completions are. For a ring that polls and has nothing to poll for; others wait.
+    /// Submits what is queued and runs all the kernel's work for this thread. At some time during
+    /// the call none was left, unless [entries](Queues::has_queued) or completions are. Only for a
+    /// ring that polls and has nothing to poll for; other rings would wait.
     ///
-    /// [`Queues::submit`] may leave work undone: beyond a certain amount (`IO_LOCAL_TW_DEFAULT_MAX`),
-    /// and, since Linux 7.2, all that another CPU is just adding to (`mpscq_pop`). What is added to
-    /// work that was left is not [signalled](Queues::register_event).
+    /// [`Queues::submit`] may leave work: what exceeds a limit (`IO_LOCAL_TW_DEFAULT_MAX`), and,
+    /// since Linux 7.2, the whole list while another CPU adds to it (`mpscq_pop`). Work that is
+    /// added while work is left is not [signalled](Queues::register_event).
     ///
     /// # Errors
     /// See [`Queues::submit_and_wait`].
     pub fn submit_and_settle(&mut self) -> Result<(), Errno> {
-        // The kernel goes on until there are that many completions or no work
-        // (`io_run_local_work_continue`), and does not wait where nothing is to be polled for.
+        // The kernel continues until there are that many completions or no work
+        // (`io_run_local_work_continue`), and does not wait if there is nothing to poll for.
         self.enter(self.cq.capacity())
     }
 
@@ -277,14 +279,15 @@ impl Queues<'_> {
         })
     }
 
-    /// Sees what has come since the last time, and tells the kernel what was [taken](Self::take):
-    /// before the next wait, lest it takes that for news and does not wait.
+    /// Reads the queue's tail, so that new completions can be [taken](Self::take), and writes its
+    /// head. Call this before a wait: otherwise the kernel counts completions that were already
+    /// taken, and does not wait.
     #[inline]
-    pub fn look(&mut self) {
+    pub fn sync(&mut self) {
         self.cq.sync();
     }
 
-    /// Takes a completion off the queue, of those that were there at the last [look](Self::look).
+    /// Takes a completion off the queue, of those that the last [sync](Self::sync) found.
     #[inline(always)]
     pub fn take(&mut self) -> Option<Cqe> {
         loop {
@@ -294,7 +297,7 @@ impl Queues<'_> {
                 if flags & CQE_SKIP != 0 {
                     continue;
                 }
-                // The second half comes with the first; nothing in it is of use here.
+                // The second half follows the first. Nothing in it is needed.
                 let _ = self.cq.next();
             }
             return Some(Cqe { user_data: cqe.user_data(), res: cqe.result() });
@@ -303,30 +306,30 @@ impl Queues<'_> {
 
     /// Takes completions off the queue, as many as fit; returns how many.
     pub fn reap(&mut self, into: &mut [Cqe]) -> usize {
-        self.look();
+        self.sync();
         let mut count = 0;
-        for (place, cqe) in into.iter_mut().zip(std::iter::from_fn(|| self.take())) {
-            *place = cqe;
+        for (slot, cqe) in into.iter_mut().zip(std::iter::from_fn(|| self.take())) {
+            *slot = cqe;
             count += 1;
         }
-        self.look();
+        self.sync();
         count
     }
 
-    /// Submits what is queued, and looks for completions, or work that brings some, for so many
-    /// nanoseconds at most. Says whether there are any. For a ring that
-    /// [shows its work](RingSetup::show_work).
+    /// Submits what is queued, and polls for completions, or for work that produces them, for at
+    /// most `ns` nanoseconds. Returns whether there are any. For a ring that [shows its
+    /// work](RingSetup::show_work).
     ///
     /// # Errors
     /// See [`Queues::submit_and_wait`].
-    pub fn submit_and_look(&mut self, ns: u64) -> Result<bool, Errno> {
-        /// So that the clock is not what the time is spent on.
-        const LOOKS_A_CLOCK: u32 = 32;
+    pub fn submit_and_poll(&mut self, ns: u64) -> Result<bool, Errno> {
+        /// How often to poll before the clock is read again, which costs more.
+        const POLLS_PER_CLOCK: u32 = 32;
         self.submit()?;
         let limit = Duration::from_nanos(ns);
         let mut began = None;
         loop {
-            for _ in 0..LOOKS_A_CLOCK {
+            for _ in 0..POLLS_PER_CLOCK {
                 self.cq.sync();
                 if !self.cq.is_empty() {
                     return Ok(true);
@@ -349,15 +352,16 @@ impl Queues<'_> {
         !self.sq.is_empty()
     }
 
-    /// Whether the kernel has work for this thread that [`Queues::submit`] would run, or
-    /// completions are there. Known only to rings that [show it](RingSetup::show_work).
-    pub fn has_news(&mut self) -> bool {
+    /// Whether there are completions, or the kernel has work for this thread that
+    /// [`Queues::submit`] would run. Only rings that [show their work](RingSetup::show_work) know
+    /// of the latter.
+    pub fn has_pending(&mut self) -> bool {
         self.cq.sync();
         self.sq.taskrun() || !self.cq.is_empty()
     }
 
-    /// Registers an event descriptor that is written to when there is work or a completion, as
-    /// long as [`Queues::signal`] asks for that (`IORING_REGISTER_EVENTFD`).
+    /// Registers an event descriptor (`IORING_REGISTER_EVENTFD`). The kernel writes to it when
+    /// there is work or a completion, while [`Queues::signal`] is on.
     ///
     /// # Errors
     /// `EBUSY` if there is one.
@@ -366,8 +370,7 @@ impl Queues<'_> {
         registered.map_err(|error| Errno::of(&error))
     }
 
-    /// Turns the writing to the event descriptor on or off (`IORING_CQ_EVENTFD_DISABLED`, Linux
-    /// 5.8).
+    /// Turns writes to the event descriptor on or off (`IORING_CQ_EVENTFD_DISABLED`, Linux 5.8).
     pub fn signal(&mut self, on: bool) {
         if on {
             self.cq.enable_eventfd();
@@ -377,8 +380,8 @@ impl Queues<'_> {
     }
 }
 
-/// How many entries to put in front of these, `pushed` having gone before, so that no double one
-/// lies across the end of the array, where the kernel does not take it.
+/// How many entries to put before these, after `pushed` others, so that no double entry wraps
+/// around the end of the array, which the kernel does not accept.
 fn padding(sqes: &[Sqe], capacity: usize, pushed: usize) -> usize {
     if sqes.len() == 1 {
         return 0;

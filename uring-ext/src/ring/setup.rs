@@ -48,34 +48,34 @@ impl RingMode {
     }
 }
 
-/// How a ring's operations are found to have completed.
+/// How completions are detected.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Polling {
-    /// The drive interrupts.
+    /// By interrupts of the drive.
     #[default]
     Off,
-    /// The thread asks the drive again and again (`IORING_SETUP_IOPOLL`). Such a ring takes reads,
-    /// writes and commands, and refuses other operations with `EINVAL`.
+    /// The thread polls the drive (`IORING_SETUP_IOPOLL`). Such a ring takes reads, writes and
+    /// commands, and refuses other operations with `EINVAL`.
     Busy,
-    /// As `Busy`, but the thread sleeps for half of the time that operations take
+    /// As `Busy`, but the thread first sleeps for half of the usual duration of an operation
     /// (`IORING_SETUP_HYBRID_IOPOLL`, Linux 6.13).
     Hybrid,
 }
 
-/// What a ring is to be.
+/// The configuration of a ring.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RingSetup {
-    /// Least number of submission queue entries of 64 bytes.
+    /// The minimum number of submission queue entries of 64 bytes.
     pub sq_entries: u32,
-    /// Least number of completions that the queue holds.
+    /// The minimum size of the completion queue.
     pub cq_entries: u32,
-    /// How completions are found.
+    /// How completions are detected.
     pub polling: Polling,
-    /// Take entries of 128 bytes, and give completions of 32, beside the usual ones
+    /// Accept entries of 128 bytes and return completions of 32 bytes, beside the usual ones
     /// (`IORING_SETUP_SQE_MIXED`, Linux 6.19, and `IORING_SETUP_CQE_MIXED`, Linux 6.18).
     pub mixed_sizes: bool,
-    /// Show in the submission queue that the kernel has work for this thread, for who does not
-    /// wait on the ring (`IORING_SETUP_TASKRUN_FLAG`, Linux 5.19).
+    /// Set a flag in the submission queue while the kernel has work for this thread, for threads
+    /// that do not wait on the ring (`IORING_SETUP_TASKRUN_FLAG`, Linux 5.19).
     pub show_work: bool,
 }
 
@@ -103,7 +103,7 @@ impl RingSetup {
     }
 }
 
-/// `struct io_uring_params`; the offsets that the kernel fills in are opaque here.
+/// `struct io_uring_params`, with the offsets that the kernel fills in as opaque bytes.
 #[derive(Clone, Copy, Default)]
 #[repr(C)]
 pub(crate) struct SetupParams {
@@ -126,12 +126,12 @@ fn setup(entries: u32, mut params: SetupParams) -> io::Result<IoUring> {
         libc::syscall(libc::SYS_io_uring_setup, entries, std::ptr::from_mut(&mut params))
     };
     let fd = i32::try_from(fd).ok().filter(|fd| *fd >= 0).ok_or_else(io::Error::last_os_error)?;
-    // SAFETY: the kernel has just opened it for us, and nobody else knows it.
+    // SAFETY: the kernel has just opened it for this thread, and nothing else owns it.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    // SAFETY: `Parameters` is a transparent wrapper of `struct io_uring_params`, all of it
-    // integers, which the kernel has filled in for this ring.
+    // SAFETY: `Parameters` is a transparent wrapper of `struct io_uring_params`, which consists of
+    // integers. The kernel has filled it in for this ring.
     let parameters = unsafe { std::mem::transmute::<SetupParams, Parameters>(params) };
-    // SAFETY: the descriptor is a ring's and owned, and these are its parameters. Entries are of
-    // 64 bytes and completions of 16, as `IoUring` has them; double ones are two of each.
+    // SAFETY: the descriptor is that of a ring and owned, and these are its parameters. Entries
+    // have 64 bytes and completions 16, as `IoUring` expects; a double one counts as two.
     unsafe { IoUring::from_fd(fd.into_raw_fd(), parameters) }
 }

@@ -1,4 +1,4 @@
-//! Changing the tables of files and buffers while the ring is in use, on the thread that made it.
+//! Changes to the file and buffer tables while the ring is in use, by the thread that made it.
 
 use std::os::fd::RawFd;
 
@@ -8,22 +8,23 @@ use crate::sqe::FixedFile;
 
 use super::Queues;
 
-/// How many places are changed at a time.
+/// How many entries one system call changes.
 const CHUNK: usize = 64;
 /// A slot without a buffer.
 const EMPTY: libc::iovec = libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 };
 
 impl Queues<'_> {
-    /// Puts files into places of the table, from `first` on. What was there goes, once nothing in
-    /// flight uses it.
+    /// Sets entries of the file table, from `first` on. A file that is replaced stays open until no
+    /// operation in flight uses it.
     ///
     /// # Errors
-    /// `EBADF` for a closed file, `EINVAL` beyond the table. Files before the one at fault are set.
+    /// `EBADF` for a closed file, `EINVAL` beyond the table. Files before the one that failed are
+    /// set.
     pub fn set_files(&mut self, first: FixedFile, files: &[RawFd]) -> Result<(), Errno> {
         let (mut at, mut left) = (first.0, files);
         while !left.is_empty() {
-            // The kernel stops at the first file it cannot set, and answers with how many it has set
-            // before (`__io_sqe_files_update`). It says why only if that one is the first.
+            // The kernel stops at the first file that it cannot set, and returns how many it has
+            // set (`__io_sqe_files_update`). It returns the error only if that file is the first.
             let set = self.submitter.register_files_update(at, left);
             let set = set.map_err(|error| Errno::of(&error))?;
             if set == 0 || set > left.len() {
@@ -35,7 +36,7 @@ impl Queues<'_> {
         Ok(())
     }
 
-    /// Empties places of the table of files. Allocates nothing.
+    /// Clears entries of the file table. Does not allocate.
     ///
     /// # Errors
     /// `EINVAL` beyond the table.
@@ -50,14 +51,14 @@ impl Queues<'_> {
         Ok(())
     }
 
-    /// Puts the buffers of a pool into slots of the buffer table, from `first` on. Allocates nothing.
+    /// Sets slots of the buffer table to the buffers of a pool, from `first` on. Does not allocate.
     ///
     /// # Errors
     /// `EINVAL` beyond the table, `ENOMEM` where the locked-memory limit does not suffice. Buffers
-    /// before the one at fault are set.
+    /// before the one that failed are set.
     pub fn set_buffers(&mut self, first: u16, pool: &BufferPool) -> Result<(), Errno> {
-        // One by one: the kernel stops at the first buffer it cannot set and answers with how many
-        // it has set before (`__io_sqe_buffers_update`), which the `io-uring` crate does not pass on.
+        // One by one: the kernel stops at the first buffer that it cannot set and returns how many
+        // it has set (`__io_sqe_buffers_update`), but the `io-uring` crate drops that number.
         for index in 0..pool.count() {
             let slot = u32::from(first) + u32::from(index);
             self.update_buffers(slot, &[pool.iovec(index)])?;
@@ -65,14 +66,15 @@ impl Queues<'_> {
         Ok(())
     }
 
-    /// Empties slots of the buffer table. Allocates nothing.
+    /// Clears slots of the buffer table. Does not allocate.
     ///
     /// # Errors
     /// `EINVAL` beyond the table.
     pub fn clear_buffers(&mut self, first: u16, count: u16) -> Result<(), Errno> {
         let (mut at, mut left) = (u32::from(first), usize::from(count));
         while left > 0 {
-            // An empty slot takes no memory, so this fails only beyond the table, and then as a whole.
+            // An empty slot needs no memory, so this fails only beyond the table, and then changes
+            // nothing.
             let some = left.min(CHUNK);
             self.update_buffers(at, &[EMPTY; CHUNK][..some])?;
             at += u32::try_from(some).unwrap_or(0);

@@ -29,7 +29,7 @@ fn pool_buffers_move_bytes_through_fixed_files() {
     file.write_all(&[7_u8; 8192]).unwrap();
     let mut ring = ring(4, 8);
     let pool = BufferPool::new(2, 4096).unwrap();
-    ring.register_places_of_files(1).unwrap();
+    ring.register_empty_files(1).unwrap();
     ring.register_slots(3).unwrap();
     let mut queues = ring.queues();
     queues.set_files(FixedFile(0), &[file.as_raw_fd()]).unwrap();
@@ -50,13 +50,13 @@ fn tables_change_while_the_ring_is_in_use() {
     file.write_all(&[9_u8; 8192]).unwrap();
     let mut ring = ring(4, 8);
     let pool = BufferPool::new(2, 4096).unwrap();
-    ring.register_places_of_files(200).unwrap();
+    ring.register_empty_files(200).unwrap();
     ring.register_slots(100).unwrap();
     let mut queues = ring.queues();
-    let place = FixedFile(150);
+    let index = FixedFile(150);
     let read = |queues: &mut Queues<'_>| {
         let buffer = FixedBuffer::Pool { slot: 71, addr: pool.addr(1, 0) };
-        run(queues, Sqe::read_fixed(place, buffer, 4096, 0), 1)
+        run(queues, Sqe::read_fixed(index, buffer, 4096, 0), 1)
     };
     assert_eq!(read(&mut queues), -libc::EBADF);
     queues.set_files(FixedFile(149), &[file.as_raw_fd(), file.as_raw_fd()]).unwrap();
@@ -65,11 +65,11 @@ fn tables_change_while_the_ring_is_in_use() {
     assert_eq!(read(&mut queues), 4096);
     queues.clear_buffers(0, 100).unwrap();
     assert_eq!(read(&mut queues), -libc::EFAULT);
-    // More than are changed at a time.
+    // More than one system call changes.
     let many = BufferPool::new(80, 4096).unwrap();
     queues.set_buffers(2, &many).unwrap();
     let last = FixedBuffer::Pool { slot: 81, addr: many.addr(79, 0) };
-    assert_eq!(run(&mut queues, Sqe::read_fixed(place, last, 4096, 0), 2), 4096);
+    assert_eq!(run(&mut queues, Sqe::read_fixed(index, last, 4096, 0), 2), 4096);
     queues.set_buffers(70, &pool).unwrap();
     assert_eq!(read(&mut queues), 4096);
     queues.clear_files(FixedFile(0), 200).unwrap();
@@ -79,13 +79,13 @@ fn tables_change_while_the_ring_is_in_use() {
     assert_eq!(queues.set_buffers(99, &pool), Err(Errno::EINVAL));
 }
 
-/// The kernel answers with how many places it has changed, and changes those before the one at fault.
+/// The kernel changes the entries before the one that fails, and returns their number.
 #[test]
 fn a_table_that_changes_in_part_is_an_error() {
     let file: File = tempfile();
     let closed = tempfile().as_raw_fd();
     let mut ring = ring(4, 8);
-    ring.register_places_of_files(8).unwrap();
+    ring.register_empty_files(8).unwrap();
     ring.register_slots(8).unwrap();
     let mut queues = ring.queues();
     let open = file.as_raw_fd();
@@ -99,8 +99,8 @@ fn a_table_that_changes_in_part_is_an_error() {
     let pool = BufferPool::new(3, 4096).unwrap();
     let second =
         std::ptr::with_exposed_provenance_mut(usize::try_from(pool.addr(1, 0).get()).unwrap());
-    // SAFETY: the page is the pool's second buffer, which nothing has used yet or will use: the
-    // kernel refuses to register it.
+    // SAFETY: the page is the pool's second buffer, which nothing uses: the kernel refuses to
+    // register it.
     assert_eq!(unsafe { libc::munmap(second, 4096) }, 0);
     assert_eq!(queues.set_buffers(0, &pool), Err(Errno::EFAULT));
     queues.clear_buffers(0, 8).unwrap();
@@ -110,7 +110,7 @@ fn a_table_that_changes_in_part_is_an_error() {
 fn an_empty_slot_is_an_error_of_the_operation() {
     let file = tempfile();
     let mut ring = ring(4, 8);
-    ring.register_places_of_files(1).unwrap();
+    ring.register_empty_files(1).unwrap();
     ring.register_slots(4).unwrap();
     let mut queues = ring.queues();
     queues.set_files(FixedFile(0), &[file.as_raw_fd()]).unwrap();
@@ -123,7 +123,7 @@ fn an_empty_slot_is_an_error_of_the_operation() {
 fn a_full_queue_is_submitted_and_nothing_is_lost() {
     let file = tempfile();
     let mut ring = ring(2, 64);
-    ring.register_places_of_files(1).unwrap();
+    ring.register_empty_files(1).unwrap();
     let mut queues = ring.queues();
     queues.set_files(FixedFile(0), &[file.as_raw_fd()]).unwrap();
     for user_data in 0..20 {
@@ -157,7 +157,7 @@ fn double_entries_do_not_lie_across_the_end() {
         (&double, 15, 1),
         (&double, 8, 0),
         (&chain, 4, 0),
-        // Its double entry would begin at the last place.
+        // Its double entry would begin at the last entry of the array.
         (&chain, 6, 2),
         (&chain, 5, 0),
         (&chain, 7, 0),
@@ -172,7 +172,7 @@ fn delays_take_their_time_and_can_be_cancelled() {
     let mut ring = ring(2, 64);
     let mut queues = ring.queues();
     let began = std::time::Instant::now();
-    // More than the queue holds, the shortest last.
+    // More than the queue can hold, the shortest last.
     let times = [90, 70, 50, 30, 10];
     for (user_data, ms) in (0..).zip(times) {
         queues.push(&[Sqe::delay(ms * 1_000_000).user_data(user_data)]).unwrap();
@@ -197,14 +197,14 @@ fn delays_take_their_time_and_can_be_cancelled() {
 
 #[test]
 fn settling_leaves_no_work_undone() {
-    // More than the kernel does at a time, in an entry that does not ask for more.
+    // More than the kernel runs in one call that does not ask for more.
     const ENTRIES: usize = 100;
     let setup = RingSetup { sq_entries: 128, cq_entries: 128, ..RingSetup::default() };
     let mut ring = Ring::new(&RingSetup { polling: Polling::Busy, ..setup }).unwrap();
     let mut queues = ring.queues();
     let mut cqes = [Cqe::default(); ENTRIES + 1];
     queues.submit_and_settle().unwrap();
-    assert_eq!(queues.reap(&mut cqes), 0, "there is no work, and nobody waits");
+    assert_eq!(queues.reap(&mut cqes), 0, "there is no work, and the call does not wait");
     for _ in 0..ENTRIES {
         queues.push(&[Sqe::nop_as_work()]).unwrap();
     }

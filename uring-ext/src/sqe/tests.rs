@@ -81,7 +81,7 @@ fn a_chain_is_hard_linked_and_silent_where_asked() {
     let cancel = bytes(&Sqe::cancel(0x77).user_data(9));
     assert_eq!((cancel[0], u64_at(&cancel, 16), u64_at(&cancel, 32)), (14, 0x77, 9));
     let delay = Sqe::delay(0x1234_5678_9abc).user_data(3);
-    assert_eq!((bytes(&delay)[0], bytes(&delay)[1]), (12, 0), "no time at an address yet");
+    assert_eq!((bytes(&delay)[0], bytes(&delay)[1]), (12, 0), "not a timeout with an address yet");
     assert_eq!((delay.delay_ns(), Sqe::nop().delay_ns()), (Some(0x1234_5678_9abc), None));
     let poll = bytes(&Sqe::poll_readable(FixedFile(3)));
     assert_eq!((poll[0], poll[1], u32_at(&poll, 28)), (6, FIXED_FILE, 1));

@@ -26,7 +26,7 @@ fn runs(at_us: u64, thread: u32) -> Event {
     at(at_us, What::Runs(thread))
 }
 
-/// All that there is to see of a read.
+/// All events of a read.
 fn whole() -> Vec<Event> {
     vec![
         runs(5, SERVER),
@@ -89,7 +89,7 @@ fn reads_whose_events_do_not_fit_are_left_out() {
     assert_eq!((division.reads.len(), division.left_out), (1, 3));
     let nothing = divide(&[], &[], &parties());
     assert_eq!((nothing.reads.len(), nothing.left_out), (0, 0));
-    // One that the drive's events miss, among more that have them.
+    // One read without events of the drive, among others with them.
     let mut events = whole();
     for event in whole().into_iter().skip(1).take(9) {
         let on_drive =

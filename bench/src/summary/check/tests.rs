@@ -14,7 +14,7 @@ fn invalid(change: impl FnOnce(&mut Results)) -> String {
 fn what_cannot_be_is_told_in_a_line() {
     type Change = fn(&mut Results);
     let table: [(Change, &str); 20] = [
-        (|r| r.samples[3].iops = f64::NAN, "iops of sample 3 is NaN, which cannot be"),
+        (|r| r.samples[3].iops = f64::NAN, "iops of sample 3 is NaN, which is invalid"),
         (|r| r.samples[3].iops = -1.0, "iops of sample 3 is -1, "),
         (|r| r.samples[0].bytes_per_s = f64::INFINITY, "bytes_per_s of sample 0 is inf"),
         (|r| r.samples[0].latency.mean_ns = 1e300, "mean_ns of sample 0 is 1000"),

@@ -170,7 +170,7 @@ fn force(ctx: &Ctx) -> Result<Outcome> {
     let refused = process::run_for_code(&[PROGRAM, "del", "-n", ID], 1)?.stderr;
     ensure!(refused.contains("--force") && refused.contains("guest-tests"), "{refused}");
     let said = process::run(&[PROGRAM, "del", "-n", ID, "--force"])?.stderr;
-    ensure!(said.contains("id 7 is taken as long as it is open by guest-tests"), "{said}");
+    ensure!(said.contains("id 7 stays in use while it is open by guest-tests"), "{said}");
     ensure!(!Path::new(device.path()?).exists() && remains::files().is_empty());
     ensure!(remains::processes().is_empty(), "{:?}", remains::processes());
     let mut buffer = [0; 512];
@@ -187,7 +187,7 @@ fn force(ctx: &Ctx) -> Result<Outcome> {
     let mount = Mount::new(ctx, device.path()?, "mnt")?;
     fs::write(mount.point().join("file"), "data")?;
     let said = process::run(&[PROGRAM, "del", "-n", ID, "--force"])?.stderr;
-    ensure!(said.contains("id 7 is taken as long as it is mounted on"), "{said}");
+    ensure!(said.contains("id 7 stays in use while it is mounted on"), "{said}");
     ensure!(remains::processes().is_empty(), "{:?}", remains::processes());
     mount.unmount()?;
     wait_for("the id", Duration::from_secs(10), || {

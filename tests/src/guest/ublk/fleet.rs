@@ -120,7 +120,7 @@ fn reload(ctx: &Ctx) -> Result<Outcome> {
     }
     // A bad file changes nothing.
     fs::write(&config, format!("{}depht = 3\n", sections.concat()))?;
-    fleet.reload("there is no option `depht` of the target loop")?;
+    fleet.reload("the target loop has no option `depht`")?;
     ensure!(ids()? == [0, 1, 2, 3], "{:?}", ids()?);
     // Nor does one whose new devices cannot be made.
     let missing = section(9, Path::new("/nowhere"), "")?;
@@ -144,7 +144,9 @@ fn reload(ctx: &Ctx) -> Result<Outcome> {
     let depths: Vec<_> = listed()?.iter().map(|device| device.depth).collect();
     ensure!(depths == [128, 128, 32, 128, 128], "{depths:?}");
     let said = fleet.said()?;
-    for device in ["device 0 is in use and stays", "device 1 is in use and stays"] {
+    for device in
+        ["device 0 is in use and has not changed", "device 1 is in use and has not changed"]
+    {
         ensure!(said.contains(device), "{device}: {said}");
     }
     let options = load("/dev/ublkb8", "8m");
@@ -196,7 +198,7 @@ fn killed(ctx: &Ctx) -> Result<Outcome> {
     fleet.reload("device 0 cannot be added: device 0 is served by")?;
     // A file that is being saved takes nothing away.
     write(ctx, &[])?;
-    fleet.reload("all stays as it was")?;
+    fleet.reload("nothing has changed")?;
     ensure!(ids()? == [0, 1, 2], "{:?}", ids()?);
     process::run(&[PROGRAM, "del", "-n", "0"])?;
     fleet.end()?;
@@ -318,7 +320,7 @@ fn faults(ctx: &Ctx) -> Result<Outcome> {
     let good = section(3, &backing(&mount, 0, 8)?, "")?;
     let table: [(String, &[&str]); 5] = [
         (format!("{good}queues = 0\nlend = \"best\"\n"), &["--queues", "best"]),
-        (format!("{good}{good}"), &["device 3 is there already"]),
+        (format!("{good}{good}"), &["device 3 is already defined"]),
         (
             [&good, &section(4, Path::new("/nowhere"), "")?, &section(5, Path::new("/etc"), "")?]
                 .map(String::as_str)
@@ -328,7 +330,7 @@ fn faults(ctx: &Ctx) -> Result<Outcome> {
         ("lanes = none".to_owned(), &["fleet.toml:1: "]),
         (
             format!("{good}{}", section(4, &backing(&mount, 0, 8)?, "")?),
-            &["0.img is a backing of device 3 already"],
+            &["0.img is already a backing of device 3"],
         ),
     ];
     for (text, expected) in table {
@@ -349,7 +351,7 @@ fn faults(ctx: &Ctx) -> Result<Outcome> {
     let config = write(ctx, &[good])?;
     let fleet = Fleet::start(ctx.directory(), &config)?;
     let checked = process::run(&[PROGRAM, "serve", "--check", "--config", self::text(&config)?])?;
-    ensure!(checked.stdout.ends_with("fleet.toml: 1 device without faults\n"), "{checked:?}");
+    ensure!(checked.stdout.ends_with("fleet.toml: 1 device, no errors\n"), "{checked:?}");
     fleet.end()?;
     mount.unmount()?;
     Ok(Outcome::Pass)
@@ -383,7 +385,7 @@ fn bad_reload(ctx: &Ctx) -> Result<Outcome> {
     ];
     for (text, expected) in table {
         fs::write(&config, text)?;
-        fleet.reload("all stays as it was")?;
+        fleet.reload("nothing has changed")?;
         let said = fleet.said()?;
         ensure!(said.contains(expected), "{expected}: {said}");
         backings_are([&files[0], &files[1]])?;
@@ -400,7 +402,7 @@ fn bad_reload(ctx: &Ctx) -> Result<Outcome> {
     // One of them is in use and keeps its backing: so does the other.
     let held = File::open("/dev/ublkb0")?;
     write(ctx, &good)?;
-    fleet.reload("device 1 is as it was")?;
+    fleet.reload("device 1 is restored with its old options")?;
     backings_are([&files[1], &files[0]])?;
     drop(held);
     fleet.end()?;
@@ -433,7 +435,10 @@ fn quiesced(ctx: &Ctx) -> Result<Outcome> {
     ensure!(delayed.wait()?.success(), "the read in hand has failed");
     ensure!(read("0")?.wait()?.success(), "the next read has failed");
     let said = fleet.said()?;
-    ensure!(said.contains("made it wait") && said.contains("is recovered"), "{said}");
+    ensure!(
+        said.contains("another process has quiesced it") && said.contains("is recovered"),
+        "{said}"
+    );
     ensure!(ids()? == [0, 1]);
     fleet.end()?;
     mount.unmount()?;

@@ -180,7 +180,7 @@ fn refused(ctx: &Ctx) -> Result<Outcome> {
         ensure!(said.trim_end().lines().count() == 1, "{said}");
         Ok(())
     };
-    refuse(&["loop", "-f", metadata], "is formatted with 8 bytes of metadata a block")?;
+    refuse(&["loop", "-f", metadata], "has 8 bytes of metadata per block")?;
     refuse(&["loop", "-f", file, "--passthru"], "is not a whole NVMe namespace")?;
     refuse(&["loop", "-f", "/dev/ng77n1"], "does not exist")?;
     refuse(&["loop", "-f", "/dev/null"], "a character device")?;

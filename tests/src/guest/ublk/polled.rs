@@ -254,7 +254,7 @@ fn mixed(ctx: &Ctx) -> Result<Outcome> {
     let path = drive.path();
     let arguments = ["stripe", "-f", text(&path)?, "-f", other, "--poll"];
     let said = process::run_for_code(&[&[PROGRAM, "add"], &arguments[..]].concat(), 1)?.stderr;
-    ensure!(said.contains("has no queues to be polled") && said.contains(other), "{said}");
+    ensure!(said.contains("has no poll queues") && said.contains(other), "{said}");
     let device = Device::add(&[&arguments[..], &["--unpolled", "interrupt"]].concat())?;
     let before = interrupts_of(&drive)?;
     verify(ctx, device.path()?, &SHORTER)?;

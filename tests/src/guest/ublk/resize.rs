@@ -149,7 +149,11 @@ fn several(ctx: &Ctx) -> Result<Outcome> {
     write_at(&device, 159 * MIB, 2)?;
     lengthen(&one, 96)?;
     let refused = process::run_for_code(&[PROGRAM, "resize", "-n", &device.id()], 1)?;
-    ensure!(refused.stderr.contains("would be elsewhere"), "{}", refused.stderr);
+    ensure!(
+        refused.stderr.contains("the place of existing data would change"),
+        "{}",
+        refused.stderr
+    );
     ensure!(size(&device)? == 160 * MIB, "after a refusal");
     device.delete()?;
 
@@ -161,7 +165,11 @@ fn several(ctx: &Ctx) -> Result<Outcome> {
     write_at(&device, 224 * MIB - 4096, 4)?;
     lengthen(&two, 128)?;
     let refused = process::run_for_code(&[PROGRAM, "resize", "-n", &device.id()], 1)?;
-    ensure!(refused.stderr.contains("would be elsewhere"), "{}", refused.stderr);
+    ensure!(
+        refused.stderr.contains("the place of existing data would change"),
+        "{}",
+        refused.stderr
+    );
     device.delete()?;
     mount.unmount()?;
     Ok(Outcome::Pass)
@@ -174,7 +182,7 @@ fn shrinks(ctx: &Ctx) -> Result<Outcome> {
     crate::guest::udev::settle()?;
     let shrink = [PROGRAM, "resize", "-n", &device.id(), "--size", "32M", "--shrink"];
     let refused = process::run_for_code(&shrink[..6], 1)?;
-    ensure!(refused.stderr.contains("say --shrink"), "{}", refused.stderr);
+    ensure!(refused.stderr.contains("use --shrink"), "{}", refused.stderr);
     let open = direct::open(device.path()?)?;
     let refused = process::run_for_code(&shrink, 1)?;
     ensure!(refused.stderr.contains("is in use: open by"), "{}", refused.stderr);
@@ -211,7 +219,7 @@ fn refused(_ctx: &Ctx) -> Result<Outcome> {
         (&["-n", "77"][..], "there is no ublk device 77"),
         (&["-n", &id, "--size", "1000"], "a multiple of 512"),
         (&["-n", &id, "--size", "0"], "and not 0"),
-        (&["-n", &id, "--size", "2G"], "less than 2 GiB; make them longer"),
+        (&["-n", &id, "--size", "2G"], "less than 2 GiB; enlarge them first"),
     ] {
         let refused = process::run_for_code(&[&[PROGRAM, "resize"], arguments].concat(), 1)?;
         ensure!(refused.stderr.contains(expected), "{arguments:?}: {}", refused.stderr);

@@ -235,7 +235,7 @@ fn circle(_: &Ctx) -> Result<Outcome> {
     };
     lead_to(device.path()?)?;
     let refused = process::run_for_code(&[PROGRAM, "recover", "-n", "7"], 1)?;
-    ensure!(refused.stderr.contains("device 7 would stand on itself"), "{refused:?}");
+    ensure!(refused.stderr.contains("device 7 would be stacked on itself"), "{refused:?}");
     ensure!(refused.stderr.trim_end().lines().count() == 1, "{refused:?}");
     lead_to(text(&drive)?)?;
     process::run(&[PROGRAM, "recover", "-n", "7"])?;

@@ -329,7 +329,7 @@ fn refusals(_ctx: &Ctx) -> Result<Outcome> {
             let listed = process::run(&[PROGRAM, "list", "-n", &id])?.stdout;
             Ok(listed.contains(state).then_some(()))
         })?;
-        stats(&id, &["waits for another one", &format!("`ublk-target recover -n {id}`")])?;
+        stats(&id, &["waits for the next one", &format!("`ublk-target recover -n {id}`")])?;
         device.delete()?;
     }
     Ok(Outcome::Pass)

@@ -318,7 +318,7 @@ fn told(ctx: &Ctx) -> Result<Outcome> {
     let argv = [PROGRAM, "upgrade", "-n", &device.id(), "--program", text(&other)?];
     let began = Instant::now();
     let refused = process::run_for_code(&argv, 1)?.stderr;
-    ensure!(refused.contains("serves the device on"), "{refused}");
+    ensure!(refused.contains("still serves the device"), "{refused}");
     ensure!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
     group.release(pid)?;
     ensure!(served_by(&device)? == (pid, own.clone()), "all stays as it was");

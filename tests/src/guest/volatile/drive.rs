@@ -6,13 +6,14 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use anyhow::{Context, Result, anyhow, ensure};
+use rand::{RngExt as _, SeedableRng as _};
+use rand_xoshiro::SplitMix64;
 
 use super::medium::{Lost, Medium, Survival};
 use super::power::{Power, When};
 use super::wire::{self, Command, Request};
 use super::{Asked, Shape};
 use crate::guest::nbd::NbdDevice;
-use crate::guest::rng::Rng;
 
 /// A drive. Its contents live as long as its handle.
 #[derive(Debug)]
@@ -42,7 +43,7 @@ struct State {
     pending: Vec<Request>,
     /// The kernel will send nothing more.
     hung_up: bool,
-    rng: Rng,
+    rng: SplitMix64,
     asked: Asked,
 }
 
@@ -92,7 +93,7 @@ impl State {
         if self.pending.is_empty() {
             return None;
         }
-        let chosen = self.rng.index(self.pending.len());
+        let chosen = self.rng.random_range(0..self.pending.len());
         let Request { cookie, command } = self.pending.swap_remove(chosen);
         let is_flush = command == Command::Flush;
         let is_on = |when| power.stays_on(when, self.medium.cached());
@@ -124,7 +125,7 @@ impl State {
 
 impl Drive {
     /// A drive that reads as zeros and is not plugged in yet.
-    pub fn new(shape: Shape, power: Arc<Power>, rng: &mut Rng) -> Result<Self> {
+    pub fn new(shape: Shape, power: Arc<Power>, rng: &mut SplitMix64) -> Result<Self> {
         let state = State {
             medium: Medium::new(usize::try_from(shape.block_bytes)?),
             pending: Vec::new(),

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::ops::AddAssign;
 
-use crate::guest::rng::Rng;
+use rand::RngExt as _;
+use rand_xoshiro::SplitMix64;
 
 type Block = Box<[u8]>;
 
@@ -18,16 +19,16 @@ pub enum Survival {
     Nothing,
     /// Of each block with so many chances out of eight one of the contents that it was given, not
     /// always the last: drives write back what they like, in whatever order.
-    Some(u64),
+    Some(u32),
 }
 
 impl Survival {
     /// Any of them.
-    pub fn draw(rng: &mut Rng) -> Self {
-        match rng.below(3) {
+    pub fn draw(rng: &mut SplitMix64) -> Self {
+        match rng.random_range(0..3) {
             0 => Self::Nothing,
             1 => Self::Some(4),
-            _ => Self::Some(1 + rng.below(7)),
+            _ => Self::Some(rng.random_range(1..=7)),
         }
     }
 }
@@ -111,16 +112,16 @@ impl Medium {
     }
 
     /// Cuts the power.
-    pub fn cut(&mut self, survival: Survival, rng: &mut Rng) -> Lost {
+    pub fn cut(&mut self, survival: Survival, rng: &mut SplitMix64) -> Lost {
         let mut lost = Lost::default();
         for (number, mut contents) in std::mem::take(&mut self.cached) {
             lost.cached += 1;
             let survives = match survival {
                 Survival::Nothing => false,
-                Survival::Some(eighths) => rng.chance(eighths),
+                Survival::Some(eighths) => rng.random_ratio(eighths, 8),
             };
             let newest = contents.len() - 1;
-            let survivor = survives.then(|| rng.index(contents.len()));
+            let survivor = survives.then(|| rng.random_range(0..contents.len()));
             lost.lost += u64::from(survivor != Some(newest));
             if let Some(survivor) = survivor {
                 self.stable.insert(number, contents.swap_remove(survivor));
@@ -132,6 +133,8 @@ impl Medium {
 
 #[cfg(test)]
 mod tests {
+    use rand::SeedableRng as _;
+
     use super::*;
 
     const BLOCK: usize = 512;
@@ -156,7 +159,7 @@ mod tests {
 
     #[test]
     fn a_cut_loses_what_was_neither_flushed_nor_written_with_fua() {
-        let mut rng = Rng::new(1);
+        let mut rng = SplitMix64::seed_from_u64(1);
         let mut medium = medium(&[(0, 1, false), (1, 1, false)]);
         medium.flush();
         for (block, fua) in [(1, false), (2, true), (3, false)] {
@@ -172,7 +175,7 @@ mod tests {
     fn fua_is_not_undone_by_what_was_written_before() {
         for seed in 0..50 {
             let mut medium = medium(&[(0, 1, false), (0, 2, true)]);
-            medium.cut(Survival::Some(8), &mut Rng::new(seed));
+            medium.cut(Survival::Some(8), &mut SplitMix64::seed_from_u64(seed));
             assert_eq!(contents(&medium)[0], 2);
         }
     }
@@ -183,7 +186,7 @@ mod tests {
         let mut seen = std::collections::BTreeSet::new();
         for seed in 0..200 {
             let mut medium = medium(&writes);
-            let lost = medium.cut(Survival::Some(4), &mut Rng::new(seed));
+            let lost = medium.cut(Survival::Some(4), &mut SplitMix64::seed_from_u64(seed));
             let [a, b, ..] = contents(&medium);
             assert_eq!(lost, Lost { cached: 2, lost: u64::from(a != 2) + u64::from(b != 3) });
             seen.insert((a, b));
@@ -197,7 +200,7 @@ mod tests {
         let writes: Vec<_> = (1..20).map(|content| (3, content, false)).collect();
         let mut medium = medium(&writes);
         medium.flush();
-        medium.cut(Survival::Nothing, &mut Rng::new(1));
+        medium.cut(Survival::Nothing, &mut SplitMix64::seed_from_u64(1));
         assert_eq!(contents(&medium), [0, 0, 0, 19]);
     }
 }

@@ -18,9 +18,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use super::rng::Rng;
 use drive::Drive;
 use power::Power;
+use rand_xoshiro::SplitMix64;
 
 pub use super::nbd::Shape;
 pub use medium::{Lost, Survival};
@@ -49,7 +49,7 @@ impl VolatileDrives {
     ///
     /// # Errors
     /// When a block size is none.
-    pub fn new(shapes: &[Shape], rng: &mut Rng) -> Result<Self> {
+    pub fn new(shapes: &[Shape], rng: &mut SplitMix64) -> Result<Self> {
         let power = Arc::new(Power::new());
         let drive = |shape: &Shape| Drive::new(*shape, Arc::clone(&power), rng);
         let drives = shapes.iter().map(drive).collect::<Result<_>>()?;

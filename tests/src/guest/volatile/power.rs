@@ -3,7 +3,8 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::guest::rng::Rng;
+use rand::RngExt as _;
+use rand_xoshiro::SplitMix64;
 
 /// When the power is cut.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,11 +21,11 @@ pub enum Moment {
 
 impl Moment {
     /// Any of them.
-    pub fn draw(rng: &mut Rng) -> Self {
-        match rng.below(4) {
+    pub fn draw(rng: &mut SplitMix64) -> Self {
+        match rng.random_range(0..4) {
             0 => Self::Now,
             1 => Self::InsteadOfFlush,
-            2 => Self::AfterWrite(1 + rng.index(60)),
+            2 => Self::AfterWrite(rng.random_range(1..=60)),
             _ => Self::AfterFua,
         }
     }

@@ -3,15 +3,16 @@ use crate::plan::BackingIndex;
 use crate::request::RequestKind;
 use crate::target::{Rule, TransferLimit};
 
-/// Of the layers of a stack, the outermost first. All have the same seed.
+/// Rules of the layers of a stack, outermost first. All layers have the same seed.
 const RULES: [&[&str]; 3] = [
     &["p=0.2,short", "p=0.3,delay=1ms", "op=write,p=0.1,error=EIO"],
     &["count=40,p=0.5,delay=2us", "p=0.1,error=ENOSPC"],
     &["op=read,p=0.4,short", "p=0.05,delay=3ms,error=EILSEQ"],
 ];
 
-/// Digests of all that each target says with 0 to 3 layers, for queue 0 and for queue 3, as recorded when
-/// fault targets had another target inside. A seed has to give the same faults in every version.
+/// Digests of all results of each target with 0 to 3 layers, for queue 0 and for queue 3. They were
+/// recorded when a fault target contained another target. A seed must give the same faults in every
+/// version.
 const RECORDED: [[[u64; 2]; 4]; 4] = [
     [
         [0x30dd_ddcf_36a8_3277, 0x30dd_ddcf_36a8_3277],
@@ -58,7 +59,7 @@ fn layers(count: usize) -> Vec<AnyLayer> {
     RULES[..count].iter().map(layer).collect()
 }
 
-/// Some are beyond the end of a device, many need several windows.
+/// Some are beyond the end of a device, and many need several windows.
 fn requests() -> impl Iterator<Item = Request> {
     let mut state = 1_u64;
     let mut draw = move |below: u64| {
@@ -85,7 +86,8 @@ fn digest(target: &AnyTarget) -> u64 {
         }
     };
     for request in requests() {
-        note(format!("{:?}", target.single(&request)));
+        // The digests have the former name of the type.
+        note(format!("{:?}", target.single(&request)).replace("BackingPosition", "Place"));
         let (mut plan, mut from) = (Plan::default(), Some(0));
         while let Some(cursor) = from {
             plan.clear();
@@ -128,7 +130,8 @@ fn the_target_below_the_layers_is_replaced() {
     }
 }
 
-/// Whether a target has layers is told by the tag of its kind: there is no second one to look at.
+/// The tag of the target's kind also tells whether there are layers: there is no second tag to
+/// check.
 #[test]
 fn layers_cost_a_target_without_them_nothing() {
     assert_eq!(size_of::<AnyTarget>(), size_of::<BaseTarget>());

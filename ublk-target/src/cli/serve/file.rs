@@ -1,5 +1,5 @@
-//! The file of `serve`: TOML, whose devices are read as arguments of `add`, so that both have the same
-//! words and the same rules.
+//! The file of `serve`: TOML. Its devices are parsed as arguments of `add`, so that both have the
+//! same names and rules.
 
 mod layers;
 
@@ -19,10 +19,10 @@ use crate::cli::{Cli, Command, Target, add, one_line};
 
 use self::layers::SHORT_FORM;
 
-/// The longest file that is read, in bytes.
+/// The longest file, in bytes.
 const MAX_BYTES: u64 = 1 << 20;
 const TARGETS: [&str; 4] = ["null", "loop", "linear", "stripe"];
-/// Options of `add` that are about its process.
+/// Options of `add` that concern its process, with the reason why a file cannot have them.
 const NOT_HERE: [(&str, &str); 5] = [
     ("supervise", "the service manager starts `serve` again, which takes devices over"),
     ("or-recover", "`serve` always takes over what waits for a server"),
@@ -30,11 +30,11 @@ const NOT_HERE: [(&str, &str); 5] = [
     ("json", "nothing is printed for a single device"),
     ("role", "it is not for users"),
 ];
-/// Options of any command, and hidden ones.
+/// Options of all commands, and hidden ones.
 const NOT_OPTIONS: [&str; 7] =
     ["help", "version", "verbose", "supervisor", "next", "nonce", "program"];
 
-/// Reads the file: the devices, or a line for each fault.
+/// Reads the file: the devices, or a line for each error.
 pub fn read(path: &Path) -> Result<FleetConfig, Vec<String>> {
     let text = own_files::regular(path, 0).and_then(|file| own_files::read_whole(&file, MAX_BYTES));
     match text {
@@ -43,7 +43,7 @@ pub fn read(path: &Path) -> Result<FleetConfig, Vec<String>> {
     }
 }
 
-/// What the text says. Paths in it that are not absolute begin where the file is.
+/// Parses the text. Relative paths begin at the directory of the file.
 fn parse(text: &str, path: &Path) -> Result<FleetConfig, Vec<String>> {
     let (document, errors) = DeTable::parse_recoverable(text);
     let mut file = Reading { text, path, faults: Vec::new() };
@@ -61,7 +61,7 @@ fn parse(text: &str, path: &Path) -> Result<FleetConfig, Vec<String>> {
 struct Reading<'a> {
     text: &'a str,
     path: &'a Path,
-    /// With their lines.
+    /// The errors with their line numbers.
     faults: Vec<(usize, String)>,
 }
 
@@ -82,7 +82,7 @@ impl Reading<'_> {
         self.faults.push((self.line(span.start), what.to_string()));
     }
 
-    /// The faults in the order of their lines.
+    /// The errors in the order of their lines.
     fn told(mut self) -> Vec<String> {
         self.faults.sort();
         let path = self.path.display();
@@ -107,13 +107,13 @@ impl Reading<'_> {
                 ("device", _) => self.fault(value.span(), "a device begins with `[[device]]`"),
                 (other, _) => self.fault(
                     key.span(),
-                    format!("there is no `{other}` here; there are `lanes` and `[[device]]`"),
+                    format!("unknown key `{other}`; the keys are `lanes` and `[[device]]`"),
                 ),
             }
         }
         if !document.contains_key("device") && self.faults.is_empty() {
             // As one is that is being written.
-            let what = "there is no `[[device]]`; if there is to be none, write `device = []`";
+            let what = "there is no `[[device]]`; for a file without devices, write `device = []`";
             self.fault(0..0, what);
         }
         self.check_together(&devices);
@@ -121,14 +121,14 @@ impl Reading<'_> {
         config
     }
 
-    /// No two devices have an id or a backing in common.
+    /// Checks that no two devices share an id or a backing.
     fn check_together(&mut self, devices: &[(Range<usize>, DeviceConfig)]) {
         let mut ids = BTreeMap::new();
         let mut files: BTreeMap<PathBuf, u32> = BTreeMap::new();
         for (span, device) in devices {
             let id = device.id.unwrap_or_default();
             if let Some(line) = ids.insert(id, self.line(span.start)) {
-                self.fault(span.clone(), format!("device {id} is there already, in line {line}"));
+                self.fault(span.clone(), format!("device {id} is already defined in line {line}"));
                 continue;
             }
             let own = device.target.files().into_iter();
@@ -138,7 +138,7 @@ impl Reading<'_> {
                 match files.insert(file.clone(), id) {
                     Some(other) if other != id => self.fault(
                         span.clone(),
-                        format!("{} is a backing of device {other} already", file.display()),
+                        format!("{} is already a backing of device {other}", file.display()),
                     ),
                     Some(_) | None => {}
                 }
@@ -178,7 +178,7 @@ impl Reading<'_> {
         if !keys.keys().any(|key| key.get_ref() == "id") {
             self.fault(table.span(), "the device has no `id`");
         }
-        // Without a target nobody knows which options there are.
+        // Without a target the options are unknown.
         let target = target?;
         let line = |settings: &[Setting]| command_line(target, settings);
         let made = self.parsed(&format!("target {target}"), table.span(), settings, &line)?;
@@ -194,7 +194,7 @@ impl Reading<'_> {
         Some((table.span(), config))
     }
 
-    /// Which of these words a value is.
+    /// The one of these words that a value is.
     fn one_of(
         &mut self,
         key: &str,
@@ -204,12 +204,12 @@ impl Reading<'_> {
         let word = if let DeValue::String(word) = value.get_ref() { word.as_ref() } else { "" };
         let found = words.iter().copied().find(|it| *it == word);
         if found.is_none() {
-            self.fault(value.span(), format!("`{key}` is none of {}", words.join(", ")));
+            self.fault(value.span(), format!("`{key}` is not one of {}", words.join(", ")));
         }
         found
     }
 
-    /// A key and its value as an option, of a target or a layer.
+    /// A key and its value as an option of a target or a layer.
     fn setting(
         &mut self,
         key: &Spanned<DeString<'_>>,
@@ -218,19 +218,19 @@ impl Reading<'_> {
     ) -> Option<Setting> {
         let name = key.get_ref().as_ref();
         if NOT_OPTIONS.contains(&name) {
-            self.fault(key.span(), format!("there is no option `{name}` of a {of}"));
+            self.fault(key.span(), format!("a {of} has no option `{name}`"));
             return None;
         }
         let arguments = arguments(name, value.get_ref());
         if arguments.is_none() {
-            let what = "is neither text, a number, true or false, nor a list of these";
+            let what = "is not a text, a number, true, false or a list of these";
             self.fault(value.span(), format!("`{name}` {what}"));
         }
         Some(Setting { key: name.to_owned(), span: key.span(), arguments: arguments? })
     }
 
-    /// Has the command line of a target or a layer parsed. Each option that is wrong is told and left out,
-    /// until the rest is right or what is wrong is not one of them.
+    /// Parses the command line of a target or a layer. Reports and removes each wrong option, until the
+    /// rest is right or the error concerns no single option.
     fn parsed(
         &mut self,
         what: &str,
@@ -255,7 +255,7 @@ impl Reading<'_> {
                     let told = if known {
                         message
                     } else {
-                        format!("there is no option `{}` of the {what}", setting.key)
+                        format!("the {what} has no option `{}`", setting.key)
                     };
                     self.fault(setting.span, told);
                     removed.push(setting.key);
@@ -312,7 +312,7 @@ fn arguments(key: &str, value: &DeValue<'_>) -> Option<Vec<String>> {
     })
 }
 
-/// The key that an error of the parser is about.
+/// The key that an error of the parser concerns.
 fn culprit(error: &clap::Error) -> Option<String> {
     let value = error.get(ContextKind::InvalidArg)?;
     let name = if let ContextValue::String(name) = value {

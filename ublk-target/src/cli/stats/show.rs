@@ -6,7 +6,7 @@ use ublk_target::socket::report::{Rates, Report};
 
 use crate::cli::table::{Align, table};
 
-/// All of a report, for people.
+/// A whole report as text.
 pub fn text(report: &Report) -> String {
     let mut text = format!("/dev/ublkb{}, {}\n", report.device, time(report.interval_ns));
     text.push_str(&lanes(report));
@@ -155,7 +155,7 @@ fn leaks(report: &Report) -> String {
     text
 }
 
-/// A time in the unit that gives it one to three digits before the point.
+/// A time in the unit with one to three digits before the point.
 fn time(ns: u64) -> String {
     let in_units_of = |unit: u64| ns as f64 / unit as f64;
     match ns {

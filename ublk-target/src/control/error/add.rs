@@ -4,29 +4,29 @@ use uring_ext::control::ControlError;
 
 use super::{PlanError, QueueError, ServeError, SetupError, is_passing_control};
 
-/// Why a device was not added, or how the server failed that has added it.
+/// Why a device was not added, or why its server failed after that.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum AddError {
-    /// It cannot be as it was asked for.
+    /// The options or backings do not make a device.
     #[error(transparent)]
     Plan(#[from] PlanError),
     /// A device below it has no server.
     #[error(
-        "the backings stand on device {0}, which has no server, so that its I/O waits; \
-         `ublk-target recover -n {0}` first"
+        "the backings are on device {0}, which has no server, so its I/O waits; \
+         run `ublk-target recover -n {0}` first"
     )]
     OnUnserved(u32),
-    /// The id is taken.
+    /// The id is in use.
     #[error("device id {0} is taken; choose another one, or let the driver choose without -n")]
     IdTaken(u32),
-    /// The driver has as many devices as it allows.
+    /// The driver has reached its maximum number of devices.
     #[error(
         "the driver has no room for another device; delete one, or raise its limit in \
          /sys/module/ublk_drv/parameters/ublks_max"
     )]
     NoRoom,
-    /// The driver took a feature back that it lists.
+    /// The driver lists a feature, but refused it for this device.
     #[error(
         "the driver refused the ublk feature {feature} for this device, though it lists it; use \
          `--lend copy`"
@@ -35,28 +35,28 @@ pub enum AddError {
         /// Its name.
         feature: &'static str,
     },
-    /// Somebody has deleted it.
+    /// Another process has deleted it.
     #[error("device {0} was deleted while it was started")]
     Deleted(u32),
     /// A signal came before the device was live.
     #[error("interrupted before the device was live; nothing is left of it")]
     Interrupted,
-    /// The driver said no.
+    /// The driver refused.
     #[error(transparent)]
     Control(#[from] ControlError),
     /// A step of the set-up failed.
     #[error(transparent)]
     Setup(#[from] SetupError),
-    /// A queue is not served.
+    /// A queue could not be served.
     #[error(transparent)]
     Queue(#[from] QueueError),
-    /// The device was added, and its server failed.
+    /// The device was added, but its server failed.
     #[error(transparent)]
     Serve(#[from] ServeError),
 }
 
 impl AddError {
-    /// Whether what was lacking may be there later.
+    /// Whether a later attempt may succeed.
     #[must_use]
     pub fn is_passing(&self) -> bool {
         match self {

@@ -8,8 +8,9 @@
 //! | [`PlanError`], [`LayoutError`] | deciding what a device is, before the driver is asked |
 //! | [`QueueError`], [`SetupError`] | single steps |
 //!
-//! The upper ones wrap the lower ones and say the same words. `is_passing` says whether something was
-//! lacking that may be there later: memory, descriptors, room in a file system, or what somebody else has.
+//! The upper ones wrap the lower ones without adding words. `is_passing` says whether a later
+//! attempt may succeed: something was lacking, such as memory, descriptors or space in a file
+//! system, or another process had it.
 
 mod add;
 mod plan;
@@ -26,20 +27,20 @@ pub use recover::RecoverError;
 pub use serve::{AnnounceError, ServeError};
 pub use setup::{QueueError, SetupError};
 
-/// Why a server, which has added or recovered its device, has failed.
+/// Why a server failed while it added or recovered its device, or later.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
-    /// The device was to be added.
+    /// Adding the device, or serving it afterwards.
     #[error(transparent)]
     Add(#[from] AddError),
-    /// The device was to be recovered.
+    /// Recovering the device, or serving it afterwards.
     #[error(transparent)]
     Recover(#[from] RecoverError),
 }
 
 impl ServerError {
-    /// Whether what was lacking may be there later.
+    /// Whether a later attempt may succeed.
     #[must_use]
     pub fn is_passing(&self) -> bool {
         match self {
@@ -49,7 +50,7 @@ impl ServerError {
     }
 }
 
-/// Whether an operation may succeed later that has failed so now.
+/// Whether a failed operation may succeed later.
 fn is_passing(errno: Errno) -> bool {
     const PASSING: [i32; 9] = [
         libc::EAGAIN,
@@ -92,8 +93,8 @@ mod tests {
         LayoutError::Backing(BackingError { path: "/x".into(), problem })
     }
 
-    /// A supervisor waits for the first ones, and gives up on the others. Whoever wraps an error agrees
-    /// with it, and says the same.
+    /// A supervisor retries after the first ones, and gives up after the others. A wrapping error
+    /// gives the same verdict and the same text.
     #[test]
     fn what_may_be_there_later_is_told_apart() {
         let shortage = || Shortage::Locked { limit: Bytes(8 << 20) };

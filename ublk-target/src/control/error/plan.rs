@@ -1,4 +1,4 @@
-//! Why a device cannot be made of what was asked for, before the driver is asked for anything.
+//! Errors of a device's configuration, found before the driver is asked for anything.
 
 use std::path::{Path, PathBuf};
 
@@ -15,7 +15,7 @@ use crate::config::on_death::CannotRecover;
 use crate::control::polling::CannotPoll;
 use crate::os::memory::Shortage;
 
-/// Why a device's backings do not make its target.
+/// Why the backings of a device do not make its target.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum LayoutError {
@@ -25,7 +25,7 @@ pub enum LayoutError {
     /// The device cannot poll.
     #[error(transparent)]
     Poll(#[from] CannotPoll),
-    /// There is no namespace to give commands to.
+    /// No backing is an NVMe namespace.
     #[error("the null target has no drive to give commands to; leave --passthru out")]
     NoPassthru,
     /// An extent cannot be used.
@@ -33,9 +33,9 @@ pub enum LayoutError {
     Extent {
         /// The backing.
         file: PathBuf,
-        /// Where the extent begins.
+        /// The start of the extent on the backing.
         offset: Bytes,
-        /// What is wrong with it.
+        /// The problem.
         problem: ExtentProblem,
     },
     /// The extents do not make a device.
@@ -45,15 +45,15 @@ pub enum LayoutError {
     #[error(transparent)]
     Stripe(#[from] BadStripe),
     /// A backing is given twice.
-    #[error("{} is given twice; each backing of a stripe is one of its own", .0.display())]
+    #[error("{} is given twice; a stripe needs different backings", .0.display())]
     GivenTwice(PathBuf),
-    /// The size asked for is less than a block.
+    /// The size is less than a block.
     #[error("a device of {0} bytes is less than one block of 512; give it a greater --size")]
     TooSmall(u64),
-    /// Growing would change where data is.
+    /// Growing would change the place of existing data.
     #[error(
-        "the device cannot grow: with the backings' new sizes, data that is on it would be \
-         elsewhere; a stripe grows if all its backings do, a linear device if its last extent does"
+        "the device cannot grow: with the backings' new sizes, the place of existing data would \
+         change; a stripe grows if all its backings do, a linear device if its last extent does"
     )]
     WouldMove,
     /// A target without backings, which only a state file can have.
@@ -65,12 +65,12 @@ pub enum LayoutError {
 }
 
 impl LayoutError {
-    /// A backing does not exist.
+    /// The error for a backing that does not exist.
     pub(in crate::control) fn missing(path: &Path) -> Self {
         Self::Backing(BackingError { path: path.to_owned(), problem: BackingProblem::Missing })
     }
 
-    /// Whether what was lacking may be there later, or somebody else has a backing.
+    /// Whether a later attempt may succeed, for instance when another process has closed a backing.
     #[must_use]
     pub fn is_passing(&self) -> bool {
         match self {
@@ -92,13 +92,13 @@ impl LayoutError {
     }
 }
 
-/// What is wrong with an extent.
+/// The problem of an extent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ExtentProblem {
     /// It reaches beyond the backing.
     #[error("it reaches beyond the backing, which has {0} bytes")]
     Beyond(u64),
-    /// It does not fit the blocks.
+    /// It is not aligned to the blocks.
     #[error("offset and length must be multiples of the block of {0} bytes")]
     Unaligned(u32),
     /// Two extents share bytes.
@@ -106,7 +106,7 @@ pub enum ExtentProblem {
     Overlapping,
 }
 
-/// Why a device cannot be as it was asked for: its options, its backings, or the memory that it needs.
+/// Why a device is not possible with these options, backings and memory.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum PlanError {
@@ -122,28 +122,28 @@ pub enum PlanError {
     /// The id is beyond the driver's limit.
     #[error("device id {0} is beyond the driver's limit of 1048575")]
     IdTooBig(u32),
-    /// Its I/O would come back to it.
+    /// It would be stacked on itself.
     #[error(
-        "device {0} would stand on itself: a backing of it lies on {path}, directly or through other \
-         devices; give it a backing elsewhere", path = crate::device::paths::block_path(*.0).display()
+        "device {0} would be stacked on itself: one of its backings is on {path}, directly or through \
+         other devices; give it a backing elsewhere", path = crate::device::paths::block_path(*.0).display()
     )]
     OnItself(u32),
-    /// Blocks that there are not.
-    #[error("blocks of {0} bytes; they have 512, 1024, 2048 or 4096")]
+    /// An invalid block size.
+    #[error("{0} is not a block size; use 512, 1024, 2048 or 4096")]
     BlockSize(u32),
-    /// Options that exclude each other.
+    /// Two options exclude each other.
     #[error("{option} needs {needs}, and this device lends by {lend}; {instead}")]
     Mismatch {
         /// The option.
         option: &'static str,
         /// What it needs.
         needs: &'static str,
-        /// What the device does.
+        /// The lend mode of the device.
         lend: LendMode,
-        /// What to do.
+        /// What to do instead.
         instead: &'static str,
     },
-    /// The driver lacks what an option needs.
+    /// The driver lacks a feature that an option needs.
     #[error(
         "{option} needs the ublk feature {} (Linux {} or newer), which this kernel ({release}) lacks; \
          leave it out", feature.name, feature.since
@@ -151,12 +151,12 @@ pub enum PlanError {
     Lacks {
         /// The option.
         option: &'static str,
-        /// What the driver lacks.
+        /// The missing feature.
         feature: Feature,
         /// The running kernel.
         release: String,
     },
-    /// The slots asked for do not exist.
+    /// The slots do not exist.
     #[error(
         "tags 0 to {depth} from slot {first} on do not fit a buffer table, which has {max} slots; \
          lower --first-slot or -d", max = uring_ext::ring::MAX_BUFFER_SLOTS
@@ -167,13 +167,13 @@ pub enum PlanError {
         /// Tags of each queue.
         depth: u16,
     },
-    /// The buffers of the server would not fit.
+    /// The buffers of the server do not fit into memory.
     #[error(
         "lending by {lend} with {queues} queues of depth {depth} needs {needed} for buffers, more than \
          half of the {available} that are available; lower -q or -d"
     )]
     BuffersTooBig {
-        /// How the device lends.
+        /// The lend mode.
         lend: LendMode,
         /// Number of queues.
         queues: u16,
@@ -189,20 +189,20 @@ pub enum PlanError {
         "the server needs {needed} of memory, {buffers} of it locked for buffers, but {shortage}"
     )]
     NoMemory {
-        /// Bytes of all it needs.
+        /// Bytes that the server needs in total.
         needed: Bytes,
         /// Bytes of its buffers.
         buffers: Bytes,
         /// The limit.
         shortage: Shortage,
     },
-    /// A test asked for a fault that there is not.
+    /// A test asked for an unknown fault.
     #[error(transparent)]
     Fault(#[from] UnknownFault),
 }
 
 impl PlanError {
-    /// Whether what was lacking may be there later.
+    /// Whether a later attempt may succeed.
     #[must_use]
     pub fn is_passing(&self) -> bool {
         match self {
@@ -220,7 +220,7 @@ impl PlanError {
         }
     }
 
-    /// Whether somebody else has a backing.
+    /// Whether another process uses a backing.
     pub(in crate::control) fn is_in_use(&self) -> bool {
         let Self::Layout(LayoutError::Backing(error)) = self else { return false };
         matches!(error.problem, BackingProblem::InUse(_))

@@ -7,25 +7,25 @@ use uring_ext::control::ControlError;
 use super::{PlanError, QueueError, ServeError, SetupError, is_passing_control};
 use crate::device::state_file::StateProblem;
 
-/// Why a device cannot be recovered, and what to do; or how the server failed that has recovered it.
+/// Why a device cannot be recovered, or why its server failed after that.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum RecoverError {
-    /// There is none.
-    #[error("there is no ublk device {0}; `ublk-target list` shows those that are")]
+    /// It does not exist.
+    #[error("there is no ublk device {0}; `ublk-target list` lists the existing ones")]
     NoDevice(u32),
     /// A device below it has no server.
     #[error(
-        "device {id} stands on device {lower}, which has no server; `ublk-target recover -n {lower}` first, \
-         or `recover --all`"
+        "device {id} is stacked on device {lower}, which has no server; run \
+         `ublk-target recover -n {lower}` first, or `recover --all`"
     )]
     Below {
         /// The device.
         id: u32,
-        /// The one below it.
+        /// The device below.
         lower: u32,
     },
-    /// It goes away with its server.
+    /// It does not outlive its server.
     #[error(
         "device {0} was added with `--on-death fail` and goes away with its server; \
          `ublk-target del -n {0}` cleans up"
@@ -37,8 +37,8 @@ pub enum RecoverError {
          then add it again"
     )]
     NotStarted(u32),
-    /// It has a server.
-    #[error("device {id} is served by {server}; nothing is to be recovered")]
+    /// It has a live server.
+    #[error("device {id} is served by {server}; nothing to recover")]
     Served {
         /// The device.
         id: u32,
@@ -47,16 +47,16 @@ pub enum RecoverError {
     },
     /// Its state file is missing or cannot be used.
     #[error(
-        "{problem}; without it nobody knows what device {id} is made of: delete it \
+        "{problem}; without it the configuration of device {id} is unknown: delete it \
          (`ublk-target del -n {id}`) and add it again"
     )]
     State {
         /// The device.
         id: u32,
-        /// What is wrong.
+        /// The problem.
         problem: StateProblem,
     },
-    /// The state file is of an earlier device of this id, or has been tampered with.
+    /// The state file belongs to an earlier device of this id, or was changed.
     #[error(
         "the state file of device {id} is not this device's: {difference}; delete the device \
          (`ublk-target del -n {id}`) and add it again"
@@ -64,50 +64,50 @@ pub enum RecoverError {
     OtherDevice {
         /// The device.
         id: u32,
-        /// How they differ.
+        /// The difference.
         difference: String,
     },
-    /// The backings take less than the device promises.
+    /// The backings accept less than the device promises.
     #[error(
-        "the backings of device {id} are not what they were: {difference}; give the device its own \
-         ones back, or delete it"
+        "the backings of device {id} are not what they were: {difference}; restore the original \
+         backings, or delete the device"
     )]
     LimitsChanged {
         /// The device.
         id: u32,
-        /// How they differ.
+        /// The difference.
         difference: String,
     },
-    /// It took too long.
+    /// A wait has timed out.
     #[error("gave up waiting after {} s for {what}", waited.as_secs())]
     Stuck {
-        /// What was waited for.
+        /// What the wait was for.
         what: String,
-        /// How long.
+        /// How long it took.
         waited: Duration,
     },
     /// A signal came before the device was recovered.
-    #[error("interrupted before the device was recovered; it is as it was")]
+    #[error("interrupted before the device was recovered; nothing has changed")]
     NotRecovered,
-    /// It cannot be made of what was recorded.
+    /// The recorded configuration does not make a device.
     #[error(transparent)]
     Plan(#[from] PlanError),
-    /// The driver said no.
+    /// The driver refused.
     #[error(transparent)]
     Control(#[from] ControlError),
     /// A step failed.
     #[error(transparent)]
     Setup(#[from] SetupError),
-    /// A queue is not served.
+    /// A queue could not be served.
     #[error(transparent)]
     Queue(#[from] QueueError),
-    /// The device was recovered, and its server failed.
+    /// The device was recovered, but its server failed.
     #[error(transparent)]
     Serve(#[from] ServeError),
 }
 
 impl RecoverError {
-    /// Whether what was lacking may be there later.
+    /// Whether a later attempt may succeed.
     #[must_use]
     pub fn is_passing(&self) -> bool {
         match self {

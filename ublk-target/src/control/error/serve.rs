@@ -1,32 +1,32 @@
-//! Why a device is served no longer.
+//! Why a device is not served any more.
 
 use uring_ext::control::ControlError;
 
 use super::{LayoutError, QueueError, RecoverError, SetupError, is_passing_control};
 
-/// Why a server failed whose device it has added or taken over.
+/// Why a server failed after it had added or taken over its device.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    /// A queue is served no longer.
+    /// A queue is not served any more.
     #[error(transparent)]
     Queue(#[from] QueueError),
-    /// The backings that have grown do not make the target.
+    /// The grown backings do not make the target.
     #[error(transparent)]
     Layout(#[from] LayoutError),
     /// The device could not be announced.
     #[error(transparent)]
     Announce(#[from] AnnounceError),
-    /// The process that was to stop the device has failed, and said why.
+    /// The process that stops the device has failed, and has reported the reason.
     #[error("the device could not be stopped; `ublk-target del` may")]
     NotStopped,
-    /// The process that was to make I/O wait has failed, and said why.
-    #[error("the device's I/O could not be made to wait")]
+    /// The process that quiesces the device has failed, and has reported the reason.
+    #[error("the device's I/O could not be quiesced")]
     NotQuiesced,
-    /// The server let go of the device and could not take it back.
+    /// The server has closed the device and could not take it back.
     #[error(transparent)]
     TakeBack(Box<RecoverError>),
-    /// The driver said no.
+    /// The driver refused.
     #[error(transparent)]
     Control(#[from] ControlError),
     /// A step failed.
@@ -35,7 +35,7 @@ pub enum ServeError {
 }
 
 impl ServeError {
-    /// Whether what was lacking may be there later.
+    /// Whether a later attempt may succeed.
     #[must_use]
     pub fn is_passing(&self) -> bool {
         match self {
@@ -56,12 +56,12 @@ impl From<RecoverError> for ServeError {
     }
 }
 
-/// Why nobody was told that a device is live.
+/// Why the command was not told that its device is live.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum AnnounceError {
-    /// Whoever asked for the device went away before it was live.
-    #[error("nobody waits for the device any more; nothing is left of it")]
+    /// The command ended before the device was live.
+    #[error("the command that waits for the device is gone; the device is deleted")]
     Abandoned,
     /// A step failed.
     #[error(transparent)]
@@ -69,7 +69,7 @@ pub enum AnnounceError {
 }
 
 impl AnnounceError {
-    /// Whether what was lacking may be there later.
+    /// Whether a later attempt may succeed.
     #[must_use]
     pub fn is_passing(&self) -> bool {
         match self {

@@ -1,4 +1,4 @@
-//! Errors of single steps that all of a device's life has in common.
+//! Errors of single steps, common to adding, recovering and serving.
 
 use std::io;
 
@@ -13,9 +13,9 @@ use crate::os::memory::{self, Shortage};
 #[derive(Debug, thiserror::Error)]
 #[error("{doing}: {errno}")]
 pub struct SetupError {
-    /// What was tried.
+    /// The step.
     pub doing: String,
-    /// Why it failed.
+    /// Its error.
     pub errno: Errno,
 }
 
@@ -24,7 +24,7 @@ impl SetupError {
         Self { doing: doing.into(), errno }
     }
 
-    /// A step failed in reading or writing, with an errno or in words of our own.
+    /// The error of a read or write, with its errno or with its text.
     #[must_use]
     pub fn of_io(doing: &str, error: &io::Error) -> Self {
         match error.raw_os_error() {
@@ -33,7 +33,7 @@ impl SetupError {
         }
     }
 
-    /// Whether what was lacking may be there later.
+    /// Whether a later attempt may succeed.
     #[must_use]
     pub fn is_passing(&self) -> bool {
         is_passing(self.errno)
@@ -44,31 +44,31 @@ impl SetupError {
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum QueueError {
-    /// A lane could not serve, or failed later.
+    /// A lane failed, at its set-up or later.
     #[error("queue {}: {error}", qid.0)]
     Lane {
         /// The queue.
         qid: Qid,
-        /// Why.
+        /// Its error.
         error: LaneError,
     },
-    /// The kernel refused memory, perhaps for a limit.
+    /// The kernel refused memory, perhaps because of a limit.
     #[error("queue {}: {error}: memory is short; {shortage}", qid.0)]
     Memory {
         /// The queue.
         qid: Qid,
-        /// What was refused.
+        /// The error.
         error: LaneError,
         /// The limit.
         shortage: Shortage,
     },
-    /// A lane could not be made, or has gone.
+    /// A lane could not be started, or is gone.
     #[error(transparent)]
     Setup(#[from] SetupError),
 }
 
 impl QueueError {
-    /// A lane could not be set up. Where that is for lack of memory, the limits are told.
+    /// The error of a lane's set-up. If memory was short, it names the limits.
     pub(in crate::control) fn of_lane(qid: Qid, error: LaneError) -> Self {
         let errno = match error {
             LaneError::Setup { errno, .. } => Some(errno),
@@ -80,7 +80,7 @@ impl QueueError {
         }
     }
 
-    /// Whether what was lacking may be there later.
+    /// Whether a later attempt may succeed.
     #[must_use]
     pub fn is_passing(&self) -> bool {
         match self {

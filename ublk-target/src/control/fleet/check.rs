@@ -1,4 +1,4 @@
-//! Looking at a configuration without making anything.
+//! Checks a configuration without adding devices.
 
 use std::collections::BTreeSet;
 
@@ -12,12 +12,12 @@ use crate::control::fleet::{FleetConfig, id_of};
 use crate::control::plan::Plan;
 use crate::os::kernel;
 
-/// Finds what is wrong with the devices of a configuration: with their options for this driver, and with
-/// their backings, which are opened but not claimed, so they may be in use. Returns why the driver could
-/// not be asked; it is then taken for one that offers everything.
+/// Finds the errors of a configuration: in the devices' options for this driver, and in their
+/// backings. It opens the backings without claiming them, so they may be in use. If the driver
+/// cannot be asked, it returns the error, and assumes a driver with all features.
 ///
 /// # Errors
-/// A line for each fault.
+/// One line per error.
 pub fn check(config: &FleetConfig) -> Result<Option<String>, Vec<String>> {
     let asked = Control::open().and_then(|control| kernel::features(&control));
     let (features, unknown) = match asked {

@@ -1,32 +1,32 @@
-//! Why there is no fleet, or a device is not in it.
+//! Errors of a fleet and of its devices.
 
 use uring_ext::control::ControlError;
 
 use crate::control::deletion::DeleteError;
 use crate::control::error::{AddError, PlanError, RecoverError, ServeError, SetupError};
 
-/// Why there is no fleet.
+/// Why a fleet could not start, or did not end in order.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum FleetError {
-    /// Some devices cannot be made, each of these for its own reason. Nothing has been made.
+    /// Some devices have errors, one line each. No device was added.
     #[error("{}", .0.join("\n"))]
     Faults(Vec<String>),
-    /// A step failed that all of them need.
+    /// A step failed that all devices need.
     #[error(transparent)]
     Setup(#[from] SetupError),
-    /// The driver said no.
+    /// The driver refused.
     #[error(transparent)]
     Control(#[from] ControlError),
-    /// None could be made.
-    #[error("none of the devices could be made; the log says why")]
+    /// No device could be added.
+    #[error("no device could be added; the log says why")]
     None,
-    /// Not all could be taken down in order.
-    #[error("{0} of the devices could not be taken down; the log says why")]
+    /// Not all devices could be stopped in order.
+    #[error("{0} devices could not be stopped; the log says why")]
     NotEnded(usize),
 }
 
-/// Why a device is not in a fleet, or is no longer.
+/// Why a device is not in a fleet, or not any more.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum MemberError {
     /// It was not added.
@@ -35,27 +35,27 @@ pub(super) enum MemberError {
     /// It was not taken over.
     #[error(transparent)]
     Recover(#[from] RecoverError),
-    /// It cannot be served on.
+    /// It cannot be served any more.
     #[error(transparent)]
     Serve(#[from] ServeError),
-    /// One device of a process would have to wait for another.
+    /// A device would wait for another one of the process.
     #[error(
-        "device {upper} has to wait for device {lower} of the same process: it stands on it, directly or \
-         through other devices and their servers; if the process were killed, neither might ever end; \
-         serve one of them by a process of its own (`ublk-target add`, or `recover` if it waits)"
+        "device {upper} would wait for device {lower} of the same process: it is stacked on device {lower}, \
+         directly or through other devices and their servers; after a kill neither might end; serve one \
+         of them in its own process (`ublk-target add`, or `recover` if it waits)"
     )]
     Beside {
-        /// The one that stands on the other.
+        /// The device that is stacked on the other.
         upper: u32,
-        /// The other.
+        /// The device below.
         lower: u32,
     },
-    /// What a dead server has left of the device does not go away.
-    #[error("cannot delete what a dead server has left of device {id}: {error}")]
+    /// The leftovers of a dead server cannot be deleted.
+    #[error("cannot delete the leftovers of a dead server of device {id}: {error}")]
     Remains {
         /// The device.
         id: u32,
-        /// Why.
+        /// The error.
         error: DeleteError,
     },
 }

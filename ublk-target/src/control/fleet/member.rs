@@ -33,23 +33,23 @@ use crate::socket::control_request::ControlRequest;
 /// A device that has been checked and can be started.
 pub(super) struct Preparation {
     pub config: DeviceConfig,
-    /// What it may have to wait for.
+    /// The devices that it may wait for.
     below: Below,
     found: Found,
 }
 
-/// What exists of a device before it is started.
+/// The state of a device before it is started.
 enum Found {
-    /// Nothing.
+    /// It does not exist.
     Nothing(Box<Plan>),
-    /// A device of a dead server, which waits for this one.
+    /// A device of a dead server. It waits for this server.
     Waiting(Box<StateFile>),
-    /// What is left of one that has ended with its server.
+    /// Leftovers of a device that ended with its server.
     Remains(Box<Plan>),
 }
 
 impl Preparation {
-    /// Finds out how a device is to be begun; opens its backings where it is a new one.
+    /// Finds out how to start a device. Opens the backings of a new one.
     pub fn of(
         config: &DeviceConfig,
         control: &Control,
@@ -58,7 +58,7 @@ impl Preparation {
         if let Some(preparation) = Self::waiting(config, control)? {
             return Ok(preparation);
         }
-        // The files of a dead server are let go of some time after its end, and nobody tells.
+        // The files of a dead server are closed some time after its end, and nothing reports that.
         let is_left = control.info(id_of(config)).is_ok();
         let mut wait = Wait::at_most(PATIENCE).every(Duration::from_millis(10));
         let plan = wait.until(|| match Plan::for_driver(config, features, None) {
@@ -68,8 +68,8 @@ impl Preparation {
         Self::with(config, plan.unwrap_or_else(|unmet| Err(unmet.reason)), control)
     }
 
-    /// The same with what came of opening its backings. Those of a device that waits for a server are
-    /// opened when it is taken over.
+    /// The same with the result of opening its backings. Those of a device that waits for a server
+    /// are opened when it is taken over.
     pub fn with(
         config: &DeviceConfig,
         plan: Result<Plan, PlanError>,
@@ -87,17 +87,17 @@ impl Preparation {
         Ok(Self { config: config.clone(), below, found })
     }
 
-    /// Whether it is of a device that waits for a server.
+    /// Whether the device waits for a server.
     pub const fn is_of_waiting(&self) -> bool {
         matches!(self.found, Found::Waiting(_))
     }
 
-    /// Sees to it that it waits for no device of a process that serves these, or is to.
+    /// Checks that it waits for no device of this fleet, running or planned.
     pub fn check_apart(&self, ids: &BTreeSet<u32>) -> Result<(), MemberError> {
         check_apart(id_of(&self.config), &self.below, ids)
     }
 
-    /// That of a device that there is and that waits for a server.
+    /// The devices below an existing device that waits for a server.
     pub fn waiting(config: &DeviceConfig, control: &Control) -> Result<Option<Self>, MemberError> {
         let id = id_of(config);
         let info = match control.info(id) {
@@ -121,21 +121,22 @@ impl Preparation {
     }
 }
 
-/// Sees to it that a device does not wait for another one of these.
+/// Checks that a device does not wait for another one of these.
 pub(super) fn check_apart(id: u32, below: &Below, ids: &BTreeSet<u32>) -> Result<(), MemberError> {
     let mut others = ids.clone();
     others.remove(&id);
     below.any_of(&others).map_or(Ok(()), |lower| Err(MemberError::Beside { upper: id, lower }))
 }
 
-/// Whether a device was added as it is wanted. A null device may have been resized since.
+/// Whether a device was added as the configuration says. A null device may have been resized since.
 fn is_as_wanted(recorded: &DeviceConfig, wanted: &DeviceConfig) -> bool {
     let mut target = wanted.target.clone();
     target.absolute();
     if let (Some(size), Some(now)) = (target.null_size(), recorded.target.clone().null_size()) {
         *size = *now;
     }
-    // What is recorded is the mode chosen, and perhaps the queues given: as many as there are CPUs.
+    // The record has the selected lend mode, and the number of queues that the driver gave: at most
+    // one per CPU.
     let lend = if wanted.lend == LendRequest::Auto { recorded.lend } else { wanted.lend };
     let cpus = u16::try_from(cpus()).unwrap_or(u16::MAX);
     let is_same = recorded.queues.min(cpus) == wanted.queues.min(cpus);
@@ -148,8 +149,9 @@ fn is_served(info: &sys::ublksrv_ctrl_dev_info) -> bool {
     u32::try_from(info.ublksrv_pid).is_ok_and(procfs::is_alive) && description::has_disk(info)
 }
 
-/// Whether a device is one of this program's, without a disk, and nobody has it. Only one process can
-/// have a character device open, so opening it tells, whatever namespace the others are in.
+/// Whether a device is one of this program's, without a disk and without an owner. Only one process
+/// can have a character device open. So opening it tells, even if its owner is in another
+/// namespace.
 fn is_dead_ones(info: &sys::ublksrv_ctrl_dev_info) -> bool {
     let is_ours = Nonce::of(info).is_some();
     let opened = || File::options().read(true).write(true).open(paths::char_path(info.dev_id));
@@ -158,24 +160,24 @@ fn is_dead_ones(info: &sys::ublksrv_ctrl_dev_info) -> bool {
 
 /// A device that is served.
 pub(super) struct Member {
-    /// As it was asked for.
+    /// Its configuration.
     pub config: DeviceConfig,
     plan: Plan,
     server: Server,
 }
 
-/// How a device ends that nobody here has ended.
+/// How a device ends that this process has not ended.
 pub(super) enum End {
     /// It was stopped.
     Stopped,
     /// No lane serves it any more, and it waits for a server.
     Waits(QueueError),
-    /// It cannot go on.
+    /// It cannot be served any more.
     Failed(QueueError),
 }
 
 impl Member {
-    /// Has the device made, or takes it over.
+    /// Adds the device, or takes it over.
     pub fn begin(
         preparation: Preparation,
         fleet: &Fleet,
@@ -192,7 +194,7 @@ impl Member {
                 if !is_as_wanted(&record.config, &config) {
                     let id = record.id;
                     log::warn!(
-                        "device {id} is taken over as it was added, which is not as the file says; \
+                        "device {id} is taken over with its old options, which differ from the file; \
                          a reload changes it when it is unused"
                     );
                     config = record.config.clone();
@@ -206,12 +208,12 @@ impl Member {
         }
     }
 
-    /// What it may have to wait for by now: others may have come to what it stands on.
+    /// The devices that it may wait for now: its backings may be stacked on others since.
     pub fn below(&self) -> Below {
         Below::backings(&self.plan.layout.backings, &Recorded::default())
     }
 
-    /// Does what others ask for, and still wait for.
+    /// Carries out the control requests of clients that still wait.
     pub fn carry_out_control_requests(&mut self) {
         while let Some(control_request) = self.server.control_request() {
             match control_request {
@@ -220,7 +222,9 @@ impl Member {
                     reply.send(grown.map_err(|error| error.to_string()));
                 }
                 ControlRequest::Grow { .. } => {
-                    log::warn!("nobody waits any more for a new size; nothing is done");
+                    log::warn!(
+                        "the client that asked for a new size has given up; nothing is done"
+                    );
                 }
                 ControlRequest::Upgrade { program: _, reply } => {
                     reply.send(Err(NO_UPGRADE.to_owned()));
@@ -229,7 +233,7 @@ impl Member {
         }
     }
 
-    /// Whether the device has come to an end, or has to.
+    /// Whether the device has ended, or must end.
     pub fn look(&mut self, hooks: &FleetHooks<'_>) -> Option<End> {
         if self.server.lanes.are_withdrawn() {
             self.have_rest_taken_back(hooks);
@@ -252,41 +256,41 @@ impl Member {
         Some(End::Failed(error))
     }
 
-    /// Somebody has made the device wait for another server while a request was in hand. That one has
-    /// been answered, and its tag is with the driver again, which delivers nothing to it.
+    /// Another process has quiesced the device while a request was open. That request has been
+    /// answered. Its tag is with the driver again, which delivers nothing to it.
     fn have_rest_taken_back(&self, hooks: &FleetHooks<'_>) {
         let id = self.server.id;
         let info = self.server.control.info(id);
         if !info.is_ok_and(|info| u32::from(info.state) == sys::UBLK_S_DEV_LIVE) {
             return;
         }
-        log::warn!("device {id}: somebody has made it wait for another server");
-        // No request is in hand, so that this does not take long.
+        log::warn!("device {id}: another process has quiesced it");
+        // No request is open, so this is fast.
         let status = (hooks.quiesce)(id).and_then(|mut process| process.wait());
         match status {
             Ok(status) if status.success() => {}
-            Ok(status) => log::error!("device {id}: its deliveries cannot be stopped: {status}"),
-            Err(error) => log::error!("device {id}: its deliveries cannot be stopped: {error}"),
+            Ok(status) => log::error!("device {id}: its I/O could not be quiesced: {status}"),
+            Err(error) => log::error!("device {id}: its I/O could not be quiesced: {error}"),
         }
     }
 
-    /// Stops the device and takes it down.
+    /// Stops and deletes the device.
     pub fn stop(self, hooks: &FleetHooks<'_>) -> Result<(), ServeError> {
         let stopped = self.server.stop(&|id| (hooks.command)(id, deletion::Command::Stop));
         let ended = self.server.take_down();
         stopped.and(ended)
     }
 
-    /// Has the driver stop the device if nobody has it open; else who uses it, in words. What only
-    /// looks at it, such as udev, is waited for.
+    /// Lets the driver stop the device if nobody has it open. Otherwise returns its users, in
+    /// words. Waits for processes that only look at it, such as udev.
     pub fn stop_unused(&self, hooks: &FleetHooks<'_>, features: Features) -> Result<(), String> {
-        // Nobody tells when a device is closed.
+        // Nothing reports when a device is closed.
         let stopped = Wait::at_most(PATIENCE).every(Duration::from_millis(10)).until(|| {
             let users = deletion::users(self.server.id);
             if !users.is_empty() {
                 return ControlFlow::Break(Err(users.join(", ")));
             }
-            // Before Linux 7.0 the driver stops it whoever has opened it by now.
+            // Before Linux 7.0 the driver stops it even if it was opened meanwhile.
             let can_try = features.has(SAFE_STOP_DEV);
             let stop = |id| (hooks.command)(id, deletion::Command::StopUnused);
             if !can_try || self.server.stop(&stop).is_ok() {
@@ -299,15 +303,15 @@ impl Member {
     }
 }
 
-/// How long those may take who let go of a device or a backing by themselves.
+/// The time that processes may take to close a device or a backing by themselves.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-const NO_UPGRADE: &str = "the device is one of several of a server (`ublk-target serve`), which \
-                          cannot be upgraded while they are used: kill it with SIGKILL and start \
-                          the new one, which takes the devices over";
+const NO_UPGRADE: &str = "the device belongs to `ublk-target serve`, which cannot be upgraded \
+                          while its devices are used: kill it with SIGKILL and start the new \
+                          version, which takes over the devices";
 
 impl End {
-    /// Takes the device down; or begins it again, which gives a new one.
+    /// Deletes the device, or adds it again; then it returns the new one.
     pub fn carry_out(
         self,
         mut member: Member,
@@ -324,14 +328,14 @@ impl End {
                 None
             }
             Self::Failed(error) => {
-                log::error!("device {id}: {error}; it is taken down");
+                log::error!("device {id}: {error}; it is stopped");
                 if let Err(error) = member.stop(hooks) {
                     log::error!("device {id}: {error}");
                 }
                 None
             }
             Self::Waits(error) => {
-                log::error!("device {id}: {error}; it is recovered");
+                log::error!("device {id}: {error}; recovering it");
                 let config = member.config.clone();
                 member.server.leave();
                 let _ = member.server.lanes.join();
@@ -383,7 +387,7 @@ fn take_over(record: &StateFile, fleet: &Fleet) -> Result<(Plan, Server), Recove
     Ok((taken.plan, server))
 }
 
-/// Deletes what is left of a device.
+/// Deletes the leftovers of a device.
 fn clear(id: u32, fleet: &Fleet, hooks: &FleetHooks<'_>) -> Result<(), MemberError> {
     let progress = &mut |what: &str| log::warn!("{what}");
     let helper = &*hooks.command;

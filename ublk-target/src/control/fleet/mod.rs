@@ -1,5 +1,5 @@
-//! Many devices in one process: they share lanes, a thread that answers, and the main thread, which
-//! makes them and takes them down.
+//! Many devices in one process. They share the lanes, the thread that answers, and the main thread,
+//! which adds and deletes them.
 
 mod check;
 mod error;
@@ -38,35 +38,35 @@ use member::{Member, Preparation, check_apart};
 /// The devices of a process.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct FleetConfig {
-    /// How many lanes they share at most, 1 to 1,024; one for each CPU if it is left out.
+    /// Maximum number of shared lanes, 1 to 1,024; by default one per CPU.
     pub lanes: Option<u16>,
-    /// The devices. Each has an id, and no two have the same.
+    /// The devices. Each has an id, and ids are unique.
     pub devices: Vec<DeviceConfig>,
 }
 
 /// Callbacks of a fleet.
 pub struct FleetHooks<'a> {
-    /// Reads the configuration again; or says what is wrong with it.
+    /// Reads the configuration again, or returns its errors.
     pub read: Box<dyn Fn() -> Result<FleetConfig, Vec<String>> + Sync + 'a>,
     /// Starts a process that gives the driver a command ([`deletion::command`]).
     pub command: Box<dyn Fn(u32, deletion::Command) -> io::Result<Child> + 'a>,
-    /// Starts a process that makes the I/O of a device wait ([`quiesce`](crate::control::upgrade::quiesce)).
+    /// Starts a process that quiesces a device ([`quiesce`](crate::control::upgrade::quiesce)).
     pub quiesce: Box<dyn Fn(u32) -> io::Result<Child> + 'a>,
-    /// Is told what happens to all of them.
+    /// Called with news of the fleet.
     pub tell: Box<dyn Fn(&FleetEvent) + 'a>,
 }
 
-/// What happens to a fleet.
+/// News of a fleet.
 #[derive(Debug)]
 pub enum FleetEvent {
-    /// It begins the next device, after so many of so many. Until the next news it may take as long as
-    /// the deletion of what a dead server has left may, or the recovery.
+    /// It starts the next device: number and total. Until the next news, it may take as long as the
+    /// deletion of a dead server's leftovers, or a recovery.
     Begins(usize, usize),
-    /// It serves these devices, of so many that it should.
+    /// It serves these devices, of this total.
     Ready(Vec<Description>, usize),
-    /// It reads its configuration again.
+    /// It is reading its configuration again.
     Reloading,
-    /// It has done so, has made the devices with these ids, and serves so many.
+    /// It has done so: the ids of the devices that it has added, and the number that it serves.
     Reloaded(Vec<u32>, usize),
 }
 
@@ -76,7 +76,7 @@ pub enum FleetEvent {
 /// [`FleetError`].
 pub fn serve(config: FleetConfig, hooks: &FleetHooks<'_>) -> Result<(), FleetError> {
     let node = Control::open_node()?;
-    // While there is one thread: the control ring has workers of the kernel's.
+    // There is only one thread at this point: the control ring has kernel workers.
     let backings = config.devices.iter().flat_map(|device| device.target.files());
     protect_server(&backings.collect::<Vec<_>>());
     let control = Control::with(node)?;
@@ -84,7 +84,7 @@ pub fn serve(config: FleetConfig, hooks: &FleetHooks<'_>) -> Result<(), FleetErr
     step("signals-blocked");
     open_many_files();
     let features = kernel::features(&control)?;
-    // All of them before any is made.
+    // Checks all devices before it adds any.
     let begins = |done| (hooks.tell)(&FleetEvent::Begins(done, config.devices.len()));
     let preparations = preparations(&config.devices, &control, features, begins);
     let preparations = preparations.map_err(FleetError::Faults)?;
@@ -110,8 +110,8 @@ pub fn serve(config: FleetConfig, hooks: &FleetHooks<'_>) -> Result<(), FleetErr
     fleet.end(hooks)
 }
 
-/// Lets the process have as many files open as it may: each device has some, and the lanes' tables of
-/// files are no greater than that.
+/// Raises the limit of open files as far as allowed: each device has some, and the lanes' file
+/// tables are limited by it.
 fn open_many_files() {
     let raised = getrlimit(Resource::RLIMIT_NOFILE)
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
@@ -120,7 +120,7 @@ fn open_many_files() {
     }
 }
 
-/// What the devices are begun with, or all that is wrong with them.
+/// The start states of all devices, or all errors.
 fn preparations(
     devices: &[DeviceConfig],
     control: &Control,
@@ -130,17 +130,17 @@ fn preparations(
     let (mut preparations, mut faults) = (Vec::new(), Vec::new());
     let ids = devices.iter().map(id_of).collect();
     for device in devices {
-        // Each may have to wait for a backing to be let go of.
+        // Each may have to wait until a backing is closed.
         begins(0);
         let preparation = Preparation::of(device, control, features).and_then(|preparation| {
-            // One that waits keeps nobody from the others.
+            // A device that waits does not delay the others.
             let checked =
                 if preparation.is_of_waiting() { Ok(()) } else { preparation.check_apart(&ids) };
             checked.map(|()| preparation)
         });
         match preparation {
             Ok(preparation) => preparations.push(preparation),
-            // Its server may be one that was started by hand. The others need not wait for that.
+            // The server may have been started by hand. The others need not wait for it.
             Err(error @ MemberError::Recover(RecoverError::Served { .. })) => {
                 log::error!("{error}; the other devices are served");
             }
@@ -154,7 +154,7 @@ fn cpus() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// Its id; the configuration has seen to it that there is one.
+/// Its id. The configuration guarantees that there is one.
 fn id_of(device: &DeviceConfig) -> u32 {
     device.id.unwrap_or(u32::MAX)
 }
@@ -165,13 +165,13 @@ struct Fleet {
     features: Features,
     wakeups: Arc<Wakeups>,
     services: SharedServices,
-    /// In the order in which they were made.
+    /// In the order in which they were added.
     members: Vec<Member>,
     lanes: Option<u16>,
 }
 
 impl Fleet {
-    /// Makes devices, or takes them over from a dead server. Those that cannot be made are logged.
+    /// Adds devices, or takes them over from a dead server. Logs those that cannot be added.
     fn add_all(
         &mut self,
         preparations: Vec<Preparation>,
@@ -197,7 +197,7 @@ impl Fleet {
         described
     }
 
-    /// Makes a device, or takes it over, beside these and those that there are.
+    /// Adds a device, or takes it over. Checks it against these and the existing ones.
     fn begin(
         &mut self,
         preparation: Preparation,
@@ -210,9 +210,9 @@ impl Fleet {
         Ok(description)
     }
 
-    /// Sees to it that no device of this process waits for another one of it. A lane's workers are held by
-    /// what waits; and a thread that is killed waits for its workers before its process lets go of the
-    /// other device.
+    /// Checks that no device of this process waits for another one of it. Waiting operations hold a
+    /// lane's workers. A killed thread waits for its workers before its process closes the other
+    /// device.
     fn check_apart(
         &self,
         preparation: &Preparation,
@@ -220,7 +220,7 @@ impl Fleet {
     ) -> Result<(), MemberError> {
         preparation.check_apart(ids)?;
         if preparation.is_of_waiting() {
-            // Others may stand on it already.
+            // Others may be stacked on it already.
             let id = BTreeSet::from([id_of(&preparation.config)]);
             for member in &self.members {
                 check_apart(id_of(&member.config), &member.below(), &id)?;
@@ -233,16 +233,16 @@ impl Fleet {
         self.members.iter().map(|member| id_of(&member.config)).collect()
     }
 
-    /// Serves until a signal asks for the end.
+    /// Serves until a signal ends the process.
     fn run(&mut self, hooks: &FleetHooks<'_>) {
-        // What came while devices were made has been heard there.
+        // Waits during the start may have consumed wake-ups, so the first check comes at once.
         let mut timeout = PollTimeout::ZERO;
         loop {
-            // One may have come while something else was waited for.
+            // A signal may have come during another wait.
             if let Some(signal) = self.wakeups.last_signal() {
                 return log::info!("{signal}: ending");
             }
-            // Whatever it was: all is looked at below.
+            // Whatever the wake-up was, everything is checked below.
             let woken = self.wakeups.wait_or_hangup(None, timeout);
             if matches!(woken, Wake::Signal(_)) {
                 continue;
@@ -252,12 +252,12 @@ impl Fleet {
             if is_asked {
                 self.reload(hooks);
             }
-            // What came meanwhile may have been heard by who waited for something else.
+            // A wake-up during this may have been consumed by another wait.
             timeout = if has_acted || is_asked { PollTimeout::ZERO } else { PollTimeout::NONE };
         }
     }
 
-    /// Whether one of them has come to its end.
+    /// Whether one of them has ended.
     fn look_after_members(&mut self, hooks: &FleetHooks<'_>) -> bool {
         let mut has_acted = false;
         for mut member in std::mem::take(&mut self.members) {
@@ -273,7 +273,7 @@ impl Fleet {
         has_acted
     }
 
-    /// Takes all devices down, the last first.
+    /// Stops all devices, the last first.
     fn end(mut self, hooks: &FleetHooks<'_>) -> Result<(), FleetError> {
         let mut failed = 0;
         while let Some(member) = self.members.pop() {

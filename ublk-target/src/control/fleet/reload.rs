@@ -1,4 +1,4 @@
-//! Another configuration for a fleet that serves.
+//! Applies a changed configuration to a running fleet.
 
 use std::collections::BTreeSet;
 
@@ -12,14 +12,14 @@ use crate::control::fleet::{Fleet, FleetConfig, FleetEvent, FleetHooks, id_of};
 use crate::control::plan::{self, Plan};
 use crate::os::protection::among_present_mounts;
 
-/// What a configuration changes.
+/// The differences of a configuration.
 #[derive(Debug, Default, PartialEq)]
 struct Changes {
-    /// Ids of devices that are not wanted any more.
+    /// Ids of devices that are not in it any more.
     gone: Vec<u32>,
-    /// Devices that are there, but made otherwise.
+    /// Existing devices with a different configuration.
     changed: Vec<DeviceConfig>,
-    /// Devices that there are not yet.
+    /// New devices.
     new: Vec<DeviceConfig>,
 }
 
@@ -37,13 +37,13 @@ impl Changes {
 }
 
 impl Fleet {
-    /// Reads the configuration again and does what it says. One with a fault changes nothing.
+    /// Reads the configuration again and applies it. If it has an error, nothing changes.
     pub(super) fn reload(&mut self, hooks: &FleetHooks<'_>) {
         (hooks.tell)(&FleetEvent::Reloading);
         let made = match self.find_changes(hooks) {
             Err(faults) => {
                 faults.iter().for_each(|fault| log::error!("{fault}"));
-                log::error!("the configuration has faults; all stays as it was");
+                log::error!("the configuration has errors; nothing has changed");
                 Vec::new()
             }
             Ok(found) => self.carry_out(found, hooks),
@@ -51,11 +51,11 @@ impl Fleet {
         (hooks.tell)(&FleetEvent::Reloaded(made, self.members.len()));
     }
 
-    /// What is to be done, after all of it was looked at: by this program, and by the driver.
+    /// The changes, after a check of all of them by this program and by the driver.
     fn find_changes(&self, hooks: &FleetHooks<'_>) -> Result<Found, Vec<String>> {
         let now: Vec<_> = self.members.iter().map(|member| &member.config).collect();
         let features = self.features;
-        // The file and new backings may be on file systems that this process has left.
+        // The file and new backings may be on file systems outside this process's mounts.
         let read = &*hooks.read;
         let (wanted, plans) = among_present_mounts(|| {
             let wanted: FleetConfig = read()?;
@@ -66,7 +66,7 @@ impl Fleet {
             Ok::<_, Vec<String>>((wanted, plans))
         })?;
         if wanted.lanes != self.lanes {
-            log::warn!("`lanes` has changed, which takes effect at the next start");
+            log::warn!("`lanes` has changed; this takes effect at the next start");
         }
         let changes = Changes::between(&now, &wanted.devices);
         let (mut opened, mut faults) = (Vec::new(), Vec::new());
@@ -74,7 +74,7 @@ impl Fleet {
         for (device, plan) in plans {
             match self.check(&device, plan, changes.new.contains(&device), &ids) {
                 Ok(preparation) => opened.extend(preparation),
-                // It cannot be added, which is said then, and the others can.
+                // It cannot be added, and the log says so. The others can.
                 Err(MemberError::Recover(RecoverError::Served { .. })) => {}
                 Err(error) => faults.push(format!("device {}: {error}", id_of(&device))),
             }
@@ -82,7 +82,7 @@ impl Fleet {
         if faults.is_empty() { Ok(Found { changes, opened }) } else { Err(faults) }
     }
 
-    /// What a device is to be begun with, if all that it needs is free already.
+    /// The start state of a device, if everything that it needs is free already.
     fn check(
         &self,
         device: &DeviceConfig,
@@ -109,8 +109,8 @@ impl Fleet {
         Preparation::with(device, Ok(*plan), &self.control).map(Some)
     }
 
-    /// Takes away what is to go or to change, as far as nobody uses it, then makes what is to come. What
-    /// cannot be made after all is as it was. Returns the ids of those that were made.
+    /// Deletes removed and changed devices that are not in use, then adds the new ones. If one
+    /// cannot be added after all, the old one is restored. Returns the ids of the added devices.
     fn carry_out(&mut self, found: Found, hooks: &FleetHooks<'_>) -> Vec<u32> {
         let Found { changes, opened } = found;
         let mut stays = Vec::new();
@@ -141,9 +141,11 @@ impl Fleet {
                 match self.add_now(old, again(old), hooks) {
                     Ok(()) => {
                         made.push(id);
-                        log::error!("device {id} is as it was");
+                        log::error!("device {id} is restored with its old options");
                     }
-                    Err(error) => log::error!("device {id} is gone: {error}"),
+                    Err(error) => {
+                        log::error!("device {id} cannot be restored and is deleted: {error}")
+                    }
                 }
             }
         }
@@ -172,13 +174,13 @@ impl Fleet {
         self.begin(preparation, &ids, hooks).map(drop)
     }
 
-    /// Deletes a device that nobody uses.
+    /// Deletes a device that is not in use.
     fn remove_unused(&mut self, id: u32, hooks: &FleetHooks<'_>) -> Removed {
         let Some(at) = self.members.iter().position(|it| id_of(&it.config) == id) else {
             return Removed::Gone(None);
         };
         if let Err(users) = self.members[at].stop_unused(hooks, self.features) {
-            log::error!("device {id} is in use and stays as it was: {users}");
+            log::error!("device {id} is in use and has not changed: {users}");
             return Removed::Stays;
         }
         let member = self.members.remove(at);
@@ -193,29 +195,29 @@ impl Fleet {
     }
 }
 
-/// What has come of looking at a configuration.
+/// The result of a check of a configuration.
 struct Found {
     changes: Changes,
     /// New devices whose backings are claimed already.
     opened: Vec<Preparation>,
 }
 
-/// What has become of a device that was to go.
+/// What happened to a device that had to go.
 enum Removed {
-    /// It was made so.
+    /// Its former configuration.
     Gone(Option<DeviceConfig>),
     Stays,
 }
 
-/// What has come of planning a device.
+/// The result of planning a device.
 enum Planned {
     Claimed(Box<Plan>),
-    /// Somebody has its backings, who may be a device that is to go.
+    /// Its backings are in use, perhaps by a device that has to go.
     LookedAt(Box<Plan>),
     Refused(PlanError),
 }
 
-/// Plans a device. `frees` says that others go, which may have its backings.
+/// Plans a device. `frees` says that other devices go, which may use its backings.
 fn plan(device: &DeviceConfig, features: Features, frees: bool) -> Planned {
     match Plan::for_driver(device, features, None) {
         Ok(plan) => Planned::Claimed(Box::new(plan)),

@@ -19,7 +19,7 @@ fn state() -> StateFile {
     StateFile::new(3, vec![known], config)
 }
 
-/// Layers of faults, the outermost first, with the names that they have by themselves.
+/// Layers of faults, outermost first, with their default names.
 fn faults<'a>(layers: impl IntoIterator<Item = (&'a [&'a str], u64)>) -> Layers {
     let fault = |(rules, seed): (&[&str], u64)| {
         let rules = rules.iter().map(|rule| rule.parse().unwrap()).collect();
@@ -36,7 +36,7 @@ fn a_state_file_is_read_back() {
     assert_eq!(StateFile::read(&run, 3).unwrap(), state());
     assert!(matches!(StateFile::read(&run, 4), Err(StateProblem::Missing(_))));
     assert_eq!(recorded_ids(&run), [3]);
-    // What a server that was killed has left.
+    // A file that a killed server has left.
     fs::write(run.join("3.json.77"), "{").unwrap();
     fs::write(run.join("33.json.77"), "{").unwrap();
     StateFile::remove(&run, 3);
@@ -45,9 +45,9 @@ fn a_state_file_is_read_back() {
     assert!(recorded_ids(&run).is_empty());
 }
 
-/// As programs of format 3 wrote it: the first ones, whose supervisors wrote to it, too, and later ones, with
-/// several targets around the innermost one and with none. Their devices are recovered and upgraded by later
-/// programs.
+/// As programs with format 3 wrote it: the first ones, whose supervisors also wrote to it, and
+/// later ones, with several fault targets around a target and with none. Later programs recover and
+/// upgrade their devices.
 const RECORDED: [&str; 3] = [
     r#"{"backings":[{"identity":"wwid nvme.1","page_cache":false,
         "path":"/dev/nvme0n1","size":1073741824}],"config":{"block_size":null,"busy_wait":"auto",
@@ -77,7 +77,7 @@ const RECORDED: [&str; 3] = [
         "program":"/usr/sbin/ublk-target","supervisor":4711,"target":"stripe","version":3}"#,
 ];
 
-/// What they say.
+/// Their expected content.
 fn recorded() -> [StateFile; 3] {
     let known = |number: u32, size| Known {
         path: format!("/dev/nvme{number}n1").into(),
@@ -176,7 +176,7 @@ fn format_3_is_read_as_strictly_as_it_was() {
         ("\"seed\":0,", "", "missing field `seed`"),
         ("{\"linear\":", "{\"loop\":{\"file\":\"/x\"},\"linear\":", "is corrupt"),
         ("\"queues\":2", "\"queues\":2,\"layers\":[]", "format 3 has no layers"),
-        // A target of format 3 in one of format 4.
+        // A target of format 3 in a file of format 4.
         ("\"version\":3", "\"version\":4", "unknown variant `fault`"),
         ("\"version\":3", "\"version\":2", "has format 2, and this program knows 3 to 4"),
         ("\"version\":3", "\"version\":5", "has format 5, and this program knows 3 to 4"),
@@ -193,7 +193,7 @@ fn a_corrupt_state_file_is_not_believed() {
     let mut good: serde_json::Value = serde_json::from_str(&whole).unwrap();
     good.as_object_mut().unwrap().remove(CHECKSUM);
     let good = good.to_string();
-    // As somebody would change it who knows of the checksum.
+    // As written by somebody who knows the checksum.
     let summed = |old: &str, new: &str| {
         let changed = good.replace(old, new);
         assert_ne!(changed, good, "{old}");
@@ -207,7 +207,7 @@ fn a_corrupt_state_file_is_not_believed() {
         (good.clone(), "its checksum"),
         (whole.replace("1073741824", "1073741840"), "its checksum"),
         (whole.replace("\"version\": 4", "\"version\": 99"), "has format 99"),
-        (summed("\"id\":3", "\"id\":4"), "it is of device 4"),
+        (summed("\"id\":3", "\"id\":4"), "it belongs to device 4"),
         (summed("auto", "telepathy"), "telepathy"),
         (summed("error=EIO", "error=EGAD"), "EGAD"),
         (summed("\"queues\":1", "\"queues\":-1"), "is corrupt"),
@@ -231,7 +231,7 @@ fn no_flipped_bit_is_believed() {
             let mut flipped = text.clone();
             flipped[bit / 8] ^= 1 << (bit % 8);
             let Ok(flipped) = String::from_utf8(flipped) else { continue };
-            // A blank may have become another one.
+            // A blank may have become another blank.
             if let Ok(read) = StateFile::parse(&flipped, 3, Path::new("3.json")) {
                 assert_eq!(read, good, "bit {bit}");
             }
@@ -247,7 +247,7 @@ fn a_state_file_that_others_can_write_is_not_trusted() {
     fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
     let refused = StateFile::read(directory.path(), 3).unwrap_err().to_string();
     assert!(refused.contains("mode 666"), "{refused}");
-    // Nor is a link, which may lead anywhere.
+    // A link is refused too, since it may lead anywhere.
     fs::rename(&path, directory.path().join("real")).unwrap();
     std::os::unix::fs::symlink("real", &path).unwrap();
     assert!(matches!(StateFile::read(directory.path(), 3), Err(StateProblem::Unreadable { .. })));
@@ -261,6 +261,6 @@ fn a_pipe_in_the_place_of_a_state_file_is_not_waited_for() {
         nix::unistd::mkfifo(&directory.path().join(name), mode).unwrap();
     }
     let refused = StateFile::read(directory.path(), 3).unwrap_err().to_string();
-    assert!(refused.ends_with("cannot be read: it is no regular file"), "{refused}");
+    assert!(refused.ends_with("cannot be read: it is not a regular file"), "{refused}");
     assert!(!own_files::is_being_written(&directory.path().join("3.json.00123456789a")));
 }

@@ -1,18 +1,18 @@
-//! State files of format 3, in which a target with faults had the other target inside.
+//! State files of format 3, in which a fault target contained another target.
 
 use serde_json::{Map, Value, json};
 
 use crate::config::{LayerKind, Layers};
 
-/// The most layers that are written in this format. Each of them is two levels of JSON, a device without
-/// any is six at most, and no program reads more than 127.
+/// The maximum number of layers in this format. Each layer is two levels of JSON, and a device
+/// without layers has at most six. No program reads more than 127 levels.
 pub(super) const MAX_NESTED: usize = 60;
 
-/// Whether the format can say all about these layers: earlier programs know them, and they have the
-/// names that they are given when they are read.
+/// Whether the format can hold these layers: earlier programs know their kinds, and their names are
+/// those that [`unfold`] gives them.
 pub(super) fn can_hold(layers: &Layers) -> bool {
     let known = |kind: &LayerKind| match kind {
-        // All that they know of it.
+        // Earlier programs know these two fields and no others.
         LayerKind::Fault { rules: _, seed: _ } => true,
     };
     let mut named = layers.iter().zip(0..);
@@ -20,8 +20,8 @@ pub(super) fn can_hold(layers: &Layers) -> bool {
         && named.all(|(layer, nth)| known(&layer.kind) && layer.name.as_str() == name(nth))
 }
 
-/// Makes a record of the present format one of format 3, as earlier programs have written it: each
-/// layer becomes a target with the next one inside.
+/// Converts a record of the present format to format 3, as earlier programs wrote it: each layer
+/// becomes a target that contains the next one.
 pub(super) fn fold(record: &mut Value) {
     let Some(config) = record.get_mut("config").and_then(Value::as_object_mut) else { return };
     let Some(Value::Array(layers)) = config.remove("layers") else { return };
@@ -34,11 +34,11 @@ pub(super) fn fold(record: &mut Value) {
     config.insert("target".to_owned(), target);
 }
 
-/// Makes the record one of the present format: the targets around the innermost one become layers. What is
-/// of no known shape is left to be refused with the rest.
+/// Converts a record to the present format: the fault targets around the innermost target become
+/// layers. Records of an unknown form are left unchanged, and refused later.
 ///
 /// # Errors
-/// That the record has layers already, which no program has written.
+/// The record already has layers, which no program has written in this format.
 pub(super) fn unfold(record: &mut Value) -> Result<(), String> {
     let Some(config) = record.get_mut("config").and_then(Value::as_object_mut) else {
         return Ok(());
@@ -59,7 +59,7 @@ pub(super) fn unfold(record: &mut Value) -> Result<(), String> {
     Ok(())
 }
 
-/// The name of a layer, which the format does not have; the outermost is number 0.
+/// The name of a layer, which format 3 lacks; the outermost layer is number 0.
 fn name(nth: usize) -> String {
     match nth {
         0 => "fault".to_owned(),
@@ -67,7 +67,7 @@ fn name(nth: usize) -> String {
     }
 }
 
-/// The faults of a target that has another one inside, and that one.
+/// The options of a fault target, and the target that it contains.
 fn outermost(target: &mut Value) -> Option<(Map<String, Value>, Value)> {
     let fields = target.as_object_mut().filter(|fields| fields.len() == 1)?;
     let fault = fields.get_mut("fault")?.as_object_mut()?;

@@ -1,5 +1,5 @@
-//! Lanes: which one a queue goes to, and what it has there. A lane is of one queue alone, or shared
-//! by queues of many devices.
+//! Lanes: the assignment of queues to lanes, and the ranges of each queue in its lane. A lane
+//! serves one queue, or is shared by queues of many devices.
 
 mod runs;
 
@@ -28,31 +28,31 @@ use crate::io_thread::thread;
 use crate::os::wakeups::event_descriptor;
 use runs::Runs;
 
-/// Entries that a shared lane submits at a time; what does not fit is submitted earlier.
+/// Entries that a shared lane submits at a time. If more are queued, it submits earlier.
 const SQ_ENTRIES: u32 = 1024;
-/// Completions that the queue of a shared lane holds: one for each slot of the greatest buffer
-/// table. A tag with one operation in flight has one of either; should more than these come in a
-/// single call, the kernel keeps the rest until there is room.
+/// Completions that the queue of a shared lane holds: one for each slot of the largest buffer
+/// table. A tag with one operation in flight uses one of each. If more completions arrive in one
+/// call, the kernel keeps the rest until there is room.
 const CQ_ENTRIES: u32 = 16 << 10;
-/// Fixed files of a lane, if a process may have as many open (`io_sqe_files_register`).
+/// Fixed files of a lane, if the process may open as many (`io_sqe_files_register`).
 const MAX_FILES: u16 = 1 << 14;
 /// Slots of a lane's buffer table.
 const SLOTS: u16 = 1 << 14;
 const _: () = assert!(MAX_BUFFER_SLOTS == 1 << 14);
-/// The lanes of a process, which its devices share.
+/// The lanes of a process. Its devices share them.
 #[derive(Debug)]
 pub(crate) struct SharedLanes {
-    /// How many there are at most.
+    /// The maximum number of shared lanes.
     limit: usize,
-    /// Fixed files of each.
+    /// Fixed files of each lane.
     files: u16,
-    /// One that has failed leaves its place empty.
+    /// A failed lane leaves an empty entry.
     lanes: Vec<Option<SharedLane>>,
-    /// Buffers that stations have left: their memory is never given back, so the next ones use it.
+    /// Buffers of removed stations. Their memory is never unmapped, so later stations use it.
     pools: Vec<(u32, BufferPool)>,
 }
 
-/// A lane, and what of it is taken.
+/// A lane, and the allocated ranges of its tables.
 #[derive(Debug)]
 struct SharedLane {
     arrivals: Sender<Arrival>,
@@ -60,23 +60,23 @@ struct SharedLane {
     thread: JoinHandle<Result<(), LaneError>>,
     files: Runs,
     slots: Runs,
-    /// Names that nobody has, the one longest unused first: what comes late for a station that has
-    /// gone meets no other for long.
+    /// Free station names, the one that was unused longest first, so that a late completion for a
+    /// removed station does not soon find another.
     names: VecDeque<u16>,
-    /// Its spare buffers, which it keeps.
+    /// Its spare buffers. The lane keeps them.
     spares: Vec<Spare>,
     stations: usize,
     tags: u32,
 }
 
-/// A spare buffer, as its lane's stations are given it.
+/// A spare buffer for the stations of its lane.
 #[derive(Debug)]
 struct Spare {
     bytes: u32,
     buffer: SpareBuffer,
 }
 
-/// What a station has of its lane.
+/// The share of a station in its lane.
 #[derive(Debug)]
 struct Holding {
     lane: usize,
@@ -87,7 +87,7 @@ struct Holding {
     tags: u32,
 }
 
-/// A queue's station, as others see it.
+/// A queue's station, from the outside.
 pub(crate) struct StationHandle {
     served_by: ServedBy,
     buffer_bytes: u32,
@@ -97,16 +97,16 @@ pub(crate) struct StationHandle {
     is_withdrawn: Arc<AtomicBool>,
 }
 
-/// Which lane a station is in.
+/// The lane of a station.
 enum ServedBy {
-    /// One of its own.
+    /// A lane of its own.
     Own(JoinHandle<Result<(), LaneError>>),
-    /// One that it shares.
+    /// A shared lane.
     Shared(Holding),
 }
 
 impl SharedLanes {
-    /// Up to `limit` lanes, none of which is started before it is needed.
+    /// Up to `limit` shared lanes. Each is started when it is first needed.
     pub fn new(limit: usize) -> Self {
         let open = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _)| soft);
         let files = u16::try_from(open).unwrap_or(MAX_FILES).min(MAX_FILES);
@@ -114,10 +114,11 @@ impl SharedLanes {
         Self { limit: limit.max(1), files, lanes, pools }
     }
 
-    /// Starts a station for a queue, in the lane that has least to do.
+    /// Starts a station for a queue in the lane with the least load.
     ///
     /// # Errors
-    /// Those of starting a lane; `ENOSPC` if no lane has room; `EMFILE`, `ENOMEM` and the like.
+    /// Those of starting a lane; `ENOSPC` if no lane has room; `EMFILE`, `ENOMEM` and others of the
+    /// set-up.
     pub fn start(&mut self, config: &LaneConfig) -> Result<(LaneHandle, StationHandle), LaneError> {
         let holding = self.hold(config)?;
         let Some(Some(lane)) = self.lanes.get(holding.lane) else { return Err(no_room()) };
@@ -138,7 +139,7 @@ impl SharedLanes {
                 return Err(error);
             }
         };
-        // One that has ended leaves the channels, and is found so.
+        // A lane that has ended closes the channel, and is detected this way.
         let _ = arrivals.send(arrival);
         let _ = wake.write(1);
         Ok((handle, station.in_lane(ServedBy::Shared(holding))))
@@ -155,7 +156,7 @@ impl SharedLanes {
         }
     }
 
-    /// A place in the lane that has least to do.
+    /// Ranges in the lane with the least load.
     fn hold(&mut self, config: &LaneConfig) -> Result<Holding, LaneError> {
         let files = u32::try_from(config.backings.len() + 1).unwrap_or(u32::MAX);
         let (slots, tags) = (config.own_slots().into(), config.engine.queue.depth.into());
@@ -207,7 +208,7 @@ impl SharedLanes {
             arrivals,
             wake,
             thread,
-            // The first file is the lane's own.
+            // The first file belongs to the lane.
             files: Runs::new(EVENT.0 + 1..self.files.into()),
             slots: Runs::new(0..SLOTS.into()),
             names: (1..NAMES).collect(),
@@ -222,12 +223,12 @@ impl SharedLanes {
         Ok(())
     }
 
-    /// How many lanes there are.
+    /// The number of lanes.
     pub fn count(&self) -> usize {
         self.lanes.iter().flatten().count()
     }
 
-    /// Takes back what a station had, and returns what it did. Waits for its end.
+    /// Takes back the share of a station, and returns its statistics. Waits for its end.
     pub fn join(&mut self, station: StationHandle) -> Result<LaneReport, LaneError> {
         let StationHandle { served_by, buffer_bytes, end, ended, .. } = station;
         let ended = ended.or_else(|| end.recv().ok());
@@ -236,12 +237,13 @@ impl SharedLanes {
             ServedBy::Shared(holding) => holding,
         };
         let Some(Ended { lane, parts, error }) = ended else {
-            // Its lane has gone with all that was there.
+            // Its lane has ended, and its tables are gone.
             self.forget_ended_lanes();
             return Err(GONE);
         };
         let report = LaneReport::of(&lane);
-        // What is in quarantine may still be used by an operation, and its end still come.
+        // A quarantined buffer may still be used by an operation, and the completion may still
+        // come.
         if report.quarantined == 0 {
             self.pools.extend(parts.pool.map(|pool| (buffer_bytes, pool)));
             drop(parts);
@@ -281,7 +283,7 @@ impl SharedLane {
         self.stations < MAX_STATIONS && self.files.has(files) && has_slots && has_room_for_spare
     }
 
-    /// The shortest spare buffer that has room for `bytes`; a new one if there is none.
+    /// The shortest spare buffer of at least `bytes`; a new one if there is none.
     fn spare(&mut self, bytes: u32) -> Result<SpareBuffer, LaneError> {
         let fitting = self.spares.iter().filter(|spare| spare.bytes >= bytes);
         if let Some(spare) = fitting.min_by_key(|spare| spare.bytes) {
@@ -296,7 +298,7 @@ impl SharedLane {
     }
 }
 
-/// A [`StationHandle`] whose station has no lane yet.
+/// A [`StationHandle`] of a station that has no lane yet.
 struct Unserved {
     buffer_bytes: u32,
     ready: Receiver<Result<(), LaneError>>,
@@ -304,7 +306,7 @@ struct Unserved {
     is_withdrawn: Arc<AtomicBool>,
 }
 
-/// How a queue's station and others will talk to each other: the ends of others, and the station's.
+/// The channels between a queue's station and others: the outer ends, and the station's ends.
 fn channels(config: &LaneConfig, wake: &Arc<EventFd>) -> (LaneHandle, Unserved, StationChannels) {
     let (ready, is_ready) = sync_channel(1);
     let (end, has_ended) = sync_channel(1);
@@ -341,7 +343,7 @@ pub(crate) fn start_own(config: LaneConfig) -> Result<(LaneHandle, StationHandle
     Ok((handle, station.in_lane(ServedBy::Own(thread))))
 }
 
-/// Waits for the end of a lane of one queue, and returns what it did.
+/// Waits for the end of a lane of one queue, and returns its statistics.
 fn ended_alone(
     thread: JoinHandle<Result<(), LaneError>>,
     ended: Option<Ended>,
@@ -349,22 +351,22 @@ fn ended_alone(
     let served = thread.join().unwrap_or(Err(GONE));
     match ended {
         Some(Ended { lane, error, .. }) => error.map_or_else(|| Ok(LaneReport::of(&lane)), Err),
-        // It was not set up.
+        // Its set-up has failed.
         None => Err(served.err().unwrap_or(GONE)),
     }
 }
 
-/// A lane has gone without a word.
+/// A lane has ended without a result.
 const GONE: LaneError = LaneError::Ring(Errno::EIO);
 
 impl StationHandle {
-    /// Waits until all tags are with the driver.
+    /// Waits until all tags are fetched.
     pub fn await_ready(&self) -> Result<(), LaneError> {
-        // A closed channel is a lane that has ended.
+        // A closed channel means that the lane has ended.
         self.ready.recv().unwrap_or(Err(GONE))
     }
 
-    /// Waits for the end of a station that has a lane of its own, and returns what it did.
+    /// Waits for the end of a station with a lane of its own, and returns its statistics.
     pub fn join(self) -> Result<LaneReport, LaneError> {
         let ended = self.ended.or_else(|| self.end.recv().ok());
         match self.served_by {
@@ -380,7 +382,7 @@ impl StationHandle {
         }
         match self.end.try_recv() {
             Ok(ended) => self.ended = Some(ended),
-            // Its lane has gone.
+            // Its lane has ended.
             Err(TryRecvError::Disconnected) => return true,
             Err(TryRecvError::Empty) => return false,
         }
@@ -392,14 +394,14 @@ impl StationHandle {
         matches!(self.served_by, ServedBy::Shared(_))
     }
 
-    /// Whether the driver has taken back some of its fetches, and the others stay with it, as the
-    /// ring of a shared lane goes on.
+    /// Whether the driver has taken back some fetches only. The others stay with it, since the ring
+    /// of a shared lane stays open.
     pub fn is_withdrawn(&self) -> bool {
         self.is_shared() && self.is_withdrawn.load(Ordering::Acquire)
     }
 
-    /// Why the driver refused one of its tags, if it did and nobody has asked before. A lane of its
-    /// own ends for that.
+    /// The errno with which the driver refused one of its tags, if it did; returned once. A lane of
+    /// its own ends in that case.
     pub fn take_failure(&self) -> Option<LaneError> {
         self.ready.try_recv().ok()?.err().filter(|_| self.is_shared())
     }

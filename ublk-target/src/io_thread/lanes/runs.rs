@@ -1,11 +1,11 @@
-//! Numbers that are handed out in runs: places of a ring's tables.
+//! Allocates ranges of numbers: the entries of a ring's tables.
 
 use std::ops::Range;
 
-/// Runs of the numbers from 0 to a limit.
+/// Free ranges of the numbers from 0 to a limit.
 #[derive(Debug)]
 pub(crate) struct Runs {
-    /// What nobody has, in order; no two of them touch.
+    /// Free ranges in order; no two of them are adjacent.
     free: Vec<Range<u32>>,
 }
 
@@ -14,7 +14,7 @@ impl Runs {
         Self { free: vec![numbers] }
     }
 
-    /// Takes a run of this length, the first that is free.
+    /// Takes the first free range of this length.
     pub fn take(&mut self, len: u32) -> Option<Range<u32>> {
         let at = self.free.iter().position(|free| free.end - free.start >= len)?;
         let free = &mut self.free[at];
@@ -26,7 +26,7 @@ impl Runs {
         Some(taken)
     }
 
-    /// Takes the last number that is free.
+    /// Takes the last free number.
     pub fn take_last(&mut self) -> Option<u32> {
         let free = self.free.last_mut()?;
         free.end -= 1;
@@ -37,12 +37,12 @@ impl Runs {
         Some(taken)
     }
 
-    /// Whether [`Runs::take`] would find one.
+    /// Whether [`Runs::take`] would succeed.
     pub fn has(&self, len: u32) -> bool {
         self.free.iter().any(|free| free.end - free.start >= len)
     }
 
-    /// Gives a run back.
+    /// Returns a range.
     pub fn give_back(&mut self, run: Range<u32>) {
         if run.start == run.end {
             return;
@@ -87,7 +87,7 @@ mod tests {
     }
 
     proptest! {
-        /// No number is had twice, and in the end all of them are one run again.
+        /// No number is allocated twice, and at the end all numbers are one range again.
         #[test]
         fn runs_do_not_overlap(steps in prop::collection::vec((0_u32..9, any::<prop::sample::Index>()), 0..200)) {
             let mut runs = Runs::new(0..40);

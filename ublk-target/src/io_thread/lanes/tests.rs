@@ -1,5 +1,5 @@
-//! Stations on real rings. Their character device is `/dev/zero`, which can be mapped and knows no
-//! commands: every fetch fails, and so each station is refused and ends.
+//! Stations on real rings. Their character device is `/dev/zero`, which can be mapped but knows no
+//! commands. Every fetch fails, so each station is refused and ends.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -72,13 +72,13 @@ impl Rig {
         self.lanes.start(&config).unwrap().1
     }
 
-    /// A place for a queue that lends in so many slots.
+    /// The share of a station that lends in this many slots.
     fn hold(&mut self, lent: u16) -> Result<Holding, LaneError> {
         let slots = SlotTable { lent, ..Self::slots(LendMode::Fused) };
         self.lanes.hold(&self.config(0, LendMode::Fused, slots))
     }
 
-    /// Waits until a station has ended by itself, and takes back what it had.
+    /// Waits until a station has ended by itself, and takes back its share.
     fn join(&mut self, mut station: StationHandle) -> Result<LaneReport, LaneError> {
         station.await_ready().unwrap();
         self.await_end(&mut station);
@@ -101,7 +101,7 @@ impl Rig {
 #[test]
 fn stations_come_and_go_and_leave_their_places() {
     let mut rig = Rig::new(2);
-    // More than there are names.
+    // More stations than there are names.
     for round in 0..300 {
         let lends = [LendMode::Fused, LendMode::Slot, LendMode::Copy, LendMode::Fused];
         let stations: Vec<_> = (0..).zip(lends).cycle().take(16).collect();
@@ -119,12 +119,12 @@ fn stations_come_and_go_and_leave_their_places() {
         let lane = rig.lane(lane);
         assert_eq!((lane.stations, lane.tags), (0, 0));
         assert!(lane.files.has(u32::from(rig.lanes.files) - 1));
-        // All but that of the spare buffer, which they have shared.
+        // All slots but that of the spare buffer, which they share.
         assert!(lane.slots.has(u32::from(SLOTS) - 1));
         assert_eq!(lane.spares.len(), 1);
         assert_eq!(lane.names.len(), usize::from(NAMES) - 1);
     }
-    // Buffers are used again: there are as many as were in use at once.
+    // Buffers are reused: there are as many as were in use at once.
     assert_eq!(rig.lanes.pools.len(), 4);
 }
 
@@ -166,7 +166,7 @@ fn an_empty_lane_is_taken_before_another_is_started() {
     assert_eq!(rig.lanes.count(), 2);
 }
 
-/// Places beyond the ring's table stand for whatever keeps a station from arriving.
+/// Ranges beyond the ring's table stand for any error that keeps a station from arriving.
 #[test]
 fn a_station_that_cannot_arrive_leaves_its_place() {
     let mut rig = Rig::new(1);
@@ -181,7 +181,7 @@ fn a_station_that_cannot_arrive_leaves_its_place() {
     }
     assert_eq!(rig.lanes.count(), 1, "the lane goes on");
     assert!(rig.lane(0).files.has(10));
-    // The memory of its buffers is there for the next one.
+    // The next station gets the memory of its buffers.
     assert_eq!(rig.lanes.pools.len(), 1);
     rig.lanes.lanes[0].as_mut().unwrap().files = Runs::new(1..100);
     assert!(rig.join(first).is_err());
@@ -204,7 +204,7 @@ fn a_lane_of_one_queue_ends_with_it() {
         }
     }
     assert_eq!(rig.lanes.count(), 0);
-    // What cannot be set up is told, and not only that it has ended.
+    // A failed set-up reports its error, not only its end.
     let slots = SlotTable { lent: u16::MAX, ..Rig::slots(LendMode::Fused) };
     let (_, mut station) = start_own(rig.config(0, LendMode::Fused, slots)).unwrap();
     let refused = station.await_ready().unwrap_err();
@@ -230,7 +230,7 @@ fn a_device_with_longer_requests_brings_a_longer_spare_buffer() {
         assert_eq!(spare.pool.count(), 1);
     }
     assert_eq!(rig.lane(0).spares.len(), 2);
-    // One that copies has buffers of its own.
+    // A station that copies has its own buffers.
     let copies = rig.config(0, LendMode::Copy, Rig::slots(LendMode::Copy));
     assert!(rig.lanes.hold(&copies).unwrap().spare.is_none());
 }

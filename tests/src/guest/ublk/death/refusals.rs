@@ -38,11 +38,11 @@ fn stacked(_ctx: &Ctx) -> Result<Outcome> {
     kill_server(&lower)?;
     let began = Instant::now();
     let said = refused(&upper)?;
-    ensure!(said.contains("stands on device 5, which has no server"), "{said}");
+    ensure!(said.contains("is stacked on device 5, which has no server"), "{said}");
     ensure!(began.elapsed() < Duration::from_secs(10), "after {:?}", began.elapsed());
     let new = [PROGRAM, "add", "loop", "-n", "9", "-f", lower.path()?];
     let said = process::run_for_code(&new, 1)?.stderr;
-    ensure!(said.contains("stand on device 5, which has no server"), "{said}");
+    ensure!(said.contains("are on device 5, which has no server"), "{said}");
     // By their ids, the upper one would come first.
     process::run(&[PROGRAM, "recover", "--all"])?;
     (lower.described, upper.described) = (look(&lower)?, look(&upper)?);
@@ -88,7 +88,7 @@ fn unprinted(_ctx: &Ctx) -> Result<Outcome> {
     let device = Device::add(&["null", "--on-death", "wait"])?;
     kill_server(&device)?;
     let said = to_full(&format!("recover -n {}", device.id()))?;
-    ensure!(said.contains("served all the same"), "{said}");
+    ensure!(said.contains("still served"), "{said}");
     ensure!(look(&device)?.state == "LIVE", "{:?}", look(&device)?);
     device.delete()?;
     await_nothing()?;
@@ -120,7 +120,7 @@ fn without_need(_ctx: &Ctx) -> Result<Outcome> {
     load_driver()?;
     let said = process::run_for_code(&[PROGRAM, "recover", "-n", "77"], 1)?.stderr;
     ensure!(
-        said == "ublk-target: there is no ublk device 77; `ublk-target list` shows those that are\n",
+        said == "ublk-target: there is no ublk device 77; `ublk-target list` lists the existing ones\n",
         "{said}"
     );
     for on_death in ["fail", "wait", "reissue", "error"] {
@@ -186,8 +186,8 @@ fn state_files(_ctx: &Ctx) -> Result<Outcome> {
         (good[..good.len() / 2].to_owned(), "is corrupt: "),
         ("\0".repeat(4096), "is corrupt: "),
         (changed("\"depth\": 128", "\"depth\": -1")?, "is corrupt: "),
-        (changed(&id, "\"id\": 99")?, "it is of device 99"),
-        (changed("\"version\": 3", "\"version\": 99")?, "has format 99, and this program knows 3"),
+        (changed(&id, "\"id\": 99")?, "it belongs to device 99"),
+        (changed("\"version\": 3", "\"version\": 99")?, "has format 99, and this program reads 3"),
         (good.replace("\"depth\": 128", "\"depth\": 64"), "its checksum is not"),
         (
             changed(&diskseq, &format!("\"diskseq\": {}", number + 1))?,
@@ -249,7 +249,7 @@ fn backings(ctx: &Ctx) -> Result<Outcome> {
         Ok(File::options().write(true).open(&file)?.set_len(mib << 20)?)
     };
     resize(32)?;
-    ensure_refused(&device, "it has 32 MiB, and had 64 MiB")?;
+    ensure_refused(&device, "its size is 32 MiB, and it was 64 MiB")?;
     resize(64)?;
 
     // Somebody else has it: `recover` waits for the dead server's lock only so long.

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use nix::sys::signal::Signal;
+use rand::{RngExt as _, SeedableRng as _};
+use rand_xoshiro::SplitMix64;
 use serde_json::Value;
 
 use super::{PATIENCE, RUN_DIR, SOUND, end, look, processes};
@@ -55,22 +57,13 @@ enum Second {
 }
 
 struct Schedule {
-    random: u64,
+    rng: SplitMix64,
     young: u32,
 }
 
 impl Schedule {
-    /// SplitMix64, as a share of 1000.
-    fn permille(&mut self) -> u64 {
-        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.random;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (mixed ^ (mixed >> 31)) % 1000
-    }
-
     fn between(&mut self, from_ms: u64, to_ms: u64) -> Duration {
-        Duration::from_micros(from_ms * 1000 + (to_ms - from_ms) * self.permille())
+        Duration::from_micros(self.rng.random_range(from_ms * 1000..to_ms * 1000))
     }
 
     fn next(&mut self, number: u32) -> Blow {
@@ -116,7 +109,7 @@ fn run(ctx: &Ctx, seed: u64, arguments: &[&str], width: u32) -> Result<Outcome> 
 
     let goal = if ctx.long { 56 } else { 6 };
     println!("{FIGURE}seed {seed}");
-    let mut schedule = Schedule { random: seed, young: 0 };
+    let mut schedule = Schedule { rng: SplitMix64::seed_from_u64(seed), young: 0 };
     let (mut recoveries, mut kills, mut number) = (Vec::new(), 0, 0);
     while kills < goal {
         let blow = schedule.next(number);
@@ -300,7 +293,7 @@ fn print_phases(log: &str) {
         times.iter().zip(&mut phases).for_each(|(ms, phase)| phase.push(*ms));
     }
     let names = [
-        "until the dead one's device was let go of",
+        "until the dead one's device was free",
         "to open the backings",
         "to be protected",
         "to start the lanes",

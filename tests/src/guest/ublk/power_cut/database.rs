@@ -10,12 +10,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use anyhow::{Result, ensure};
+use rand::{RngExt as _, SeedableRng as _};
+use rand_xoshiro::SplitMix64;
 use rustix::io::{ReadWriteFlags, pwritev2};
 
 use super::records::{Findings, Records, fill};
 use super::writers::{Ending, Writers};
 use crate::guest::direct::{self, Aligned};
-use crate::guest::rng::Rng;
 
 /// Threads, each with blocks of its own, so that no two writes to a block overlap.
 const THREADS: usize = 4;
@@ -64,10 +65,10 @@ impl Database {
     ///
     /// # Errors
     /// When what they write to cannot be opened.
-    pub fn start(&self, path: &Path, habit: Habit, rng: &mut Rng) -> Result<Writers<()>> {
+    pub fn start(&self, path: &Path, habit: Habit, rng: &mut SplitMix64) -> Result<Writers<()>> {
         let share = lock(&self.records).len() / THREADS;
-        let idle = rng.index(THREADS);
-        let batch = BATCHES[rng.index(BATCHES.len())];
+        let idle = rng.random_range(0..THREADS);
+        let batch = BATCHES[rng.random_range(0..BATCHES.len())];
         println!("{idle} of {THREADS} writers never flush, the others after up to {batch} writes");
         Writers::start(THREADS, |number, ending, acknowledged| {
             let mut writer = Writer {
@@ -132,7 +133,7 @@ struct Writer {
     buffer: Aligned,
     habit: Option<Habit>,
     batch: u64,
-    rng: Rng,
+    rng: SplitMix64,
     /// Flushes and writes with FUA that have succeeded.
     acknowledged: Arc<AtomicU64>,
 }
@@ -156,7 +157,7 @@ impl Writer {
         let fua = match habit {
             Habit::Flush => false,
             Habit::Fua => true,
-            Habit::Both => self.rng.chance(3),
+            Habit::Both => self.rng.random_ratio(3, 8),
         };
         if fua {
             self.write(true)?;
@@ -168,7 +169,7 @@ impl Writer {
     }
 
     fn write_some_and_flush(&mut self) -> Result<()> {
-        for _ in 0..=self.rng.below(self.batch) {
+        for _ in 0..self.rng.random_range(1..=self.batch) {
             self.write(false)?;
         }
         let covers = lock(&self.records).begin_flush();
@@ -179,9 +180,9 @@ impl Writer {
 
     fn write(&mut self, fua: bool) -> Result<()> {
         // Most are short; the others are divided where there are several drives.
-        let most = if self.rng.chance(2) { LONGEST } else { 2 };
-        let blocks = 1 + self.rng.index(most);
-        let first = self.own.start + self.rng.index(self.own.len() - blocks + 1);
+        let most = if self.rng.random_ratio(1, 4) { LONGEST } else { 2 };
+        let blocks = self.rng.random_range(1..=most);
+        let first = self.rng.random_range(self.own.start..=self.own.end - blocks);
         let slots = first..first + blocks;
         let buffer = &mut self.buffer.bytes()[..blocks * self.block_bytes];
         let offset = u64::try_from(first * self.block_bytes)?;

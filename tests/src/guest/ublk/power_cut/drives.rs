@@ -6,11 +6,12 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use rand::SeedableRng as _;
+use rand_xoshiro::SplitMix64;
 
 use super::super::device::text;
 use super::{BIG_BLOCKS, seeded};
 use crate::guest::direct::{self, Aligned};
-use crate::guest::rng::Rng;
 use crate::guest::volatile::{Asked, Lost, Moment, Survival, VolatileDrives};
 use crate::guest::{Ctx, Outcome, fio};
 
@@ -18,7 +19,8 @@ use crate::guest::{Ctx, Outcome, fio};
 /// written with FUA are kept, and of the others what was there before.
 pub fn forget(ctx: &Ctx) -> Result<Outcome> {
     seeded(ctx, || {
-        let mut drives = VolatileDrives::new(&[BIG_BLOCKS], &mut Rng::new(ctx.seed))?;
+        let mut drives =
+            VolatileDrives::new(&[BIG_BLOCKS], &mut SplitMix64::seed_from_u64(ctx.seed))?;
         let mut lost = Lost::default();
         let rounds = 1..=4;
         drives.power_on()?;

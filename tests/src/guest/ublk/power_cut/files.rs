@@ -7,9 +7,10 @@ use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use rand::{Rng as _, RngExt as _, SeedableRng as _};
+use rand_xoshiro::SplitMix64;
 
 use super::writers::Ending;
-use crate::guest::rng::{Rng, mix};
 
 /// What a name may stand for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,7 +37,10 @@ impl State {
 
 /// The contents of a version.
 pub fn contents_of(version: u64, len: usize) -> Vec<u8> {
-    let words = (0..).map(|number| mix(version << 32 ^ number).to_le_bytes());
+    let words = (0..).map(|number| {
+        let mut rng = SplitMix64::seed_from_u64(version << 32 ^ number);
+        rng.next_u64().to_le_bytes()
+    });
     words.take(len.div_ceil(8)).flatten().take(len).collect()
 }
 
@@ -146,7 +150,7 @@ pub struct Changer {
     opened: File,
     pub files: Files,
     ending: Ending,
-    rng: Rng,
+    rng: SplitMix64,
 }
 
 impl Changer {
@@ -154,7 +158,12 @@ impl Changer {
     ///
     /// # Errors
     /// Of the file system.
-    pub fn new(directory: PathBuf, mut files: Files, ending: Ending, rng: Rng) -> Result<Self> {
+    pub fn new(
+        directory: PathBuf,
+        mut files: Files,
+        ending: Ending,
+        rng: SplitMix64,
+    ) -> Result<Self> {
         if !directory.exists() {
             fs::create_dir(&directory)?;
             File::open(directory.parent().context("a parent")?)?.sync_all()?;
@@ -179,9 +188,9 @@ impl Changer {
     /// Of the file system.
     pub fn change(&mut self) -> Result<()> {
         let count = self.files.names.len();
-        let chosen = (count > 0).then(|| self.rng.index(count));
+        let chosen = (count > 0).then(|| self.rng.random_range(0..count));
         let name = chosen.and_then(|chosen| self.files.names.keys().nth(chosen).cloned());
-        match (self.rng.below(8), name) {
+        match (self.rng.random_range(0..8), name) {
             (0, Some(name)) => self.remove(&name),
             (_, Some(name)) if count >= MOST => self.remove(&name),
             (1 | 2, Some(name)) => self.replace(&name),
@@ -200,8 +209,8 @@ impl Changer {
 
     fn draw(&mut self) -> (u64, usize) {
         let version = self.rng.next_u64() >> 32;
-        let most = if self.rng.chance(1) { 128 << 10 } else { 12 << 10 };
-        (version, 1 + self.rng.index(most))
+        let most = if self.rng.random_ratio(1, 8) { 128 << 10 } else { 12 << 10 };
+        (version, self.rng.random_range(1..=most))
     }
 
     fn create(&mut self) -> Result<()> {
@@ -245,7 +254,7 @@ impl Changer {
 
     fn append(&mut self) -> Result<()> {
         let (least, _, version) = self.files.log;
-        let most = least + 1 + self.rng.index(RECORD);
+        let most = least + self.rng.random_range(1..=RECORD);
         self.files.log.1 = most;
         let mut file = File::options().append(true).open(self.directory.join(LOG))?;
         file.write_all(&contents_of(version, most)[least..])?;
@@ -342,7 +351,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let (own, ending) = (directory.path().join("own"), Ending::default());
         let files = Files::default();
-        let mut changer = Changer::new(own.clone(), files, ending.clone(), Rng::new(1)).unwrap();
+        let mut changer =
+            Changer::new(own.clone(), files, ending.clone(), SplitMix64::seed_from_u64(1)).unwrap();
         changer.create().unwrap();
         let name = changer.files.names.keys().next().unwrap().clone();
         ending.expect_cut();
@@ -358,8 +368,13 @@ mod tests {
         let own = directory.path().join("own");
         let mut files = Files::default();
         for seed in 0..3 {
-            let mut changer =
-                Changer::new(own.clone(), files, Ending::default(), Rng::new(seed)).unwrap();
+            let mut changer = Changer::new(
+                own.clone(),
+                files,
+                Ending::default(),
+                SplitMix64::seed_from_u64(seed),
+            )
+            .unwrap();
             (0..100).for_each(|_| changer.change().unwrap());
             files = changer.files;
             assert_eq!(checked(&mut files, &own), (0, Vec::new()));

@@ -2,7 +2,8 @@
 
 use std::fmt;
 
-use crate::guest::rng::mix;
+use rand::{Rng as _, SeedableRng as _};
+use rand_xoshiro::SplitMix64;
 
 /// A record tells by itself where it belongs and which one it is: every word of it follows from
 /// that, so one that is torn or mixed with another one is no record at all.
@@ -168,11 +169,12 @@ pub fn fill(blocks: &mut [u8], block_bytes: usize, first: usize, sequence: u64) 
 }
 
 fn word_of(slot: usize, sequence: u64, number: u64) -> u64 {
+    let hash = |word| SplitMix64::seed_from_u64(word).next_u64();
     let slot = u64::try_from(slot).unwrap_or(u64::MAX);
     match number {
         0 => MAGIC,
         1 => sequence,
-        _ => mix(mix(sequence) ^ slot) ^ number,
+        _ => hash(hash(sequence) ^ slot) ^ number,
     }
 }
 

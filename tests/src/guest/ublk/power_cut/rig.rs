@@ -5,10 +5,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use rand::SeedableRng as _;
+use rand_xoshiro::SplitMix64;
 
 use super::super::device::{Counters, Device, text};
 use crate::guest::nvmet::NvmeOverBlock;
-use crate::guest::rng::Rng;
 use crate::guest::volatile::{Asked, Lost, Moment, Shape, Survival, VolatileDrives};
 
 /// How long a moment to cut the power is waited for; then any will do.
@@ -34,7 +35,7 @@ pub struct Rig {
     device: Option<Device>,
     controller: Option<NvmeOverBlock>,
     drives: VolatileDrives,
-    pub rng: Rng,
+    pub rng: SplitMix64,
     /// Power cuts so far.
     pub cuts: u64,
     /// What was lost in them.
@@ -44,7 +45,7 @@ pub struct Rig {
 impl Rig {
     /// Adds the device, on drives that read as zeros.
     pub fn new(seed: u64, plan: Plan) -> Result<Self> {
-        let mut rng = Rng::new(seed);
+        let mut rng = SplitMix64::seed_from_u64(seed);
         let drives = VolatileDrives::new(plan.drives, &mut rng)?;
         let mut rig = Self {
             plan,

@@ -7,6 +7,8 @@ use std::sync::atomic::Ordering;
 use std::thread;
 
 use anyhow::Result;
+use rand::{RngExt as _, SeedableRng as _};
+use rand_xoshiro::SplitMix64;
 
 use super::super::device::Mount;
 use super::super::filesystem::Kind;
@@ -14,7 +16,6 @@ use super::files::{Changer, Checked, Files};
 use super::rig::{Plan, Rig};
 use super::writers::Writers;
 use crate::guest::direct::{self, Aligned};
-use crate::guest::rng::Rng;
 use crate::guest::{Ctx, process};
 
 /// Threads that change files, each in a directory of its own.
@@ -28,22 +29,22 @@ fn directory(mount: &Mount, number: usize) -> PathBuf {
 struct Scribbler {
     file: File,
     buffer: Aligned,
-    rng: Rng,
+    rng: SplitMix64,
 }
 
 impl Scribbler {
     const PIECE: usize = 16 << 10;
     const PIECES: u64 = 64;
 
-    fn new(path: &Path, rng: &mut Rng) -> Result<Self> {
+    fn new(path: &Path, rng: &mut SplitMix64) -> Result<Self> {
         File::create(path)?;
         let buffer = Aligned::new(Self::PIECE, 0x5c);
         Ok(Self { file: direct::open(path)?, buffer, rng: rng.fork() })
     }
 
     fn scribble(&mut self) -> Result<()> {
-        for _ in 0..self.rng.below(4) {
-            let offset = self.rng.below(Self::PIECES) * u64::try_from(Self::PIECE)?;
+        for _ in 0..self.rng.random_range(0..4) {
+            let offset = self.rng.random_range(0..Self::PIECES) * u64::try_from(Self::PIECE)?;
             self.file.write_all_at(self.buffer.bytes(), offset)?;
         }
         Ok(())
@@ -51,7 +52,7 @@ impl Scribbler {
 }
 
 /// Starts the storm of changes.
-fn start_storm(mount: &Mount, files: Vec<Files>, rng: &mut Rng) -> Result<Writers<Files>> {
+fn start_storm(mount: &Mount, files: Vec<Files>, rng: &mut SplitMix64) -> Result<Writers<Files>> {
     let mut files = files.into_iter();
     Writers::start(CHANGERS, |number, ending, acknowledged| {
         let known = files.next().unwrap_or_default();
@@ -103,7 +104,7 @@ impl<'a> Storm<'a> {
         let mount = self.mount()?;
         let files = std::mem::take(&mut self.files);
         let writers = start_storm(&mount, files, &mut self.rig.rng)?;
-        writers.wait_for(5 + self.rig.rng.below(60))?;
+        writers.wait_for(self.rig.rng.random_range(5..65))?;
         self.rig.power_off(|| writers.expect_cut())?;
         self.acknowledged += writers.acknowledged();
         self.files = writers.join()?;

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Result, ensure};
+use rand::RngExt as _;
 
 use super::database::{Database, Habit};
 use super::records::{Findings, Wrong};
@@ -12,7 +13,7 @@ use super::rig::Rig;
 /// Returns how many flushes and writes with FUA were acknowledged.
 pub fn load_and_cut(rig: &mut Rig, database: &Database, path: &Path, habit: Habit) -> Result<u64> {
     let writers = database.start(path, habit, &mut rig.rng)?;
-    writers.wait_for(5 + rig.rng.below(60))?;
+    writers.wait_for(rig.rng.random_range(5..65))?;
     rig.power_off(|| writers.expect_cut())?;
     let acknowledged = writers.acknowledged();
     writers.join()?;

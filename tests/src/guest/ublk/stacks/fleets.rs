@@ -91,13 +91,13 @@ pub(super) fn refused(ctx: &Ctx) -> Result<Outcome> {
     let other = Fleet::start(&directory, &config)?;
     let there = ids()?;
 
-    let line = format!("device 1 has to wait for device {BOTTOM} of the same process");
+    let line = format!("device 1 would wait for device {BOTTOM} of the same process");
     let mut refused = 0;
     let on =
         [part(1), mapper.path(), files[0].clone(), kernel_loop.path().to_owned(), node(5), node(7)];
     for backing in &on {
         write(ctx, &[bottom.clone(), section(1, backing, "")?])?;
-        fleet.reload("all stays as it was")?;
+        fleet.reload("nothing has changed")?;
         refused += 1;
         let said = fleet.said()?;
         ensure!(said.matches(&line).count() == refused, "{}: {said}", backing.display());
@@ -126,7 +126,7 @@ pub(super) fn refused_again(ctx: &Ctx) -> Result<Outcome> {
     let drive = fresh_drive("drive0")?.path();
     let bottom = section(BOTTOM, &drive, "on-death = \"wait\"")?;
     let top = section(1, &node(BOTTOM), "on-death = \"wait\"")?;
-    let line = format!("device 1 has to wait for device {BOTTOM} of the same process");
+    let line = format!("device 1 would wait for device {BOTTOM} of the same process");
     let state_of = |id| -> Result<String> {
         let device = listed()?.into_iter().find(|device| device.id == id);
         Ok(device.context("it is there")?.state)
@@ -144,7 +144,7 @@ pub(super) fn refused_again(ctx: &Ctx) -> Result<Outcome> {
     let fleet = Fleet::start(ctx.directory(), &write(ctx, slice::from_ref(&top))?)?;
     kill_lower()?;
     write(ctx, &[top.clone(), bottom.clone()])?;
-    fleet.reload("all stays as it was")?;
+    fleet.reload("nothing has changed")?;
     ensure!(fleet.said()?.contains(&line), "{}", fleet.said()?);
     ensure!(state_of(BOTTOM)? == "QUIESCED" && state_of(1)? == "LIVE", "{:?}", listed()?);
     process::run(&[PROGRAM, "recover", "-n", "0"])?;

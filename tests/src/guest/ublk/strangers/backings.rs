@@ -104,7 +104,7 @@ fn reflink(ctx: &Ctx) -> Result<Outcome> {
     let table = format!("echo 'label: gpt' | sfdisk -q --wipe always {}", text(&snapshot)?);
     process::run(&["sh", "-c", &table])?;
     let said = process::run(&[PROGRAM, "add", "loop", "-f", text(&snapshot)?, "-n", ID])?.stderr;
-    ensure!(said.contains("--block-size 512 shows them"), "{said}");
+    ensure!(said.contains("use --block-size 512"), "{said}");
     process::run(&[PROGRAM, "del", "-n", ID])?;
     let other = Device::add_loop(&snapshot, &["-n", ID, "--block-size", "512"])?;
     ensure!(block(&other)? == "512" && other.described.page_cache);
@@ -144,7 +144,7 @@ fn others_files(ctx: &Ctx) -> Result<Outcome> {
     let locking = lock("65534")?;
     let add = [PROGRAM, "add", "loop", "-f", text(&secret)?, "-n", ID];
     let said = process::run(&add)?.stderr;
-    ensure!(said.contains("is not root's, has locked the file"), "{said}");
+    ensure!(said.contains("of another user has locked the file"), "{said}");
     process::run(&[PROGRAM, "del", "-n", ID])?;
     drop(locking);
     let locking = lock("0")?;

@@ -1,4 +1,4 @@
-//! The layers of a device: `[[device.layer]]`, the outermost first.
+//! The layers of a device: `[[device.layer]]`, outermost first.
 
 use std::ops::Range;
 
@@ -9,13 +9,13 @@ use ublk_target::config::{BadLayers, LayerKind, LayerName, Layers};
 use super::{Reading, Setting};
 use crate::cli::add;
 
-/// The kinds of layers, which are targets of `add` that have another one inside.
+/// The kinds of layers. Each is a target of `add` with another target inside.
 const KINDS: [&str; 1] = ["fault"];
 
 /// Options of a device that are the short form of a layer.
 pub(super) const SHORT_FORM: [&str; 2] = ["rule", "seed"];
 
-/// A layer as it is read.
+/// A parsed layer.
 struct Layer {
     span: Range<usize>,
     name: Option<LayerName>,
@@ -23,7 +23,7 @@ struct Layer {
 }
 
 impl Reading<'_> {
-    /// What the value of `layer` says.
+    /// Parses the value of `layer`.
     pub(super) fn layers(&mut self, value: &Spanned<DeValue<'_>>) -> Option<Layers> {
         let DeValue::Array(tables) = value.get_ref() else {
             self.fault(value.span(), "a layer begins with `[[device.layer]]`");
@@ -60,13 +60,13 @@ impl Reading<'_> {
 
     fn name(&mut self, value: &Spanned<DeValue<'_>>) -> Option<LayerName> {
         let DeValue::String(name) = value.get_ref() else {
-            self.fault(value.span(), "`name` is no text");
+            self.fault(value.span(), "`name` is not a text");
             return None;
         };
         name.parse().map_err(|error| self.fault(value.span(), error)).ok()
     }
 
-    /// What a layer does, by `ublk-target add KIND` with its options.
+    /// Parses the options of a layer as those of `ublk-target add KIND`.
     fn kind(
         &mut self,
         kind: &str,
@@ -85,7 +85,7 @@ impl Reading<'_> {
     }
 }
 
-/// Where it is that layers are wrong together.
+/// The place to report an error of the layers together.
 fn place(error: &BadLayers, layers: &[Layer]) -> Range<usize> {
     let wrong = if let BadLayers::SameName(name) = error { Some(name) } else { None };
     let is_it = |layer: &&Layer| wrong.is_none() || layer.name.as_ref() == wrong;

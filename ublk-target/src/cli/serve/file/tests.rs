@@ -142,24 +142,24 @@ fn a_file_without_devices_says_so() {
 
 /// A text, and how the lines of its faults begin and what they say.
 const FAULTS: &[(&str, &[(usize, &str)])] = &[
-    ("", &[(1, "there is no `[[device]]`; if there is to be none, write `device = []`")]),
+    ("", &[(1, "there is no `[[device]]`; for a file without devices, write `device = []`")]),
     ("lanes = 2\n", &[(1, "there is no `[[device]]`")]),
     ("lanes = 0", &[(1, "`lanes` is not a number from 1 to 1024")]),
     ("lanes = \"2\"", &[(1, "`lanes` is not a number")]),
-    ("lane = 2\ndevices = 3", &[(2, "no `devices`"), (1, "no `lane`")]),
+    ("lane = 2\ndevices = 3", &[(2, "unknown key `devices`"), (1, "unknown key `lane`")]),
     ("device = 3", &[(1, "begins with `[[device]]`")]),
     ("device = [3]", &[(1, "begins with `[[device]]`")]),
     ("[[device]]\nid = 1\n", &[(1, "no `target`")]),
     ("[[device]]\ntarget = \"null\"\n", &[(1, "no `id`")]),
-    ("[[device]]\nid = 1\ntarget = \"nul\"\n", &[(3, "`target` is none of null, loop")]),
-    ("[[device]]\nid = 1\ntarget = 4\n", &[(3, "`target` is none of null, loop")]),
+    ("[[device]]\nid = 1\ntarget = \"nul\"\n", &[(3, "`target` is not one of null, loop")]),
+    ("[[device]]\nid = 1\ntarget = 4\n", &[(3, "`target` is not one of null, loop")]),
     ("[[device]]\nid = 1\ntarget = \"loop\"\n", &[(1, "--file <PATH>")]),
     ("[[device]]\nid = -1\ntarget = \"null\"\n", &[(2, "invalid value '-1' for '--id <ID>'")]),
     (
         "[[device]]\nid = 1\ntarget = \"null\"\nqueues = 0\nfile = \"x\"\ndepth = 9999\n",
-        &[(5, "no option `file` of the target null"), (6, "9999"), (4, "0 is not in 1..=4096")],
+        &[(5, "the target null has no option `file`"), (6, "9999"), (4, "0 is not in 1..=4096")],
     ),
-    ("[[device]]\nid = 1\ntarget = \"null\"\nsize = { a = 1 }\n", &[(4, "`size` is neither")]),
+    ("[[device]]\nid = 1\ntarget = \"null\"\nsize = { a = 1 }\n", &[(4, "`size` is not a text")]),
     ("[[device]]\nid = 1\ntarget = \"null\"\nlend = \"best\"\n", &[(4, "invalid value 'best'")]),
     ("[[device]]\nid = 1\ntarget = \"null\"\npassthru = 3\n", &[(4, "--passthru")]),
     ("[[device]]\nid = 1\ntarget = \"null\"\nqueues = [1, 2]\n", &[(4, "--queues")]),
@@ -171,17 +171,17 @@ const FAULTS: &[(&str, &[(usize, &str)])] = &[
     ("[[device]]\nid = 1\ntarget = \"null\"\n\"-n\" = 3\n", &[(4, "no option `-n`")]),
     (
         "[[device]]\nid = 1\ntarget = \"null\"\n[[device]]\nid = 1\ntarget = \"null\"\n",
-        &[(4, "device 1 is there already, in line 1")],
+        &[(4, "device 1 is already defined in line 1")],
     ),
     (
         "[[device]]\nid = 1\ntarget = \"loop\"\nfile = \"/q\"\n[[device]]\nid = 2\n\
          target = \"linear\"\nfile = [\"/p\", \"/q,4K\"]\n",
-        &[(5, "/q is a backing of device 1 already")],
+        &[(5, "/q is already a backing of device 1")],
     ),
     ("[[device]]\nid = 1\ntarget = \"null\"\n[[device.layer]]\n", &[(4, "no `kind`")]),
     (
         "[[device]]\nid = 1\ntarget = \"null\"\n[[device.layer]]\nkind = \"fright\"\nrule = 3\n",
-        &[(5, "`kind` is none of fault")],
+        &[(5, "`kind` is not one of fault")],
     ),
     (
         "[[device]]\nid = 1\ntarget = \"null\"\nlayer = 3\n",
@@ -201,15 +201,15 @@ const FAULTS: &[(&str, &[(usize, &str)])] = &[
     ),
     (
         "[[device]]\nid = 1\ntarget = \"null\"\n[[device.layer]]\nkind = \"fault\"\nrule = \"short\"\nsize = \"1G\"\n",
-        &[(7, "no option `size` of the layer fault")],
+        &[(7, "the layer fault has no option `size`")],
     ),
     (
         "[[device]]\nid = 1\ntarget = \"null\"\n[[device.layer]]\nkind = \"fault\"\nrule = \"short\"\nhelp = true\n",
-        &[(7, "no option `help` of a layer")],
+        &[(7, "a layer has no option `help`")],
     ),
     (
         "[[device]]\nid = 1\ntarget = \"null\"\n[[device.layer]]\nkind = \"fault\"\nrule = \"short\"\nseed = { a = 1 }\n",
-        &[(7, "`seed` is neither")],
+        &[(7, "`seed` is not a text")],
     ),
     (
         "[[device]]\nid = 1\ntarget = \"null\"\n[[device.layer]]\nkind = \"fault\"\nrule = \"short\"\nname = \"Bad\"\n",
@@ -217,7 +217,7 @@ const FAULTS: &[(&str, &[(usize, &str)])] = &[
     ),
     (
         "[[device]]\nid = 1\ntarget = \"null\"\n[[device.layer]]\nkind = \"fault\"\nrule = \"short\"\nname = 3\n",
-        &[(7, "`name` is no text")],
+        &[(7, "`name` is not a text")],
     ),
     (
         "[[device]]\nid = 1\ntarget = \"null\"\n[[device.layer]]\nkind = \"fault\"\nrule = \"short\"\nname = \"a\"\n[[device.layer]]\nkind = \"fault\"\nrule = \"short\"\nname = \"a\"\n",
@@ -261,7 +261,7 @@ fn a_file_is_read_whole_or_not_at_all() {
     let pipe = directory.path().join("pipe");
     nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
     let faults = read(&pipe).unwrap_err();
-    assert!(faults[0].ends_with("/pipe: it is no regular file"), "{faults:?}");
+    assert!(faults[0].ends_with("/pipe: it is not a regular file"), "{faults:?}");
     // The rest of it would be missing without a word, and a reload would delete those devices.
     let device = "[[device]]\nid = 0\ntarget = \"null\"\n";
     let long = format!("{device}{}", "#\n".repeat(1 << 19));

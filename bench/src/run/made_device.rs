@@ -1,4 +1,4 @@
-//! Devices that are made, by whomever, and how they are removed.
+//! Devices that were made, and their removal.
 
 use std::fs;
 use std::path::Path;
@@ -11,15 +11,15 @@ use ublk_target::backing::usage;
 use super::commands::{Commands, wait_until};
 use super::programs::Programs;
 
-/// How long a device may take to appear or to go.
+/// How long a device may take to appear or disappear.
 pub const LIMIT: Duration = Duration::from_secs(20);
-/// How long somebody may have a device open who has ended.
+/// How long a process that has ended may keep a device open.
 const LINGER: Duration = Duration::from_secs(5);
 
-/// A device, by the name that it was given before it was made.
+/// A device, identified by the name that was chosen before it was made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "kind")]
-pub enum Made {
+pub enum MadeDevice {
     /// A device-mapper device.
     Mapper {
         /// Its name.
@@ -29,26 +29,26 @@ pub enum Made {
     Loop {
         /// Its path.
         path: String,
-        /// What it is on.
+        /// Its backing.
         backing: String,
     },
-    /// A device of rublk's.
+    /// A device of rublk.
     Rublk {
         /// Its id.
         id: u32,
-        /// What it is on.
+        /// Its backing.
         backing: String,
     },
-    /// A device of ublk-target's.
+    /// A device of ublk-target.
     Ours {
         /// Its id.
         id: u32,
-        /// What it is on.
+        /// Its backing.
         backing: String,
     },
 }
 
-impl Made {
+impl MadeDevice {
     /// The block device.
     pub fn path(&self) -> String {
         match self {
@@ -69,11 +69,11 @@ impl Made {
         }
     }
 
-    /// Whether the device of this name is the one that was made: a name may have passed to another
-    /// one since.
+    /// Whether the device with this name is the one that was made: another one may have the name by
+    /// now.
     pub fn is_the_same(&self, commands: &Commands, programs: &Programs) -> Result<bool> {
         Ok(match self {
-            // No one else gives such names, and a loop device is known by its backing.
+            // Nothing else uses such names, and a loop device is identified by its backing.
             Self::Mapper { .. } | Self::Loop { .. } => self.is_there(commands),
             Self::Rublk { id, backing } => {
                 let id = id.to_string();
@@ -90,16 +90,16 @@ impl Made {
         })
     }
 
-    /// Removes it, and waits until it has gone with all that belongs to it.
+    /// Removes it, and waits until it has disappeared together with everything that belongs to it.
     pub fn remove(&self, commands: &Commands, programs: &Programs) -> Result<()> {
         match self {
-            // Again if udev has it open just now.
+            // Retries while udev has it open.
             Self::Mapper { name } => {
                 commands.run(&["dmsetup", "remove", "--retry", name]).map(drop)
             }
             Self::Loop { path, .. } => {
                 commands.run(&["losetup", "--detach", path])?;
-                // While udev has it open, the driver puts it off.
+                // While udev has it open, the driver delays this.
                 ensure!(wait_until(LIMIT, || attached(path).is_none()), "{path} stays attached");
                 Ok(())
             }
@@ -107,7 +107,7 @@ impl Made {
             Self::Ours { id, .. } => {
                 let argv = [programs.ublk_target()?, "del", "-n", &id.to_string()];
                 let mut deleted = commands.run(&argv);
-                // The ring of a load that was killed lets go of the device a moment after its end.
+                // The ring of a killed load closes the device with a delay.
                 wait_until(LINGER, || {
                     if deleted.is_err() {
                         deleted = commands.run(&argv);
@@ -120,8 +120,8 @@ impl Made {
     }
 }
 
-/// Its server deletes the device too once it is stopped, and `del` fails if it is the later of the
-/// two: what counts is that device and server go.
+/// Its server also deletes the device once it is stopped, and `del` fails if it comes later. What
+/// counts is that device and server disappear.
 fn remove_rublk(id: u32, commands: &Commands, programs: &Programs) -> Result<()> {
     let servers = usage::servers_of(id);
     let said = commands.run(&[programs.rublk()?, "del", "-n", &id.to_string()]);
@@ -135,7 +135,7 @@ fn remove_rublk(id: u32, commands: &Commands, programs: &Programs) -> Result<()>
     said.and_then(|_| anyhow::bail!("/dev/ublkb{id} of rublk does not go"))
 }
 
-/// What a loop device is on.
+/// The backing of a loop device.
 fn attached(path: &str) -> Option<String> {
     let name = path.strip_prefix("/dev/")?;
     let text = fs::read_to_string(format!("/sys/block/{name}/loop/backing_file")).ok()?;
@@ -146,7 +146,7 @@ fn ublk_exists(id: u32) -> bool {
     Path::new(&format!("/sys/class/ublk-char/ublkc{id}")).exists()
 }
 
-/// The least id of a ublk device that is free.
+/// The lowest free id of a ublk device.
 pub fn free_ublk_id() -> Result<u32> {
     (0..1 << 20).find(|id| !ublk_exists(*id)).context("no id of a ublk device is free")
 }
@@ -159,13 +159,16 @@ mod tests {
     fn devices_are_read_back_as_they_were_written() {
         let backing = "/dev/nvme1n1".to_owned();
         for (made, path) in [
-            (Made::Mapper { name: "ublk-bench-7".into() }, "/dev/mapper/ublk-bench-7"),
-            (Made::Loop { path: "/dev/loop3".into(), backing: backing.clone() }, "/dev/loop3"),
-            (Made::Rublk { id: 4, backing: backing.clone() }, "/dev/ublkb4"),
-            (Made::Ours { id: 5, backing }, "/dev/ublkb5"),
+            (MadeDevice::Mapper { name: "ublk-bench-7".into() }, "/dev/mapper/ublk-bench-7"),
+            (
+                MadeDevice::Loop { path: "/dev/loop3".into(), backing: backing.clone() },
+                "/dev/loop3",
+            ),
+            (MadeDevice::Rublk { id: 4, backing: backing.clone() }, "/dev/ublkb4"),
+            (MadeDevice::Ours { id: 5, backing }, "/dev/ublkb5"),
         ] {
             let text = serde_json::to_string(&made).unwrap();
-            assert_eq!(serde_json::from_str::<Made>(&text).unwrap(), made, "{text}");
+            assert_eq!(serde_json::from_str::<MadeDevice>(&text).unwrap(), made, "{text}");
             assert_eq!(made.path(), path);
         }
     }

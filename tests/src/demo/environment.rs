@@ -1,11 +1,11 @@
-//! Where the demonstration takes place.
+//! The environment of the demonstration.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 /// What is emulated, which is what the figures are worth.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Place {
+pub enum Environment {
     /// A guest whose processor and drive are QEMU's.
     EmulatedGuest,
     /// A guest on the machine's processor, with QEMU's drive.
@@ -14,7 +14,7 @@ pub enum Place {
     Host,
 }
 
-impl Place {
+impl Environment {
     /// How long each load runs, of which `measure` has 54.
     pub fn runtime(self) -> Duration {
         match self {
@@ -28,7 +28,7 @@ impl Place {
 #[derive(Debug, Clone)]
 pub struct DemoTarget {
     /// Where this is.
-    pub place: Place,
+    pub environment: Environment,
     /// The backing, by its canonical path; all on it is overwritten.
     pub backing: PathBuf,
     /// The program ublk-target.

@@ -1,4 +1,4 @@
-//! The backing: what it is, and whether it may be used.
+//! The backing: its description, and whether it may be used.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -12,24 +12,29 @@ use ublk_target::os::procfs::split_devt;
 
 use crate::results;
 
-/// The least that is measured on.
+/// The minimum size.
 const LEAST: Bytes = Bytes(64 << 20);
 const MIB: u64 = 1 << 20;
 
-/// A backing that may be used.
+/// A backing that was checked and may be used.
 #[derive(Debug, Clone)]
-pub struct Place {
+pub struct CheckedBacking {
     /// Its canonical path.
     pub path: String,
-    /// It is a block device, not a file.
+    /// Whether it is a block device, not a file.
     pub is_block: bool,
-    /// What results say of it.
+    /// Its description in results.
     pub described: results::Backing,
 }
 
-/// Looks at a backing, which nobody may be using, and of which `span` bytes are wanted, or that many
-/// by default.
-pub fn examine(path: &Path, span: Option<Bytes>, default: Bytes, write: bool) -> Result<Place> {
+/// Checks a backing. It must not be in use, and must have `span` bytes if that is given; otherwise
+/// `default` or the whole backing is used.
+pub fn examine(
+    path: &Path,
+    span: Option<Bytes>,
+    default: Bytes,
+    write: bool,
+) -> Result<CheckedBacking> {
     let backing = Backing::open(path, Opening::ALONE)?;
     let canonical = backing.path();
     let meta = canonical.metadata()?;
@@ -72,7 +77,7 @@ pub fn examine(path: &Path, span: Option<Bytes>, default: Bytes, write: bool) ->
         !text.contains(char::is_whitespace),
         "{text} has blanks in its name, which device-mapper does not take; name it otherwise"
     );
-    Ok(Place { path: text.to_owned(), is_block, described })
+    Ok(CheckedBacking { path: text.to_owned(), is_block, described })
 }
 
 /// Whether a backing is refused because it is in use.
@@ -96,7 +101,7 @@ fn active_scheduler(all: &str) -> Option<String> {
     Some(active.to_owned())
 }
 
-/// At least one, since the driver says that it can poll.
+/// At least one, since the driver reports that it can poll.
 fn poll_queues() -> u32 {
     let number = fs::read_to_string("/sys/module/nvme/parameters/poll_queues").unwrap_or_default();
     number.trim().parse().unwrap_or(1).max(1)
@@ -109,7 +114,7 @@ mod tests {
     const DEFAULT: Bytes = Bytes(1 << 30);
 
     fn file(bytes: u64) -> (tempfile::TempDir, std::path::PathBuf) {
-        // Not in /tmp, which may be without direct I/O.
+        // Not in /tmp, which may not support direct I/O.
         let directory = tempfile::tempdir_in(".").unwrap();
         let path = directory.path().join("disk");
         fs::File::create(&path).unwrap().set_len(bytes).unwrap();
@@ -119,13 +124,13 @@ mod tests {
     #[test]
     fn a_file_is_described() {
         let (_directory, path) = file(100 * MIB);
-        let place = examine(&path, None, DEFAULT, true).unwrap();
-        let described = &place.described;
-        assert_eq!((described.kind.as_str(), place.is_block), ("file", false));
+        let checked = examine(&path, None, DEFAULT, true).unwrap();
+        let described = &checked.described;
+        assert_eq!((described.kind.as_str(), checked.is_block), ("file", false));
         assert_eq!((described.size_bytes, described.span_bytes), (100 * MIB, 100 * MIB));
         let span = Some(Bytes(17 * MIB + 4096));
-        let place = examine(&path, span, DEFAULT, false).unwrap();
-        assert_eq!(place.described.span_bytes, 17 * MIB);
+        let checked = examine(&path, span, DEFAULT, false).unwrap();
+        assert_eq!(checked.described.span_bytes, 17 * MIB);
         let held = Backing::open(&path, Opening::ALONE).unwrap();
         assert!(is_in_use(&path));
         let error = examine(&path, None, DEFAULT, true).unwrap_err().to_string();

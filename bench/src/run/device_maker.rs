@@ -1,4 +1,4 @@
-//! Makes the devices that are measured, one at a time.
+//! Makes the devices to measure, one at a time.
 
 use std::path::Path;
 
@@ -6,53 +6,53 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 use ublk_target::backing::{Backing, Opening, usage};
 
+use super::backing::{self, CheckedBacking};
 use super::commands::{Commands, Interrupted, find, wait_until};
-use super::made::{LIMIT, Made, free_ublk_id};
-use super::place::{self, Place};
+use super::made_device::{LIMIT, MadeDevice, free_ublk_id};
 use super::programs::Programs;
 use super::record::Record;
 use super::subject::{Maker, QUEUE};
 
-/// How long the kernel and others may take to let go of a backing.
+/// How long the kernel and others may take to close a backing.
 const LET_GO: std::time::Duration = std::time::Duration::from_secs(10);
 
-/// What devices are made with, and on.
+/// What is needed to make devices.
 #[derive(Debug)]
-pub struct Workshop {
+pub struct DeviceMaker {
     /// Runs programs.
     pub commands: Commands,
-    /// Servers.
+    /// The server programs.
     pub programs: Programs,
     /// The backing.
-    pub place: Place,
-    /// No device may be written to.
+    pub backing: CheckedBacking,
+    /// Whether devices must not be written.
     pub read_only: bool,
-    /// What is there.
+    /// The record of the device that exists.
     pub record: Record,
 }
 
-/// A device, or the backing itself; removed with its handle.
+/// A device, or the backing itself. Removed on drop.
 #[derive(Debug)]
 pub struct Device<'a> {
-    workshop: &'a Workshop,
-    made: Option<Made>,
+    device_maker: &'a DeviceMaker,
+    made: Option<MadeDevice>,
     /// What to measure.
     pub path: String,
     /// The process that serves it.
     pub server: Option<u32>,
-    /// Keeps others away from the backing.
+    /// The exclusive claim of the backing.
     _claim: Option<Backing>,
 }
 
-/// What `ublk-target add --json` says.
+/// The output of `ublk-target add --json`.
 #[derive(Deserialize)]
 struct Added {
     lend: String,
     pid: Option<u32>,
 }
 
-impl Workshop {
-    /// Makes a device, and waits until nobody but us looks at it.
+impl DeviceMaker {
+    /// Makes a device, and waits until udev has read it.
     pub fn make(&self, maker: Maker) -> Result<Device<'_>> {
         self.commands.check()?;
         let device = match maker {
@@ -67,37 +67,38 @@ impl Workshop {
         Ok(device)
     }
 
-    /// Lets udev read what has appeared or was written. Where there is no udev nobody does.
+    /// Waits until udev has read a device that has appeared or was written. Without udev there is
+    /// nothing to wait for.
     fn settle(&self) {
         if find("udevadm").is_some() {
             let _ = self.commands.run(&["udevadm", "settle", "--timeout=10"]);
         }
     }
 
-    /// The backing, with nobody else on it. Who has served it may be about to let go.
+    /// The backing, claimed exclusively. Its last server may still be closing it.
     fn raw(&self) -> Result<Device<'_>> {
-        let path = Path::new(&self.place.path);
-        wait_until(LET_GO, || !place::is_in_use(path));
+        let path = Path::new(&self.backing.path);
+        wait_until(LET_GO, || !backing::is_in_use(path));
         let claim = Some(Backing::open(path, Opening::ALONE)?);
-        let path = self.place.path.clone();
-        Ok(Device { workshop: self, made: None, path, server: None, _claim: claim })
+        let path = self.backing.path.clone();
+        Ok(Device { device_maker: self, made: None, path, server: None, _claim: claim })
     }
 
-    /// What is about to be made is written down first.
-    fn begin(&self, made: Made) -> Result<Device<'_>> {
+    /// Records a device before it is made.
+    fn begin(&self, made: MadeDevice) -> Result<Device<'_>> {
         ensure!(!self.record.is_full(), "the device before it could not be removed");
         self.record.write(Some(&made))?;
         let path = made.path();
-        Ok(Device { workshop: self, made: Some(made), path, server: None, _claim: None })
+        Ok(Device { device_maker: self, made: Some(made), path, server: None, _claim: None })
     }
 
     fn dm_linear(&self) -> Result<Device<'_>> {
-        ensure!(self.place.is_block, "it needs a block device below, and this is a file");
+        ensure!(self.backing.is_block, "it needs a block device below, and this is a file");
         self.load_driver("dm_mod");
         let name = format!("ublk-bench-{}", std::process::id());
-        let device = self.begin(Made::Mapper { name: name.clone() })?;
-        let sectors = self.place.described.size_bytes / 512;
-        let table = format!("0 {sectors} linear {} 0", self.place.path);
+        let device = self.begin(MadeDevice::Mapper { name: name.clone() })?;
+        let sectors = self.backing.described.size_bytes / 512;
+        let table = format!("0 {sectors} linear {} 0", self.backing.path);
         let mut argv = vec!["dmsetup", "create", &name, "--table", &table];
         argv.extend(self.read_only.then_some("--readonly"));
         self.commands.run(&argv)?;
@@ -108,12 +109,12 @@ impl Workshop {
         self.load_driver("loop");
         let free = self.commands.run(&["losetup", "--find"])?.trim().to_owned();
         let name = free.strip_prefix("/dev/").context("losetup named no device")?;
-        let made = Made::Loop { path: free.clone(), backing: self.place.path.clone() };
+        let made = MadeDevice::Loop { path: free.clone(), backing: self.backing.path.clone() };
         let device = self.begin(made)?;
-        let block = self.place.described.logical_block_bytes.to_string();
+        let block = self.backing.described.logical_block_bytes.to_string();
         let mut argv = vec!["losetup", "--direct-io=on", "--sector-size", &block];
         argv.extend(self.read_only.then_some("--read-only"));
-        argv.extend([free.as_str(), &self.place.path]);
+        argv.extend([free.as_str(), &self.backing.path]);
         self.commands.run(&argv)?;
         let direct = std::fs::read_to_string(format!("/sys/block/{name}/loop/dio"))?;
         ensure!(direct.trim() == "1", "the driver does no direct I/O on this backing");
@@ -124,9 +125,10 @@ impl Workshop {
         let program = self.programs.rublk()?;
         self.load_driver("ublk_drv");
         let id = free_ublk_id()?;
-        let mut device = self.begin(Made::Rublk { id, backing: self.place.path.clone() })?;
+        let mut device =
+            self.begin(MadeDevice::Rublk { id, backing: self.backing.path.clone() })?;
         let number = id.to_string();
-        let file = ["-f", &self.place.path, "-n", &number];
+        let file = ["-f", &self.backing.path, "-n", &number];
         let mut argv = [&[program, "add", "loop"], &QUEUE[..], options, &file].concat();
         argv.extend(self.read_only.then_some("--read-only"));
         self.commands.run(&argv)?;
@@ -139,11 +141,11 @@ impl Workshop {
         self.programs.ensure_known(options)?;
         self.load_driver("ublk_drv");
         let id = free_ublk_id()?;
-        let mut device = self.begin(Made::Ours { id, backing: self.place.path.clone() })?;
+        let mut device = self.begin(MadeDevice::Ours { id, backing: self.backing.path.clone() })?;
         let number = id.to_string();
-        let file = ["--lend", lend, "-f", &self.place.path, "-n", &number, "--json"];
+        let file = ["--lend", lend, "-f", &self.backing.path, "-n", &number, "--json"];
         let add = [self.programs.ublk_target()?, "add", "loop"];
-        // It takes its device back when it is killed.
+        // It removes its device when it is killed.
         let said = self.commands.run_bound(&[&add, &QUEUE[..], &file, options].concat())?;
         let added: Added = serde_json::from_str(&said).context("what ublk-target said")?;
         ensure!(added.lend == lend, "ublk-target chose lend mode {} for {lend}", added.lend);
@@ -151,7 +153,7 @@ impl Workshop {
         device.appears()
     }
 
-    /// Where that fails, it is said by whoever needs the driver.
+    /// Errors are ignored: whatever needs the driver reports them.
     fn load_driver(&self, module: &str) {
         if !Path::new("/sys/module").join(module).exists() {
             let _ = self.commands.run(&["modprobe", module]);
@@ -159,15 +161,15 @@ impl Workshop {
     }
 }
 
-/// Removes what a killed run has left. Returns whether it was still there.
+/// Removes the device that a killed run has left. Returns whether it still existed.
 pub fn remove_leftover(
     commands: &Commands,
     programs: &Programs,
     record: &Record,
-    left: &Made,
+    left: &MadeDevice,
 ) -> Result<bool> {
     let removed = || -> Result<bool> {
-        // Somebody may have removed it, as the server of an abandoned `add` does.
+        // It may have been removed, for example by the server of an abandoned `add`.
         let is_left = left.is_there(commands) && left.is_the_same(commands, programs)?;
         if is_left {
             left.remove(commands, programs)?;
@@ -181,9 +183,9 @@ pub fn remove_leftover(
     Ok(was_left)
 }
 
-/// Waits until nobody holds what a killed run has used.
+/// Waits until the backing of a killed run is no longer in use.
 pub fn wait_for_backing(path: &Path) {
-    wait_until(LET_GO, || !place::is_in_use(path));
+    wait_until(LET_GO, || !backing::is_in_use(path));
 }
 
 impl Device<'_> {
@@ -197,7 +199,7 @@ impl Device<'_> {
     /// Removes it.
     pub fn remove(mut self) -> Result<()> {
         let Some(made) = self.made.take() else { return Ok(()) };
-        let Workshop { commands, programs, record, .. } = self.workshop;
+        let DeviceMaker { commands, programs, record, .. } = self.device_maker;
         let removed = made.remove(commands, programs);
         let stuck = |error| Stuck(format!("{} cannot be removed: {error:#}", made.path()));
         removed.map_err(stuck)?;
@@ -208,8 +210,8 @@ impl Device<'_> {
 impl Drop for Device<'_> {
     fn drop(&mut self) {
         let Some(made) = self.made.take() else { return };
-        let Workshop { commands, programs, record, .. } = self.workshop;
-        // It may not have come into being.
+        let DeviceMaker { commands, programs, record, .. } = self.device_maker;
+        // It may not have been made.
         let removed = match made.is_there(commands) {
             true => made.remove(commands, programs),
             false => Ok(()),
@@ -226,8 +228,8 @@ impl Drop for Device<'_> {
 #[error("{0}")]
 struct Stuck(String);
 
-/// Whether an error ends the run, and not only the measuring of a subject: the user wants an end, or
-/// the backing is gone.
+/// Whether an error ends the run, not only the measurement of a subject: a signal has arrived, or a
+/// device cannot be removed.
 pub fn ends_the_run(error: &anyhow::Error) -> bool {
     error.downcast_ref::<Interrupted>().is_some() || error.downcast_ref::<Stuck>().is_some()
 }
