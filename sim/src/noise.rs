@@ -135,7 +135,7 @@ impl World {
                 | Event::Registered(TagKey { seq, .. })
                 | Event::Unregistered(TagKey { seq, .. }),
             ) => seq < 1 << 20,
-            Some(Event::Cancelled | Event::Wake | Event::Told | Event::Unsent) => true,
+            Some(Event::Cancelled | Event::Wake | Event::Notified | Event::Unsent) => true,
         };
         (!has_meaning).then_some(Cqe { user_data, res })
     }

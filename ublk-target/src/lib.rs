@@ -1,5 +1,5 @@
-//! The library behind `ublk-target`: servers of block devices, their lives, and what sees to them. What
-//! they do with a request is in `ublk-engine`.
+//! The library behind `ublk-target`: it adds, serves, recovers, upgrades and deletes block devices.
+//! `ublk-engine` decides what happens to a request.
 
 #![forbid(unsafe_code)]
 

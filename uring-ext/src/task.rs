@@ -91,9 +91,9 @@ fn all_but(keep: &[BorrowedFd<'_>]) -> Vec<RangeInclusive<u32>> {
 /// Forks, runs `work` in the child, and ends the child. Returns the child's process id, which the
 /// caller has to wait for.
 ///
-/// The child has no descriptors but standard input, output and error, and those to `keep`: it may outlive
-/// what the others stand for, such as locks, which it would share. `work` must not use or drop any other
-/// descriptor of the parent. Before Linux 5.9 the child has them all.
+/// The child has only standard input, output and error, and the descriptors in `keep`: it may outlive
+/// the parent, and would share the parent's locks. `work` must not use or drop any other descriptor
+/// of the parent. Before Linux 5.9 the child has all descriptors.
 ///
 /// # Errors
 /// `EBUSY` if the process has several threads: the child could wait for their locks for ever;
@@ -155,7 +155,7 @@ mod tests {
         let path = std::env::temp_dir().join(format!("uring-ext-child-{}", std::process::id()));
         let lock = |file| Flock::lock(file, FlockArg::LockExclusiveNonblock);
         let locked = File::create_new(&path).unwrap();
-        // SAFETY: it takes integers only. A `Flock` would also unlock for the child as it is dropped.
+        // SAFETY: it takes integers only. Dropping a `Flock` would also unlock the file for the child.
         assert_eq!(unsafe { libc::flock(locked.as_raw_fd(), libc::LOCK_EX) }, 0);
         let other = File::open(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
@@ -163,7 +163,7 @@ mod tests {
         let ((mut started, starting), (ending, end)) = (pipe().unwrap(), pipe().unwrap());
         let work = || {
             let _ = (&starting).write_all(b"x");
-            // Until the parent has closed its end, which the child has not.
+            // This ends when the parent has closed its end, which the child does not have.
             let _ = (&ending).read(&mut [0]);
         };
         // SAFETY: the work takes no lock.
@@ -175,7 +175,7 @@ mod tests {
         let is_free = lock(other).is_ok();
         drop(end);
         if !is_free {
-            // It has its own copy of the end, and would wait without end.
+            // With its own copy of that end, the child would wait for ever.
             let _ = nix::sys::signal::kill(child, nix::sys::signal::Signal::SIGKILL);
         }
         nix::sys::wait::waitpid(child, None).unwrap();

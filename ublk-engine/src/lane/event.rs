@@ -25,7 +25,7 @@ pub enum Event {
     /// There is a message for the lane.
     Wake,
     /// The lane's other ring has entries or completions for this one.
-    Told,
+    Notified,
     /// A message to the other ring of the lane could not be sent.
     Unsent,
 }
@@ -51,7 +51,7 @@ impl Event {
             Self::Cancelled => (4, 0),
             Self::Injected(key) => (5, of_op(key)),
             Self::Wake => (6, 0),
-            Self::Told => (7, 0),
+            Self::Notified => (7, 0),
             Self::Unsent => (8, 0),
             Self::Command(key) => (9, of_op(key)),
         };
@@ -86,7 +86,7 @@ impl Event {
             4 => Some(Self::Cancelled),
             5 => Some(Self::Injected(of_op)),
             6 => Some(Self::Wake),
-            7 => Some(Self::Told),
+            7 => Some(Self::Notified),
             8 => Some(Self::Unsent),
             9 => Some(Self::Command(of_op)),
             _ => None,
@@ -152,7 +152,7 @@ mod tests {
         Event::Cancelled,
         Event::Injected(OpKey { index: 3, serial: 9 }),
         Event::Wake,
-        Event::Told,
+        Event::Notified,
         Event::Unsent,
         Event::Command(OpKey { index: 2047, serial: 1 }),
     ];

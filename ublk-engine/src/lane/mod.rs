@@ -171,7 +171,7 @@ impl<P: Planner> Lane<P> {
             // The operation's own completion shows the effect.
             Event::Cancelled => {}
             // These events belong to the thread, and have its own incarnation.
-            Event::Wake | Event::Told | Event::Unsent => engine.note_stale(),
+            Event::Wake | Event::Notified | Event::Unsent => engine.note_stale(),
             Event::Op(key) => engine.completed(key, res, port),
             Event::Command(key) => match port.outcome(engine.backing_of(key), res) {
                 // A command is carried out as a whole or not at all.

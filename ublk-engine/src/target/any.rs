@@ -63,7 +63,7 @@ impl BaseTarget {
     }
 }
 
-// All calls are passed on, also those that a target need not have: none is left to the trait.
+// Every call is forwarded, including those with a default in the trait.
 #[deny(clippy::missing_trait_methods)]
 impl Planner for BaseTarget {
     #[inline]

@@ -27,7 +27,7 @@ pub enum To {
     Terminal,
     /// Standard error, until a file is opened.
     File,
-    /// The user's standard error, which without `-v` is told only what is wrong, until there is a file.
+    /// The caller's standard error until there is a file. Without `-v` it gets only warnings and errors.
     UserFirst,
 }
 

@@ -349,7 +349,7 @@ fn recover_with(
         Err(ended) => ended,
     };
     if let Some(signal) = told {
-        return Err(NotRecovered::Told(signal));
+        return Err(NotRecovered::Signal(signal));
     }
     if let Some(shortage) = shortage {
         return Err(NotRecovered::Lacking(shortage));

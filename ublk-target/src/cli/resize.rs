@@ -30,7 +30,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 fn keep_others_out() -> anyhow::Result<Flock<File>> {
     let tell = |what: &dyn Display, _| say!("waiting for {what} …");
     let mut wait = Wait::at_most(PATIENCE).every(Duration::from_millis(5));
-    wait = wait.telling_once(Duration::ZERO, tell);
+    wait = wait.reporting_once(Duration::ZERO, tell);
     let mut node = Some(Control::open_node()?);
     let locked = wait.until(|| {
         let file = match node.take().map(|file| Flock::lock(file, FlockArg::LockExclusiveNonblock))

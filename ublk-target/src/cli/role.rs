@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use ublk_target::device::paths::RUN_DIR;
-use ublk_target::device::role_file::{self, RoleFile, Told};
+use ublk_target::device::role_file::{self, RoleFile, RoleRecord};
 
 use super::device::{Life, Role};
 
@@ -14,11 +14,11 @@ pub fn say(role: Role, device: Option<u32>, life: &Life) -> Option<RoleFile> {
         Role::Supervisor => role_file::Role::Supervisor,
     };
     let Life { supervisor, nonce, .. } = *life;
-    RoleFile::hold(Path::new(RUN_DIR), Told { role, device, supervisor, nonce })
+    RoleFile::hold(Path::new(RUN_DIR), RoleRecord { role, device, supervisor, nonce })
 }
 
 /// As [`say`], for a process of another kind.
 pub fn say_of_device(role: role_file::Role, device: Option<u32>) -> Option<RoleFile> {
-    let told = Told { role, device, supervisor: None, nonce: None };
-    RoleFile::hold(Path::new(RUN_DIR), told)
+    let record = RoleRecord { role, device, supervisor: None, nonce: None };
+    RoleFile::hold(Path::new(RUN_DIR), record)
 }

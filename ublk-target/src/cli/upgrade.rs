@@ -173,7 +173,7 @@ struct Checked {
 fn ended(mut child: Child, patience: Duration, path: &str) -> anyhow::Result<Option<Checked>> {
     let watch = Watch::on(child.id());
     let tell = |what: &dyn Display, _| say!("waiting for {what} …");
-    let mut wait = Wait::at_most(patience).telling_once(Duration::from_secs(2), tell);
+    let mut wait = Wait::at_most(patience).reporting_once(Duration::from_secs(2), tell);
     let what = Words(|| format!("{path} to check the device"));
     let has_ended = wait.until_or(watch.fd(), || match watch.has_ended(Duration::ZERO) {
         true => ControlFlow::Break(()),
@@ -224,7 +224,7 @@ fn await_next(
     let words = Duration::from_secs(2);
     // Nobody tells when a server is live.
     let mut wait = Wait::at_most(PATIENCE).since(began).every(Duration::from_millis(2));
-    wait = wait.telling(words, words, tell);
+    wait = wait.reporting(words, words, tell);
     let what = Words(|| format!("the outstanding I/O of device {id}"));
     let found = wait.until_or(server.fd(), || match attempt() {
         Ok(None) => ControlFlow::Continue(&what),

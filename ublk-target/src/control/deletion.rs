@@ -348,7 +348,7 @@ fn kill(processes: &[Process]) {
 
 /// A wait that reports to `progress` when it takes long, and times out after [`PATIENCE`].
 fn patient<'a>(progress: &'a mut dyn FnMut(&str)) -> Wait<'a> {
-    Wait::at_most(PATIENCE).every(Duration::from_millis(100)).telling(
+    Wait::at_most(PATIENCE).every(Duration::from_millis(100)).reporting(
         Duration::from_secs(2),
         Duration::from_secs(10),
         move |what, _| progress(&format!("waiting for {what} …")),

@@ -51,9 +51,10 @@ impl Server {
         let pidfd = PidFd::of_child(&process).map_err(failed)?;
         let mut cancelled = false;
         let words = Duration::from_secs(10);
-        let mut wait = Wait::endless().or_signal(&self.wakeups).telling(words, words, |what, _| {
-            log::warn!("waiting for {what}");
-        });
+        let mut wait =
+            Wait::endless().or_signal(&self.wakeups).reporting(words, words, |what, _| {
+                log::warn!("waiting for {what}");
+            });
         let path = paths::block_path(self.id);
         let what = Words(|| format!("the outstanding I/O of {}", path.display()));
         let status = loop {

@@ -116,7 +116,7 @@ pub fn without_device(control: &Control) -> Vec<Process> {
     found
 }
 
-/// The process ids of those among `found` that have none of the devices `ids`.
+/// The ids of the processes in `found` that belong to none of the devices `ids`.
 fn without_device_among(
     found: &[Process],
     ids: &[u32],
@@ -160,15 +160,15 @@ mod tests {
         }
     }
 
-    /// All is told from one look at the processes.
+    /// All facts come from one reading of the processes.
     #[test]
     fn processes_without_a_device_are_told_apart() {
         use Role::{Command, Fleet, Helper, Server, Supervisor};
-        // Far above the ids that devices have.
+        // Far above the ids of devices.
         let (there, too, gone) = (MAX_ID - 2, MAX_ID - 1, MAX_ID);
         let table = [
             (Server, Some(there), Some(102), false),
-            // It supervises the one before, and was not told a device.
+            // It supervises the one before. Its command line has no device.
             (Supervisor, None, None, false),
             (Supervisor, None, None, true),
             (Server, Some(gone), Some(103), true),
@@ -177,7 +177,7 @@ mod tests {
             (Helper, Some(gone), None, true),
             (Fleet, None, None, false),
             (Command, None, None, false),
-            // It has just been added.
+            // The device has just been added.
             (Server, Some(there - 1), None, false),
         ];
         let found: Vec<_> = (101..)

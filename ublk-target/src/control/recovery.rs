@@ -108,7 +108,7 @@ pub(super) fn take_over(
     let wakeups = Arc::clone(&server.wakeups);
     let tell = |what: &dyn Display, _| progress(&format!("waiting for {what}"));
     // Nothing reports the end of the remains.
-    let mut wait = Wait::at_most(PATIENCE).since(began).every(PAUSE).telling(WORDS, WORDS, tell);
+    let mut wait = Wait::at_most(PATIENCE).since(began).every(PAUSE).reporting(WORDS, WORDS, tell);
     if heeds_signals {
         wait = wait.or_signal(&wakeups);
     }

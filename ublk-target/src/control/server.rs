@@ -302,7 +302,7 @@ impl Server {
         let (id, control, lanes) = (self.id, &self.control, &mut self.lanes);
         let words = Duration::from_secs(10);
         // The check itself waits.
-        let mut wait = Wait::endless().every(Duration::ZERO).telling(words, words, |what, _| {
+        let mut wait = Wait::endless().every(Duration::ZERO).reporting(words, words, |what, _| {
             log::warn!("waiting for {what}");
         });
         if heed {

@@ -98,7 +98,7 @@ pub enum End {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NotRecovered {
     /// A signal that ends the server came, and was passed on to the starting one.
-    Told(Signal),
+    Signal(Signal),
     /// The server has failed, with this error.
     Failed(String),
     /// It has failed with an error that may pass: no memory, no processes, no space in the file
@@ -146,7 +146,7 @@ pub fn supervise(
             match rest(pause, wakeups, || is_stopped(&control, id)) {
                 Rest::Over => {}
                 Rest::Stopped => return Ok(End::Stopped),
-                Rest::Told(signal) => return Ok(leave(id, signal)),
+                Rest::Signal(signal) => return Ok(leave(id, signal)),
             }
             step("recovering");
             let asked = Instant::now();
@@ -157,7 +157,7 @@ pub fn supervise(
                     pid = new;
                     break;
                 }
-                Err(NotRecovered::Told(signal)) => return Ok(leave(id, signal)),
+                Err(NotRecovered::Signal(signal)) => return Ok(leave(id, signal)),
                 Err(failed @ (NotRecovered::Failed(_) | NotRecovered::Lacking(_))) => {
                     // Another process may have been faster.
                     if let Some(other) = live_server(&control, id) {
@@ -185,7 +185,7 @@ fn leave(id: u32, signal: Signal) -> End {
 enum Rest {
     Over,
     Stopped,
-    Told(Signal),
+    Signal(Signal),
 }
 
 /// Pauses. The deletion of the device ends the pause.
@@ -196,7 +196,7 @@ fn rest(pause: Duration, wakeups: &Wakeups, is_stopped: impl Fn() -> bool) -> Re
     });
     match stopped {
         Ok(()) => Rest::Stopped,
-        Err(unmet) => unmet.signal.map_or(Rest::Over, Rest::Told),
+        Err(unmet) => unmet.signal.map_or(Rest::Over, Rest::Signal),
     }
 }
 

@@ -20,7 +20,7 @@ use crate::backing::usage;
 use crate::device::mark::Nonce;
 use crate::device::paths::RUN_DIR;
 pub use crate::device::role_file::Role;
-use crate::device::role_file::{RoleFiles, Told};
+use crate::device::role_file::{RoleFiles, RoleRecord};
 use crate::device::state_file::StateFile;
 use crate::os::process::PidFd;
 use crate::os::procfs::process_name;
@@ -58,27 +58,27 @@ impl Process {
         if !is_ours(pid) {
             return None;
         }
-        let told = files.of(pid).or_else(|| told_by_command_line(pid))?;
+        let record = files.of(pid).or_else(|| record_of_command_line(pid))?;
         let served = usage::served_by(pid);
         let is_near = is_in_same("pid", pid);
         if served.is_empty() && !is_near {
             return None;
         }
-        let one = || served.first().copied().or(told.device);
+        let one = || served.first().copied().or(record.device);
         let process = Self {
             pid,
-            role: told.role,
-            device: if told.role == Role::Fleet { None } else { one() },
+            role: record.role,
+            device: if record.role == Role::Fleet { None } else { one() },
             // The ids of another pid namespace are not ids of this one.
-            supervisor: told.supervisor.filter(|_| is_near),
-            nonce: told.nonce,
+            supervisor: record.supervisor.filter(|_| is_near),
+            nonce: record.nonce,
             started: procfs::stat(pid)?.started,
             pidfd,
         };
         (!process.has_ended()).then_some(process)
     }
 
-    /// One for a test, which lives as long as the calling process.
+    /// A process for a test. It lives as long as the calling process.
     #[cfg(test)]
     pub(crate) fn made_up(
         pid: u32,
@@ -129,14 +129,14 @@ impl fmt::Display for Process {
 /// The role of a process without a role file, by its command line: a server of a version up to
 /// 0.1.0, which writes none; or a process of this version that has not written it yet, or had no
 /// room for it. So this version can recover, upgrade and delete devices of an earlier one.
-fn told_by_command_line(pid: u32) -> Option<Told> {
+fn record_of_command_line(pid: u32) -> Option<RoleRecord> {
     let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
     let words = line.split(|byte| *byte == 0).filter(|word| !word.is_empty());
     let arguments: Vec<_> = words.map(|it| String::from_utf8_lossy(it).into_owned()).collect();
-    Some(told_by_arguments(&arguments))
+    Some(record_of_arguments(&arguments))
 }
 
-fn told_by_arguments(arguments: &[String]) -> Told {
+fn record_of_arguments(arguments: &[String]) -> RoleRecord {
     let value = |names: &[&str]| value_of(arguments, names);
     let has = |name: &str| arguments.iter().any(|argument| argument == name);
     let command = arguments.iter().skip(1).find(|argument| !argument.starts_with('-'));
@@ -157,7 +157,7 @@ fn told_by_arguments(arguments: &[String]) -> Told {
     };
     // The id on the command line of `add` may belong to another device: the driver may refuse it.
     let device = if command == "add" { None } else { value(&["-n", "--id"]) };
-    Told {
+    RoleRecord {
         role,
         device: device.and_then(|id| id.parse().ok()),
         supervisor: value(&["--supervisor"]).and_then(|pid| pid.parse().ok()),
@@ -216,7 +216,7 @@ pub fn of_device(id: u32, adder: Option<Nonce>) -> Vec<Process> {
     found
 }
 
-/// As [`of_device`], the ids of those among processes that were `found` already.
+/// Like [`of_device`], among the processes in `found`.
 #[must_use]
 pub fn pids_of_device(found: &[Process], id: u32, adder: Option<Nonce>) -> BTreeSet<u32> {
     let record = StateFile::read(Path::new(RUN_DIR), id).ok();
@@ -266,8 +266,8 @@ mod tests {
             let line = format!("ublk-target {line}");
             let arguments: Vec<_> = line.split(' ').map(str::to_owned).collect();
             assert_eq!(
-                told_by_arguments(&arguments),
-                Told { role, device, supervisor, nonce: None },
+                record_of_arguments(&arguments),
+                RoleRecord { role, device, supervisor, nonce: None },
                 "{line}"
             );
         }

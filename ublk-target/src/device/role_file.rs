@@ -49,7 +49,7 @@ pub enum Role {
 
 /// The content of a role file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Told {
+pub struct RoleRecord {
     /// What it is.
     pub role: Role,
     /// The device that it is responsible for.
@@ -87,7 +87,7 @@ impl Identity {
 #[derive(Debug, Serialize, Deserialize)]
 struct Content {
     #[serde(flatten)]
-    told: Told,
+    record: RoleRecord,
     #[serde(flatten)]
     of: Identity,
 }
@@ -112,11 +112,11 @@ pub struct RoleFile {
 impl RoleFile {
     /// Writes the role file of the calling process. If there is no room for it, other processes use
     /// its command line.
-    pub fn hold(run: &Path, told: Told) -> Option<Self> {
+    pub fn hold(run: &Path, record: RoleRecord) -> Option<Self> {
         // An error is reported below. This removes also the file that this process has written before
         // an upgrade.
         let _ = Files::make(run).map(|files| files.read());
-        match Self::try_hold(run, told) {
+        match Self::try_hold(run, record) {
             Ok(held) => Some(held),
             Err(error) => {
                 let is_planted = own_directory::is_not_ours(&error);
@@ -127,9 +127,9 @@ impl RoleFile {
         }
     }
 
-    fn try_hold(run: &Path, told: Told) -> io::Result<Self> {
+    fn try_hold(run: &Path, record: RoleRecord) -> io::Result<Self> {
         let of = Identity::of("self").ok_or(io::ErrorKind::NotFound)?;
-        let text = serde_json::to_string(&Content { told, of })?;
+        let text = serde_json::to_string(&Content { record, of })?;
         // Another process may remove the directory as empty, or the file as stale before it is
         // locked.
         let mut attempts = 0..16;
@@ -163,9 +163,9 @@ impl RoleFile {
     }
 }
 
-/// Locks a new file. `NotFound` if it was taken for left over.
+/// Locks a new file. `NotFound` if another process has taken it for a stale file.
 fn lock(file: File) -> io::Result<Flock<File>> {
-    // Whoever has it locked is about to remove it, and is not waited for: he may be suspended.
+    // A process that has it locked is about to remove it. Do not wait for it: it may be suspended.
     let locked = Flock::lock(file, FlockArg::LockExclusiveNonblock);
     let file = locked.map_err(|(_, errno)| {
         let is_taken = errno == Errno::EWOULDBLOCK;
@@ -196,7 +196,7 @@ impl RoleFiles {
         match Files::open(run) {
             Ok(files) => Self(files.read()),
             Err(error) => {
-                // Another user than root finds what is root's.
+                // A user other than root always finds a directory of another user: root's.
                 if own_directory::is_not_ours(&error) && geteuid().is_root() {
                     SAID.call_once(|| {
                         log::warn!("{error}: processes are told apart by their command lines");
@@ -209,9 +209,9 @@ impl RoleFiles {
 
     /// The role of a process; `None` if it has no valid file.
     #[must_use]
-    pub fn of(&self, pid: u32) -> Option<Told> {
+    pub fn of(&self, pid: u32) -> Option<RoleRecord> {
         let of = Identity::of(&pid.to_string()).filter(|_| !self.0.is_empty())?;
-        self.0.iter().find(|content| content.of == of).map(|content| content.told.clone())
+        self.0.iter().find(|content| content.of == of).map(|content| content.record.clone())
     }
 }
 
@@ -220,7 +220,7 @@ pub fn sweep(run: &Path) {
     let _ = RoleFiles::read(run);
 }
 
-/// The directory of the files, and the one that it is in.
+/// The directory of the files, and its parent.
 struct Files {
     run: OwnDirectory,
     directory: OwnDirectory,
@@ -240,14 +240,14 @@ impl Files {
         Ok(Self { run, directory })
     }
 
-    /// Removes a file, and the directory with the last one.
+    /// Removes a file, and the directory after the last one.
     fn remove(&self, name: &str) {
-        // Missing files are what is wanted, and a directory with others in it stays.
+        // A missing file is fine, and a directory with other files stays.
         let _ = self.directory.remove(name);
         let _ = self.run.remove_directory(DIRECTORY);
     }
 
-    /// Reads the files of processes that live, and removes those of others.
+    /// Reads the files of live processes, and removes stale ones.
     fn read(&self) -> Vec<Content> {
         let names = self.directory.names().unwrap_or_default();
         let found = names.iter().filter(|name| is_name(name)).filter_map(|name| {
@@ -257,8 +257,7 @@ impl Files {
                     self.remove(name);
                     None
                 }
-                // One that is gone by now, is just being written, or is of another version of this
-                // program.
+                // The file is gone, is being written, or comes from another version of this program.
                 Err(_) => None,
             }
         });

@@ -74,7 +74,7 @@ mod tests {
         fs::write(run.join("3.trouble"), "{").unwrap();
         assert_eq!(Trouble::read(&run, 3), None);
         Trouble::is_over(&run, 3);
-        // Others could have written this one, and a supervisor that has given up is not waited for.
+        // Other users could have written this file, and nothing waits for a supervisor that has given up.
         let planted = run.join("3.trouble");
         fs::write(&planted, r#"{"why":"so","given_up":true}"#).unwrap();
         for (mode, is_believed) in [(0o644, true), (0o664, false), (0o646, false)] {

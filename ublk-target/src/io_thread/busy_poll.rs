@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn whoever_has_one_processor_or_has_said_so_sleeps() {
+    fn a_lane_with_one_cpu_or_without_busy_wait_sleeps() {
         for (busy_wait, processors) in [(BusyWait::Auto, 1), (BusyWait::Off, 64)] {
             let mut busy_poll = BusyPoll::new(busy_wait, processors);
             wait(&mut busy_poll, 100, 0, 1);

@@ -194,8 +194,8 @@ impl<'ring> EventLoop<'ring> {
         due.filter_map(|station| station.lane.engine().patience()).min()
     }
 
-    /// Deals with a completion, and with those behind it that are for the same station, as far as
-    /// the batch goes; returns the first of another station. Most are for the same one.
+    /// Handles a completion and the following ones of the same station, up to the end of the batch.
+    /// Returns the first one of another station.
     #[inline(always)]
     fn handle_run(&mut self, first: Cqe, count: &mut usize) -> Result<Option<Cqe>, LaneError> {
         let name = Event::whose(first.user_data);
@@ -232,7 +232,7 @@ impl<'ring> EventLoop<'ring> {
     fn handle_own(&mut self, cqe: Cqe) -> Result<(), LaneError> {
         match Event::decode(cqe.user_data, OWN) {
             Some(Event::Wake) => self.read_messages(),
-            Some(Event::Told) => self.take_of_io_lane(),
+            Some(Event::Notified) => self.take_of_io_lane(),
             Some(Event::Unsent) => {
                 Err(LaneError::Ring(Errno::from_result(cqe.res).err().unwrap_or(Errno::EIO)))
             }
@@ -252,7 +252,7 @@ impl<'ring> EventLoop<'ring> {
 
     fn take_of_io_lane(&mut self) -> Result<(), LaneError> {
         while let Some(cqe) = self.rings.take_of_io_lane() {
-            // Nothing of the first ring comes in between.
+            // A full batch: no completion of the first ring comes in between.
             let mut count = REAP_BATCH - 1;
             self.handle_run(cqe, &mut count)?;
         }

@@ -30,7 +30,7 @@ pub(crate) struct IoLane {
     /// The I/O lane's ring.
     ring: RawFd,
     /// There are entries that the I/O lane has not been notified of.
-    untold: bool,
+    is_unnotified: bool,
     end: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
 }
@@ -85,7 +85,7 @@ impl IoLane {
             entries: to_worker,
             completions: from_worker,
             ring,
-            untold: false,
+            is_unnotified: false,
             end,
             thread: Some(thread),
         })
@@ -99,14 +99,15 @@ impl IoLane {
         // In one step, so that the other side never sees part of a chain.
         let chunk = self.entries.write_chunk_uninit(sqes.len()).map_err(|_full| Errno::EBUSY)?;
         chunk.fill_from_iter(sqes.iter().cloned());
-        self.untold = true;
+        self.is_unnotified = true;
         Ok(())
     }
 
     /// The message that announces entries passed since the last message.
     pub fn message(&mut self) -> Option<Sqe> {
-        let [told, unsent] = [Event::Told, Event::Unsent].map(|event| event.encode(OWN));
-        std::mem::take(&mut self.untold).then(|| Sqe::message(self.ring, told).user_data(unsent))
+        let [notified, unsent] = [Event::Notified, Event::Unsent].map(|event| event.encode(OWN));
+        std::mem::take(&mut self.is_unnotified)
+            .then(|| Sqe::message(self.ring, notified).user_data(unsent))
     }
 
     /// The next completion.
@@ -158,7 +159,7 @@ impl Worker<'_> {
         if self.queues.push(&[watch]).is_err() {
             return;
         }
-        let told = Event::Told.encode(OWN);
+        let notified = Event::Notified.encode(OWN);
         let mut batch = [Cqe::default(); REAP_BATCH];
         loop {
             if self.queues.submit_and_wait().is_err() {
@@ -170,7 +171,7 @@ impl Worker<'_> {
                 for cqe in &batch[..count] {
                     match cqe.user_data {
                         END => return,
-                        user_data if user_data == told => {}
+                        user_data if user_data == notified => {}
                         _ => {
                             // There is room for everything that can be in flight.
                             let _ = self.completions.push(*cqe);
@@ -216,8 +217,8 @@ impl Worker<'_> {
 
     /// Notifies the lane of completions.
     fn tell(&mut self) {
-        let [told, unsent] = [Event::Told, Event::Unsent].map(|event| event.encode(OWN));
-        let message = Sqe::message(self.lane, told).user_data(unsent);
+        let [notified, unsent] = [Event::Notified, Event::Unsent].map(|event| event.encode(OWN));
+        let message = Sqe::message(self.lane, notified).user_data(unsent);
         if let Err(errno) = self.queues.push(&[message]) {
             self.fail(errno);
         }

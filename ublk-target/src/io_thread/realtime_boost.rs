@@ -56,13 +56,13 @@ mod tests {
 
     /// The number of these waits at real-time priority.
     fn first_of(waits: u32, in_flight: impl Fn(bool, u32) -> usize) -> u32 {
-        let mut precedence = RealtimeBoost::default();
+        let mut boost = RealtimeBoost::default();
         let mut first = 0;
         for wait in 0..waits {
-            let was_first = precedence.is_first();
+            let was_first = boost.is_first();
             first += u32::from(was_first);
-            let change = precedence.waited(in_flight(was_first, wait));
-            assert_eq!(change.unwrap_or(was_first), precedence.is_first());
+            let change = boost.waited(in_flight(was_first, wait));
+            assert_eq!(change.unwrap_or(was_first), boost.is_first());
             assert!(change != Some(was_first), "what does not change is not told");
         }
         first

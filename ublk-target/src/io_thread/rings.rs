@@ -34,7 +34,7 @@ pub(crate) struct Rings<'ring> {
 }
 
 impl<'ring> Rings<'ring> {
-    /// Rings for so many stations, without spare buffers.
+    /// Rings for `stations` stations, without spare buffers.
     pub fn new(
         queues: Queues<'ring>,
         side: Option<SideQueues<'ring>>,
@@ -47,7 +47,7 @@ impl<'ring> Rings<'ring> {
 
     /// Submits the queued entries.
     pub fn submit(&mut self) -> Result<(), LaneError> {
-        self.tell_io_lane()?;
+        self.notify_io_lane()?;
         match &mut self.side {
             None => self.queues.submit(),
             Some(side) => side.poll(&mut self.queues),
@@ -62,7 +62,7 @@ impl<'ring> Rings<'ring> {
         patience: Option<Duration>,
         transfers: usize,
     ) -> Result<(), LaneError> {
-        self.tell_io_lane()?;
+        self.notify_io_lane()?;
         match (&mut self.side, patience) {
             (Some(side), _) if transfers > 0 => side.poll(&mut self.queues),
             (Some(side), limit) => side.sleep(&mut self.queues, limit),
@@ -75,7 +75,7 @@ impl<'ring> Rings<'ring> {
     /// Submits the queued entries, and polls for completions for at most `ns` nanoseconds. Returns
     /// whether there are any.
     pub fn submit_and_poll(&mut self, ns: u64) -> Result<bool, LaneError> {
-        self.tell_io_lane()?;
+        self.notify_io_lane()?;
         self.queues.submit_and_poll(ns).map_err(LaneError::Ring)
     }
 
@@ -125,7 +125,7 @@ impl<'ring> Rings<'ring> {
         self.queues.set_buffers(first, pool).map_err(failed("registering buffers"))
     }
 
-    fn tell_io_lane(&mut self) -> Result<(), LaneError> {
+    fn notify_io_lane(&mut self) -> Result<(), LaneError> {
         let message = self.io_lane.as_mut().and_then(IoLane::message);
         message.map_or(Ok(()), |sqe| self.queues.push(&[sqe]).map_err(LaneError::Ring))
     }
@@ -188,7 +188,7 @@ impl LaneIo for StationIo<'_, '_> {
 
     fn take_spare(&mut self) -> bool {
         let (name, spare) = (self.parts.name, self.parts.spare);
-        // Without one the buffers of the pool are the station's own.
+        // Without a spare buffer, the buffers of the pool are the station's own.
         let is_taken = spare.is_none_or(|spare| self.rings.spares[spare].take(name));
         self.rings.is_spare_wanted |= !is_taken;
         is_taken

@@ -26,7 +26,7 @@ pub(crate) struct SpareBuffer {
 /// A spare buffer, its holder, and the stations that wait for it, by name.
 #[derive(Debug)]
 pub(crate) struct Spare {
-    /// Its memory, once a station has brought it.
+    /// Its memory, after the first station has brought it.
     pub pool: Option<BufferPool>,
     holder: Option<u16>,
     waiting: VecDeque<u16>,
@@ -98,7 +98,7 @@ mod tests {
         assert_eq!(spare.next_turn(), None, "it is taken");
         spare.give(1);
         assert!(spare.is_wanted());
-        assert!(!spare.take(1), "whoever has had it goes behind those who wait");
+        assert!(!spare.take(1), "a station that has had it queues behind those that wait");
         assert_eq!(spare.next_turn(), Some(2));
         assert!(!spare.take(3) && spare.take(2));
         spare.give(2);

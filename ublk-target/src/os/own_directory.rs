@@ -1,5 +1,5 @@
-//! A directory that is the calling user's alone, open. Names are looked up in this very directory, so no link
-//! that somebody puts in its place leads elsewhere.
+//! An open directory that belongs to the calling user alone. Names are looked up relative to its
+//! descriptor, so a link that another user puts in its place has no effect.
 
 use std::ffi::OsStr;
 use std::fs::{File, Permissions};
@@ -29,13 +29,14 @@ impl OwnDirectory {
     /// Opens a directory. Links to it are not followed.
     ///
     /// # Errors
-    /// Those that [`is_not_ours`] recognises for a link, for something else than a directory, and for a
-    /// directory that is another user's or that others can write to; and those of the file system.
+    /// For a link, for anything else that is no directory, and for a directory of another user or with
+    /// write permission for others: errors that [`is_not_ours`] recognises. Also those of the file
+    /// system.
     pub fn open(path: &Path) -> io::Result<Self> {
         Self::open_any(CWD, path.as_os_str(), path.to_owned())?.closed_to_others()
     }
 
-    /// As [`OwnDirectory::open`], for a directory in this one.
+    /// Like [`OwnDirectory::open`], for a directory in this one.
     ///
     /// # Errors
     /// Those of [`OwnDirectory::open`].
@@ -47,7 +48,7 @@ impl OwnDirectory {
         Self::open_any(self.fd(), OsStr::new(name), self.path.join(name))
     }
 
-    /// Opens a directory of the user's that others may be able to write to.
+    /// Opens a directory of the calling user; others may be able to write to it.
     fn open_any(parent: BorrowedFd<'_>, name: &OsStr, path: PathBuf) -> io::Result<Self> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = match openat(parent, name, flags, Mode::empty()) {
@@ -73,10 +74,11 @@ impl OwnDirectory {
         std::os::fd::AsFd::as_fd(&self.file)
     }
 
-    /// Makes a directory in this one that no other user can look into, or finds it and closes it to them.
+    /// Makes a directory in this one with permissions for the calling user only. If it exists already,
+    /// sets these permissions.
     ///
-    /// Whatever else has the name was put there by somebody who could once write to this directory. A link
-    /// or an empty directory is removed; anything else gets another name.
+    /// Anything else with this name comes from a user who could once write to this directory. A link
+    /// or an empty directory is removed; anything else is renamed.
     ///
     /// # Errors
     /// Those of the file system. `ENOENT` if another process removes the directory meanwhile.
@@ -107,7 +109,7 @@ impl OwnDirectory {
         Ok(made)
     }
 
-    /// Makes a name free; says how.
+    /// Frees a name, and returns how.
     fn put_away(&self, name: &str) -> io::Result<String> {
         let there = statat(&self.file, name, AtFlags::SYMLINK_NOFOLLOW)?;
         let kind = FileType::from_raw_mode(there.st_mode);
@@ -120,7 +122,7 @@ impl OwnDirectory {
         let aside = format!("{name}.{:016x}", random::number());
         self.rename(name, &aside)?;
         if self.open_in(&aside).is_ok() {
-            // Another process was faster, and this one is its own.
+            // Another process of this program was faster and has made the directory.
             self.rename(&aside, name)?;
             return Ok("another process has moved it".to_owned());
         }
@@ -131,7 +133,7 @@ impl OwnDirectory {
         Ok(renameat_with(&self.file, from, &self.file, to, RenameFlags::NOREPLACE)?)
     }
 
-    /// The names of all that is in the directory; those that are no UTF-8 are left out.
+    /// The names of all entries of the directory, except those that are not UTF-8.
     ///
     /// # Errors
     /// Those of the file system.
@@ -147,11 +149,11 @@ impl OwnDirectory {
         Ok(names)
     }
 
-    /// Opens a regular file in the directory for reading. It waits for nothing, and follows no link.
+    /// Opens a regular file in the directory for reading. It does not block, and follows no link.
     ///
     /// # Errors
-    /// `ELOOP` for a link, `InvalidInput` for anything else that is no regular file, and those of the
-    /// file system.
+    /// `ELOOP` for a link, `InvalidInput` for anything else that is not a regular file, and those of
+    /// the file system.
     pub fn regular(&self, name: &str) -> io::Result<File> {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let file = File::from(openat(&self.file, name, flags, Mode::empty())?);
@@ -188,10 +190,10 @@ impl OwnDirectory {
     }
 }
 
-/// Whether a directory was refused because another user has, or had, a say in it.
+/// Whether a directory was refused because another user owns it or could write to it.
 #[must_use]
 pub fn is_not_ours(error: &io::Error) -> bool {
-    // The kernel's own refusal has an errno.
+    // A refusal by the kernel has an errno.
     error.kind() == io::ErrorKind::PermissionDenied && error.raw_os_error().is_none()
 }
 
@@ -206,7 +208,7 @@ mod tests {
         opened.is_err_and(|error| is_not_ours(&error))
     }
 
-    /// A directory of another user, where the test may make one.
+    /// A directory of another user, if the test has the permission to make one.
     fn make_foreign(path: &Path) -> bool {
         fs::create_dir(path).unwrap();
         let made = chown(path, Some(65534), Some(65534));
@@ -304,7 +306,7 @@ mod tests {
         let mut names = own.names().unwrap();
         names.sort();
         assert_eq!(names, ["file", "link"]);
-        // Another directory has its place by now.
+        // Another directory is in its place now.
         fs::rename(&run, top.path().join("moved")).unwrap();
         fs::create_dir(&run).unwrap();
         fs::write(run.join("file"), "another").unwrap();

@@ -70,7 +70,7 @@ fn enter_own_mounts(needed: &[&Path]) -> io::Result<()> {
     let needed = all_needed(needed);
     let (made, making) = pipe()?;
     let (held, holding) = pipe()?;
-    // It may hang for longer than this process lives, and must not keep what that has locked.
+    // The child may hang after the end of this process, and must not keep its locks.
     let maker = in_child(&[making.as_fd(), held.as_fd()], || {
         let made = make_own_mounts(&needed).and_then(|()| own_number());
         if made.is_ok_and(|number| (&making).write_all(&number.to_ne_bytes()).is_ok()) {

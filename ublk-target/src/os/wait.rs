@@ -17,7 +17,7 @@ use crate::os::wakeups::Wakeups;
 #[must_use = "nothing is waited for before `until`"]
 pub struct Wait<'a> {
     began: Instant,
-    pace: Pace,
+    schedule: Schedule,
     interval: Duration,
     wakeups: Option<&'a Wakeups>,
     progress: Option<Box<Progress<'a>>>,
@@ -49,14 +49,20 @@ impl<F: Fn() -> String> Display for Words<F> {
 impl<'a> Wait<'a> {
     /// Waits at most this long in total, from now on.
     pub fn at_most(limit: Duration) -> Self {
-        let pace = Pace { limit: Some(limit), next_word: None, between_words: None };
-        Self { began: Instant::now(), pace, interval: Duration::MAX, wakeups: None, progress: None }
+        let schedule = Schedule { limit: Some(limit), next_report: None, report_interval: None };
+        Self {
+            began: Instant::now(),
+            schedule,
+            interval: Duration::MAX,
+            wakeups: None,
+            progress: None,
+        }
     }
 
     /// Waits without a limit.
     pub fn endless() -> Self {
         let mut wait = Self::at_most(Duration::MAX);
-        wait.pace.limit = None;
+        wait.schedule.limit = None;
         wait
     }
 
@@ -79,25 +85,25 @@ impl<'a> Wait<'a> {
     }
 
     /// Reports once, after this time.
-    pub fn telling_once(
+    pub fn reporting_once(
         mut self,
         after: Duration,
         progress: impl FnMut(&dyn Display, Duration) + 'a,
     ) -> Self {
-        self.pace.next_word = Some(after);
+        self.schedule.next_report = Some(after);
         self.progress = Some(Box::new(progress));
         self
     }
 
-    /// As [`Wait::telling_once`], and again after each further `then`.
-    pub fn telling(
+    /// As [`Wait::reporting_once`], and again after each further `then`.
+    pub fn reporting(
         mut self,
         after: Duration,
         then: Duration,
         progress: impl FnMut(&dyn Display, Duration) + 'a,
     ) -> Self {
-        self.pace.between_words = Some(then);
-        self.telling_once(after, progress)
+        self.schedule.report_interval = Some(then);
+        self.reporting_once(after, progress)
     }
 
     /// How long it has taken so far.
@@ -135,15 +141,15 @@ impl<'a> Wait<'a> {
             };
             let waited = self.waited();
             let signal = self.wakeups.and_then(Wakeups::take_signal);
-            if signal.is_some() || self.pace.is_over(waited) {
+            if signal.is_some() || self.schedule.is_over(waited) {
                 return Err(Unmet { reason, waited, signal });
             }
-            if self.pace.is_to_tell(waited) {
+            if self.schedule.is_report_due(waited) {
                 if let Some(progress) = &mut self.progress {
                     progress(&reason, waited);
                 }
             }
-            self.rest(self.pace.longest_rest(waited).min(self.interval), fd);
+            self.rest(self.schedule.time_to_event(waited).min(self.interval), fd);
         }
     }
 
@@ -163,24 +169,24 @@ const JUST_UNDER_A_MILLISECOND: Duration = Duration::from_nanos(999_999);
 
 /// The end of a wait, and its next report. All times count from its start.
 #[derive(Clone, Copy, Debug)]
-struct Pace {
+struct Schedule {
     limit: Option<Duration>,
-    next_word: Option<Duration>,
-    between_words: Option<Duration>,
+    next_report: Option<Duration>,
+    report_interval: Option<Duration>,
 }
 
-impl Pace {
+impl Schedule {
     fn is_over(&self, waited: Duration) -> bool {
         self.limit.is_some_and(|limit| waited >= limit)
     }
 
     /// Whether to report now. Missed reports are dropped.
-    fn is_to_tell(&mut self, waited: Duration) -> bool {
-        let Some(due) = self.next_word.filter(|due| waited >= *due) else { return false };
-        self.next_word = self.between_words.map(|between| {
-            let mut next = due + between;
+    fn is_report_due(&mut self, waited: Duration) -> bool {
+        let Some(due) = self.next_report.filter(|due| waited >= *due) else { return false };
+        self.next_report = self.report_interval.map(|interval| {
+            let mut next = due + interval;
             if next <= waited {
-                next = waited + between;
+                next = waited + interval;
             }
             next
         });
@@ -188,8 +194,8 @@ impl Pace {
     }
 
     /// The time until the next report or the end.
-    fn longest_rest(&self, waited: Duration) -> Duration {
-        let due = self.limit.into_iter().chain(self.next_word).min();
+    fn time_to_event(&self, waited: Duration) -> Duration {
+        let due = self.limit.into_iter().chain(self.next_report).min();
         due.map_or(Duration::MAX, |due| due.saturating_sub(waited))
     }
 }
@@ -211,27 +217,34 @@ mod tests {
     /// With a clock that steps: the times of the reports, and of the end.
     #[test]
     fn words_and_end_come_in_time() {
-        let pace = |limit, next_word, between_words| Pace { limit, next_word, between_words };
-        type Case = (&'static str, Pace, u64, &'static [u64], Option<u64>);
+        let schedule =
+            |limit, next_report, report_interval| Schedule { limit, next_report, report_interval };
+        type Case = (&'static str, Schedule, u64, &'static [u64], Option<u64>);
         let table: [Case; 7] = [
-            ("never tells", pace(Some(s(5)), None, None), 1, &[], Some(5)),
-            ("tells at once", pace(Some(s(3)), Some(s(0)), None), 1, &[0], Some(3)),
-            ("tells once", pace(Some(s(9)), Some(s(2)), None), 1, &[2], Some(9)),
-            ("tells again", pace(Some(s(30)), Some(s(2)), Some(s(10))), 1, &[2, 12, 22], Some(30)),
+            ("never tells", schedule(Some(s(5)), None, None), 1, &[], Some(5)),
+            ("tells at once", schedule(Some(s(3)), Some(s(0)), None), 1, &[0], Some(3)),
+            ("tells once", schedule(Some(s(9)), Some(s(2)), None), 1, &[2], Some(9)),
+            (
+                "tells again",
+                schedule(Some(s(30)), Some(s(2)), Some(s(10))),
+                1,
+                &[2, 12, 22],
+                Some(30),
+            ),
             (
                 "is looked at seldom",
-                pace(Some(s(30)), Some(s(2)), Some(s(2))),
+                schedule(Some(s(30)), Some(s(2)), Some(s(2))),
                 7,
                 &[7, 14, 21, 28],
                 Some(35),
             ),
-            ("has no limit", pace(None, Some(s(10)), Some(s(10))), 5, &[10, 20, 30, 40], None),
-            ("has no time", pace(Some(s(0)), Some(s(0)), None), 1, &[], Some(0)),
+            ("has no limit", schedule(None, Some(s(10)), Some(s(10))), 5, &[10, 20, 30, 40], None),
+            ("has no time", schedule(Some(s(0)), Some(s(0)), None), 1, &[], Some(0)),
         ];
-        for (name, mut pace, step, words, over) in table {
+        for (name, mut schedule, step, words, over) in table {
             let (mut said, mut now) = (Vec::new(), 0);
-            while now <= 40 && !pace.is_over(s(now)) {
-                if pace.is_to_tell(s(now)) {
+            while now <= 40 && !schedule.is_over(s(now)) {
+                if schedule.is_report_due(s(now)) {
                     said.push(now);
                 }
                 now += step;
@@ -243,16 +256,16 @@ mod tests {
 
     #[test]
     fn nothing_is_slept_through() {
-        let pace = |limit, next_word| Pace { limit, next_word, between_words: None };
+        let schedule = |limit, next_report| Schedule { limit, next_report, report_interval: None };
         let table = [
-            (pace(None, None), 3, Duration::MAX),
-            (pace(Some(s(10)), None), 3, s(7)),
-            (pace(Some(s(10)), Some(s(5))), 3, s(2)),
-            (pace(Some(s(10)), Some(s(50))), 3, s(7)),
-            (pace(Some(s(10)), None), 12, s(0)),
+            (schedule(None, None), 3, Duration::MAX),
+            (schedule(Some(s(10)), None), 3, s(7)),
+            (schedule(Some(s(10)), Some(s(5))), 3, s(2)),
+            (schedule(Some(s(10)), Some(s(50))), 3, s(7)),
+            (schedule(Some(s(10)), None), 12, s(0)),
         ];
-        for (pace, waited, rest) in table {
-            assert_eq!(pace.longest_rest(s(waited)), rest, "{pace:?}");
+        for (schedule, waited, rest) in table {
+            assert_eq!(schedule.time_to_event(s(waited)), rest, "{schedule:?}");
         }
     }
 
@@ -273,7 +286,7 @@ mod tests {
     fn at_the_limit_the_last_reason_is_known() {
         let (looks, limit) = (Cell::new(0), Duration::from_millis(20));
         let told = RefCell::new(Vec::new());
-        let mut wait = Wait::at_most(limit).every(Duration::from_millis(1)).telling(
+        let mut wait = Wait::at_most(limit).every(Duration::from_millis(1)).reporting(
             Duration::from_millis(5),
             s(60),
             |what, waited| told.borrow_mut().push((what.to_string(), waited)),

@@ -132,7 +132,7 @@ mod tests {
         assert!(matches!(slow.late(), ControlError::Timeout { command: "slow", .. }));
         drop(slow);
         assert_eq!(watch.strong_count(), 1, "the kernel has it");
-        // Others go on, and whoever waits for them comes by the late answer.
+        // Other commands go on, and the thread that waits for them sees the late answer.
         let nop = |_| opcode::Nop::new().build().into();
         let mut next = submit("next", None::<Box<()>>, nop).unwrap();
         let answer = control.wait(&mut next, Duration::from_secs(60));

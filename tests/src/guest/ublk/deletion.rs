@@ -323,7 +323,7 @@ fn leftovers(ctx: &Ctx) -> Result<Outcome> {
     Ok(Outcome::Pass)
 }
 
-/// Each process says what it is. One of an earlier version does not, and is known all the same.
+/// Each process has a role file. Processes of earlier versions have none, and are recognised too.
 fn without_role(_ctx: &Ctx) -> Result<Outcome> {
     load_driver()?;
     let roles = || -> Result<Vec<String>> {

@@ -7,8 +7,8 @@ use std::time::Duration;
 use super::*;
 use crate::os::wait::Wait;
 
-fn told(role: Role) -> Told {
-    Told { role, device: Some(3), supervisor: Some(77), nonce: Some(Nonce::own()) }
+fn record(role: Role) -> RoleRecord {
+    RoleRecord { role, device: Some(3), supervisor: Some(77), nonce: Some(Nonce::own()) }
 }
 
 fn directory_in(run: &Path) -> PathBuf {
@@ -19,7 +19,7 @@ fn path_of(held: &RoleFile) -> PathBuf {
     directory_in(&held.run).join(&held.name)
 }
 
-/// A file that nobody has locked.
+/// An unlocked file.
 fn leave(path: &Path, text: &[u8]) {
     let mut options = OpenOptions::new();
     let file = options.write(true).create_new(true).mode(0o600).open(path);
@@ -36,9 +36,9 @@ fn a_process_is_what_it_says_for_as_long_as_it_says_so() {
     let run = run.path();
     let own = std::process::id();
     assert_eq!(RoleFiles::read(run).of(own), None);
-    let held = RoleFile::hold(run, told(Role::Server)).unwrap();
-    assert_eq!(RoleFiles::read(run).of(own), Some(told(Role::Server)));
-    // Not of its parent, nor of one that there is not.
+    let held = RoleFile::hold(run, record(Role::Server)).unwrap();
+    assert_eq!(RoleFiles::read(run).of(own), Some(record(Role::Server)));
+    // Neither its parent, nor a process that does not exist.
     assert_eq!(RoleFiles::read(run).of(std::os::unix::process::parent_id()), None);
     assert_eq!(RoleFiles::read(run).of(u32::MAX), None);
     drop(held);
@@ -46,7 +46,7 @@ fn a_process_is_what_it_says_for_as_long_as_it_says_so() {
     assert!(!directory_in(run).exists(), "nothing is left");
 }
 
-/// Each is changed in one thing.
+/// Each has one change.
 #[test]
 fn a_file_is_of_one_process() {
     let own = Identity::of("self").unwrap();
@@ -58,18 +58,18 @@ fn a_file_is_of_one_process() {
         Identity { pid_namespace: Some(1), ..own },
     ];
     for of in others {
-        let files = RoleFiles(vec![Content { told: told(Role::Server), of }]);
+        let files = RoleFiles(vec![Content { record: record(Role::Server), of }]);
         assert_eq!(files.of(own.pid), None, "{of:?}");
     }
-    let files = RoleFiles(vec![Content { told: told(Role::Fleet), of: own }]);
-    assert_eq!(files.of(own.pid), Some(told(Role::Fleet)));
+    let files = RoleFiles(vec![Content { record: record(Role::Fleet), of: own }]);
+    assert_eq!(files.of(own.pid), Some(record(Role::Fleet)));
 }
 
 #[test]
 fn what_a_dead_process_has_left_is_removed() {
     let run = tempfile::tempdir().unwrap();
     let run = run.path();
-    let held = RoleFile::hold(run, told(Role::Server)).unwrap();
+    let held = RoleFile::hold(run, record(Role::Server)).unwrap();
     let whole = fs::read(path_of(&held)).unwrap();
     for (number, text) in [&whole[..], &whole[..9], b""].into_iter().enumerate() {
         leave(&directory_in(run).join(format!("{number:016x}.json")), text);
@@ -85,13 +85,13 @@ fn what_a_dead_process_has_left_is_removed() {
 fn only_files_of_root_alone_are_believed_or_removed() {
     let run = tempfile::tempdir().unwrap();
     let run = run.path();
-    let held = RoleFile::hold(run, told(Role::Server)).unwrap();
+    let held = RoleFile::hold(run, record(Role::Server)).unwrap();
     let own = std::process::id();
     let path = path_of(&held);
     let at = |number: u64| directory_in(run).join(format!("{number:016x}.json"));
     symlink(&path, at(0)).unwrap();
     nix::unistd::mkfifo(&at(1), nix::sys::stat::Mode::S_IRWXU).unwrap();
-    // Not of this program.
+    // Files of other programs.
     for name in ["notes", "0.json", "00000000000000zz.json", "0123456789abcdef.conf"] {
         leave(&directory_in(run).join(name), b"");
     }
@@ -107,7 +107,7 @@ fn only_files_of_root_alone_are_believed_or_removed() {
     assert_eq!(RoleFiles::read(run).of(own), None, "it has another name");
 }
 
-/// Others may have given it a second name while they could write to the directory.
+/// Other users may have made a hard link while they could write to the directory.
 #[test]
 fn what_a_dead_process_has_left_is_removed_under_all_names() {
     let run = tempfile::tempdir().unwrap();
@@ -122,7 +122,7 @@ fn what_a_dead_process_has_left_is_removed_under_all_names() {
     assert!(run.join("aside").exists());
 }
 
-/// What it leads to is somebody else's, whatever the names there are.
+/// The target of the link belongs to another user, whatever names it has.
 #[test]
 fn a_link_in_the_place_of_the_directory_is_not_followed() {
     let top = tempfile::tempdir().unwrap();
@@ -135,37 +135,37 @@ fn a_link_in_the_place_of_the_directory_is_not_followed() {
     symlink(&elsewhere, directory_in(&run)).unwrap();
     sweep(&run);
     assert!(victim.exists());
-    // One who writes removes the link.
-    let held = RoleFile::hold(&run, told(Role::Server)).unwrap();
+    // A process that writes a file removes the link.
+    let held = RoleFile::hold(&run, record(Role::Server)).unwrap();
     assert!(victim.exists());
     assert!(fs::symlink_metadata(directory_in(&run)).unwrap().is_dir());
-    assert_eq!(RoleFiles::read(&run).of(std::process::id()), Some(told(Role::Server)));
+    assert_eq!(RoleFiles::read(&run).of(std::process::id()), Some(record(Role::Server)));
     drop(held);
-    // Nor is a link that is there at the end.
-    let held = RoleFile::hold(&run, told(Role::Server)).unwrap();
+    // A link that is there at the end is not followed.
+    let held = RoleFile::hold(&run, record(Role::Server)).unwrap();
     let theirs = elsewhere.join(&held.name);
     leave(&theirs, b"theirs");
     fs::rename(directory_in(&run), top.path().join("moved")).unwrap();
     symlink(&elsewhere, directory_in(&run)).unwrap();
     drop(held);
     assert!(theirs.exists());
-    // Nor one to the directory of the state files.
+    // A link to the directory of the state files is not followed.
     let link = top.path().join("link");
     symlink(&run, &link).unwrap();
-    assert!(RoleFile::hold(&link, told(Role::Server)).is_none());
+    assert!(RoleFile::hold(&link, record(Role::Server)).is_none());
 }
 
 #[test]
 fn only_root_can_look_into_the_directory() {
     let run = tempfile::tempdir().unwrap();
     let run = run.path();
-    let _held = RoleFile::hold(run, told(Role::Server)).unwrap();
+    let _held = RoleFile::hold(run, record(Role::Server)).unwrap();
     let mode = || fs::metadata(directory_in(run)).unwrap().mode() & 0o7777;
     assert_eq!(mode(), 0o700);
-    // What others could write is not believed, until it is closed to them.
+    // Files that others could write are ignored until the directory is closed to them.
     fs::set_permissions(directory_in(run), fs::Permissions::from_mode(0o777)).unwrap();
     assert_eq!(RoleFiles::read(run).of(std::process::id()), None);
-    let _other = RoleFile::hold(run, told(Role::Fleet)).unwrap();
+    let _other = RoleFile::hold(run, record(Role::Fleet)).unwrap();
     assert_eq!(mode(), 0o700);
     assert!(RoleFiles::read(run).of(std::process::id()).is_some());
 }
@@ -191,15 +191,15 @@ fn a_file_that_cannot_be_written_is_done_without() {
     let top = tempfile::tempdir().unwrap();
     let run = top.path().join("run");
     fs::write(&run, "").unwrap();
-    assert!(RoleFile::hold(&run, told(Role::Helper)).is_none());
+    assert!(RoleFile::hold(&run, record(Role::Helper)).is_none());
     assert_eq!(RoleFiles::read(&run).of(std::process::id()), None);
 }
 
-/// Neither the program that this process starts nor the one that it becomes has the lock.
+/// Neither a program that this process starts nor the program that it becomes has the lock.
 #[test]
 fn the_lock_is_not_inherited() {
     let run = tempfile::tempdir().unwrap();
-    let held = RoleFile::hold(run.path(), told(Role::Server)).unwrap();
+    let held = RoleFile::hold(run.path(), record(Role::Server)).unwrap();
     let path = path_of(&held);
     let mut child = Command::new("sh")
         .args(["-c", "echo; read it"])
@@ -207,7 +207,7 @@ fn the_lock_is_not_inherited() {
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    // It is the other program by now.
+    // The process is the other program now.
     io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut [0]).unwrap();
     let aside = run.path().join("aside");
     fs::rename(&path, &aside).unwrap();
@@ -217,7 +217,7 @@ fn the_lock_is_not_inherited() {
     };
     assert!(is_locked());
     drop(held);
-    // Another test may just be starting a program.
+    // Another test may be starting a program at this moment.
     let freed =
         Wait::at_most(Duration::from_secs(60)).every(Duration::from_millis(1)).until(|| {
             if is_locked() { ControlFlow::Continue("the lock") } else { ControlFlow::Break(()) }
@@ -227,7 +227,7 @@ fn the_lock_is_not_inherited() {
     child.wait().unwrap();
 }
 
-/// Whoever looks for files that are left over does not take away one that is just being made.
+/// Removing stale files does not remove a file that is being made.
 #[test]
 fn those_who_begin_and_those_who_sweep_do_not_hinder_each_other() {
     let run = tempfile::tempdir().unwrap();
@@ -240,10 +240,10 @@ fn those_who_begin_and_those_who_sweep_do_not_hinder_each_other() {
             }
         });
         for _ in 0..200 {
-            let held = RoleFile::try_hold(run, told(Role::Server)).unwrap();
+            let held = RoleFile::try_hold(run, record(Role::Server)).unwrap();
             assert_eq!(fs::metadata(path_of(&held)).unwrap().nlink(), 1);
             let read = RoleFiles::read(run);
-            assert_eq!(read.of(std::process::id()), Some(told(Role::Server)));
+            assert_eq!(read.of(std::process::id()), Some(record(Role::Server)));
         }
         is_over.store(true, std::sync::atomic::Ordering::Relaxed);
         sweeper.join().unwrap();

@@ -133,11 +133,11 @@ fn state_files_of_earlier_programs_are_read_and_written_as_they_were() {
         assert_eq!(read, expected);
         let mut value: serde_json::Value = serde_json::from_str(text).unwrap();
         if value.as_object_mut().unwrap().remove("trouble").is_some() {
-            // The next programs of the format did not write these two.
+            // Later programs with this format did not write these two.
             value.as_object_mut().unwrap().remove("given_up").unwrap();
             value[CHECKSUM] = "fa9c1151".into();
         }
-        // Byte for byte, the checksum too.
+        // Byte for byte, including the checksum.
         assert_eq!(read.to_text().unwrap(), serde_json::to_string_pretty(&value).unwrap());
     }
 }

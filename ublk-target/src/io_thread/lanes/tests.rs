@@ -138,7 +138,7 @@ fn a_lane_without_room_is_left_alone() {
     assert!(rig.hold(16).is_ok());
 }
 
-/// A lane keeps its spare buffer, so a table that is nearly full fits again after a device has gone.
+/// A lane keeps its spare buffer, so a nearly full table has room again after a device is removed.
 #[test]
 fn a_lane_that_has_a_spare_buffer_needs_no_slot_for_another() {
     let mut rig = Rig::new(2);
@@ -147,7 +147,7 @@ fn a_lane_that_has_a_spare_buffer_needs_no_slot_for_another() {
         assert_eq!(rig.lanes.count(), 1, "round {round}");
         rig.lanes.give_back(holding);
     }
-    // One that lends in all slots needs a lane that has never had a spare buffer.
+    // A device that uses all slots needs a lane that has never had a spare buffer.
     let slots = SlotTable { lent: SLOTS, pool: 0, ..Rig::slots(LendMode::Fused) };
     let all = rig.lanes.hold(&rig.config(1, LendMode::Fused, slots)).unwrap();
     assert_eq!((rig.lanes.count(), all.lane), (2, 1));

@@ -9,7 +9,7 @@ use super::super::StateFile;
 use super::*;
 use crate::config::{DeviceConfig, ExtentConfig, LayerName, MAX_LAYERS, TargetConfig};
 
-/// A target as the last program knew it that wrote format 3 only, and had no layers.
+/// The target type of the last program that wrote only format 3 and had no layers.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 enum OldTarget {
@@ -22,7 +22,7 @@ enum OldTarget {
     Other(TargetConfig),
 }
 
-/// What that program makes of a file: the faults, the outermost first, and the innermost target.
+/// How that program reads a file: the fault layers, outermost first, and the innermost target.
 fn as_earlier_programs_do(mut record: Value) -> (Vec<LayerKind>, TargetConfig) {
     let mut target = serde_json::from_value(record["config"]["target"].take()).unwrap();
     let mut faults = Vec::new();
@@ -47,7 +47,7 @@ fn fault() -> impl Strategy<Value = LayerKind> {
     (rules, any::<u64>()).prop_map(|(rules, seed)| LayerKind::Fault { rules, seed })
 }
 
-/// Half of the stacks have no name given.
+/// Half of the stacks have default names only.
 fn layers() -> impl Strategy<Value = Layers> {
     let name = prop::sample::select(vec!["", "", "", "fault", "fault-2", "fault-3", "bad-disk"]);
     let of_own = prop::collection::vec((name, fault()), 0..5);
@@ -105,7 +105,7 @@ fn no_more_targets_are_nested_than_can_be_read() {
         let text = state.to_text().unwrap();
         assert_eq!(StateFile::parse(&text, 3, Path::new("3.json")).unwrap(), state);
         assert_eq!(text.contains("\"version\": 3"), count == MAX_NESTED);
-        // One more could not.
+        // One more layer is too many.
         let mut record = serde_json::to_value(&state).unwrap();
         fold(&mut record);
         let is_read = serde_json::from_str::<Value>(&record.to_string()).is_ok();
