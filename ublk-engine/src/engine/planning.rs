@@ -20,7 +20,7 @@ fn check_progress(run: &Run, plan: &Plan) -> Result<(), Errno> {
 
 /// Checks the directives of a window.
 #[cold]
-fn check_marks(
+fn check_directives(
     planned: Result<(), Errno>,
     block: u32,
     run: &mut Run,
@@ -113,7 +113,7 @@ impl<P: Planner> Engine<P> {
         let TagState { run, plan, .. } = &mut self.tags[tag.index()];
         let planned = self.planner.plan(run.request(), run.cursor, plan);
         let checked = if plan.has_directives() {
-            check_marks(planned, self.config.geometry.block, run, plan)
+            check_directives(planned, self.config.geometry.block, run, plan)
         } else {
             run.accepted |= planned.is_ok();
             planned.and_then(|()| check_progress(run, plan))
