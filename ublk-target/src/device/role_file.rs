@@ -119,9 +119,8 @@ impl RoleFile {
         match Self::try_hold(run, record) {
             Ok(held) => Some(held),
             Err(error) => {
-                let is_planted = own_directory::is_not_ours(&error);
-                let level = if is_planted { log::Level::Warn } else { log::Level::Info };
-                log::log!(level, "cannot say in {} what this process is: {error}", run.display());
+                let level = if is_planted(&error) { log::Level::Warn } else { log::Level::Info };
+                log::log!(level, "cannot write a role file below {}: {error}", run.display());
                 None
             }
         }
@@ -196,8 +195,7 @@ impl RoleFiles {
         match Files::open(run) {
             Ok(files) => Self(files.read()),
             Err(error) => {
-                // A user other than root always finds a directory of another user: root's.
-                if own_directory::is_not_ours(&error) && geteuid().is_root() {
+                if is_planted(&error) {
                     SAID.call_once(|| {
                         log::warn!("{error}: processes are told apart by their command lines");
                     });
@@ -213,6 +211,12 @@ impl RoleFiles {
         let of = Identity::of(&pid.to_string()).filter(|_| !self.0.is_empty())?;
         self.0.iter().find(|content| content.of == of).map(|content| content.record.clone())
     }
+}
+
+/// Whether another user has put something in place of the directory. A user other than root always
+/// finds a directory of another user: root's.
+fn is_planted(error: &io::Error) -> bool {
+    own_directory::is_not_ours(error) && geteuid().is_root()
 }
 
 /// Removes the files of dead processes.
