@@ -39,7 +39,7 @@ use crate::os::steps::step;
 use crate::os::wait::{Wait, Words};
 use crate::os::wakeups::{Wake, Wakeups};
 use crate::socket;
-use crate::socket::control_request::{ControlRequest, Petitioner};
+use crate::socket::control_request::{ControlRequest, ControlSender};
 use crate::socket::{Limits, StatsServer, StatsThread};
 
 /// Adds a device, calls `on_live` when it is live, and serves it until a signal ends the server or
@@ -267,13 +267,13 @@ impl Server {
     fn start_stats(&mut self) -> Result<(), SetupError> {
         let path = socket::socket_path(Path::new(RUN_DIR), self.id);
         let lanes = self.lanes.handles();
-        let (petitioner, control_requests) = Petitioner::new(Arc::clone(&self.wakeups));
+        let (control_sender, control_requests) = ControlSender::new(Arc::clone(&self.wakeups));
         self.control_requests = Some(control_requests);
         let limits = Limits::default();
         let started = match &self.services {
-            None => StatsServer::start(path.clone(), self.id, lanes, petitioner, limits),
+            None => StatsServer::start(path.clone(), self.id, lanes, control_sender, limits),
             Some(services) => {
-                services.stats.listen(path.clone(), self.id, lanes, petitioner, limits)
+                services.stats.listen(path.clone(), self.id, lanes, control_sender, limits)
             }
         };
         let started = started.map_err(|error| {

@@ -65,7 +65,7 @@ fn replace(state: &AtomicU8, decision: u8) -> bool {
 
 /// Sends control requests to the main thread.
 #[derive(Clone, Debug)]
-pub struct Petitioner {
+pub struct ControlSender {
     sender: Sender<ControlRequest>,
     wakeups: Arc<Wakeups>,
     patience: Patience,
@@ -84,7 +84,7 @@ struct Patience {
 const PATIENCE: Patience =
     Patience { to_begin: Duration::from_secs(4), to_end: Duration::from_secs(30) };
 
-impl Petitioner {
+impl ControlSender {
     /// Makes a sender, and the main thread's receiver.
     #[must_use]
     pub fn new(wakeups: Arc<Wakeups>) -> (Self, Receiver<ControlRequest>) {
@@ -124,11 +124,11 @@ mod tests {
     use super::*;
     use crate::os::wakeups::Hangup;
 
-    fn petitioner() -> (Petitioner, Receiver<ControlRequest>) {
+    fn control_sender() -> (ControlSender, Receiver<ControlRequest>) {
         let wakeups = Arc::new(Wakeups::new(Hangup::Ends).unwrap());
-        let (petitioner, requests) = Petitioner::new(wakeups);
+        let (control_sender, requests) = ControlSender::new(wakeups);
         let patience = Patience { to_begin: Duration::ZERO, to_end: Duration::from_secs(60) };
-        (Petitioner { patience, ..petitioner }, requests)
+        (ControlSender { patience, ..control_sender }, requests)
     }
 
     fn grow(reply: Reply<Bytes>) -> ControlRequest {
@@ -142,20 +142,20 @@ mod tests {
 
     #[test]
     fn a_request_that_was_given_up_is_not_carried_out() {
-        let (petitioner, requests) = petitioner();
-        assert!(petitioner.ask(grow).unwrap_err().contains("busy"));
+        let (control_sender, requests) = control_sender();
+        assert!(control_sender.ask(grow).unwrap_err().contains("busy"));
         assert!(!reply_of(requests.recv().unwrap()).begin());
     }
 
     #[test]
     fn a_request_that_was_begun_is_waited_for() {
-        let (petitioner, requests) = petitioner();
+        let (control_sender, requests) = control_sender();
         let begun = |reply: Reply<Bytes>| {
             assert!(reply.begin());
             grow(reply)
         };
         std::thread::scope(|scope| {
-            let asking = scope.spawn(|| petitioner.ask(begun));
+            let asking = scope.spawn(|| control_sender.ask(begun));
             reply_of(requests.recv().unwrap()).send(Ok(Bytes(7)));
             assert_eq!(asking.join().unwrap(), Ok(Bytes(7)));
         });
@@ -163,8 +163,8 @@ mod tests {
 
     #[test]
     fn a_server_that_ends_is_not_waited_for() {
-        let (petitioner, requests) = petitioner();
+        let (control_sender, requests) = control_sender();
         drop(requests);
-        assert!(petitioner.ask(grow).unwrap_err().contains("about to end"));
+        assert!(control_sender.ask(grow).unwrap_err().contains("about to end"));
     }
 }

@@ -22,7 +22,7 @@ use ublk_engine::units::Bytes;
 use crate::device::program::Program;
 use crate::io_thread::message::LaneHandle;
 use crate::socket::connection::Connection;
-use crate::socket::control_request::{ControlRequest, Petitioner};
+use crate::socket::control_request::{ControlRequest, ControlSender};
 use crate::socket::lanes::{Lanes, Silent};
 use crate::socket::protocol::{Answer, Command, Snapshot};
 use crate::socket::summary::{lane_stats, latencies};
@@ -101,7 +101,7 @@ impl StatsThread {
         path: PathBuf,
         device: u32,
         lanes: Vec<LaneHandle>,
-        petitioner: Petitioner,
+        control_sender: ControlSender,
         limits: Limits,
     ) -> io::Result<StatsServer> {
         let service = Service {
@@ -109,7 +109,7 @@ impl StatsThread {
             listener: listen(&path)?,
             accept_after: None,
             lanes: Lanes::new(lanes, limits.lanes),
-            petitioner,
+            control_sender,
             connections: Vec::new(),
             limits,
         };
@@ -144,11 +144,11 @@ impl StatsServer {
         path: PathBuf,
         device: u32,
         lanes: Vec<LaneHandle>,
-        petitioner: Petitioner,
+        control_sender: ControlSender,
         limits: Limits,
     ) -> io::Result<Self> {
         let thread = StatsThread::start(&format!("ublkb{device}-stats"))?;
-        thread.listen(path, device, lanes, petitioner, limits)
+        thread.listen(path, device, lanes, control_sender, limits)
     }
 }
 
@@ -243,7 +243,7 @@ struct Service {
     /// No client is accepted before this time.
     accept_after: Option<Instant>,
     lanes: Lanes,
-    petitioner: Petitioner,
+    control_sender: ControlSender,
     connections: Vec<Connection>,
     limits: Limits,
 }
@@ -344,13 +344,13 @@ impl Service {
             }
             Some(Ok(Command::Grow { size })) => {
                 let size = size.map(Bytes);
-                let grown = self.petitioner.ask(|reply| ControlRequest::Grow { size, reply });
+                let grown = self.control_sender.ask(|reply| ControlRequest::Grow { size, reply });
                 grown.map_or_else(Answer::Error, |size| Answer::Size(size.0))
             }
             Some(Ok(Command::Upgrade { program, file, descriptor })) => {
                 let client = self.connections[index].client;
                 let accepted = see(&program, file, client, descriptor).and_then(|program| {
-                    self.petitioner.ask(|reply| ControlRequest::Upgrade { program, reply })
+                    self.control_sender.ask(|reply| ControlRequest::Upgrade { program, reply })
                 });
                 accepted.map_or_else(Answer::Error, |()| Answer::Accepted)
             }

@@ -17,7 +17,7 @@ use ublk_engine::units::Qid;
 use crate::io_thread::message::{LaneHandle, LaneMessage, LaneSnapshot};
 use crate::os::wakeups::{Hangup, Wakeups, event_descriptor};
 use crate::socket::client::{Client, ClientError};
-use crate::socket::control_request::Petitioner;
+use crate::socket::control_request::ControlSender;
 use crate::socket::protocol::{Answer, Command, MAX_REQUEST_BYTES};
 use crate::socket::{Limits, StatsServer, is_deserted, socket_path};
 
@@ -32,8 +32,8 @@ enum Manner {
 }
 
 /// Brings control requests to a main thread that has ended.
-fn nobody() -> Petitioner {
-    Petitioner::new(Arc::new(Wakeups::new(Hangup::Ends).unwrap())).0
+fn nobody() -> ControlSender {
+    ControlSender::new(Arc::new(Wakeups::new(Hangup::Ends).unwrap())).0
 }
 
 type Seen = Arc<Mutex<Vec<&'static str>>>;
