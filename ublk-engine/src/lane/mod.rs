@@ -133,24 +133,34 @@ impl<P: Planner> Lane<P> {
     }
 
     /// Handles a completion of the queue.
-    #[inline(always)]
     pub fn handle(&mut self, cqe: Cqe, io: &mut impl LaneIo) {
+        if !self.handle_common(cqe, io) {
+            self.handle_other(cqe, io);
+        }
+    }
+
+    /// Handles a completion if it is a delivery, or the end of an operation on a file, of this
+    /// queue. Returns false for all others, which may belong to another queue of the ring.
+    #[inline(always)]
+    pub fn handle_common(&mut self, cqe: Cqe, io: &mut impl LaneIo) -> bool {
         let (engine, mut port) = (&mut self.engine, RingPort { state: &mut self.port, io });
         if let Some(key) = self.common.op(cqe.user_data) {
-            return engine.completed(key, cqe.res, &mut port);
+            engine.completed(key, cqe.res, &mut port);
+            return true;
         }
         match self.common.fetched(cqe.user_data) {
             Some(key) if cqe.res >= 0 && key.tag.0 < engine.config().queue.depth => {
                 let iod = port.io.iod(key.tag);
                 engine.delivered(key, iod, &mut port);
+                true
             }
-            Some(_) | None => self.handle_other(cqe, io),
+            Some(_) | None => false,
         }
     }
 
-    /// Handles all other completions: neither deliveries nor the ends of operations on files.
+    /// Handles all other completions of the queue.
     #[inline(never)]
-    fn handle_other(&mut self, Cqe { user_data, res }: Cqe, io: &mut impl LaneIo) {
+    pub fn handle_other(&mut self, Cqe { user_data, res }: Cqe, io: &mut impl LaneIo) {
         let (engine, mut port) = (&mut self.engine, RingPort { state: &mut self.port, io });
         let port = &mut port;
         let Some(event) = Event::decode(user_data, engine.config().incarnation) else {

@@ -209,14 +209,19 @@ impl<'ring> EventLoop<'ring> {
         let mut cqe = first;
         let next = loop {
             let mut io = StationIo { rings: &mut self.rings, parts: &mut station.parts };
-            station.lane.handle(cqe, &mut io);
+            if !station.lane.handle_common(cqe, &mut io) {
+                if Event::whose(cqe.user_data) != name {
+                    break Some(cqe);
+                }
+                station.lane.handle_other(cqe, &mut io);
+            }
             *count += 1;
             if *count == REAP_BATCH {
                 break None;
             }
             match self.rings.take() {
-                Some(same) if Event::whose(same.user_data) == name => cqe = same,
-                other => break other,
+                Some(next) => cqe = next,
+                None => break None,
             }
         };
         self.in_flight = self.in_flight - before + station.lane.engine().transfers_in_flight();

@@ -187,7 +187,10 @@ fn state_files(_ctx: &Ctx) -> Result<Outcome> {
         ("\0".repeat(4096), "is corrupt: "),
         (changed("\"depth\": 128", "\"depth\": -1")?, "is corrupt: "),
         (changed(&id, "\"id\": 99")?, "it belongs to device 99"),
-        (changed("\"version\": 3", "\"version\": 99")?, "has format 99, and this program knows 3 to 4"),
+        (
+            changed("\"version\": 3", "\"version\": 99")?,
+            "has format 99, and this program knows 3 to 4",
+        ),
         (good.replace("\"depth\": 128", "\"depth\": 64"), "its checksum is not"),
         (
             changed(&diskseq, &format!("\"diskseq\": {}", number + 1))?,
