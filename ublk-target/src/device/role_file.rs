@@ -254,6 +254,11 @@ impl Files {
     /// Reads the files of live processes, and removes stale ones.
     fn read(&self) -> Vec<Content> {
         let names = self.directory.names().unwrap_or_default();
+        if names.is_empty() {
+            // A process was killed before it had made its file, or after it had removed it. One that
+            // is about to make its file makes the directory again.
+            let _ = self.run.remove_directory(DIRECTORY);
+        }
         let found = names.iter().filter(|name| is_name(name)).filter_map(|name| {
             match self.look_at(name) {
                 Ok(Found::Held(content)) => Some(content),

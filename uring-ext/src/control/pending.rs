@@ -109,6 +109,8 @@ fn reap() {
 #[cfg(test)]
 mod tests {
     use std::fs::File;
+    use std::io::Write;
+    use std::os::fd::AsRawFd;
     use std::sync::Arc;
 
     use io_uring::opcode;
@@ -125,9 +127,9 @@ mod tests {
         let control = Control::with(File::open("/dev/null").unwrap()).unwrap();
         let memory = Memory(Arc::new(()));
         let watch = Arc::downgrade(&memory.0);
-        let soon = types::Timespec::from(Duration::from_millis(50));
-        let sqe = || opcode::Timeout::new(&soon).build().into();
-        let mut slow = submit("slow", Some(Box::new(memory)), |_| sqe()).unwrap();
+        let (reader, writer) = std::io::pipe().unwrap();
+        let poll = opcode::PollAdd::new(types::Fd(reader.as_raw_fd()), libc::POLLIN as u32);
+        let mut slow = submit("slow", Some(Box::new(memory)), |_| poll.build().into()).unwrap();
         assert!(control.wait(&mut slow, Duration::from_millis(1)).is_none());
         assert!(matches!(slow.late(), ControlError::Timeout { command: "slow", .. }));
         drop(slow);
@@ -137,7 +139,11 @@ mod tests {
         let mut next = submit("next", None::<Box<()>>, nop).unwrap();
         let answer = control.wait(&mut next, Duration::from_secs(60));
         assert_eq!(answer.unwrap().unwrap(), 0);
-        let mut last = submit("last", None::<Box<()>>, |_| sqe()).unwrap();
+        assert_eq!(watch.strong_count(), 1, "the kernel has it still");
+        (&writer).write_all(b"x").unwrap();
+        let soon = types::Timespec::from(Duration::from_millis(50));
+        let timeout = |_| opcode::Timeout::new(&soon).build().into();
+        let mut last = submit("last", None::<Box<()>>, timeout).unwrap();
         let answer = control.wait(&mut last, Duration::from_secs(60)).unwrap();
         assert_eq!(answer.unwrap_err().errno(), Some(Errno::new(libc::ETIME)));
         assert_eq!(watch.strong_count(), 0);

@@ -46,6 +46,16 @@ fn a_process_is_what_it_says_for_as_long_as_it_says_so() {
     assert!(!directory_in(run).exists(), "nothing is left");
 }
 
+/// A process was killed between the directory and its file.
+#[test]
+fn an_empty_directory_is_removed_by_the_next_reader() {
+    let run = tempfile::tempdir().unwrap();
+    drop(Files::make(run.path()).unwrap());
+    assert!(run.path().join(DIRECTORY).exists());
+    assert_eq!(RoleFiles::read(run.path()).0.len(), 0);
+    assert!(!run.path().join(DIRECTORY).exists());
+}
+
 /// Each has one change.
 #[test]
 fn a_file_is_of_one_process() {
