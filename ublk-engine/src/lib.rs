@@ -10,8 +10,8 @@
 //! ```
 //!
 //! To write a target, implement [`plan::Planner`]; to write a layer, which may be before any target,
-//! implement [`target::Layer`]. The example `read_only_head` implements a target and drives an
-//! [`engine::Engine`] with it.
+//! implement [`target::Layer`]. The example `read_only_head` implements a target and prints what
+//! it plans.
 
 #![forbid(unsafe_code)]
 

@@ -112,7 +112,13 @@ fn paths_in(text: &str) -> impl Iterator<Item = &str> {
 #[test]
 fn documents_name_files_that_exist() {
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let documents = ["CONTRIBUTING.md", "SECURITY.md", "docs/targets.md", "docs/kernel-support.md"];
+    let documents = [
+        "README.md",
+        "CONTRIBUTING.md",
+        "SECURITY.md",
+        "docs/targets.md",
+        "docs/kernel-support.md",
+    ];
     let (mut seen, mut missing) = (0, Vec::new());
     for document in documents {
         let text = fs::read_to_string(workspace.join(document)).unwrap();

@@ -156,15 +156,15 @@ pub struct Division {
 /// Divides each read into stages, which add up to its duration.
 #[must_use]
 pub fn divide(reads: &[Read], events: &[Event], parties: &Parties) -> Division {
-    let ways: Vec<Option<Way>> =
-        reads.iter().map(|read| way(read, during(read, events), parties)).collect();
-    let seen = ways.iter().flatten().filter(|way| way.drive.is_some()).count();
+    let passages: Vec<Option<Passage>> =
+        reads.iter().map(|read| passage(read, during(read, events), parties)).collect();
+    let seen = passages.iter().flatten().filter(|passage| passage.drive.is_some()).count();
     // All reads are divided in the same way, which fits most of them.
-    let with_drive = 2 * seen > ways.iter().flatten().count();
+    let with_drive = 2 * seen > passages.iter().flatten().count();
     let divided: Vec<Vec<u64>> = reads
         .iter()
-        .zip(&ways)
-        .filter_map(|(read, way)| lengths(read, way.as_ref()?, with_drive))
+        .zip(&passages)
+        .filter_map(|(read, passage)| lengths(read, passage.as_ref()?, with_drive))
         .collect();
     Division {
         stages: if with_drive { &WITH_DRIVE } else { &WITHOUT_DRIVE },
@@ -182,7 +182,7 @@ fn during<'a>(read: &Read, events: &'a [Event]) -> &'a [Event] {
 
 /// The times at which a read passed from one stage to the next.
 #[derive(Debug)]
-struct Way {
+struct Passage {
     issued: u64,
     server_runs: u64,
     drive: Option<OnDrive>,
@@ -197,7 +197,7 @@ struct OnDrive {
     server_runs: u64,
 }
 
-fn way(read: &Read, events: &[Event], parties: &Parties) -> Option<Way> {
+fn passage(read: &Read, events: &[Event], parties: &Parties) -> Option<Passage> {
     let ours = Request { device: parties.device, sector: read.sector, sectors: parties.sectors };
     let issued = position(events, 0, |event| event.what == What::Issued(ours))?;
     let completed = position(events, issued, |event| event.what == What::Completed(ours))?;
@@ -224,7 +224,7 @@ fn way(read: &Read, events: &[Event], parties: &Parties) -> Option<Way> {
         server_runs: run(&below[last..], &parties.server, at_us(last)),
     });
     let until = first.unwrap_or(below.len());
-    Some(Way {
+    Some(Passage {
         issued: events[issued].at_us,
         server_runs: run(&below[..until], &parties.server, events[issued].at_us),
         drive,
@@ -238,13 +238,13 @@ fn position(events: &[Event], from: usize, is: impl Fn(&Event) -> bool) -> Optio
 }
 
 /// The durations of the stages. The times ascend since the events are in order.
-fn lengths(read: &Read, way: &Way, with_drive: bool) -> Option<Vec<u64>> {
-    let mut moments = vec![read.began_us, way.issued, way.server_runs];
+fn lengths(read: &Read, passage: &Passage, with_drive: bool) -> Option<Vec<u64>> {
+    let mut moments = vec![read.began_us, passage.issued, passage.server_runs];
     if with_drive {
-        let drive = way.drive.as_ref()?;
+        let drive = passage.drive.as_ref()?;
         moments.extend([drive.issued, drive.completed, drive.server_runs]);
     }
-    moments.extend([way.completed, way.client_runs, read.ended_us]);
+    moments.extend([passage.completed, passage.client_runs, read.ended_us]);
     moments.windows(2).map(|pair| pair[1].checked_sub(pair[0])).collect()
 }
 

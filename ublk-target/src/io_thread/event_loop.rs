@@ -24,14 +24,16 @@ use crate::config::busy_wait::BusyWait;
 use crate::io_thread::idle_policy::IdlePolicy;
 use crate::io_thread::message::{LaneMessage, attend};
 use crate::io_thread::rings::{Rings, StationIo};
-use crate::io_thread::setup::EVENT;
+use crate::io_thread::setup::{EVENT, REAP_BATCH};
 use crate::io_thread::spare::{MAX_SPARES, Spare, SpareBuffer};
-use crate::io_thread::station::{Arrival, Ended, MAX_STATIONS, NAMES, OWN, Parts, StationChannels};
+use crate::io_thread::station::{
+    Arrival, Ended, Leaving, MAX_STATIONS, NAMES, OWN, Parts, StationChannels,
+};
 use crate::os::clock::{coarse_now, precise_now};
 use crate::os::wakeups::Wakeups;
 
-/// Completions that are taken off the queue before the kernel is informed.
-pub(crate) const REAP_BATCH: usize = 64;
+/// The longest wait for a completion while entries have no room in the ring.
+const FOR_ROOM: Duration = Duration::from_millis(1);
 /// No station has this key.
 const NOBODY: u16 = u16::MAX;
 
@@ -50,13 +52,6 @@ struct Station {
     is_due: bool,
     /// The reason why it must end. It ends when the driver has taken its fetches back.
     failure: Option<LaneError>,
-}
-
-/// The remains of a station, and the channel that announces its end.
-pub(crate) struct Leaving {
-    ended: Ended,
-    end: SyncSender<Ended>,
-    wakeups: Arc<Wakeups>,
 }
 
 /// A lane's loop.
@@ -191,7 +186,11 @@ impl<'ring> EventLoop<'ring> {
     fn patience(&self) -> Option<Duration> {
         let keys = self.due.iter().map(|name| usize::from(self.at[usize::from(*name)]));
         let due = keys.filter_map(|key| self.stations.get(key));
-        due.filter_map(|station| station.lane.engine().patience()).min()
+        // Entries that have no room now may be what its clients wait for.
+        let patience = |lane: &Lane<AnyTarget>| {
+            if lane.backlog() > 0 { Some(FOR_ROOM) } else { lane.engine().patience() }
+        };
+        due.filter_map(|station| patience(&station.lane)).min()
     }
 
     /// Handles a completion and the following ones of the same station, up to the end of the batch.
@@ -480,14 +479,6 @@ impl Station {
     fn leave(self) -> Leaving {
         let ended = Ended { lane: self.lane, parts: self.parts, error: self.failure };
         Leaving { ended, end: self.end, wakeups: self.wakeups }
-    }
-}
-
-impl Leaving {
-    pub fn announce(self) {
-        // There is room for the only station.
-        let _ = self.end.try_send(self.ended);
-        self.wakeups.lane_ended();
     }
 }
 

@@ -17,8 +17,7 @@ use uring_ext::pool::BufferPool;
 use uring_ext::ring::{Cqe, Queues, Ring};
 use uring_ext::sqe::{FixedFile, Sqe};
 
-use crate::io_thread::event_loop::REAP_BATCH;
-use crate::io_thread::setup::{EVENT, LaneConfig, RingNeeds, failed};
+use crate::io_thread::setup::{EVENT, LaneConfig, REAP_BATCH, RingNeeds, failed};
 use crate::io_thread::spawn::{prepare_thread, spawn_lane};
 use crate::io_thread::station::{Berth, OWN};
 use crate::os::wakeups::event_descriptor;

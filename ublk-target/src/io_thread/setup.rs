@@ -106,6 +106,8 @@ impl LaneConfig {
     }
 }
 
+/// Completions that are taken off the queue before the kernel is informed.
+pub(crate) const REAP_BATCH: usize = 64;
 /// The fixed file of a ring's own event descriptor.
 pub(crate) const EVENT: FixedFile = FixedFile(0);
 

@@ -87,6 +87,21 @@ pub(crate) struct Ended {
     pub error: Option<LaneError>,
 }
 
+/// The remains of a station, and the channel that announces its end.
+pub(crate) struct Leaving {
+    pub ended: Ended,
+    pub end: SyncSender<Ended>,
+    pub wakeups: Arc<Wakeups>,
+}
+
+impl Leaving {
+    pub fn announce(self) {
+        // There is room for the only station.
+        let _ = self.end.try_send(self.ended);
+        self.wakeups.lane_ended();
+    }
+}
+
 impl Arrival {
     /// A station at `berth`. `pool` has its own buffers.
     ///

@@ -9,7 +9,7 @@ use ublk_engine::lane::LaneError;
 use uring_ext::ring::{Polling, Ring};
 
 use crate::config::busy_wait::BusyWait;
-use crate::io_thread::event_loop::{EventLoop, Leaving};
+use crate::io_thread::event_loop::EventLoop;
 use crate::io_thread::idle_policy::may_look;
 use crate::io_thread::io_lane::{IoLane, IoTables};
 use crate::io_thread::rings::Rings;
@@ -18,7 +18,7 @@ use crate::io_thread::side_ring::SideRing;
 use crate::io_thread::spare::SpareBuffer;
 use crate::io_thread::spawn::{prepare_lane_thread, prepare_thread};
 use crate::io_thread::station::{
-    Arrival, Berth, MAX_STATIONS, StationChannels, own_pool, spare_pool,
+    Arrival, Berth, Leaving, MAX_STATIONS, StationChannels, own_pool, spare_pool,
 };
 
 /// Serves one queue on its own thread and rings, until the device is stopped or the lane is

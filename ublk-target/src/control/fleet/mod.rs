@@ -52,14 +52,14 @@ pub struct FleetHooks<'a> {
     pub command: Box<dyn Fn(u32, deletion::Command) -> io::Result<Child> + 'a>,
     /// Starts a process that quiesces a device ([`quiesce`](crate::control::upgrade::quiesce)).
     pub quiesce: Box<dyn Fn(u32) -> io::Result<Child> + 'a>,
-    /// Called with news of the fleet.
+    /// Called with each event of the fleet.
     pub tell: Box<dyn Fn(&FleetEvent) + 'a>,
 }
 
-/// News of a fleet.
+/// An event of a fleet.
 #[derive(Debug)]
 pub enum FleetEvent {
-    /// It starts the next device: number and total. Until the next news, it may take as long as the
+    /// It starts the next device: number and total. Until the next event, it may take as long as the
     /// deletion of a dead server's leftovers, or a recovery.
     Begins(usize, usize),
     /// It serves these devices, of this total.
