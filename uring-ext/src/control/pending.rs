@@ -111,6 +111,7 @@ mod tests {
     use std::fs::File;
     use std::io::Write;
     use std::os::fd::AsRawFd;
+    use std::os::unix::net::UnixStream;
     use std::sync::Arc;
 
     use io_uring::opcode;
@@ -127,7 +128,7 @@ mod tests {
         let control = Control::with(File::open("/dev/null").unwrap()).unwrap();
         let memory = Memory(Arc::new(()));
         let watch = Arc::downgrade(&memory.0);
-        let (reader, writer) = std::io::pipe().unwrap();
+        let (reader, mut writer) = UnixStream::pair().unwrap();
         let poll = opcode::PollAdd::new(types::Fd(reader.as_raw_fd()), libc::POLLIN as u32);
         let mut slow = submit("slow", Some(Box::new(memory)), |_| poll.build().into()).unwrap();
         assert!(control.wait(&mut slow, Duration::from_millis(1)).is_none());
@@ -140,7 +141,7 @@ mod tests {
         let answer = control.wait(&mut next, Duration::from_secs(60));
         assert_eq!(answer.unwrap().unwrap(), 0);
         assert_eq!(watch.strong_count(), 1, "the kernel has it still");
-        (&writer).write_all(b"x").unwrap();
+        writer.write_all(b"x").unwrap();
         let soon = types::Timespec::from(Duration::from_millis(50));
         let timeout = |_| opcode::Timeout::new(&soon).build().into();
         let mut last = submit("last", None::<Box<()>>, timeout).unwrap();
