@@ -78,7 +78,7 @@ impl Process {
         (!process.has_ended()).then_some(process)
     }
 
-    /// A process for a test. It lives as long as the calling process.
+    /// A process for a test. It does not end.
     #[cfg(test)]
     pub(crate) fn made_up(
         pid: u32,
@@ -86,7 +86,7 @@ impl Process {
         device: Option<u32>,
         supervisor: Option<u32>,
     ) -> Self {
-        let pidfd = PidFd::open(std::process::id()).unwrap();
+        let pidfd = PidFd::made_up();
         Self { pid, role, device, supervisor, nonce: None, started: Duration::ZERO, pidfd }
     }
 

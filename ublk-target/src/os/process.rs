@@ -33,6 +33,14 @@ impl PidFd {
         Ok(Self(pidfd_open(Pid::from_child(child), PidfdFlags::empty())?))
     }
 
+    /// For a test: a process that does not end. It is none of the kernel's, so it needs no system
+    /// call that a checker of memory may lack.
+    #[cfg(test)]
+    pub(crate) fn made_up() -> Self {
+        use nix::sys::eventfd::EventFd;
+        Self(EventFd::new().expect("an event descriptor").into())
+    }
+
     /// Waits at most `timeout` for its end, and returns whether it has ended.
     #[must_use]
     pub fn has_ended(&self, timeout: Duration) -> bool {
