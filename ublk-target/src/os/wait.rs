@@ -203,11 +203,13 @@ impl Schedule {
 #[cfg(test)]
 mod tests {
     use std::cell::{Cell, RefCell};
+    use std::io::Read;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
 
     use nix::sys::signal::raise;
 
     use super::*;
-    use crate::os::process::Watch;
     use crate::os::wakeups::Hangup;
 
     const fn s(seconds: u64) -> Duration {
@@ -321,13 +323,15 @@ mod tests {
 
     #[test]
     fn a_descriptor_wakes_it() {
-        let mut child = std::process::Command::new("true").spawn().unwrap();
-        let watch = Watch::on(child.id());
+        let (here, there) = UnixStream::pair().unwrap();
+        here.set_nonblocking(true).unwrap();
+        let other = std::thread::spawn(move || drop(there));
         // Without an interval it would be checked once.
-        let status = Wait::at_most(s(600)).until_or(watch.fd(), || match child.try_wait() {
-            Ok(None) => ControlFlow::Continue("its end"),
-            ended => ControlFlow::Break(ended),
-        });
-        assert!(status.unwrap().unwrap().unwrap().success());
+        let look = || match (&here).read(&mut [0]) {
+            Ok(count) => ControlFlow::Break(count),
+            Err(error) => ControlFlow::Continue(error),
+        };
+        assert_eq!(Wait::at_most(s(600)).until_or(Some(here.as_fd()), look).unwrap(), 0);
+        other.join().unwrap();
     }
 }
