@@ -203,6 +203,14 @@ impl Registry {
         self.stats.released += 1;
     }
 
+    /// When the slot of a lease was lent.
+    ///
+    /// # Panics
+    /// If the lease is of another registry.
+    pub fn lent_since<S: LeaseState>(&mut self, lease: &Lease<S>) -> u64 {
+        self.held(lease).since
+    }
+
     /// Splits the result of [`lend`](Self::lend) into lease and borrow, for a request that needs
     /// more than one operation after all.
     ///

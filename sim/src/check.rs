@@ -92,6 +92,7 @@ impl View<'_> {
             let operation = self.engine.borrower(label(entry.user_data));
             let Some((tag, _)) = operation.filter(|_| entry.is_operation()) else { continue };
             let model = &kernel.tags[tag.index()];
+            assert!(!model.held, "tag {} is held back and becomes {:?}", tag.0, entry.work);
             let request = model.ask.as_ref().and_then(|ask| ask.request);
             let serves = request.is_some_and(|request| entry.serves(request.kind));
             let copies = matches!(entry.work, Work::Transfer(it) if kernel.is_scratch(it.slot));
@@ -163,6 +164,9 @@ impl View<'_> {
     /// operation that borrows the slot is in flight.
     fn check_slot(&self, slot: usize, held: &Held, backlogged: bool, kernel: &Kernel) {
         let is_open = self.engine.has_request(Tag(held.tag));
+        let model = &kernel.tags[usize::from(held.tag)];
+        let is_at_rest = held.state == SlotState::Quarantined || !model.held;
+        assert!(is_at_rest, "slot {slot} is lent for tag {}, which is held back", held.tag);
         let quarantined = held.state == SlotState::Quarantined;
         assert!(
             is_open || quarantined,
@@ -189,7 +193,7 @@ impl View<'_> {
             let Some(Buffer::Lent { tag }) = *buffer else { continue };
             let model = &kernel.tags[usize::from(tag)];
             let by_driver = model.auto_slot().is_some_and(|auto| usize::from(auto) == slot);
-            let in_passing = !model.handled || !self.engine.has_request(Tag(tag));
+            let in_passing = !model.handled || model.held || !self.engine.has_request(Tag(tag));
             if by_driver && in_passing {
                 continue;
             }
@@ -216,6 +220,7 @@ impl View<'_> {
         for (tag, model) in kernel.tags.iter().enumerate() {
             let is_open = self.engine.has_request(Tag(u16::try_from(tag).unwrap_or(u16::MAX)));
             let may_be = model.phase == Phase::Serving && model.handled;
+            assert!(is_open || !model.held, "the engine has lost the held request of tag {tag}");
             assert!(!is_open || may_be, "the engine has a request of tag {tag} that is not open");
         }
     }

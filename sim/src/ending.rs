@@ -81,6 +81,9 @@ impl World {
             let mut kernel = self.kernel.borrow_mut();
             (kernel.closing, kernel.broken) = (true, None);
         }
+        if self.lane.engine().is_holding() {
+            self.release();
+        }
         // In half of the runs the device is stopped while requests are open.
         let abruptly = self.kernel.borrow_mut().rng.chance(512);
         self.run_until("requests come to an end", |kernel| kernel.is_quiet(abruptly));

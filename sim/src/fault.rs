@@ -145,6 +145,12 @@ faults! {
     ErrorAnswer = "error of the fault target", 0;
     /// The planner is replaced while the device is live.
     Replaced = "planner replaced", 0;
+    /// A request is held back.
+    HeldBack = "request held back", 0;
+    /// The planner is replaced while requests are held back.
+    ReplacedAmongHeld = "planner replaced while requests were held back", 0;
+    /// Requests are released before those that had begun have ended.
+    HoldGivenUp = "hold given up", 0;
     /// A fault of the port shortens a transfer.
     PortShort = "transfer shortened by the port", 0;
     /// A fault of the port fails an operation with `EAGAIN`.

@@ -32,6 +32,7 @@ pub mod draw;
 mod ending;
 pub mod entry;
 pub mod fault;
+mod hold;
 pub mod kernel;
 mod layout;
 pub mod mapping;

@@ -16,8 +16,8 @@ use crate::check::View;
 use crate::draw::Draw as _;
 use crate::ending::Outcome;
 use crate::fault::Fault;
+use crate::hold::HeldTags;
 use crate::kernel::{Kernel, Phase, QID, SimIo, SpareHolder};
-use crate::layout;
 use crate::mapping::Mapping;
 use crate::noise::HandledCompletions;
 use crate::setup::{Hostility, Setup};
@@ -46,6 +46,8 @@ pub struct World {
     pub(crate) ghosts: Vec<Cqe>,
     /// Deliveries that the lane has handled in this incarnation.
     pub(crate) delivered: u64,
+    /// What the lane holds back.
+    pub(crate) held: HeldTags,
     /// Spurious completions that the lane got in this incarnation.
     pub(crate) noise: u64,
     /// The time that the lane was last given.
@@ -72,6 +74,8 @@ enum Step {
     Kill,
     LetTimePass,
     Replace,
+    Hold,
+    EndHold,
     ReturnSpare,
 }
 
@@ -137,6 +141,7 @@ impl World {
             past: HandledCompletions::default(),
             ghosts: Vec::new(),
             delivered: 0,
+            held: HeldTags::new(),
             noise: 0,
             lane_time: 0,
             steps: 0,
@@ -178,6 +183,7 @@ impl World {
         let kernel = &mut *kernel;
         let setup = &kernel.setup;
         let hostile = u32::from(setup.hostile);
+        let is_holding = self.lane.engine().is_holding();
         let if_any = |any: bool, weight: u32| if any { weight } else { 0 };
         let weights = [
             (Step::Deliver, if_any(!kernel.stopping, 16)),
@@ -190,6 +196,8 @@ impl World {
             (Step::Unstick, hostile),
             (Step::LetTimePass, if_any(setup.deadline.is_some(), 1)),
             (Step::Replace, if_any(setup.swaps, 1)),
+            (Step::Hold, if_any(setup.swaps && !is_holding && !kernel.closing, 1)),
+            (Step::EndHold, if_any(is_holding, 2)),
             (Step::ReturnSpare, if_any(kernel.spare == SpareHolder::Others, 12)),
         ];
         let rare = kernel.rng.next_u64();
@@ -270,6 +278,14 @@ impl World {
                 drop(kernel);
                 self.replace_planner();
             }
+            Step::Hold => {
+                drop(kernel);
+                self.hold();
+            }
+            Step::EndHold => {
+                drop(kernel);
+                self.end_hold();
+            }
             Step::ReturnSpare => {
                 let (is_wanted, now) = (kernel.others_give_spare(), kernel.now);
                 drop(kernel);
@@ -281,29 +297,8 @@ impl World {
         }
     }
 
-    /// Adds or removes layers while the device is live. Requires that no request is in flight.
-    fn replace_planner(&mut self) {
-        let mut kernel = self.kernel.borrow_mut();
-        let engine = self.lane.engine_mut();
-        let (present, is_idle) = (engine.planner().clone(), engine.holdings().requests == 0);
-        let other = if present.faults().is_empty() {
-            let (hostile, block) = (kernel.setup.hostile, kernel.setup.geometry.block);
-            layout::with_faults(&mut kernel.rng, hostile, block, present)
-        } else {
-            present.core().clone()
-        };
-        let replaced = engine.replace_planner(other.clone());
-        assert_eq!(replaced.is_ok(), is_idle, "replaced with {:?}", engine.holdings());
-        if is_idle {
-            kernel.tally.note(Fault::Replaced);
-            kernel.trace.note(|| format!("replace the planner by {other:?}"));
-            kernel.setup.mapping = other;
-            kernel.begin_shadow();
-        }
-    }
-
     /// Gives the lane the time.
-    fn set_time(&mut self, now: u64) {
+    pub(crate) fn set_time(&mut self, now: u64) {
         self.lane_time = now;
         self.kernel.borrow_mut().lane_time = now;
         self.lane.set_now(now);
@@ -332,6 +327,7 @@ impl World {
         kernel.trace.note(|| format!("handle {cqe:x?}"));
         kernel.trace.mix(cqe.user_data);
         let incarnation = kernel.incarnation;
+        let (is_holding, held) = (self.lane.engine().is_holding(), self.lane.engine().held_back());
         if let Some(Event::Fetched(key)) = Event::decode(cqe.user_data, incarnation) {
             let now = kernel.now;
             let model = &mut kernel.tags[key.tag.index()];
@@ -339,7 +335,9 @@ impl World {
                 model.handled = true;
                 self.delivered += 1;
                 model.faults_met.since = now;
-                kernel.decide(key.tag.0);
+                if !is_holding {
+                    kernel.decide(key.tag.0);
+                }
             } else if cqe.res != Errno::ENODEV.negated() {
                 kernel.refused = true;
             }
@@ -348,6 +346,11 @@ impl World {
         drop(kernel);
         self.set_time(now);
         self.lane.handle(cqe, &mut self.io);
+        if self.lane.engine().held_back() > held {
+            let event = Event::decode(cqe.user_data, incarnation);
+            let Some(Event::Fetched(key)) = event else { panic!("{event:?} is held back") };
+            self.note_delivery(key.tag.0);
+        }
         if self.is_counted(cqe) {
             self.past.note(cqe);
         }
@@ -362,6 +365,7 @@ impl World {
         self.answered_before = kernel.answered;
         drop(kernel);
         (self.noise, self.delivered) = (0, 0);
+        self.held.clear();
         self.lane = lane(&self.kernel, &mut self.io);
     }
 }

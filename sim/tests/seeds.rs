@@ -56,6 +56,9 @@ fn a_sound_kernel_sees_no_error() {
         Fault::QueueFull,
         Fault::PlannedShort,
         Fault::Replaced,
+        Fault::HeldBack,
+        Fault::ReplacedAmongHeld,
+        Fault::HoldGivenUp,
         Fault::SpareTaken,
     ];
     for fault in Fault::ALL.iter().filter(|fault| !only.contains(fault)) {

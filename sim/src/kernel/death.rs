@@ -45,6 +45,7 @@ impl Kernel {
         assert_eq!(model.refs, 0, "a dead server's ring refers to nothing");
         let was = std::mem::replace(&mut model.phase, Phase::NotFetched);
         (model.handled, model.refused, model.auto) = (false, false, None);
+        model.held = false;
         model.faults_met.stuck = 0;
         match was {
             Phase::NotFetched | Phase::Waiting | Phase::Ended => {}

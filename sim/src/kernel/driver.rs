@@ -36,6 +36,8 @@ pub struct TagModel {
     pub iod: IoDesc,
     /// The engine has handled the delivery of its request.
     pub handled: bool,
+    /// The lane holds its request back.
+    pub held: bool,
     /// Bytes of the request's buffer.
     pub len: usize,
     /// The request's buffer.
@@ -69,6 +71,7 @@ impl TagModel {
             phase: Phase::NotFetched,
             iod: IoDesc { op_flags: u32::MAX, nr_sectors: u32::MAX, start_sector: u64::MAX },
             handled: false,
+            held: false,
             len: 0,
             data: vec![GARBAGE; MAX_REQUEST as usize].into(),
             refs: 0,
@@ -131,6 +134,7 @@ impl Kernel {
         let faults_met = self.draw_request_faults(ask.request.is_some());
         let model = &mut self.tags[usize::from(tag)];
         (model.iod, model.phase, model.handled) = (iod, Phase::Serving, false);
+        model.held = false;
         model.stuck_before = model.faults_met.stuck;
         (model.faults_met, model.auto) = (faults_met, None);
         model.ask = Some(ask);

@@ -93,9 +93,10 @@ impl<P: Planner> Engine<P> {
         let state = &mut self.tags[tag.index()];
         let FastPath { lease, serial, request, position } = &mut state.fast_path;
         let Some(lease) = lease.take() else { return };
+        let delivered_at = self.registry.lent_since(&lease);
         let (lease, borrow) = self.registry.split(lease);
         let (op, borrow) = (Op::all_of(request, *position), Some(borrow));
-        state.run.renew(*request, false, Stamps::default());
+        state.run.renew(*request, false, delivered_at, Stamps::default());
         state.run.accepted = true;
         state.run.held = Held::Active(lease);
         (state.run.next_op, state.run.pending) = (1, 1);

@@ -16,6 +16,7 @@
 //! * The planner is notified once when a request that it has accepted settles. A deferred request
 //!   holds nothing but the buffer that the driver has delivered, and there is always a request that
 //!   it waits for.
+//! * While it holds, no new request begins, and every request that has begun goes on to its end.
 //! * Retries are bounded. A stale completion changes nothing and is counted.
 //! * A descriptor with an unknown operation, or that does not fit the device, is refused and
 //!   counted.
@@ -27,6 +28,7 @@ mod chain;
 mod config;
 mod deadline;
 mod fast_path;
+mod hold;
 mod inflight;
 mod issue;
 mod key;
@@ -39,6 +41,7 @@ mod tag;
 
 pub use answer::Answer;
 pub use config::{EngineConfig, QueueIdentity, SlotChoice, SlotTable};
+pub use hold::BegunRequest;
 pub use key::{OpKey, TagKey};
 pub use latency::{Recorder, STAGES, Stamps};
 pub use stats::EngineStats;
@@ -124,6 +127,10 @@ pub struct Engine<P> {
     waiting: VecDeque<Tag>,
     /// Tags that the planner has deferred until another request has settled, in order.
     deferred: VecDeque<Tag>,
+    /// Requests delivered since [`Engine::hold`], in order.
+    held_back: VecDeque<Tag>,
+    /// New requests are held back.
+    is_holding: bool,
     /// A request has settled, and the planner has not been asked about `deferred` since.
     settled: bool,
     /// Tags with no further deliveries.
@@ -147,6 +154,8 @@ impl<P: Planner> Engine<P> {
             inflight: InFlightTable::new(config.queue.depth),
             waiting: VecDeque::with_capacity(depth),
             deferred: VecDeque::with_capacity(depth),
+            held_back: VecDeque::with_capacity(depth),
+            is_holding: false,
             settled: false,
             ended: 0,
             now: 0,
@@ -199,7 +208,10 @@ impl<P: Planner> Engine<P> {
         self.stats.bytes[request.kind.index()] += request.len;
         let stamps = self.stamps(port);
         let state = &mut self.tags[tag.index()];
-        state.run.renew(request, iod.has(sys::UBLK_IO_F_NEED_REG_BUF), stamps);
+        state.run.renew(request, iod.has(sys::UBLK_IO_F_NEED_REG_BUF), self.now, stamps);
+        if self.is_holding {
+            return self.hold_back(tag);
+        }
         self.begin(tag, port);
         self.serve_deferred(port);
     }
@@ -394,8 +406,9 @@ impl<P: Planner> Engine<P> {
 
     /// Starts or stops measuring latencies. Returns the previous recorder.
     pub fn measure(&mut self, recorder: Option<Box<Recorder>>) -> Option<Box<Recorder>> {
-        self.fast_path_slots = self.config.fast_path_slots().filter(|_| recorder.is_none());
-        std::mem::replace(&mut self.recorder, recorder)
+        let before = std::mem::replace(&mut self.recorder, recorder);
+        self.choose_path();
+        before
     }
 
     /// The recorder of latencies, while they are measured.

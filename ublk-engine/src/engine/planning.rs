@@ -64,17 +64,20 @@ impl<P: Planner> Engine<P> {
         &self.planner
     }
 
-    /// Replaces the planner. Returns the previous one.
+    /// Exchanges the planner for `other`.
     ///
     /// # Errors
-    /// Returns the new planner if a request is open, or if it needs scratch buffers that the slot
-    /// table does not have.
-    pub fn replace_planner(&mut self, planner: P) -> Result<P, P> {
-        let busy = self.tags.iter().any(TagState::is_open);
-        if busy || planner.scratch_bytes() > 0 && self.config.slots.scratch == 0 {
-            return Err(planner);
+    /// `EBUSY` if the engine is not [quiet](Engine::is_quiet), `EINVAL` if the new planner needs
+    /// scratch buffers that the slot table does not have. Both stay where they are then.
+    pub fn exchange_planner(&mut self, other: &mut P) -> Result<(), Errno> {
+        if !self.is_quiet() {
+            return Err(Errno::EBUSY);
         }
-        Ok(std::mem::replace(&mut self.planner, planner))
+        if other.scratch_bytes() > 0 && self.config.slots.scratch == 0 {
+            return Err(Errno::EINVAL);
+        }
+        std::mem::swap(&mut self.planner, other);
+        Ok(())
     }
 
     /// Accepts requests for a device of `size` bytes from now on, after `change` has resized the

@@ -35,6 +35,8 @@ pub struct EngineStats {
     pub delays: u64,
     /// How often the planner has deferred a request.
     pub deferred: u64,
+    /// Requests held back while the layers of the device were changed.
+    pub held_back: u64,
     /// Failed operations that were issued elsewhere.
     pub substituted: u64,
     /// Failed operations that the planner ignored.
@@ -72,7 +74,7 @@ impl EngineStats {
 
     /// The counters with their names, except those by kind, in display order.
     #[must_use]
-    pub fn named(&self) -> [(&'static str, u64); 24] {
+    pub fn named(&self) -> [(&'static str, u64); 25] {
         [
             ("commits", self.commits),
             ("failed", self.failed),
@@ -85,6 +87,7 @@ impl EngineStats {
             ("planned_short", self.planned_short),
             ("delays", self.delays),
             ("deferred", self.deferred),
+            ("held_back", self.held_back),
             ("substituted", self.substituted),
             ("ignored", self.ignored),
             ("need_reg_buf", self.need_reg_buf),

@@ -14,6 +14,8 @@ use crate::request::{Request, RequestKind};
 pub(super) enum Phase {
     /// The driver has it, and may deliver a request.
     WithDriver,
+    /// The request was delivered while the engine holds, and has not begun.
+    HeldBack,
     /// The request waits for a buffer of the pool, and holds nothing.
     Waiting,
     /// The request waits until another one has settled, and holds nothing but a buffer that the
@@ -78,7 +80,8 @@ impl TagState {
     pub fn is_open(&self) -> bool {
         match self.phase {
             Phase::WithDriver | Phase::Ended => false,
-            Phase::Waiting
+            Phase::HeldBack
+            | Phase::Waiting
             | Phase::Deferred
             | Phase::Registering
             | Phase::Running
@@ -168,6 +171,8 @@ pub(super) struct Run {
     pub chain: Option<Chain>,
     /// The planner has accepted the request, and is notified when it settles.
     pub accepted: bool,
+    /// When it was delivered, in nanoseconds.
+    pub delivered_at: u64,
     /// The driver could not register the buffer.
     pub need_reg_buf: bool,
     /// Failed registrations or unregistrations.
@@ -203,6 +208,7 @@ impl Run {
             scratch: Held::Nothing,
             chain: None,
             accepted: false,
+            delivered_at: 0,
             need_reg_buf,
             tries: 0,
             retries: 0,
@@ -221,13 +227,20 @@ impl Run {
 
     /// Resets it for another request.
     #[inline]
-    pub fn renew(&mut self, request: Request, need_reg_buf: bool, stamps: Stamps) {
+    pub fn renew(
+        &mut self,
+        request: Request,
+        need_reg_buf: bool,
+        delivered_at: u64,
+        stamps: Stamps,
+    ) {
         self.request = request;
         self.buffer_path = BufferPath::Delivered;
         self.held = Held::Nothing;
         self.scratch = Held::Nothing;
         self.chain = None;
         self.accepted = false;
+        self.delivered_at = delivered_at;
         self.need_reg_buf = need_reg_buf;
         self.tries = 0;
         self.retries = 0;

@@ -6,9 +6,11 @@
 pub mod event;
 pub mod fault;
 mod port;
+mod quorum;
 mod table_range;
 
 pub use port::PortConfig;
+pub use quorum::Quorum;
 pub use table_range::{TableRange, backing_file};
 
 use uring_ext::Errno;
@@ -20,6 +22,7 @@ use uring_ext::sqe::Sqe;
 
 use crate::engine::{Engine, EngineConfig};
 use crate::plan::{BackingIndex, Planner};
+use crate::target::AnyTarget;
 use crate::units::Tag;
 use event::{Common, Event};
 use fault::Injected;
@@ -102,6 +105,15 @@ pub struct Lane<P> {
     port: PortState,
     common: Common,
     refused: Option<LaneError>,
+}
+
+impl Lane<AnyTarget> {
+    /// Exchanges the target for another one, if the lane is quiet. Layer *n* of the new target
+    /// continues layer `kept[n]` of the present one. Returns whether it was done.
+    pub fn change_target(&mut self, target: &mut AnyTarget, kept: &[Option<usize>]) -> bool {
+        target.continue_from(self.engine.planner(), kept);
+        self.engine.exchange_planner(target).is_ok()
+    }
 }
 
 impl<P: Planner> Lane<P> {
@@ -235,12 +247,17 @@ impl<P: Planner> Lane<P> {
         self.port.backlog()
     }
 
+    /// Begins the requests that were held back, with the new planner of the engine if it has one.
+    pub fn release(&mut self, io: &mut impl LaneIo) {
+        self.engine.release(&mut RingPort { state: &mut self.port, io });
+    }
+
     /// Cancels all operations in flight.
     pub fn cancel_all(&mut self, io: &mut impl LaneIo) {
         self.engine.cancel_all(&mut RingPort { state: &mut self.port, io });
     }
 
-    /// The engine, for measuring latencies.
+    /// The engine, for measuring latencies and for holding requests back.
     pub fn engine_mut(&mut self) -> &mut Engine<P> {
         &mut self.engine
     }

@@ -194,6 +194,20 @@ impl AnyTarget {
         present.clone_from(base);
     }
 
+    /// Continues the layers of another target: layer *n* begins in the state that layer `kept[n]` of
+    /// the other one has now, if there is one. A layer continues only a layer of its kind.
+    pub fn continue_from(&self, other: &Self, kept: &[Option<usize>]) {
+        for (layer, kept) in self.layers().iter().zip(kept) {
+            let before = kept.and_then(|index| other.layers().get(index));
+            match (layer, before) {
+                (AnyLayer::Fault(layer), Some(AnyLayer::Fault(before))) => {
+                    layer.continue_from(before);
+                }
+                (AnyLayer::Fault(_), None) => {}
+            }
+        }
+    }
+
     /// The target for a queue. Each queue, and each layer with random decisions, has its own random
     /// stream.
     #[must_use]

@@ -50,6 +50,15 @@ impl FaultLayer {
         self.random.set(mix(self.seed) ^ mix(!stream));
     }
 
+    /// Continues another layer with the same rules: its stream, and how often each rule may still
+    /// apply.
+    pub fn continue_from(&self, before: &Self) {
+        self.random.set(before.random.get());
+        for (left, before) in self.left.iter().zip(&before.left) {
+            left.set(before.get());
+        }
+    }
+
     /// Decides about the next request.
     pub fn decide(&self, request: &Request) -> Decision {
         let block = u64::from(self.block);

@@ -1,5 +1,6 @@
 //! Rules of the fault layer, in the form that the user writes.
 
+use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -218,6 +219,12 @@ impl TryFrom<String> for Rule {
 
     fn try_from(text: String) -> Result<Self, BadRule> {
         text.parse()
+    }
+}
+
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
     }
 }
 
