@@ -9,6 +9,7 @@ use ublk_target::control::server::serve;
 use uring_ext::control::Control;
 
 use super::Target;
+use super::arguments::Layer;
 use super::device::{Device, Life};
 use super::partitions;
 use super::processes::{self, announce};
@@ -61,7 +62,10 @@ pub fn config(target: &Target) -> Result<(DeviceConfig, &Device), BadLayers> {
         block_size: device.block_size,
         no_part_scan: device.no_part_scan,
         target,
-        layers: Layers::named(layers.into_iter().map(|kind| (None, kind)))?,
+        layers: {
+            let inner = device.layer.iter().map(|layer| (layer.name.clone(), layer.kind.clone()));
+            Layers::named(layers.into_iter().map(|kind| (None, kind)).chain(inner))?
+        },
     };
     Ok((config, device))
 }
@@ -83,8 +87,8 @@ pub fn resolve<'a>(target: &'a Target, layers: &mut Vec<LayerKind>) -> (TargetCo
         Target::Stripe { file, chunk, device } => {
             (TargetConfig::Stripe { chunk: *chunk, files: file.clone() }, device)
         }
-        Target::Fault { rule, seed, target } => {
-            layers.push(LayerKind::Fault { rules: rule.clone(), seed: *seed });
+        Target::Fault { faults, target } => {
+            layers.push(Layer::Fault(faults.clone()).kind());
             resolve(target, layers)
         }
     }

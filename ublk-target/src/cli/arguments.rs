@@ -6,11 +6,11 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 use ublk_engine::target::Rule;
 use ublk_engine::units::Bytes;
-use ublk_target::config::ExtentConfig;
+use ublk_target::config::{ExtentConfig, LayerKind, LayerName};
 use ublk_target::control::deletion;
 
 use super::device::{Device, Life, seconds};
-use super::which::{One, Perhaps, Which};
+use super::which::{One, OnlyOption, Perhaps, Which};
 
 /// Serves Linux block devices (/dev/ublkbN) from user space, without copying their data.
 #[derive(Debug, Parser)]
@@ -40,6 +40,9 @@ pub enum Command {
     Upgrade(Upgrade),
     /// Change the size of a device while it is used
     Resize(Resize),
+    /// Change the layers of a device while it is used
+    #[command(subcommand)]
+    Interpose(Interpose),
     /// Show devices
     List(List),
     /// Show rates, lent slots and latencies of a device
@@ -133,23 +136,136 @@ pub enum Target {
         device: Device,
     },
     /// Put a layer before another target that injects faults: errors, short transfers, delays
-    #[command(after_help = FAULT_HELP, subcommand_value_name = "TARGET", subcommand_help_heading = "Targets")]
+    #[command(after_help = format!("{RULES_HELP}\n\n{FAULT_HELP}"), subcommand_value_name = "TARGET", subcommand_help_heading = "Targets")]
     Fault {
-        /// Which requests get which fault, see below; can be repeated, the first matching rule applies
-        #[arg(long, value_name = "RULE", required = true)]
-        rule: Vec<Rule>,
-        /// Random seed: the same seed and requests give the same faults
-        #[arg(long, value_name = "N", default_value = "0")]
-        seed: u64,
+        #[command(flatten)]
+        faults: Faults,
         #[command(subcommand)]
         target: Box<Target>,
     },
 }
 
+// The options of the layer `fault`.
+#[derive(Clone, Debug, Args)]
+pub struct Faults {
+    /// Which requests get which fault, see below; can be repeated, the first matching rule applies
+    #[arg(long, value_name = "RULE", required = true)]
+    pub rule: Vec<Rule>,
+    /// Random seed: the same seed and requests give the same faults
+    #[arg(long, value_name = "N", default_value = "0")]
+    pub seed: u64,
+}
+
+/// A layer with its options.
+#[derive(Clone, Debug, Subcommand)]
+#[command(subcommand_value_name = "LAYER", subcommand_help_heading = "Layers")]
+pub enum Layer {
+    /// Inject faults: errors, short transfers, delays
+    #[command(after_help = RULES_HELP)]
+    Fault(Faults),
+}
+
+impl Layer {
+    pub fn kind(&self) -> LayerKind {
+        match self {
+            Self::Fault(Faults { rule, seed }) => {
+                LayerKind::Fault { rules: rule.clone(), seed: *seed }
+            }
+        }
+    }
+}
+
+/// A layer as one argument: its kind and options, with spaces in between.
+#[derive(Clone, Debug)]
+pub struct LayerArgument {
+    pub name: Option<LayerName>,
+    pub kind: LayerKind,
+}
+
+/// The words of a [`LayerArgument`].
+#[derive(Debug, Parser)]
+#[command(name = "--layer", disable_help_subcommand = true)]
+struct LayerWords {
+    #[arg(long)]
+    name: Option<LayerName>,
+    #[command(subcommand)]
+    layer: Layer,
+}
+
+impl std::str::FromStr for LayerArgument {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let words = std::iter::once("--layer").chain(text.split_whitespace());
+        let parsed = LayerWords::try_parse_from(words);
+        let LayerWords { name, layer } =
+            parsed.map_err(|error| super::one_line(&error.render().to_string()))?;
+        Ok(Self { name, kind: layer.kind() })
+    }
+}
+
+/// Attaches layers to a device that is used, and detaches them.
+#[derive(Debug, Subcommand)]
+pub enum Interpose {
+    /// Put a layer between the users of a device and its target
+    #[command(after_help = ATTACH_HELP)]
+    Attach {
+        #[command(flatten)]
+        which: OnlyOption,
+        /// Name of the layer [default: its kind, with a number if that is taken]
+        #[arg(long)]
+        name: Option<LayerName>,
+        /// Put it directly inside of the layer NAME, away from the client [default: outside of all]
+        #[arg(long, value_name = "NAME")]
+        inside: Option<LayerName>,
+        #[command(flatten)]
+        wait: ToEnd,
+        #[command(subcommand)]
+        layer: Layer,
+    },
+    /// Remove a layer
+    Detach {
+        #[command(flatten)]
+        which: OnlyOption,
+        /// The layer
+        #[arg(value_name = "NAME")]
+        name: LayerName,
+        #[command(flatten)]
+        wait: ToEnd,
+    },
+    /// Show the layers of a device, the outermost first
+    List {
+        #[command(flatten)]
+        which: One,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+// How long to wait for the requests that have begun.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct ToEnd {
+    /// How long to wait until the requests that have begun have ended; if they have not, nothing changes
+    #[arg(long, value_name = "SECONDS", default_value = "5", value_parser = seconds)]
+    pub timeout: Duration,
+    /// Print the layer and how long requests waited as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+pub const ATTACH_HELP: &str = "\
+The device stays in use, and none of its requests fails. New requests wait until those that have begun
+have ended; then the layer is put in, and the new ones begin. `attach` prints how long they waited. The
+layer stays until `detach`, also through `upgrade` and `recover`. `ublk-target interpose attach LAYER
+--help` shows the options of a layer:
+  ublk-target interpose attach -n 3 --name bad-writes fault --rule op=write,p=0.01,error=EIO
+  ublk-target interpose detach -n 3 bad-writes";
+
 /// The names of the targets.
 pub const TARGETS: [&str; 5] = ["null", "loop", "linear", "stripe", "fault"];
 
-pub const FAULT_HELP: &str = "\
+pub const RULES_HELP: &str = "\
 A rule matches requests by:
   op=KIND+KIND…     read, write, flush, discard, write-zeroes [default: all that allow the effect]
   range=START-END   requests that touch these bytes; also START+LENGTH, with K, M, G, T
@@ -159,8 +275,9 @@ Effects, one or more:
   error=NAME        fails with this error: EIO, ENOSPC, ETIMEDOUT, ENOLINK, EREMOTEIO, EBADE,
                     ENODATA, EILSEQ, ENODEV or ETIME; no data is read or written
   short             transfers only a part at first, as a drive may; the server continues with the rest
-  delay=TIME        delays the request first: a number with ns, us, ms or s
+  delay=TIME        delays the request first: a number with ns, us, ms or s";
 
+pub const FAULT_HELP: &str = "\
 The options of the device (-n, -q, -d, --lend, …) follow the target:
   ublk-target add fault --rule p=0.01,error=EIO loop -f /dev/nvme1n1 -n 3
   ublk-target add fault --rule op=write,range=1G+4K,count=1,error=ENOSPC --rule op=read,delay=10ms \\
@@ -219,7 +336,8 @@ before the others. A `name` is unique in the device; by default it is the kind:
   seed = 4
 The process stays in the foreground, prints the devices when they are live, and notifies systemd.
 SIGHUP rereads the file: new devices are added, removed ones are deleted, changed ones are deleted and
-added again. A device in use stays as it was. If the file has an error, nothing changes. SIGTERM stops
+added again. A device in use stays as it was. If only the layers of a device have changed, they are
+changed while it is used. If the file has an error, nothing changes. SIGTERM stops
 all devices. After SIGKILL, the next `serve` takes over devices with `on-death` wait, reissue or error,
 and adds the others again. Devices that poll, send NVMe commands, have an I/O lane or a `busy-wait` in
 microseconds get lanes of their own. A device stacked on another one of the process, directly or not,

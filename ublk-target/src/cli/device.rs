@@ -11,6 +11,7 @@ use ublk_target::config::polling;
 use ublk_target::device::mark::Nonce;
 use uring_ext::ring::Polling;
 
+use super::arguments::LayerArgument;
 use super::which;
 
 // A doc comment here would replace the target's own help.
@@ -67,6 +68,10 @@ pub struct Device {
     /// kernel scans, and `add` returns when the partitions exist
     #[arg(long)]
     pub no_part_scan: bool,
+    /// Put a layer before the target: its kind and options, as in `interpose attach`, in one argument;
+    /// can be repeated, the outermost first. For instance --layer 'fault --rule p=0.01,error=EIO'
+    #[arg(long, value_name = "LAYER", allow_hyphen_values = true)]
+    pub layer: Vec<LayerArgument>,
     /// With -n: if the device exists and its server is dead, recover it instead of adding it; it keeps
     /// its options. For services that restart
     #[arg(long, requires = "id")]

@@ -4,6 +4,7 @@ mod add;
 mod arguments;
 mod device;
 mod features;
+mod interpose;
 mod logging;
 mod manage;
 mod partitions;
@@ -28,7 +29,8 @@ use ublk_target::control::recoverable;
 use uring_ext::control::Control;
 
 use arguments::{
-    Cli, Command, Del, Features, List, Recover, Resize, Serve, Stats, TARGETS, Target, Upgrade,
+    Cli, Command, Del, Features, Interpose, List, Recover, Resize, Serve, Stats, TARGETS, Target,
+    Upgrade,
 };
 use logging::To;
 use terminal::say;
@@ -95,6 +97,10 @@ fn carry_out(command: &Command, verbose: u8) -> anyhow::Result<ExitCode> {
         Command::Upgrade(args) => {
             to_terminal();
             upgrade::upgrade(args)
+        }
+        Command::Interpose(args) => {
+            to_terminal();
+            interpose::interpose(args)
         }
         Command::Resize(args) => {
             to_terminal();
@@ -203,14 +209,32 @@ mod tests {
         let line = "ublk-target add fault --rule short --rule delay=1ms fault --rule error=EIO \
                     --seed 7 linear -f disk,1M -n 3 -q 2 -d 64 --lend slot";
         let cli = Cli::try_parse_from(line.split_whitespace()).unwrap();
-        let Command::Add(Target::Fault { rule, seed: 0, target }) = cli.command else {
-            panic!("{line}")
-        };
-        assert_eq!(rule.len(), 2);
-        let Target::Fault { rule, seed: 7, target } = *target else { panic!("{line}") };
-        assert_eq!(rule, ["error=EIO".parse().unwrap()]);
+        let Command::Add(Target::Fault { faults, target }) = cli.command else { panic!("{line}") };
+        assert_eq!((faults.rule.len(), faults.seed), (2, 0));
+        let Target::Fault { faults, target } = *target else { panic!("{line}") };
+        assert_eq!((faults.rule, faults.seed), (vec!["error=EIO".parse().unwrap()], 7));
         let Target::Linear { device, .. } = *target else { panic!("{line}") };
         assert_eq!((device.id, device.queues, device.depth), (Some(3), 2, 64));
+    }
+
+    #[test]
+    fn a_layer_is_one_argument_or_a_command() {
+        let fault = "fault --rule p=0.5,short --seed 3";
+        let words = ["ublk-target", "add", "null", "--layer", "--name x fault --rule error=EIO"];
+        let words = words.into_iter().chain(["--layer", fault]);
+        let Command::Add(target) = Cli::try_parse_from(words).unwrap().command else { panic!() };
+        let layers = add::config(&target).unwrap().0.layers;
+        let names: Vec<_> = layers.iter().map(|layer| layer.name.as_str()).collect();
+        assert_eq!(names, ["x", "fault"]);
+        let line = format!("ublk-target interpose attach -n 3 --inside x {fault}");
+        let command = Cli::try_parse_from(line.split_whitespace()).unwrap().command;
+        let Command::Interpose(Interpose::Attach { which, inside, wait, layer, .. }) = command
+        else {
+            panic!("{line}")
+        };
+        assert_eq!((which.id, inside.unwrap().as_str()), (3, "x"));
+        assert_eq!(wait.timeout, std::time::Duration::from_secs(5));
+        assert_eq!(Some(layer.kind()), layers.iter().last().map(|layer| layer.kind.clone()));
     }
 
     #[test]
@@ -239,7 +263,10 @@ mod tests {
             if let Command::Upgrade(upgrade) = parsed("upgrade") {
                 found.push(upgrade.which.id());
             }
-            assert_eq!(found, [Some(3); 6], "{device}");
+            if let Command::Interpose(Interpose::List { which, .. }) = parsed("interpose list") {
+                found.push(Some(which.id()));
+            }
+            assert_eq!(found, [Some(3); 7], "{device}");
         }
         let all = Cli::try_parse_from(["ublk-target", "del", "--all"]).unwrap().command;
         let Command::Del(Del { which, .. }) = all else { panic!("{all:?}") };
@@ -275,7 +302,7 @@ mod tests {
 
     #[test]
     fn wrong_arguments_are_one_line() {
-        let table: [(&[&str], &str); 22] = [
+        let table: [(&[&str], &str); 27] = [
             (&["add", "loop"], "--file"),
             (&["add", "null", "-q", "0"], "0 is not in 1..=4096"),
             (&["add", "null", "-d", "4097"], "4097 is not in 1..=4096"),
@@ -290,6 +317,11 @@ mod tests {
             (&["add", "fault", "--rule", "p=2,short", "null"], "`2` is no probability"),
             (&["add", "fault", "--rule", "error=EAGAIN", "null"], "use EIO or ETIMEDOUT"),
             (&["add", "fault", "--rule", "short", "teapot"], "teapot"),
+            (&["add", "null", "--layer", "teapot"], "teapot"),
+            (&["add", "null", "--layer", "fault"], "--rule"),
+            (&["interpose", "attach", "-n", "0"], "requires a subcommand"),
+            (&["interpose", "attach", "fault", "--rule", "short"], "--id"),
+            (&["interpose", "detach", "-n", "0", "No"], "is no name of a layer"),
             (&["stats"], "--id"),
             (&["stats", "-n", "abc"], "the number N of a device /dev/ublkbN"),
             (&["stats", "abc"], "the number N of a device /dev/ublkbN"),

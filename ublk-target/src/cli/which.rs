@@ -50,6 +50,14 @@ impl One {
     }
 }
 
+/// One device, where other words of the command could be taken for it.
+#[derive(Debug, Args)]
+pub struct OnlyOption {
+    /// The device /dev/ublkbID
+    #[arg(short = 'n', long, value_name = "ID", value_parser = id)]
+    pub id: u32,
+}
+
 /// One device, or all if none is given.
 #[derive(Debug, Args)]
 #[group(multiple = false)]

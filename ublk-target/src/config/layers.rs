@@ -42,6 +42,31 @@ pub enum LayerKind {
     },
 }
 
+/// A change of a device's layers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum LayerEdit {
+    /// Put a layer between the client and the target.
+    Attach {
+        /// Its name; without one, it is named after its kind.
+        name: Option<LayerName>,
+        /// Its kind and options.
+        kind: LayerKind,
+        /// The layer directly outside of it; without one, it becomes the outermost.
+        inside: Option<LayerName>,
+    },
+    /// Remove a layer.
+    Detach {
+        /// Its name.
+        name: LayerName,
+    },
+    /// Have exactly these layers.
+    Replace {
+        /// The layers.
+        layers: Layers,
+    },
+}
+
 /// The name of a layer: lower-case letters, digits and `-`, a letter first.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String")]
@@ -62,9 +87,30 @@ pub enum BadLayers {
     /// More than [`MAX_LAYERS`].
     #[error("{0} layers are too many; a device has at most {MAX_LAYERS}")]
     TooMany(usize),
+    /// No layer has this name.
+    #[error("the device has no layer `{name}`; {}", Names(has))]
+    Missing {
+        /// The name.
+        name: LayerName,
+        /// The names of its layers.
+        has: Vec<LayerName>,
+    },
     /// Two layers have the same name.
     #[error("two layers of the device have the name `{0}`")]
     SameName(LayerName),
+}
+
+/// Names of layers in a sentence.
+struct Names<'a>(&'a [LayerName]);
+
+impl fmt::Display for Names<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_empty() {
+            return f.write_str("it has no layers");
+        }
+        let names: Vec<_> = self.0.iter().map(|name| format!("`{name}`")).collect();
+        write!(f, "it has {}", names.join(", "))
+    }
 }
 
 impl LayerKind {
@@ -97,19 +143,55 @@ impl Layers {
             layers.iter().filter_map(|(name, _)| name.clone()).collect();
         let named = layers.into_iter().map(|(name, kind)| {
             let name = name.unwrap_or_else(|| {
-                let nth = |nth: u32| match nth {
-                    1 => LayerName(kind.name().to_owned()),
-                    nth => LayerName(format!("{}-{nth}", kind.name())),
-                };
-                let free = (1..).map(nth).find(|name| !taken.contains(name));
-                // There are more numbers than layers.
-                let free = free.unwrap_or_else(|| nth(0));
+                let free = LayerName::after(&kind, &taken);
                 taken.push(free.clone());
                 free
             });
             LayerConfig { name, kind }
         });
         named.collect::<Vec<_>>().try_into()
+    }
+
+    /// The layers after a change, and the name of the layer that is attached or detached.
+    ///
+    /// # Errors
+    /// [`BadLayers`].
+    pub fn edited(&self, edit: &LayerEdit) -> Result<(Self, Option<LayerName>), BadLayers> {
+        let mut layers = self.0.clone();
+        let name = match edit {
+            LayerEdit::Attach { name, kind, inside } => {
+                let taken: Vec<_> = layers.iter().map(|layer| layer.name.clone()).collect();
+                let name = name.clone().unwrap_or_else(|| LayerName::after(kind, &taken));
+                let at = inside.as_ref().map_or(Ok(0), |outer| Ok(self.position(outer)? + 1))?;
+                layers.insert(at, LayerConfig { name: name.clone(), kind: kind.clone() });
+                Some(name)
+            }
+            LayerEdit::Detach { name } => {
+                layers.remove(self.position(name)?);
+                Some(name.clone())
+            }
+            LayerEdit::Replace { layers: new } => {
+                layers.clone_from(&new.0);
+                None
+            }
+        };
+        Ok((layers.try_into()?, name))
+    }
+
+    fn position(&self, name: &LayerName) -> Result<usize, BadLayers> {
+        let missing = || BadLayers::Missing {
+            name: name.clone(),
+            has: self.iter().map(|layer| layer.name.clone()).collect(),
+        };
+        self.iter().position(|layer| layer.name == *name).ok_or_else(missing)
+    }
+
+    /// For each of these layers, the position of the same layer among others. It is the same if it has
+    /// the same name and the same options.
+    #[must_use]
+    pub fn kept_from(&self, others: &Self) -> Box<[Option<usize>]> {
+        let same = |layer: &LayerConfig| others.iter().position(|other| other == layer);
+        self.iter().map(same).collect()
     }
 
     /// Iterates, outermost first.
@@ -141,6 +223,17 @@ impl TryFrom<Vec<LayerConfig>> for Layers {
 }
 
 impl LayerName {
+    /// The first name after a kind that is not taken: `fault`, `fault-2` and so on.
+    fn after(kind: &LayerKind, taken: &[Self]) -> Self {
+        let nth = |nth: u32| match nth {
+            1 => Self(kind.name().to_owned()),
+            nth => Self(format!("{}-{nth}", kind.name())),
+        };
+        let free = (1..).map(nth).find(|name| !taken.contains(name));
+        // There are more numbers than layers.
+        free.unwrap_or_else(|| nth(0))
+    }
+
     /// The name as text.
     #[must_use]
     pub fn as_str(&self) -> &str {
@@ -213,6 +306,53 @@ mod tests {
         assert!(named(&[""; MAX_LAYERS]).is_ok());
         let refused = named(&[""; MAX_LAYERS + 1]).unwrap_err().to_string();
         assert_eq!(refused, "65 layers are too many; a device has at most 64");
+    }
+
+    #[test]
+    fn layers_are_attached_and_detached_by_name() {
+        let name = |name: &str| name.parse::<LayerName>().unwrap();
+        let attach = |own: &str, inside: &str| LayerEdit::Attach {
+            name: (!own.is_empty()).then(|| name(own)),
+            kind: fault(9),
+            inside: (!inside.is_empty()).then(|| name(inside)),
+        };
+        let detach = |gone: &str| LayerEdit::Detach { name: name(gone) };
+        let before = Layers::named([(None, fault(1)), (Some(name("b")), fault(2))]).unwrap();
+        let table: [(LayerEdit, &[&str], &str); 6] = [
+            (attach("", ""), &["fault-2", "fault", "b"], "fault-2"),
+            (attach("x", "fault"), &["fault", "x", "b"], "x"),
+            (attach("x", "b"), &["fault", "b", "x"], "x"),
+            (detach("fault"), &["b"], "fault"),
+            (detach("b"), &["fault"], "b"),
+            (LayerEdit::Replace { layers: Layers::none() }, &[], ""),
+        ];
+        for (edit, expected, changed) in table {
+            let (after, said) = before.edited(&edit).unwrap();
+            assert_eq!(names(&after), expected, "{edit:?}");
+            assert_eq!(said.as_ref().map_or("", LayerName::as_str), changed);
+            for (layer, kept) in after.iter().zip(&after.kept_from(&before)) {
+                assert_eq!(kept.map(|at| &before.0[at]), before.0.iter().find(|it| *it == layer));
+            }
+            let text = serde_json::to_string(&edit).unwrap();
+            assert_eq!(serde_json::from_str::<LayerEdit>(&text).unwrap(), edit);
+        }
+        let refused = [
+            (attach("b", ""), "two layers of the device have the name `b`"),
+            (attach("x", "y"), "the device has no layer `y`; it has `fault`, `b`"),
+            (detach("y"), "the device has no layer `y`; it has `fault`, `b`"),
+        ];
+        for (edit, expected) in refused {
+            assert_eq!(before.edited(&edit).unwrap_err().to_string(), expected);
+        }
+        let none = Layers::none().edited(&detach("y")).unwrap_err().to_string();
+        assert_eq!(none, "the device has no layer `y`; it has no layers");
+    }
+
+    #[test]
+    fn a_layer_with_other_options_is_not_kept() {
+        let old = Layers::named([(None, fault(1)), (None, fault(2))]).unwrap();
+        let new = Layers::named([(None, fault(1)), (None, fault(3))]).unwrap();
+        assert_eq!(*new.kept_from(&old), [Some(0), None]);
     }
 
     #[test]

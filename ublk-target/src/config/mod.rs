@@ -17,7 +17,9 @@ use self::lend::LendRequest;
 use self::on_death::OnDeath;
 use self::polling::{Unpolled, WrittenPolling};
 
-pub use layers::{BadLayerName, BadLayers, LayerConfig, LayerKind, LayerName, Layers, MAX_LAYERS};
+pub use layers::{
+    BadLayerName, BadLayers, LayerConfig, LayerEdit, LayerKind, LayerName, Layers, MAX_LAYERS,
+};
 pub use target::{ExtentConfig, TargetConfig};
 
 /// The configuration of a device.

@@ -88,6 +88,11 @@ impl DeviceLanes {
         self.queues.len()
     }
 
+    /// Their queues, in the order of the messages of [`DeviceLanes::send`].
+    pub fn qids(&self) -> impl Iterator<Item = Qid> + '_ {
+        self.queues.iter().map(|queue| queue.handle.qid)
+    }
+
     /// Sends a message to each of them.
     pub fn send(&self, mut message: impl FnMut() -> LaneMessage) {
         for queue in &self.queues {

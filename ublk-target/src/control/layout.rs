@@ -20,7 +20,7 @@ use crate::backing::identity::Known;
 use crate::backing::limits::Limits;
 use crate::backing::{Backing, Opening};
 use crate::config::lend::Choice;
-use crate::config::{DeviceConfig, ExtentConfig, LayerKind, TargetConfig};
+use crate::config::{DeviceConfig, ExtentConfig, LayerKind, Layers, TargetConfig};
 use crate::control::error::{ExtentProblem, LayoutError, PlanError};
 use crate::control::polling;
 use crate::device::standing::Recorded;
@@ -61,10 +61,9 @@ impl Layout {
     ) -> Result<Self, LayoutError> {
         let how = Opening { passthru: config.passthru, claims, block_size: config.block_size };
         let Parts { base, backings, limits, size } = Opener { how, known }.parts(&config.target)?;
-        let layers = config.layers.iter().map(|it| layer(&it.kind, limits.logical_block));
-        let target = AnyTarget::new(layers.collect::<Vec<_>>(), base);
         // Larger blocks consist of several blocks of the backings.
         let block = config.block_size.unwrap_or(0).max(limits.logical_block);
+        let target = layered(&config.layers, block, base);
         let physical_block = limits.physical_block.max(block);
         let backing_limits = Limits { logical_block: block, physical_block, ..limits };
         let size = Bytes(size.0 / u64::from(block) * u64::from(block));
@@ -140,6 +139,11 @@ impl Layout {
             return Err(LayoutError::WouldMove);
         }
         Ok(Grown { base, size, known })
+    }
+
+    /// The same target with other layers.
+    pub fn with_layers(&self, layers: &Layers) -> AnyTarget {
+        layered(layers, self.limits.logical_block, self.target.base().clone())
     }
 
     /// The identities of the backings, to recognise them later.
@@ -250,6 +254,12 @@ fn files_of(config: &TargetConfig) -> Result<Vec<PathBuf>, LayoutError> {
 
 fn canonical(file: &Path) -> PathBuf {
     file.canonicalize().unwrap_or_else(|_| file.to_owned())
+}
+
+/// A target with its layers, for a device with blocks of `block` bytes.
+fn layered(layers: &Layers, block: u32, base: BaseTarget) -> AnyTarget {
+    let layers = layers.iter().map(|it| layer(&it.kind, block));
+    AnyTarget::new(layers.collect::<Vec<_>>(), base)
 }
 
 /// A layer of a device with blocks of `block` bytes.

@@ -1,5 +1,6 @@
 //! The life of devices: adding, serving, recovery, upgrades, deletion, supervision, fleets.
 
+mod barrier;
 pub mod deletion;
 mod device_to_delete;
 mod ending;
@@ -7,6 +8,7 @@ pub mod error;
 pub mod fleet;
 pub mod helpers;
 pub mod lanes;
+mod layers;
 pub mod layout;
 pub mod leftovers;
 pub mod plan;

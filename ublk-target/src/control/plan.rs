@@ -196,7 +196,12 @@ pub(super) fn add(
 
 #[cfg(test)]
 mod tests {
+    use std::ops::ControlFlow;
+    use std::time::Duration;
+
     use serde_json::{Value, json};
+    use ublk_engine::plan::Planner;
+    use ublk_engine::request::{Request, RequestKind};
     use ublk_engine::units::Bytes;
 
     use super::*;
@@ -204,6 +209,7 @@ mod tests {
     use crate::config::on_death::OnDeath;
     use crate::config::{LayerKind, Layers, TargetConfig};
     use crate::device::state_file::StateFile;
+    use crate::os::wait;
 
     /// A future driver offers all possible features.
     #[test]
@@ -260,6 +266,39 @@ mod tests {
         }
     }
 
+    /// Plans a device. A child that another test has just forked may still have the files of an
+    /// earlier plan, until it executes its program.
+    fn plan_of(config: &DeviceConfig) -> Plan {
+        let wait =
+            &mut wait::Wait::at_most(Duration::from_secs(60)).every(Duration::from_millis(1));
+        let plan = wait.until(|| match Plan::for_driver(config, Features(u64::MAX), None) {
+            Err(error) if error.is_in_use() => ControlFlow::Continue(error),
+            made => ControlFlow::Break(made),
+        });
+        plan.unwrap().unwrap()
+    }
+
+    /// A device may have larger blocks than its backing, and all its operations are whole blocks.
+    #[test]
+    fn short_transfers_are_whole_blocks_of_the_device() {
+        let file = tempfile::NamedTempFile::new_in(".").unwrap();
+        file.as_file().set_len(1 << 20).unwrap();
+        let kind = LayerKind::Fault { rules: vec!["short".parse().unwrap()], seed: 7 };
+        let layers = Layers::named([(None, kind)]).unwrap();
+        let target = TargetConfig::Loop { file: file.path().to_owned() };
+        let config = DeviceConfig { block_size: Some(4096), ..DeviceConfig::of_target(target) };
+        let changed = plan_of(&config).layout.with_layers(&layers);
+        let layout = plan_of(&DeviceConfig { layers, ..config }).layout;
+        for target in [layout.target, changed] {
+            for len in (2..100).map(|blocks| blocks * 4096) {
+                let (mut plan, kind) = (ublk_engine::plan::Plan::default(), RequestKind::Read);
+                target.plan(&Request { kind, offset: 0, len }, 0, &mut plan).unwrap();
+                let at_first = plan.at_first().unwrap();
+                assert!(at_first % 4096 == 0 && at_first < len, "{at_first} of {len}");
+            }
+        }
+    }
+
     /// For any valid form of a state file, the next server reports an error or serves the device:
     /// it does not panic.
     #[test]
@@ -304,7 +343,7 @@ mod tests {
         for (target, layers) in targets {
             let id = Some(3);
             let config = DeviceConfig { id, layers, ..DeviceConfig::of_target(target) };
-            let plan = Plan::for_driver(&config, features, None).unwrap();
+            let plan = plan_of(&config);
             let record = StateFile::new(3, plan.layout.known(), config);
             drop(plan);
             let good = serde_json::to_value(record).unwrap();

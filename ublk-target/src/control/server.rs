@@ -88,6 +88,24 @@ fn refuse_signal(wakeups: &Wakeups) -> Result<(), AddError> {
     wakeups.take_signal().map_or(Ok(()), |_| Err(AddError::Interrupted))
 }
 
+fn write(record: &StateFile) -> Result<(), SetupError> {
+    let written = record.write(Path::new(RUN_DIR));
+    written.map_err(|error| SetupError::of_io(&format!("cannot write to {RUN_DIR}"), &error))
+}
+
+/// Changes a record and its file. If the file cannot be written, the record stays as it was.
+pub(super) fn rewrite(
+    record: &mut Option<StateFile>,
+    change: impl FnOnce(&mut StateFile),
+) -> Result<(), SetupError> {
+    let Some(record) = record else { return Ok(()) };
+    let mut changed = record.clone();
+    change(&mut changed);
+    write(&changed)?;
+    *record = changed;
+    Ok(())
+}
+
 /// What the devices of a fleet share.
 #[derive(Clone)]
 pub(super) struct SharedServices {
@@ -183,9 +201,7 @@ impl Server {
     }
 
     pub fn write_record(&self) -> Result<(), SetupError> {
-        let Some(record) = &self.record else { return Ok(()) };
-        let written = record.write(Path::new(RUN_DIR));
-        written.map_err(|error| SetupError::of_io(&format!("cannot write to {RUN_DIR}"), &error))
+        self.record.as_ref().map_or(Ok(()), write)
     }
 
     /// Tells the user that the device is live, and serves it.
@@ -408,7 +424,14 @@ impl Server {
             ControlRequest::Upgrade { program, reply } if reply.begin() => {
                 self.hand_over(plan, &program, reply, helpers)
             }
-            ControlRequest::Grow { .. } | ControlRequest::Upgrade { .. } => {
+            ControlRequest::ChangeLayers { edit, limit, reply } if reply.begin() => {
+                let changed = self.change_layers(&mut plan, &edit, limit);
+                reply.send(changed.map_err(|error| error.to_string()));
+                Ok(plan)
+            }
+            ControlRequest::Grow { .. }
+            | ControlRequest::Upgrade { .. }
+            | ControlRequest::ChangeLayers { .. } => {
                 log::warn!("the client has given up on its request; nothing is done");
                 Ok(plan)
             }
@@ -435,15 +458,10 @@ impl Server {
         }
         let grown = plan.layout.grown(&target)?;
         // The next server must know what this one serves.
-        let before = self.record.clone();
-        if let Some(record) = &mut self.record {
+        rewrite(&mut self.record, |record| {
             record.backings.clone_from(&grown.known);
             record.config.target.clone_from(&target);
-        }
-        if let Err(error) = self.write_record() {
-            self.record = before;
-            return Err(error.into());
-        }
+        })?;
         let (reply, done) = mpsc::sync_channel(self.lanes.count());
         self.lanes.send(|| {
             let (base, reply) = (Box::new(grown.base.clone()), reply.clone());

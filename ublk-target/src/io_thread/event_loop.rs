@@ -21,6 +21,7 @@ use uring_ext::ring::Cqe;
 use uring_ext::sqe::Sqe;
 
 use crate::config::busy_wait::BusyWait;
+use crate::io_thread::hold::Hold;
 use crate::io_thread::idle_policy::IdlePolicy;
 use crate::io_thread::message::{LaneMessage, attend};
 use crate::io_thread::rings::{Rings, StationIo};
@@ -48,6 +49,7 @@ struct Station {
     wakeups: Arc<Wakeups>,
     looks: bool,
     is_withdrawn: Arc<AtomicBool>,
+    hold: Hold,
     /// It must be handled before the next submission.
     is_due: bool,
     /// The reason why it must end. It ends when the driver has taken its fetches back.
@@ -316,7 +318,9 @@ impl<'ring> EventLoop<'ring> {
         if is_finished {
             return Ok(Standing::Over);
         }
-        station.is_due = engine.config().deadline.is_some() || station.lane.backlog() > 0;
+        station.hold.check(&station.lane);
+        let has_limit = engine.config().deadline.is_some() || engine.is_holding();
+        station.is_due = has_limit || station.lane.backlog() > 0;
         Ok(if station.is_due { Standing::Due } else { Standing::Idle })
     }
 
@@ -359,7 +363,10 @@ impl<'ring> EventLoop<'ring> {
                 station.lane.set_now(self.now);
                 // A station of a shared lane is never drained: its fetches would stay with the
                 // ring.
-                self.is_draining |= attend(&mut station.lane, &mut io, message) && self.is_alone;
+                let (lane, hold) = (&mut station.lane, &mut station.hold);
+                let before = lane.engine().transfers_in_flight();
+                self.is_draining |= attend(lane, hold, &mut io, message) && self.is_alone;
+                self.in_flight = self.in_flight - before + lane.engine().transfers_in_flight();
                 if !station.is_due {
                     station.is_due = true;
                     self.due.push(station.parts.name);
@@ -394,6 +401,7 @@ impl<'ring> EventLoop<'ring> {
             wakeups,
             looks,
             is_withdrawn,
+            hold: Hold::default(),
             is_due: false,
             failure: filled.err(),
         };

@@ -5,13 +5,14 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
 
 use bufreg::{Borrower, Leak, Lent, MAX_BORROWS, SlotIndex};
 use nix::sys::eventfd::EventFd;
-use ublk_engine::engine::{Engine, EngineStats, Holdings, Recorder};
+use ublk_engine::engine::{BegunRequest, Engine, EngineStats, Holdings, Recorder};
 use ublk_engine::lane::fault::Injected;
 use ublk_engine::lane::{Lane, LaneIo};
 use ublk_engine::plan::{Op, Planner, WINDOW_OPS};
 use ublk_engine::target::{AnyTarget, BaseTarget};
 use ublk_engine::units::{Qid, Tag};
 
+use crate::io_thread::hold::{Hold, QuietSignal, TargetChange};
 use crate::os::clock::precise_now;
 
 /// A request to a lane. It carries the memory for the answer, so that the lane allocates nothing.
@@ -42,6 +43,23 @@ pub enum LaneMessage {
         size: u64,
         /// Notified when it is done.
         reply: SyncSender<()>,
+    },
+    /// Begin no more requests.
+    Hold {
+        /// Gets a word when all requests that have begun have ended.
+        quiet: Arc<QuietSignal>,
+    },
+    /// Name the request that a lane that holds waits for.
+    OldestBegun {
+        /// Gets the request; none if the lane is quiet.
+        reply: SyncSender<(Qid, Option<BegunRequest>)>,
+    },
+    /// Begin the requests that were held back.
+    Release {
+        /// A new target to begin them with. Only if the lane is quiet.
+        change: Option<Box<TargetChange>>,
+        /// Takes the change back.
+        reply: SyncSender<Option<Box<TargetChange>>>,
     },
     /// End once no request is open. The driver delivers no more, except requests in transit.
     Drain,
@@ -141,6 +159,7 @@ impl LaneSnapshot {
 /// Carries out a message. Returns whether the lane must end.
 pub(crate) fn attend(
     lane: &mut Lane<AnyTarget>,
+    hold: &mut Hold,
     io: &mut impl LaneIo,
     message: LaneMessage,
 ) -> bool {
@@ -159,6 +178,14 @@ pub(crate) fn attend(
             let change = |own: &mut AnyTarget| own.replace_base(&base);
             lane.engine_mut().grow(size, change);
             let _ = reply.try_send(());
+        }
+        LaneMessage::Hold { quiet } => hold.begin(lane, quiet),
+        LaneMessage::OldestBegun { reply } => {
+            let qid = lane.engine().config().queue.qid;
+            let _ = reply.try_send((qid, lane.engine_mut().oldest_begun()));
+        }
+        LaneMessage::Release { change, reply } => {
+            let _ = reply.try_send(hold.end(lane, io, change));
         }
         LaneMessage::Drain => return true,
     }

@@ -2,6 +2,7 @@
 
 pub mod busy_poll;
 pub mod event_loop;
+pub mod hold;
 pub mod idle_policy;
 pub mod io_lane;
 pub mod lanes;

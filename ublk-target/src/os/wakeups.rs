@@ -5,8 +5,9 @@ use std::sync::atomic::{AtomicI32, Ordering};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::unistd::Pid;
 use uring_ext::Errno;
 
 /// The event that woke the main thread.
@@ -112,6 +113,12 @@ impl Wakeups {
         let signal = Signal::try_from(number).unwrap_or(Signal::SIGTERM);
         self.last.store(signal as i32, Ordering::Relaxed);
         Some(signal)
+    }
+
+    /// Has a signal that was taken come again, for the next wait.
+    pub(crate) fn give_back(&self, signal: Signal) {
+        // It can only fail for a signal or process that does not exist.
+        let _ = kill(Pid::this(), signal);
     }
 
     /// The last signal that has come, whether it was read or not.

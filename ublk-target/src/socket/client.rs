@@ -12,12 +12,15 @@ use uring_ext::Errno;
 use uring_ext::control::{Control, ControlError};
 
 use crate::backing::usage;
+use crate::config::LayerEdit;
 use crate::device::description::{self, Description};
 use crate::device::paths::RUN_DIR;
 use crate::device::program::Program;
 use crate::os::procfs;
 use crate::os::wait::Wait;
-use crate::socket::protocol::{Answer, Command, MAX_RESPONSE_BYTES, Response, Snapshot, VERSION};
+use crate::socket::protocol::{
+    Answer, Command, LayersAnswer, MAX_RESPONSE_BYTES, Response, Snapshot, VERSION,
+};
 use crate::socket::socket_path;
 
 /// The longest wait for an answer of a server.
@@ -156,7 +159,8 @@ impl Client {
                 Err(ClientError::Gone(self.id))
             }
             Answer::Snapshot(snapshot) => Ok(snapshot),
-            answer @ (Answer::Size(_) | Answer::Accepted | Answer::Error(_)) => {
+            answer
+            @ (Answer::Size(_) | Answer::Layers(_) | Answer::Accepted | Answer::Error(_)) => {
                 Err(self.refused(answer))
             }
         }
@@ -170,9 +174,35 @@ impl Client {
     pub fn grow(&mut self, size: Option<u64>) -> Result<u64, ClientError> {
         match self.ask(&Command::Grow { size })? {
             Answer::Size(bytes) => Ok(bytes),
-            answer @ (Answer::Snapshot(_) | Answer::Accepted | Answer::Error(_)) => {
-                Err(self.refused(answer))
-            }
+            answer @ (Answer::Snapshot(_)
+            | Answer::Layers(_)
+            | Answer::Accepted
+            | Answer::Error(_)) => Err(self.refused(answer)),
+        }
+    }
+
+    /// Makes the server change the layers of its device. It waits at most `limit` for the requests that
+    /// have begun.
+    ///
+    /// # Errors
+    /// [`ClientError`]: nothing has changed.
+    pub fn change_layers(
+        &mut self,
+        edit: LayerEdit,
+        limit: Duration,
+    ) -> Result<LayersAnswer, ClientError> {
+        // One that answers nothing is not waited for as long as one that works at it.
+        if let Err(silent @ ClientError::Silent { .. }) = self.snapshot(false, false) {
+            return Err(silent);
+        }
+        self.patience = self.patience.max(limit.saturating_add(TO_STOP_DELIVERIES));
+        let timeout_ms = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX);
+        match self.ask(&Command::ChangeLayers { edit, timeout_ms })? {
+            Answer::Layers(changed) => Ok(changed),
+            answer @ (Answer::Snapshot(_)
+            | Answer::Size(_)
+            | Answer::Accepted
+            | Answer::Error(_)) => Err(self.refused(answer)),
         }
     }
 
@@ -191,16 +221,17 @@ impl Client {
         self.patience = self.patience.max(TO_STOP_DELIVERIES);
         match self.ask(&Command::Upgrade { program: path, file, descriptor })? {
             Answer::Accepted => Ok(()),
-            answer @ (Answer::Snapshot(_) | Answer::Size(_) | Answer::Error(_)) => {
-                Err(self.refused(answer))
-            }
+            answer @ (Answer::Snapshot(_)
+            | Answer::Size(_)
+            | Answer::Layers(_)
+            | Answer::Error(_)) => Err(self.refused(answer)),
         }
     }
 
     fn refused(&self, answer: Answer) -> ClientError {
         match answer {
             Answer::Error(error) => ClientError::Refused { id: self.id, error },
-            Answer::Snapshot(_) | Answer::Size(_) | Answer::Accepted => {
+            Answer::Snapshot(_) | Answer::Size(_) | Answer::Accepted | Answer::Layers(_) => {
                 let why = "it answers another question".to_owned();
                 ClientError::Corrupt { id: self.id, why }
             }

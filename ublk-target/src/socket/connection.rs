@@ -29,16 +29,25 @@ pub(super) struct Connection {
     deadline: Instant,
     /// The latencies of each lane since the last snapshot, if the client wants them.
     pub latencies: Option<Vec<Recorder>>,
+    /// Distinguishes it from all other connections of the service.
+    pub serial: u64,
+    /// The client waits for an answer that is not there yet.
+    waits: bool,
     /// Process id of the client, if it is in this pid namespace.
     pub client: Option<u32>,
 }
 
 impl Connection {
-    /// `idle` is the longest time without traffic.
+    /// `idle` is the longest time without traffic, `serial` no other connection has.
     ///
     /// # Errors
     /// Those of `fcntl`.
-    pub fn new(stream: UnixStream, client: Option<u32>, idle: Duration) -> io::Result<Self> {
+    pub fn new(
+        stream: UnixStream,
+        client: Option<u32>,
+        idle: Duration,
+        serial: u64,
+    ) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         Ok(Self {
             stream,
@@ -51,6 +60,8 @@ impl Connection {
             idle,
             deadline: Instant::now() + idle,
             latencies: None,
+            serial,
+            waits: false,
             client,
         })
     }
@@ -61,12 +72,16 @@ impl Connection {
 
     /// The poll events of the connection. A hang-up is always reported.
     pub fn interest(&self) -> PollFlags {
-        if self.is_sending() { PollFlags::POLLOUT } else { PollFlags::POLLIN }
+        match (self.is_sending(), self.waits) {
+            (true, _) => PollFlags::POLLOUT,
+            (false, true) => PollFlags::empty(),
+            (false, false) => PollFlags::POLLIN,
+        }
     }
 
-    /// When the connection ends without traffic.
-    pub fn deadline(&self) -> Instant {
-        self.deadline
+    /// When the connection ends without traffic. `None` while the client waits for an answer.
+    pub fn deadline(&self) -> Option<Instant> {
+        (!self.waits).then_some(self.deadline)
     }
 
     /// Whether the client has been connected for this time without a request.
@@ -85,11 +100,21 @@ impl Connection {
 
     pub fn is_over(&self, now: Instant) -> bool {
         let said_all = self.ending && !self.is_sending() && !self.has_line();
-        self.broken || said_all || now >= self.deadline
+        self.broken || !self.waits && (said_all || now >= self.deadline)
+    }
+
+    /// The answer to the last line comes later. Until then no line is read.
+    pub fn wait(&mut self) {
+        self.waits = true;
     }
 
     /// Reads and writes without blocking.
     pub fn exchange(&mut self) {
+        if self.waits {
+            // Only the end of the client is reported now.
+            self.broken = self.has_gone();
+            return;
+        }
         let exchanged = if self.is_sending() { self.write() } else { self.read() };
         match exchanged {
             Ok(()) => {}
@@ -102,7 +127,7 @@ impl Connection {
     /// The next command, once the previous answer is written.
     pub fn next_command(&mut self) -> Option<Result<Command, BadRequest>> {
         loop {
-            if self.broken || self.is_sending() {
+            if self.broken || self.waits || self.is_sending() {
                 return None;
             }
             let Some(end) = self.received.iter().position(|byte| *byte == b'\n') else {
@@ -127,6 +152,8 @@ impl Connection {
     pub fn send(&mut self, answer: Answer) {
         self.to_send = answer.into_line().into_bytes();
         self.sent = 0;
+        self.waits = false;
+        self.moved();
         self.exchange();
     }
 
@@ -151,7 +178,7 @@ impl Connection {
 
     /// Whether a line can be answered now.
     pub fn has_line_to_answer(&self) -> bool {
-        !self.broken && !self.is_sending() && self.has_line()
+        !self.broken && !self.waits && !self.is_sending() && self.has_line()
     }
 
     fn moved(&mut self) {

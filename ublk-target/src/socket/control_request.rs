@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
-use std::time::Duration;
+use std::sync::mpsc::{Receiver, Sender, SyncSender, TryRecvError, channel, sync_channel};
+use std::time::{Duration, Instant};
 
+use nix::sys::eventfd::EventFd;
 use ublk_engine::units::Bytes;
 
+use crate::config::{LayerEdit, LayerName};
 use crate::device::program::Program;
 use crate::os::wakeups::Wakeups;
 
@@ -20,6 +22,15 @@ pub enum ControlRequest {
         /// Gets the largest size of the device.
         reply: Reply<Bytes>,
     },
+    /// Change the layers.
+    ChangeLayers {
+        /// The change.
+        edit: Box<LayerEdit>,
+        /// How long to wait for the requests that have begun.
+        limit: Duration,
+        /// Gets the answer when the change is made.
+        reply: Reply<LayersChanged>,
+    },
     /// Hand the device over to another program.
     Upgrade {
         /// The program.
@@ -27,6 +38,15 @@ pub enum ControlRequest {
         /// Gets the answer when the device is quiesced and the server is about to close it.
         reply: Reply<()>,
     },
+}
+
+/// A change of layers that was made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LayersChanged {
+    /// The layer that was attached or detached.
+    pub name: Option<LayerName>,
+    /// How long requests were held back.
+    pub pause: Duration,
 }
 
 /// The main thread has not seen the request.
@@ -42,6 +62,8 @@ const GIVEN_UP: u8 = 2;
 pub struct Reply<T> {
     sender: SyncSender<Result<T, String>>,
     state: Arc<AtomicU8>,
+    /// Wakes the thread that waits for the answer, if it does not block on it.
+    wake: Option<Arc<EventFd>>,
 }
 
 impl<T> Reply<T> {
@@ -55,7 +77,55 @@ impl<T> Reply<T> {
     pub fn send(self, answer: Result<T, String>) {
         // It can only fail if the client has given up.
         let _ = self.sender.try_send(answer);
+        // It can only fail at 2^64 - 1.
+        let _ = self.wake.map(|wake| wake.write(1));
     }
+}
+
+/// A request that was sent, and whose answer is not there yet. The main thread does not begin one that
+/// was dropped.
+#[derive(Debug)]
+pub struct PendingRequest<T> {
+    answer: Receiver<Result<T, String>>,
+    state: Arc<AtomicU8>,
+    /// When it is given up if it has not begun.
+    begin_by: Instant,
+    /// When it is given up.
+    end_by: Instant,
+}
+
+impl<T> PendingRequest<T> {
+    /// The answer, if it is there or does not come any more.
+    pub fn answer(&self, now: Instant) -> Option<Result<T, String>> {
+        match self.answer.try_recv() {
+            Ok(answer) => return Some(answer),
+            Err(TryRecvError::Disconnected) => return Some(Err(busy())),
+            Err(TryRecvError::Empty) => {}
+        }
+        if now >= self.begin_by && replace(&self.state, GIVEN_UP) {
+            return Some(Err(busy()));
+        }
+        (now >= self.end_by).then(|| Err(unanswered()))
+    }
+
+    /// When to look for the answer even if nothing wakes the thread.
+    pub fn deadline(&self, now: Instant) -> Instant {
+        if now < self.begin_by { self.begin_by } else { self.end_by }
+    }
+}
+
+impl<T> Drop for PendingRequest<T> {
+    fn drop(&mut self) {
+        replace(&self.state, GIVEN_UP);
+    }
+}
+
+fn busy() -> String {
+    "the server is about to end, or is busy; try again".to_owned()
+}
+
+fn unanswered() -> String {
+    "the server has begun the request, but has not reported a result".to_owned()
 }
 
 /// Sets the state of a request that nobody has decided; returns whether this call did.
@@ -100,22 +170,45 @@ impl ControlSender {
         &self,
         control_request: impl FnOnce(Reply<T>) -> ControlRequest,
     ) -> Result<T, String> {
-        let (sender, answer) = sync_channel(1);
-        let state = Arc::new(AtomicU8::new(ASKED));
-        let reply = Reply { sender, state: Arc::clone(&state) };
-        let sent = self.sender.send(control_request(reply));
-        self.wakeups.control_request();
-        let busy = || "the server is about to end, or is busy; try again".to_owned();
-        sent.map_err(|_| busy())?;
-        if let Ok(answer) = answer.recv_timeout(self.patience.to_begin) {
+        let pending = self.send(Duration::ZERO, None, control_request)?;
+        if let Ok(answer) = pending.answer.recv_timeout(self.patience.to_begin) {
             return answer;
         }
-        if replace(&state, GIVEN_UP) {
+        if replace(&pending.state, GIVEN_UP) {
             return Err(busy());
         }
-        let unanswered =
-            |_| Err("the server has begun the request, but has not reported a result".to_owned());
-        answer.recv_timeout(self.patience.to_end).unwrap_or_else(unanswered)
+        pending.answer.recv_timeout(self.patience.to_end).unwrap_or_else(|_| Err(unanswered()))
+    }
+
+    /// Sends a request that may take `longer` than others, and does not wait. `wake` is written to when
+    /// the answer is there.
+    ///
+    /// # Errors
+    /// The error text of the server.
+    pub fn start<T>(
+        &self,
+        longer: Duration,
+        wake: &Arc<EventFd>,
+        control_request: impl FnOnce(Reply<T>) -> ControlRequest,
+    ) -> Result<PendingRequest<T>, String> {
+        self.send(longer, Some(Arc::clone(wake)), control_request)
+    }
+
+    fn send<T>(
+        &self,
+        longer: Duration,
+        wake: Option<Arc<EventFd>>,
+        control_request: impl FnOnce(Reply<T>) -> ControlRequest,
+    ) -> Result<PendingRequest<T>, String> {
+        let (sender, answer) = sync_channel(1);
+        let state = Arc::new(AtomicU8::new(ASKED));
+        let reply = Reply { sender, state: Arc::clone(&state), wake };
+        let sent = self.sender.send(control_request(reply));
+        self.wakeups.control_request();
+        sent.map_err(|_| busy())?;
+        let begin_by = Instant::now() + self.patience.to_begin;
+        let end_by = begin_by + self.patience.to_end + longer;
+        Ok(PendingRequest { answer, state, begin_by, end_by })
     }
 }
 

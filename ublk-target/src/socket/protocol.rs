@@ -6,16 +6,18 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use ublk_engine::lane::fault::Injected;
 
+use crate::config::{LayerEdit, LayerName};
+
 /// The protocol version.
 pub const VERSION: u32 = 1;
 
 /// Longest line that a server reads, in bytes, with the line end.
-pub const MAX_REQUEST_BYTES: usize = 1024;
+pub const MAX_REQUEST_BYTES: usize = 16 << 10;
 /// Longest line that a client reads, in bytes, with the line end.
 pub const MAX_RESPONSE_BYTES: usize = 64 << 20;
 
 /// A command of a client.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "kebab-case")]
 pub enum Command {
     /// A snapshot.
@@ -33,6 +35,13 @@ pub enum Command {
         /// The size of a null device, in bytes.
         #[serde(default)]
         size: Option<u64>,
+    },
+    /// Change the layers of the device. The answer comes when the change is made.
+    ChangeLayers {
+        /// The change.
+        edit: LayerEdit,
+        /// How long to wait for the requests that have begun, in milliseconds.
+        timeout_ms: u64,
     },
     /// Hand the device over to another program. The answer says whether the server will try.
     Upgrade {
@@ -112,10 +121,21 @@ pub enum Answer {
     Snapshot(Snapshot),
     /// The largest size of the device in bytes.
     Size(u64),
+    /// The layers were changed.
+    Layers(LayersAnswer),
     /// The server will do it.
     Accepted,
     /// The error text.
     Error(String),
+}
+
+/// The result of [`Command::ChangeLayers`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayersAnswer {
+    /// The layer that was attached or detached.
+    pub name: Option<LayerName>,
+    /// How long requests were held back, in microseconds.
+    pub pause_us: u64,
 }
 
 impl Answer {

@@ -1,5 +1,7 @@
 //! The thread that answers.
 
+mod layer_change;
+
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
@@ -26,6 +28,7 @@ use crate::socket::control_request::{ControlRequest, ControlSender};
 use crate::socket::lanes::{Lanes, Silent};
 use crate::socket::protocol::{Answer, Command, Snapshot};
 use crate::socket::summary::{lane_stats, latencies};
+use layer_change::LayerChange;
 
 /// Limits for clients.
 #[derive(Clone, Copy, Debug)]
@@ -50,6 +53,8 @@ impl Default for Limits {
 
 /// The pause after a failed accept, for instance at the limit of open files.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
+/// The longest limit of a change of layers.
+const MAX_LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
 /// Clients that may wait to be accepted.
 const BACKLOG: i32 = 16;
 
@@ -110,7 +115,10 @@ impl StatsThread {
             accept_after: None,
             lanes: Lanes::new(lanes, limits.lanes),
             control_sender,
+            wake: Arc::clone(&self.wake),
             connections: Vec::new(),
+            accepted: 0,
+            layer_change: None,
             limits,
         };
         self.tell(Change::Add(Box::new(service)));
@@ -188,6 +196,10 @@ impl Services {
     fn run(mut self) {
         loop {
             let ready = self.wait();
+            if ready[0] {
+                // Before the turns, so that what comes later wakes again.
+                let _ = self.wake.read();
+            }
             let mut rest = &ready[1..];
             for service in &mut self.services {
                 let (own, others) = rest.split_at(1 + service.connections.len());
@@ -217,7 +229,6 @@ impl Services {
 
     /// Takes new services and drops old ones; `false` if no more will come.
     fn take_changes(&mut self) -> bool {
-        let _ = self.wake.read();
         loop {
             match self.inbox.try_recv() {
                 Ok(Change::Add(service)) => self.services.push(*service),
@@ -244,7 +255,12 @@ struct Service {
     accept_after: Option<Instant>,
     lanes: Lanes,
     control_sender: ControlSender,
+    /// Wakes the thread.
+    wake: Arc<EventFd>,
     connections: Vec<Connection>,
+    /// Connections so far.
+    accepted: u64,
+    layer_change: Option<LayerChange>,
     limits: Limits,
 }
 
@@ -256,10 +272,11 @@ impl Service {
                 connection.exchange();
             }
         }
+        let now = Instant::now();
+        self.take_answer(now);
         for index in 0..self.connections.len() {
             self.serve(index);
         }
-        let now = Instant::now();
         self.connections.retain(|connection| !connection.is_over(now));
         if !self.connections.iter().any(|connection| connection.latencies.is_some()) {
             self.lanes.end_measuring();
@@ -284,7 +301,9 @@ impl Service {
         if self.connections.iter().any(Connection::has_line_to_answer) {
             return PollTimeout::ZERO;
         }
-        let deadlines = self.connections.iter().map(Connection::deadline).chain(self.accept_after);
+        let answer = self.layer_change.as_ref().map(|change| change.deadline(now));
+        let deadlines = self.connections.iter().filter_map(Connection::deadline);
+        let deadlines = deadlines.chain(self.accept_after).chain(answer);
         deadlines.min().map_or(PollTimeout::NONE, |deadline| until(deadline, now))
     }
 
@@ -302,7 +321,9 @@ impl Service {
         let is_allowed = peer.is_some_and(is_allowed);
         // One in another pid namespace has the id 0 here.
         let client = peer.and_then(|peer| u32::try_from(peer.pid()).ok()).filter(|pid| *pid > 0);
-        let Ok(connection) = Connection::new(stream, client, self.limits.idle) else { return };
+        self.accepted += 1;
+        let connection = Connection::new(stream, client, self.limits.idle, self.accepted);
+        let Ok(connection) = connection else { return };
         if !is_allowed {
             connection.dismiss("statistics are for root only");
             return;
@@ -337,15 +358,28 @@ impl Service {
                 }
             }
             // What it asked for is not to be done once it has gone, as after a long stop of this process.
-            Some(Ok(Command::Grow { .. } | Command::Upgrade { .. }))
-                if self.connections[index].has_gone() =>
-            {
+            Some(Ok(
+                Command::Grow { .. } | Command::Upgrade { .. } | Command::ChangeLayers { .. },
+            )) if self.connections[index].has_gone() => {
                 return;
             }
             Some(Ok(Command::Grow { size })) => {
                 let size = size.map(Bytes);
                 let grown = self.control_sender.ask(|reply| ControlRequest::Grow { size, reply });
                 grown.map_or_else(Answer::Error, |size| Answer::Size(size.0))
+            }
+            Some(Ok(Command::ChangeLayers { edit, timeout_ms })) => {
+                let limit = Duration::from_millis(timeout_ms).min(MAX_LIMIT);
+                let present = self.layer_change.as_ref();
+                let (connection, sender) = (&mut self.connections[index], &self.control_sender);
+                match LayerChange::begin(present, connection, edit, limit, sender, &self.wake) {
+                    Ok(change) => {
+                        connection.wait();
+                        self.layer_change = Some(change);
+                        return;
+                    }
+                    Err(error) => Answer::Error(error),
+                }
             }
             Some(Ok(Command::Upgrade { program, file, descriptor })) => {
                 let client = self.connections[index].client;
@@ -356,6 +390,14 @@ impl Service {
             }
         };
         self.connections[index].send(answer);
+    }
+
+    /// Passes on the answer to a change of layers, if it is there.
+    fn take_answer(&mut self, now: Instant) {
+        let is_over = |change: &LayerChange| change.take_answer(&mut self.connections, now);
+        if self.layer_change.as_ref().is_some_and(is_over) {
+            self.layer_change = None;
+        }
     }
 
     fn snapshot(

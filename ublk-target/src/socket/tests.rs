@@ -65,7 +65,12 @@ fn fake_lane(qid: u16, manner: Manner) -> (LaneHandle, Seen) {
                 LaneMessage::Measure { recorder: new, reply } => {
                     let _ = reply.try_send(std::mem::replace(&mut recorder, new));
                 }
-                LaneMessage::CancelAll | LaneMessage::Grow { .. } | LaneMessage::Drain => {}
+                LaneMessage::CancelAll
+                | LaneMessage::Grow { .. }
+                | LaneMessage::Hold { .. }
+                | LaneMessage::OldestBegun { .. }
+                | LaneMessage::Release { .. }
+                | LaneMessage::Drain => {}
             }
         }
     });
@@ -79,6 +84,9 @@ fn name(message: &LaneMessage) -> &'static str {
         LaneMessage::Measure { recorder: None, .. } => "end",
         LaneMessage::CancelAll => "cancel",
         LaneMessage::Grow { .. } => "grow",
+        LaneMessage::Hold { .. } => "hold",
+        LaneMessage::OldestBegun { .. } => "oldest-begun",
+        LaneMessage::Release { .. } => "release",
         LaneMessage::Drain => "drain",
     }
 }
@@ -250,7 +258,7 @@ fn bad_lines_are_answered() {
     assert!(ask(b"{\"version\":9,\"command\":\"snapshot\"}\n").contains("version 9 is not known"));
     assert!(ask(b"\n \n{\"version\":1,\"command\":\"x\"}\r\n").contains("unknown variant `x`"));
     assert!(ask(b"{\"version\":1,\"command\":\"snapshot\"}\n").contains("\"device\":7"));
-    assert!(ask(&[b' '; MAX_REQUEST_BYTES + 1]).contains("at most 1024 bytes"));
+    assert!(ask(&[b' '; MAX_REQUEST_BYTES + 1]).contains("at most 16384 bytes"));
     assert_eq!(answers.read(&mut [0]).unwrap(), 0, "and the connection ends");
 }
 

@@ -14,6 +14,7 @@ mod explain;
 mod fault_target;
 mod filesystem;
 pub(crate) mod fleet;
+mod interpose;
 mod lend_modes;
 mod lifecycle;
 mod limits;
@@ -57,6 +58,7 @@ pub const TABLES: &[&[TestCase]] = &[
     fault_target::TESTS,
     filesystem::TESTS,
     fleet::TESTS,
+    interpose::TESTS,
     lend_modes::TESTS,
     lifecycle::TESTS,
     limits::TESTS,

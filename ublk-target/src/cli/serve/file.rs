@@ -15,7 +15,7 @@ use ublk_target::config::DeviceConfig;
 use ublk_target::control::fleet::FleetConfig;
 use ublk_target::os::own_files;
 
-use crate::cli::{Cli, Command, Target, add, one_line};
+use crate::cli::{Cli, Command, add, one_line};
 
 use self::layers::SHORT_FORM;
 
@@ -182,6 +182,7 @@ impl Reading<'_> {
         let target = target?;
         let line = |settings: &[Setting]| command_line(target, settings);
         let made = self.parsed(&format!("target {target}"), table.span(), settings, &line)?;
+        let Command::Add(made) = made else { return None };
         let made = add::config(&made).map(|(config, _)| config);
         let mut config = made.map_err(|error| self.fault(table.span(), error)).ok()?;
         if self.faults.len() > before {
@@ -237,12 +238,11 @@ impl Reading<'_> {
         span: Range<usize>,
         mut settings: Vec<Setting>,
         line: &dyn Fn(&[Setting]) -> Vec<String>,
-    ) -> Option<Target> {
+    ) -> Option<Command> {
         let mut removed = Vec::new();
         loop {
             let error = match Cli::try_parse_from(line(&settings)) {
-                Ok(Cli { command: Command::Add(target), .. }) => return Some(target),
-                Ok(_) => return None,
+                Ok(Cli { command, .. }) => return Some(command),
                 Err(error) => error,
             };
             let message = one_line(&error.render().to_string());

@@ -5,6 +5,7 @@
 //! | [`AddError`] | adding a device |
 //! | [`ServeError`] | serving one that is there |
 //! | [`RecoverError`] | a next server for one |
+//! | [`LayersError`] | changing its layers while it is used |
 //! | [`PlanError`], [`LayoutError`] | deciding what a device is, before the driver is asked |
 //! | [`QueueError`], [`SetupError`] | single steps |
 //!
@@ -13,6 +14,7 @@
 //! system, or another process had it.
 
 mod add;
+mod layers;
 mod plan;
 mod recover;
 mod serve;
@@ -22,6 +24,7 @@ use uring_ext::Errno;
 use uring_ext::control::ControlError;
 
 pub use add::AddError;
+pub use layers::LayersError;
 pub use plan::{ExtentProblem, LayoutError, PlanError};
 pub use recover::RecoverError;
 pub use serve::{AnnounceError, ServeError};

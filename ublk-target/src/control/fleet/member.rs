@@ -11,10 +11,12 @@ use uring_ext::feature::{Features, SAFE_STOP_DEV};
 use uring_ext::sys;
 
 use crate::backing::below::Below;
-use crate::config::DeviceConfig;
 use crate::config::lend::LendRequest;
+use crate::config::{DeviceConfig, LayerEdit, Layers};
 use crate::control::deletion::{self, Deletion};
-use crate::control::error::{AddError, PlanError, QueueError, RecoverError, ServeError};
+use crate::control::error::{
+    AddError, LayersError, PlanError, QueueError, RecoverError, ServeError,
+};
 use crate::control::fleet::error::MemberError;
 use crate::control::fleet::{Fleet, FleetHooks, cpus, id_of};
 use crate::control::plan::{self, Plan};
@@ -221,16 +223,26 @@ impl Member {
                     let grown = self.server.grow(&mut self.plan, size);
                     reply.send(grown.map_err(|error| error.to_string()));
                 }
-                ControlRequest::Grow { .. } => {
-                    log::warn!(
-                        "the client that asked for a new size has given up; nothing is done"
-                    );
+                ControlRequest::ChangeLayers { edit, limit, reply } if reply.begin() => {
+                    let changed = self.server.change_layers(&mut self.plan, &edit, limit);
+                    reply.send(changed.map_err(|error| error.to_string()));
+                }
+                ControlRequest::Grow { .. } | ControlRequest::ChangeLayers { .. } => {
+                    log::warn!("the client has given up on its request; nothing is done");
                 }
                 ControlRequest::Upgrade { program: _, reply } => {
                     reply.send(Err(NO_UPGRADE.to_owned()));
                 }
             }
         }
+    }
+
+    /// Changes the layers to those of the file, while the device is used.
+    pub fn change_layers(&mut self, layers: &Layers) -> Result<(), LayersError> {
+        let edit = LayerEdit::Replace { layers: layers.clone() };
+        self.server.change_layers(&mut self.plan, &edit, PATIENCE)?;
+        self.config.layers.clone_from(layers);
+        Ok(())
     }
 
     /// Whether the device has ended, or must end.
@@ -303,7 +315,7 @@ impl Member {
     }
 }
 
-/// The time that processes may take to close a device or a backing by themselves.
+/// The time that processes may take to close a device or a backing by themselves, and requests to end.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 const NO_UPGRADE: &str = "the device belongs to `ublk-target serve`, which cannot be upgraded \

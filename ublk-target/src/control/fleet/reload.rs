@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use uring_ext::feature::Features;
 
-use crate::config::DeviceConfig;
+use crate::config::{DeviceConfig, Layers};
 use crate::control::error::{PlanError, RecoverError};
 use crate::control::fleet::error::MemberError;
 use crate::control::fleet::member::{Preparation, check_apart};
@@ -17,8 +17,10 @@ use crate::os::protection::among_present_mounts;
 struct Changes {
     /// Ids of devices that are not in it any more.
     gone: Vec<u32>,
-    /// Existing devices with a different configuration.
+    /// Existing devices with a different configuration, apart from their layers.
     changed: Vec<DeviceConfig>,
+    /// Existing devices of which only the layers are different.
+    layers: Vec<DeviceConfig>,
     /// New devices.
     new: Vec<DeviceConfig>,
 }
@@ -28,9 +30,16 @@ impl Changes {
         let find = |device: &DeviceConfig| now.iter().find(|it| it.id == device.id);
         let is_wanted = |id| wanted.iter().any(|it| id_of(it) == id);
         let is_changed = |device: &&DeviceConfig| find(device).is_some_and(|it| *it != *device);
+        let has_other_layers = |device: &DeviceConfig| {
+            let of = |it: &DeviceConfig| DeviceConfig { layers: Layers::none(), ..it.clone() };
+            find(device).is_some_and(|it| of(it) == of(device))
+        };
+        let changed = wanted.iter().filter(is_changed).cloned();
+        let (layers, changed) = changed.partition(has_other_layers);
         Self {
             gone: now.iter().map(|it| id_of(it)).filter(|id| !is_wanted(*id)).collect(),
-            changed: wanted.iter().filter(is_changed).cloned().collect(),
+            changed,
+            layers,
             new: wanted.iter().filter(|device| find(device).is_none()).cloned().collect(),
         }
     }
@@ -113,6 +122,9 @@ impl Fleet {
     /// cannot be added after all, the old one is restored. Returns the ids of the added devices.
     fn carry_out(&mut self, found: Found, hooks: &FleetHooks<'_>) -> Vec<u32> {
         let Found { changes, opened } = found;
+        for device in &changes.layers {
+            self.change_layers(device);
+        }
         let mut stays = Vec::new();
         let (mut before, mut made) = (Vec::new(), Vec::new());
         let changed = changes.changed.iter().map(id_of);
@@ -161,6 +173,16 @@ impl Fleet {
             }
         }
         made
+    }
+
+    /// Changes the layers of a device while it is used.
+    fn change_layers(&mut self, wanted: &DeviceConfig) {
+        let id = id_of(wanted);
+        let members = &mut self.members;
+        let Some(member) = members.iter_mut().find(|it| id_of(&it.config) == id) else { return };
+        if let Err(error) = member.change_layers(&wanted.layers) {
+            log::error!("device {id} keeps its layers: {error}");
+        }
     }
 
     fn add_now(
@@ -234,7 +256,7 @@ mod tests {
     use ublk_engine::units::Bytes;
 
     use super::*;
-    use crate::config::TargetConfig;
+    use crate::config::{LayerKind, TargetConfig};
 
     fn device(id: u32, size: u64) -> DeviceConfig {
         let target = TargetConfig::Null { size: Bytes(size) };
@@ -247,7 +269,14 @@ mod tests {
         let wanted = [device(3, 1), device(2, 2), device(1, 1)];
         let changes = Changes::between(&now.iter().collect::<Vec<_>>(), &wanted);
         let (changed, new) = (vec![device(2, 2)], vec![device(3, 1)]);
-        assert_eq!(changes, Changes { gone: vec![0], changed, new });
+        assert_eq!(changes, Changes { gone: vec![0], changed, layers: Vec::new(), new });
+        let rules = vec!["short".parse().unwrap()];
+        let layers = Layers::named([(None, LayerKind::Fault { rules, seed: 0 })]).unwrap();
+        let layered = |id, size| DeviceConfig { layers: layers.clone(), ..device(id, size) };
+        let wanted = [layered(0, 1), layered(1, 2), device(2, 1)];
+        let changes = Changes::between(&now.iter().collect::<Vec<_>>(), &wanted);
+        let (layers, changed) = (vec![layered(0, 1)], vec![layered(1, 2)]);
+        assert_eq!(changes, Changes { changed, layers, ..Changes::default() });
         let same = Changes::between(&now.iter().collect::<Vec<_>>(), &now);
         assert_eq!(same, Changes::default());
     }

@@ -7,9 +7,9 @@ use toml::de::DeValue;
 use ublk_target::config::{BadLayers, LayerKind, LayerName, Layers};
 
 use super::{Reading, Setting};
-use crate::cli::add;
+use crate::cli::arguments::{Command, Interpose};
 
-/// The kinds of layers. Each is a target of `add` with another target inside.
+/// The kinds of layers. Each is a layer of `interpose attach`.
 const KINDS: [&str; 1] = ["fault"];
 
 /// Options of a device that are the short form of a layer.
@@ -66,7 +66,7 @@ impl Reading<'_> {
         name.parse().map_err(|error| self.fault(value.span(), error)).ok()
     }
 
-    /// Parses the options of a layer as those of `ublk-target add KIND`.
+    /// Parses the options of a layer as those of `ublk-target interpose attach`.
     fn kind(
         &mut self,
         kind: &str,
@@ -75,13 +75,13 @@ impl Reading<'_> {
     ) -> Option<LayerKind> {
         let line = |settings: &[Setting]| {
             let options = settings.iter().flat_map(|setting| setting.arguments.clone());
-            let words = ["ublk-target", "add", kind].map(str::to_owned);
-            words.into_iter().chain(options).chain(["null".to_owned()]).collect()
+            let words = ["ublk-target", "interpose", "attach", "--id=0", kind].map(str::to_owned);
+            words.into_iter().chain(options).collect()
         };
-        let target = self.parsed(&format!("layer {kind}"), span, settings, &line)?;
-        let mut layers = Vec::new();
-        let _ = add::resolve(&target, &mut layers);
-        layers.pop()
+        match self.parsed(&format!("layer {kind}"), span, settings, &line)? {
+            Command::Interpose(Interpose::Attach { layer, .. }) => Some(layer.kind()),
+            _ => None,
+        }
     }
 }
 
