@@ -3,8 +3,8 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::ending::Outcome;
-use crate::stack;
 use crate::world::{Options, play};
+use crate::{lanes, stack};
 
 /// A seed on which a check failed.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
@@ -21,6 +21,14 @@ pub struct Failure {
 /// [`Failure`] if a check failed or the stack deadlocked.
 pub fn play_stack(seed: u64, options: &Options) -> Result<stack::Outcome, Failure> {
     caught(seed, || stack::play(seed, stack::Sharing::Apart, options))
+}
+
+/// Plays a seed of the lanes of one device.
+///
+/// # Errors
+/// [`Failure`] if a check failed.
+pub fn play_lanes(seed: u64, options: &Options) -> Result<lanes::Outcome, Failure> {
+    caught(seed, || lanes::play(seed, options))
 }
 
 /// The result of a seed, or the message of its panic.

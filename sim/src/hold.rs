@@ -2,10 +2,19 @@
 
 use std::collections::VecDeque;
 
+use ublk_engine::lane::{Hold, Quiet};
+
 use crate::draw::Draw as _;
 use crate::fault::Fault;
 use crate::layout;
 use crate::world::World;
+
+/// Nobody waits for the lane.
+enum Nobody {}
+
+impl Quiet for Nobody {
+    fn arrive(&self) {}
+}
 
 /// Tags with requests that the lane holds back, in the order of their delivery.
 pub(crate) type HeldTags = VecDeque<u16>;
@@ -55,6 +64,11 @@ impl World {
 
     /// Lets the lane begin what it holds back. A lane that is not quiet goes on as before.
     pub(crate) fn release(&mut self) {
+        self.release_with(&mut Hold::<Nobody>::default());
+    }
+
+    /// As [`World::release`], for a lane that somebody may wait for.
+    pub(crate) fn release_with(&mut self, hold: &mut Hold<impl Quiet>) {
         let quiet = self.lane.engine().is_quiet();
         if !quiet {
             let (oldest, begun) = (self.lane.engine_mut().oldest_begun(), self.held.len());
@@ -74,7 +88,7 @@ impl World {
         kernel.trace.note(|| "release".to_owned());
         drop(kernel);
         self.set_time(now);
-        self.lane.release(&mut self.io);
+        hold.end(&mut self.lane, &mut self.io);
         assert_eq!(self.lane.engine().held_back(), 0);
     }
 

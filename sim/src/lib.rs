@@ -20,6 +20,7 @@
 //!   it as the whole. The seed chooses the kind. Such an answer fails the run with both;
 //! * the bounded number of workers of a thread for operations that may block, and devices on
 //!   devices ([`stack`]);
+//! * the lanes of one device, whose planner is changed in all of them at once ([`lanes`]);
 //! * clients. Their requests never overlap while they are open.
 
 #![forbid(unsafe_code)]
@@ -34,6 +35,7 @@ pub mod entry;
 pub mod fault;
 mod hold;
 pub mod kernel;
+pub mod lanes;
 mod layout;
 pub mod mapping;
 pub mod mirror;

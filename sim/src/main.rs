@@ -10,7 +10,7 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use ublk_sim::campaign::{Campaign, Failure, play_stack};
+use ublk_sim::campaign::{Campaign, Failure, play_lanes, play_stack};
 use ublk_sim::setup::Hostility;
 use ublk_sim::{DEFAULT_STEPS, Options};
 
@@ -36,6 +36,9 @@ struct Arguments {
     /// Run stacked devices on a kernel without faults and with few workers instead.
     #[arg(long, conflicts_with_all = ["faults", "json"])]
     stacks: bool,
+    /// Run several lanes of one device instead, whose planner is changed in all of them at once.
+    #[arg(long, conflicts_with_all = ["stacks", "json"])]
+    lanes: bool,
     /// Print every step.
     #[arg(long)]
     trace: bool,
@@ -63,6 +66,9 @@ fn main() -> ExitCode {
     let count = if arguments.only { 1 } else { arguments.seeds };
     if arguments.stacks {
         return stacks(arguments.seed..arguments.seed.saturating_add(count), &options);
+    }
+    if arguments.lanes {
+        return lanes(arguments.seed..arguments.seed.saturating_add(count), &options);
     }
     let mut campaign = Campaign::default();
     let watchdog = watch(options, arguments.json);
@@ -109,6 +115,31 @@ fn stacks(seeds: Range<u64>, options: &Options) -> ExitCode {
         }
     }
     println!("{count} stacks: {requests} requests, {waits} waits for a worker or a tag");
+    ExitCode::SUCCESS
+}
+
+fn lanes(seeds: Range<u64>, options: &Options) -> ExitCode {
+    let (mut requests, mut changes, mut held_back, mut given_up) = (0, 0, 0, 0);
+    let count = seeds.end - seeds.start;
+    for seed in seeds {
+        match play_lanes(seed, options) {
+            Ok(outcome) => {
+                requests += outcome.requests;
+                changes += outcome.changes;
+                held_back += outcome.held_back;
+                given_up += outcome.given_up;
+            }
+            Err(Failure { seed, message }) => {
+                eprintln!("seed {seed} failed: {message}");
+                eprintln!("replay with `cargo sim --lanes --seed {seed} --only --trace`");
+                return ExitCode::FAILURE;
+            }
+        }
+    }
+    println!(
+        "{count} devices: {requests} requests, {held_back} held back, {changes} changes in all lanes, \
+         {given_up} given up"
+    );
     ExitCode::SUCCESS
 }
 

@@ -197,7 +197,7 @@ impl World {
             (Step::LetTimePass, if_any(setup.deadline.is_some(), 1)),
             (Step::Replace, if_any(setup.swaps, 1)),
             (Step::Hold, if_any(setup.swaps && !is_holding && !kernel.closing, 1)),
-            (Step::EndHold, if_any(is_holding, 2)),
+            (Step::EndHold, if_any(setup.swaps && is_holding, 2)),
             (Step::ReturnSpare, if_any(kernel.spare == SpareHolder::Others, 12)),
         ];
         let rare = kernel.rng.next_u64();
@@ -357,7 +357,7 @@ impl World {
     }
 
     /// Kills the server, and starts the next one.
-    fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         self.settle_accounts();
         let mut kernel = self.kernel.borrow_mut();
         kernel.tally.note(Fault::Kill);

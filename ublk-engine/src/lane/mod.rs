@@ -5,10 +5,12 @@
 
 pub mod event;
 pub mod fault;
+mod hold;
 mod port;
 mod quorum;
 mod table_range;
 
+pub use hold::{Hold, Quiet};
 pub use port::PortConfig;
 pub use quorum::Quorum;
 pub use table_range::{TableRange, backing_file};

@@ -14,14 +14,14 @@ use std::time::Duration;
 use nix::sys::eventfd::EventFd;
 use slab::Slab;
 use ublk_engine::lane::event::Event;
-use ublk_engine::lane::{Lane, LaneError, TableRange};
+use ublk_engine::lane::{Hold, Lane, LaneError, TableRange};
 use ublk_engine::target::AnyTarget;
 use uring_ext::Errno;
 use uring_ext::ring::Cqe;
 use uring_ext::sqe::Sqe;
 
 use crate::config::busy_wait::BusyWait;
-use crate::io_thread::hold::Hold;
+use crate::io_thread::hold::QuietSignal;
 use crate::io_thread::idle_policy::IdlePolicy;
 use crate::io_thread::message::{LaneMessage, attend};
 use crate::io_thread::rings::{Rings, StationIo};
@@ -49,7 +49,7 @@ struct Station {
     wakeups: Arc<Wakeups>,
     looks: bool,
     is_withdrawn: Arc<AtomicBool>,
-    hold: Hold,
+    hold: Hold<Arc<QuietSignal>>,
     /// It must be handled before the next submission.
     is_due: bool,
     /// The reason why it must end. It ends when the driver has taken its fetches back.
@@ -319,7 +319,7 @@ impl<'ring> EventLoop<'ring> {
             return Ok(Standing::Over);
         }
         station.hold.check(&station.lane);
-        let has_limit = engine.config().deadline.is_some() || engine.is_holding();
+        let has_limit = engine.config().deadline.is_some() || station.hold.is_waited_for();
         station.is_due = has_limit || station.lane.backlog() > 0;
         Ok(if station.is_due { Standing::Due } else { Standing::Idle })
     }

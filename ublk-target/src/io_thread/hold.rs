@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use nix::sys::eventfd::EventFd;
-use ublk_engine::lane::{Lane, LaneIo, Quorum};
+use ublk_engine::lane::{Hold, Lane, LaneIo, Quiet, Quorum};
 use ublk_engine::target::AnyTarget;
 use uring_ext::Errno;
 
@@ -31,7 +31,9 @@ impl QuietSignal {
     pub fn is_complete(&self) -> bool {
         self.quorum.is_complete()
     }
+}
 
+impl Quiet for Arc<QuietSignal> {
     fn arrive(&self) {
         if self.quorum.arrive() {
             // It can only fail at 2^64 - 1.
@@ -59,40 +61,17 @@ pub struct TargetChange {
     pub is_made: bool,
 }
 
-/// The part of a station that is held.
-#[derive(Debug, Default)]
-pub(crate) struct Hold(Option<Arc<QuietSignal>>);
-
-impl Hold {
-    /// Begins no more requests. The signal gets a word when all others have ended.
-    pub fn begin(&mut self, lane: &mut Lane<AnyTarget>, quiet: Arc<QuietSignal>) {
-        lane.engine_mut().hold();
-        self.0 = Some(quiet);
-        self.check(lane);
+/// Makes the change if there is one, and begins the requests that were held back. Returns the change
+/// for the caller to free.
+pub(crate) fn release(
+    lane: &mut Lane<AnyTarget>,
+    hold: &mut Hold<Arc<QuietSignal>>,
+    io: &mut impl LaneIo,
+    mut change: Option<Box<TargetChange>>,
+) -> Option<Box<TargetChange>> {
+    if let Some(TargetChange { target, kept, is_made }) = change.as_deref_mut() {
+        *is_made = lane.change_target(target, kept);
     }
-
-    /// Tells control once if the lane is quiet.
-    pub fn check(&mut self, lane: &Lane<AnyTarget>) {
-        if lane.engine().is_quiet() {
-            if let Some(quiet) = self.0.take() {
-                quiet.arrive();
-            }
-        }
-    }
-
-    /// Makes the change if there is one, and begins the requests that were held back. Returns the
-    /// change for the caller to free.
-    pub fn end(
-        &mut self,
-        lane: &mut Lane<AnyTarget>,
-        io: &mut impl LaneIo,
-        mut change: Option<Box<TargetChange>>,
-    ) -> Option<Box<TargetChange>> {
-        self.0 = None;
-        if let Some(TargetChange { target, kept, is_made }) = change.as_deref_mut() {
-            *is_made = lane.change_target(target, kept);
-        }
-        lane.release(io);
-        change
-    }
+    hold.end(lane, io);
+    change
 }

@@ -7,12 +7,12 @@ use bufreg::{Borrower, Leak, Lent, MAX_BORROWS, SlotIndex};
 use nix::sys::eventfd::EventFd;
 use ublk_engine::engine::{BegunRequest, Engine, EngineStats, Holdings, Recorder};
 use ublk_engine::lane::fault::Injected;
-use ublk_engine::lane::{Lane, LaneIo};
+use ublk_engine::lane::{Hold, Lane, LaneIo};
 use ublk_engine::plan::{Op, Planner, WINDOW_OPS};
 use ublk_engine::target::{AnyTarget, BaseTarget};
 use ublk_engine::units::{Qid, Tag};
 
-use crate::io_thread::hold::{Hold, QuietSignal, TargetChange};
+use crate::io_thread::hold::{QuietSignal, TargetChange, release};
 use crate::os::clock::precise_now;
 
 /// A request to a lane. It carries the memory for the answer, so that the lane allocates nothing.
@@ -159,7 +159,7 @@ impl LaneSnapshot {
 /// Carries out a message. Returns whether the lane must end.
 pub(crate) fn attend(
     lane: &mut Lane<AnyTarget>,
-    hold: &mut Hold,
+    hold: &mut Hold<Arc<QuietSignal>>,
     io: &mut impl LaneIo,
     message: LaneMessage,
 ) -> bool {
@@ -185,7 +185,7 @@ pub(crate) fn attend(
             let _ = reply.try_send((qid, lane.engine_mut().oldest_begun()));
         }
         LaneMessage::Release { change, reply } => {
-            let _ = reply.try_send(hold.end(lane, io, change));
+            let _ = reply.try_send(release(lane, hold, io, change));
         }
         LaneMessage::Drain => return true,
     }
