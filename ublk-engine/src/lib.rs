@@ -19,6 +19,7 @@ pub mod engine;
 pub mod lane;
 pub mod lend;
 pub mod plan;
+mod random;
 pub mod request;
 pub mod route;
 pub mod target;

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::plan::OpKind;
+use crate::random::{STEP, mix};
 
 /// The requested faults, and the number of operations that met them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -11,9 +12,9 @@ pub struct Faults {
     pub auto_register: bool,
     /// Register in slots that do not exist (`register`).
     pub register: bool,
-    /// Issue only the first half of every n-th transfer of more than one block (`short=N`).
+    /// Issue only the first half of one of n transfers of more than one block (`short=N`).
     short_every: Option<u64>,
-    /// Fail every n-th operation with `EAGAIN` (`again=N`).
+    /// Fail one of n operations with `EAGAIN` (`again=N`).
     again_every: Option<u64>,
     /// Answer flushes with success without carrying them out (`ignore-flush`).
     ignore_flush: bool,
@@ -106,7 +107,10 @@ impl Faults {
     pub fn next(&mut self, len: Option<u64>, block: u64) -> Fault {
         self.ops += 1;
         assert!(self.panic_at != Some(self.ops), "operation {}: a test asked for it", self.ops);
-        let hit = |every: Option<u64>| every.is_some_and(|every| self.ops % every == 0);
+        // Not every n-th one: where n operations take turns, all faults would hit the same one, until
+        // its retries are used up.
+        let drawn = mix(self.ops.wrapping_mul(STEP));
+        let hit = |one_of: Option<u64>| one_of.is_some_and(|one_of| drawn % one_of == 0);
         if hit(self.again_every) {
             self.injected.again += 1;
             return Fault::Again;
@@ -157,6 +161,7 @@ impl Faults {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::MAX_RETRIES;
 
     #[test]
     fn lists_are_parsed_or_refused() {
@@ -172,16 +177,41 @@ mod tests {
     }
 
     #[test]
-    fn every_nth_operation_meets_a_fault() {
+    fn one_of_n_operations_meets_a_fault() {
         let mut faults = Faults::parse("short=2,again=3").unwrap();
-        let met: Vec<_> = (0..6).map(|_| faults.next(Some(8192), 512)).collect();
-        let (short, again) = (Fault::Short(4096), Fault::Again);
-        assert_eq!(met, [Fault::None, short, again, short, Fault::None, again]);
-        assert_eq!(faults.injected(), Injected { short: 2, again: 2, ..Default::default() });
+        let met: Vec<_> = (0..6000).map(|_| faults.next(Some(8192), 512)).collect();
+        let count = |fault| u64::try_from(met.iter().filter(|met| **met == fault).count()).unwrap();
+        let (short, again) = (count(Fault::Short(4096)), count(Fault::Again));
+        assert_eq!(faults.injected(), Injected { short, again, ..Default::default() });
+        // Of 6, one is short and not failed, two fail.
+        assert!((1900..2100).contains(&again) && (1900..2100).contains(&short), "{again} {short}");
         let mut faults = Faults::parse("short=1").unwrap();
         assert_eq!(faults.next(Some(512), 512), Fault::None, "one block is not divided");
         assert_eq!(faults.next(None, 512), Fault::None);
         assert_eq!(faults.next(Some(1536), 512), Fault::Short(512));
+    }
+
+    /// Some operations take turns, as those of a queue whose lane is slower than the drive. An
+    /// operation that fails is tried again in its next turn.
+    #[test]
+    fn faults_do_not_use_up_the_retries_of_an_operation() {
+        for one_of in 3..=8 {
+            let mut faults = Faults::parse(&format!("again={one_of}")).unwrap();
+            let met: Vec<_> =
+                (0..1 << 14).map(|_| faults.next(None, 512) == Fault::Again).collect();
+            for (turns, first) in (1..=40).flat_map(|turns| (0..turns).map(move |at| (turns, at))) {
+                let own = met.iter().skip(first).step_by(turns);
+                let (mut in_a_row, mut most) = (0, 0);
+                for is_hit in own {
+                    in_a_row = if *is_hit { in_a_row + 1 } else { 0 };
+                    most = in_a_row.max(most);
+                }
+                assert!(
+                    most < MAX_RETRIES,
+                    "again={one_of}: {most} in a row, turn {first} of {turns}"
+                );
+            }
+        }
     }
 
     #[test]

@@ -8,6 +8,7 @@ use uring_ext::Errno;
 use super::fault_rule::{Answer, Rule};
 use super::layer::{Layer, plan_below};
 use crate::plan::{Plan, Planner};
+use crate::random::{STEP, mix};
 use crate::request::Request;
 
 /// Injects faults. Its decisions depend only on its seed, its stream (one per queue), and the
@@ -91,16 +92,9 @@ impl FaultLayer {
 
     /// splitmix64.
     fn draw(&self) -> u64 {
-        self.random.set(self.random.get().wrapping_add(0x9e37_79b9_7f4a_7c15));
+        self.random.set(self.random.get().wrapping_add(STEP));
         mix(self.random.get())
     }
-}
-
-/// The output function of splitmix64.
-const fn mix(state: u64) -> u64 {
-    let z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
 
 /// The decision in the first window of a request holds for its later windows.

@@ -136,3 +136,27 @@ fn the_target_below_the_layers_is_replaced() {
 fn layers_cost_a_target_without_them_nothing() {
     assert_eq!(size_of::<AnyTarget>(), size_of::<BaseTarget>());
 }
+
+/// A layer that stays goes on in its random stream, and with the rest of its counts.
+#[test]
+fn a_layer_that_stays_goes_on_as_it_was() {
+    let base = BaseTarget::Loop(LoopTarget::new(2 << 20));
+    let old = AnyTarget::new(layers(2), base.clone()).for_queue(Qid(3));
+    let decide = |layer: &AnyLayer, at| match layer {
+        AnyLayer::Fault(fault) => {
+            requests().skip(at).map(|it| fault.decide(&it)).collect::<Vec<_>>()
+        }
+    };
+    let fresh = AnyTarget::new(layers(3), base).for_queue(Qid(3));
+    // A new layer outside, and the old ones in another order.
+    let new = AnyTarget::new([2, 1, 0].map(|n| fresh.layers()[n].clone()), fresh.base().clone());
+    old.layers().iter().for_each(|layer| drop(decide(layer, 200)));
+    new.continue_from(&old, &[None, Some(1), Some(0)]);
+    assert_eq!(decide(&new.layers()[0], 0), decide(&fresh.layers()[2], 0), "a new one begins anew");
+    let others: Vec<_> = fresh.layers()[..2].iter().map(|layer| decide(layer, 0)).collect();
+    for (n, other) in [(1, 1), (0, 2)] {
+        let went_on = decide(&new.layers()[other], 0);
+        assert_ne!(went_on, others[n], "layer {n} does not begin anew");
+        assert_eq!(went_on, decide(&old.layers()[n], 0), "layer {n}");
+    }
+}
