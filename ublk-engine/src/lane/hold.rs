@@ -1,5 +1,7 @@
 //! The part of a lane that is held: it tells control once when it is quiet.
 
+use std::sync::Arc;
+
 use super::{Lane, LaneIo};
 use crate::plan::Planner;
 
@@ -7,6 +9,12 @@ use crate::plan::Planner;
 pub trait Quiet {
     /// The lane is quiet, and stays so until it is released.
     fn arrive(&self);
+}
+
+impl<Q: Quiet> Quiet for Arc<Q> {
+    fn arrive(&self) {
+        self.as_ref().arrive();
+    }
 }
 
 /// The hold of a lane.

@@ -33,7 +33,7 @@ impl QuietSignal {
     }
 }
 
-impl Quiet for Arc<QuietSignal> {
+impl Quiet for QuietSignal {
     fn arrive(&self) {
         if self.quorum.arrive() {
             // It can only fail at 2^64 - 1.
