@@ -207,7 +207,7 @@ fn killed(ctx: &Ctx) -> Result<Outcome> {
 }
 
 /// Waits until a device has done so many writes more.
-fn wait_for_writes(id: u32, writes: u64) -> Result<()> {
+pub(super) fn wait_for_writes(id: u32, writes: u64) -> Result<()> {
     let done = || -> Result<u64> {
         let stat = fs::read_to_string(format!("/sys/block/ublkb{id}/stat"))?;
         Ok(stat.split_whitespace().nth(4).context("stat")?.parse()?)

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use super::device::{Device, PROGRAM, fresh_drive, fresh_drives, text};
-use super::fleet::{Fleet, load, section, write};
+use super::fleet::{Fleet, load, section, wait_for_writes, write};
 use super::remains;
 use super::steps::{Blow, ID, Storm, verify};
 use crate::config::DEFAULT;
@@ -49,11 +49,15 @@ fn names(id: &str) -> Result<Vec<String>> {
     listed.iter().map(name).collect()
 }
 
+/// A load that has begun: fio that has just been started cannot be ended in order.
 fn start_load(ctx: &Ctx, name: &str, device: &str) -> Result<Running> {
+    let id = device.trim_start_matches("/dev/ublkb").parse()?;
     let mut options = load(device, "16m");
     options.extend(["time_based", "runtime=1200", "offset=1m"].map(str::to_owned));
     let options: Vec<_> = options.iter().map(String::as_str).collect();
-    fio::start(ctx, name, &options)
+    let running = fio::start(ctx, name, &options)?;
+    wait_for_writes(id, 50)?;
+    Ok(running)
 }
 
 /// 1,000 changes in the long run, over all lend modes and kinds of lanes.
