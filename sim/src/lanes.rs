@@ -1,6 +1,6 @@
 //! The lanes of one device, and a control thread that changes its planner in all of them.
 //!
-//! Each lane has its own queue of the device: a [`World`]. Control holds all lanes, waits until they
+//! Each lane has its own queue of the device: a `World`. Control holds all lanes, waits until they
 //! are quiet, changes the planner of each, and lets them go on; or it gives up. Its messages reach the
 //! lanes at any later step. At every step, all requests that have begun and not ended must have begun
 //! under the same version of the planner, whichever lane they are in. A lane that is quiet must have

@@ -78,10 +78,9 @@ impl Reading<'_> {
             let words = ["ublk-target", "interpose", "attach", "--id=0", kind].map(str::to_owned);
             words.into_iter().chain(options).collect()
         };
-        match self.parsed(&format!("layer {kind}"), span, settings, &line)? {
-            Command::Interpose(Interpose::Attach { layer, .. }) => Some(layer.kind()),
-            _ => None,
-        }
+        let parsed = self.parsed(&format!("layer {kind}"), span, settings, &line)?;
+        let Command::Interpose(Interpose::Attach { layer, .. }) = parsed else { return None };
+        Some(layer.kind())
     }
 }
 
