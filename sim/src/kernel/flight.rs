@@ -116,9 +116,8 @@ impl Kernel {
             Err(Errno::EAGAIN) if by_drive => {
                 let tag = tag.and_then(|tag| self.tags.get_mut(usize::from(tag)));
                 let faults_met = tag.map(|tag| &mut tag.faults_met);
-                let used_up = |faults_met: &&mut RequestFaults| {
-                    faults_met.transients_in_a_row > MAX_RETRIES.into()
-                };
+                let used_up =
+                    |faults_met: &&mut RequestFaults| faults_met.transients > MAX_RETRIES.into();
                 if let Some(faults_met) = faults_met.filter(used_up) {
                     faults_met.allow(Errno::EREMOTEIO);
                 }

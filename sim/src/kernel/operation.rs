@@ -168,12 +168,14 @@ impl Kernel {
         let Some(tag) = tag else { return };
         let faults_met = &mut self.tags[usize::from(tag)].faults_met;
         faults_met.transients_in_a_row += 1;
+        faults_met.transients += 1;
         // The maximum number of failures without progress before one operation of the request has
         // used up its retries. An operation gets new retries once its data is copied.
         let at_once = self.setup.mapping.at_once();
         let most = (usize::from(MAX_RETRIES) + 1) * (at_once + 1);
         assert!(faults_met.transients_in_a_row as usize <= most, "tried again and again");
-        if faults_met.transients_in_a_row > u32::from(MAX_RETRIES) {
+        // Other operations of the request may have made progress in between.
+        if faults_met.transients > u32::from(MAX_RETRIES) {
             faults_met.allow(if errno == Errno::ENOMEM { errno } else { Errno::EIO });
         }
     }

@@ -29,6 +29,8 @@ pub struct RequestFaults {
     pub cancelled_by_hand: bool,
     /// Transient errors of operations since the last progress.
     pub transients_in_a_row: u32,
+    /// Transient failures of its operations. None of them has had more.
+    pub transients: u32,
     /// Failed registrations since the last success.
     pub registrations_in_a_row: u32,
     /// Failed unregistrations since the last success.
