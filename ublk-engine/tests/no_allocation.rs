@@ -206,7 +206,18 @@ impl<P: Planner> Play<P> {
     }
 
     fn round(&mut self, round: u64, turn: &mut u64) {
+        // Some are held back before any has begun, others after they have.
+        if round % 4 == 3 {
+            self.lane.engine_mut().hold();
+        }
         self.deliver(round);
+        if round % 4 == 1 {
+            self.lane.engine_mut().hold();
+            let _ = self.lane.engine_mut().oldest_begun();
+        }
+        if self.lane.engine().is_holding() {
+            self.lane.release(&mut self.io);
+        }
         self.serve(turn);
         // Some operations are cancelled, and the others are lost; then they complete after all.
         self.let_deadlines_pass();
@@ -273,7 +284,7 @@ fn serving_requests_allocates_nothing() {
             assert!(stats.retries > 0 && stats.partial > 0 && stats.failed > 0, "{lend}: {stats}");
             assert!(stats.timed_out > 0 && stats.lost_ops > 0, "{lend}: {stats}");
             assert!(stats.refused_unknown > 0 && stats.refused_malformed > 0, "{lend}: {stats}");
-            assert!(stats.stale > 0, "{lend}: {stats}");
+            assert!(stats.stale > 0 && stats.held_back > 0, "{lend}: {stats}");
         }
         let sum = |count: fn(&EngineStats) -> u64| all.iter().map(count).sum::<u64>();
         assert!(sum(|stats| stats.delays) > 0 && sum(|stats| stats.planned_short) > 0, "{lend}");

@@ -9,13 +9,13 @@ use crate::Errno;
 /// `PR_SET_IO_FLUSHER` (`include/uapi/linux/prctl.h`).
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
 
-/// Marks the thread as an I/O flusher (Linux 5.6): its allocations in the kernel do not wait for
-/// writeback or throttling, which may in turn wait for this thread.
+/// Marks the thread as an I/O flusher, or not any more (Linux 5.6): its allocations in the kernel do
+/// not wait for writeback or throttling, which may in turn wait for this thread. Children inherit it.
 ///
 /// # Errors
 /// `EPERM` without `CAP_SYS_RESOURCE`, `EINVAL` on older kernels.
-pub fn set_io_flusher() -> Result<(), Errno> {
-    let on: libc::c_ulong = 1;
+pub fn set_io_flusher(on: bool) -> Result<(), Errno> {
+    let on = libc::c_ulong::from(on);
     let unused: libc::c_ulong = 0;
     // SAFETY: this option takes integers only.
     let result = unsafe { libc::prctl(PR_SET_IO_FLUSHER, on, unused, unused, unused) };

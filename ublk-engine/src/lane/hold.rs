@@ -1,20 +1,13 @@
 //! The part of a lane that is held: it tells control once when it is quiet.
 
-use std::sync::Arc;
-
 use super::{Lane, LaneIo};
 use crate::plan::Planner;
 
-/// Hears of a lane that is quiet. It must neither block nor allocate.
+/// Hears of a lane that is quiet. It must neither block nor allocate, also when it is dropped. One that
+/// is dropped before has to do with a lane that was released or has ended.
 pub trait Quiet {
     /// The lane is quiet, and stays so until it is released.
     fn arrive(&self);
-}
-
-impl<Q: Quiet> Quiet for Arc<Q> {
-    fn arrive(&self) {
-        self.as_ref().arrive();
-    }
 }
 
 /// The hold of a lane.

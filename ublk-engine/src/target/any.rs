@@ -212,8 +212,15 @@ impl AnyTarget {
     /// stream.
     #[must_use]
     pub fn for_queue(&self, qid: Qid) -> Self {
+        self.for_queue_after(qid, 0)
+    }
+
+    /// As [`AnyTarget::for_queue`], after so many changes of the layers: a new layer has another stream
+    /// than those that came before it at its place.
+    #[must_use]
+    pub fn for_queue_after(&self, qid: Qid, changes: u64) -> Self {
         let target = self.clone();
-        let mut stream = u64::from(qid.0);
+        let mut stream = u64::from(qid.0) | changes << 40;
         for layer in target.layers() {
             match layer {
                 AnyLayer::Fault(fault) => {

@@ -7,31 +7,58 @@
 use std::fmt;
 use std::ops::ControlFlow;
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use ublk_engine::engine::BegunRequest;
+use ublk_engine::plan::OpKind;
 use ublk_engine::request::RequestKind;
 use ublk_engine::units::Qid;
 use uring_ext::Errno;
+use uring_ext::task::set_io_flusher;
 
 use crate::control::lanes::DeviceLanes;
-use crate::io_thread::hold::{QuietSignal, TargetChange};
+use crate::io_thread::hold::{LaneToken, QuietSignal, TargetChange, Told};
 use crate::io_thread::message::LaneMessage;
 use crate::os::steps::step;
-use crate::os::wait::Wait;
+use crate::os::wait::{Unmet, Wait};
 use crate::os::wakeups::Wakeups;
 
 /// How long lanes may take to answer. They answer between two batches.
 const TO_ANSWER: Duration = Duration::from_secs(5);
+
+/// The interval at which a wait looks whether somebody still wants the change.
+const TO_LOOK: Duration = Duration::from_millis(100);
 
 /// All lanes of a device hold, and are quiet. Dropping it releases them without a change.
 pub(super) struct Barrier<'a> {
     lanes: &'a DeviceLanes,
     since: Instant,
     is_released: bool,
+    /// Kept until the lanes are released, so that none of them frees it.
+    quiet: Arc<QuietSignal>,
+    _flusher: Flusher,
+}
+
+/// The calling thread does not wait for writeback while it has this: what it allocates while it holds a
+/// device might wait for that device.
+struct Flusher;
+
+impl Flusher {
+    fn begin() -> Self {
+        // Not essential, and a lane has said if it cannot be.
+        let _ = set_io_flusher(true);
+        Self
+    }
+}
+
+impl Drop for Flusher {
+    fn drop(&mut self) {
+        let _ = set_io_flusher(false);
+    }
 }
 
 /// Why a barrier was not reached. The device goes on as before.
@@ -41,71 +68,67 @@ pub(super) enum NotReached {
     Busy { waited: Duration, oldest: Option<(Qid, BegunRequest)> },
     /// A signal came.
     Interrupted(Signal),
-    /// A lane has ended: the device is stopped.
+    /// Nobody wants the change any more.
+    Unwanted,
+    /// A lane has ended.
     Ended,
     /// There are no more descriptors.
     Failed(Errno),
 }
 
 impl<'a> Barrier<'a> {
-    /// Waits at most `limit` until all lanes of a device are quiet.
+    /// Waits until all lanes of a device are quiet: at most `limit`, and while the change is wanted.
     pub fn reach(
-        lanes: &'a mut DeviceLanes,
+        lanes: &'a DeviceLanes,
         wakeups: &Wakeups,
         limit: Duration,
+        is_wanted: impl Fn() -> bool,
     ) -> Result<Self, NotReached> {
         let quiet = QuietSignal::of(lanes.count()).map_err(NotReached::Failed)?;
-        if lanes.has_ended() {
-            return Err(NotReached::Ended);
-        }
-        let lanes = &*lanes;
-        let barrier = Self { lanes, since: Instant::now(), is_released: false };
-        lanes.send(|| LaneMessage::Hold { quiet: Arc::clone(&quiet) });
+        let (since, _flusher) = (Instant::now(), Flusher::begin());
+        let barrier = Self { lanes, since, is_released: false, quiet, _flusher };
+        lanes.send(|| LaneMessage::Hold { quiet: LaneToken::of(&barrier.quiet) });
         step("held");
-        let mut wait = Wait::at_most(limit).since(barrier.since).or_signal(wakeups);
-        let reached = wait.until_or(Some(quiet.as_fd()), || match quiet.is_complete() {
-            true => ControlFlow::Break(()),
-            false => ControlFlow::Continue("the requests that have begun"),
+        let mut wait = Wait::at_most(limit).since(since).every(TO_LOOK).or_signal(wakeups);
+        let reached = wait.until_or(Some(barrier.quiet.as_fd()), || match barrier.quiet.told() {
+            Told::AllQuiet => ControlFlow::Break(Ok(())),
+            Told::OneEnded => ControlFlow::Break(Err(NotReached::Ended)),
+            Told::Nothing if !is_wanted() => ControlFlow::Break(Err(NotReached::Unwanted)),
+            Told::Nothing => ControlFlow::Continue("the requests that have begun"),
         });
         match reached {
-            Ok(()) => {
-                step("quiet");
-                Ok(barrier)
+            Ok(reached) => reached?,
+            Err(Unmet { signal: Some(signal), .. }) => {
+                wakeups.give_back(signal);
+                return Err(NotReached::Interrupted(signal));
             }
-            Err(unmet) => match unmet.signal {
-                Some(signal) => {
-                    wakeups.give_back(signal);
-                    Err(NotReached::Interrupted(signal))
+            Err(_) => {
+                let oldest = oldest_begun(lanes);
+                // The last request may have ended meanwhile. Lanes that are quiet stay so.
+                match barrier.quiet.told() {
+                    Told::AllQuiet => {}
+                    Told::OneEnded => return Err(NotReached::Ended),
+                    Told::Nothing => return Err(NotReached::Busy { waited: limit, oldest }),
                 }
-                None => {
-                    let oldest = oldest_begun(lanes);
-                    // The last request may have ended meanwhile. Lanes that are quiet stay so.
-                    if quiet.is_complete() {
-                        return Ok(barrier);
-                    }
-                    Err(NotReached::Busy { waited: limit, oldest })
-                }
-            },
+            }
         }
+        step("quiet");
+        Ok(barrier)
     }
 
-    /// Gives each lane its new target, and lets it begin the requests that were held back. Returns how
-    /// long they were.
-    pub fn change(mut self, change: impl Fn(Qid) -> TargetChange) -> Duration {
-        self.release(|qid| Some(Box::new(change(qid))));
+    /// Gives each lane its new target, in the order of [`DeviceLanes::qids`], and lets it begin the
+    /// requests that were held back. Returns how long they were.
+    pub fn change(mut self, changes: Vec<TargetChange>) -> Duration {
+        self.release(changes);
         self.since.elapsed()
     }
 
-    fn release(&mut self, change: impl Fn(Qid) -> Option<Box<TargetChange>>) {
+    /// Releases the lanes, with a change for each or none.
+    fn release(&mut self, changes: Vec<TargetChange>) {
         self.is_released = true;
-        // The lanes must not wait for memory, so all changes are made first.
-        let changes: Vec<_> = self.lanes.qids().map(change).collect();
-        let (reply, released) = sync_channel(changes.len());
-        let mut changes = changes.into_iter();
-        self.lanes.send(|| LaneMessage::Release {
-            change: changes.next().flatten(),
-            reply: reply.clone(),
-        });
+        let (reply, released) = sync_channel(self.lanes.count());
+        let mut changes = changes.into_iter().map(Box::new);
+        self.lanes.send(|| LaneMessage::Release { change: changes.next(), reply: reply.clone() });
         drop(reply);
         let deadline = Instant::now() + TO_ANSWER;
         for _ in 0..self.lanes.count() {
@@ -125,7 +148,7 @@ impl<'a> Barrier<'a> {
 impl Drop for Barrier<'_> {
     fn drop(&mut self) {
         if !self.is_released {
-            self.release(|_| None);
+            self.release(Vec::new());
         }
     }
 }
@@ -146,7 +169,7 @@ pub(super) struct InWords<'a> {
     pub qid: Qid,
     pub begun: BegunRequest,
     /// The path of the backing of its operation.
-    pub backing: Option<&'a std::path::Path>,
+    pub backing: Option<&'a Path>,
 }
 
 impl fmt::Display for InWords<'_> {
@@ -161,9 +184,7 @@ impl fmt::Display for InWords<'_> {
         write!(f, " (queue {}, tag {}), {age:.1} s old, waits for ", self.qid.0, tag.0)?;
         match (op, self.backing) {
             (None, _) => f.write_str("its buffer"),
-            (Some(op), _) if op.kind == ublk_engine::plan::OpKind::Delay => {
-                f.write_str("the end of a delay")
-            }
+            (Some(op), _) if op.kind == OpKind::Delay => f.write_str("the end of a delay"),
             (Some(_), Some(path)) => write!(f, "{}", path.display()),
             (Some(op), None) => write!(f, "backing {}", op.backing.0),
         }

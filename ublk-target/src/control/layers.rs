@@ -13,17 +13,26 @@ use crate::os::steps::step;
 use crate::socket::control_request::LayersChanged;
 
 impl Server {
-    /// Changes the layers of the device at the barrier. Layers that stay keep their state.
+    /// Changes the layers of the device at the barrier, if that is reached within `limit` and while the
+    /// change is wanted. Layers that stay keep their state.
     pub(super) fn change_layers(
         &mut self,
         plan: &mut Plan,
         edit: &LayerEdit,
         limit: Duration,
+        is_wanted: impl Fn() -> bool,
     ) -> Result<LayersChanged, LayersError> {
         let before = &plan.config.layers;
         let (layers, name) = before.edited(edit)?;
         let (target, kept) = (plan.layout.with_layers(&layers), layers.kept_from(before));
-        let barrier = Barrier::reach(&mut self.lanes, &self.wakeups, limit);
+        // All that can be made before requests are held back.
+        self.layer_changes += 1;
+        let change = |qid| {
+            let target = target.for_queue_after(qid, self.layer_changes);
+            TargetChange { target, kept: kept.clone(), is_made: false }
+        };
+        let changes = self.lanes.qids().map(change).collect();
+        let barrier = Barrier::reach(&self.lanes, &self.wakeups, limit, is_wanted);
         let barrier = barrier.map_err(|error| in_words(error, &plan.layout))?;
         // The next server must know what this one serves. If this server dies before the lanes have
         // changed, no request has begun under the new order.
@@ -32,11 +41,7 @@ impl Server {
             record.target = record.config.target_name();
         })?;
         step("layers-recorded");
-        let pause = barrier.change(|qid| TargetChange {
-            target: target.for_queue(qid),
-            kept: kept.clone(),
-            is_made: false,
-        });
+        let pause = barrier.change(changes);
         step("layers-changed");
         plan.config.layers = layers;
         plan.layout.target = target;
@@ -63,7 +68,8 @@ fn in_words(error: NotReached, layout: &Layout) -> LayersError {
             LayersError::Busy { waited, request }
         }
         NotReached::Interrupted(signal) => LayersError::Interrupted(signal),
-        NotReached::Ended => LayersError::Stopped,
+        NotReached::Unwanted => LayersError::Unwanted,
+        NotReached::Ended => LayersError::LaneEnded,
         NotReached::Failed(errno) => LayersError::NoDescriptors(errno),
     }
 }

@@ -19,7 +19,8 @@ use crate::backing::usage;
 use crate::config::DeviceConfig;
 use crate::config::lend::Choice;
 use crate::control::error::{
-    AddError, AnnounceError, LayoutError, PlanError, QueueError, ServeError, SetupError,
+    AddError, AnnounceError, LayersError, LayoutError, PlanError, QueueError, ServeError,
+    SetupError,
 };
 use crate::control::helpers::{Helpers, protect_server, ready};
 use crate::control::lanes::{DeviceLanes, LaneSetup};
@@ -106,6 +107,16 @@ pub(super) fn rewrite(
     Ok(())
 }
 
+/// The answer to a client, which may be gone.
+pub(super) fn told<T>(changed: Result<T, LayersError>) -> Result<T, String> {
+    changed.map_err(|error| {
+        if matches!(error, LayersError::Unwanted) {
+            log::warn!("{error}");
+        }
+        error.to_string()
+    })
+}
+
 /// What the devices of a fleet share.
 #[derive(Clone)]
 pub(super) struct SharedServices {
@@ -124,6 +135,8 @@ pub(super) struct Server {
     pub record: Option<StateFile>,
     pub supervisor: Option<u32>,
     pub(super) control_requests: Option<Receiver<ControlRequest>>,
+    /// How often the layers were changed, or almost.
+    pub(super) layer_changes: u64,
     /// It is left to the next server.
     pub(super) is_left: bool,
     /// What it shares with other devices of the process.
@@ -147,6 +160,7 @@ impl Server {
             record: None,
             supervisor,
             control_requests: None,
+            layer_changes: 0,
             is_left: false,
             services: None,
         }
@@ -425,8 +439,8 @@ impl Server {
                 self.hand_over(plan, &program, reply, helpers)
             }
             ControlRequest::ChangeLayers { edit, limit, reply } if reply.begin() => {
-                let changed = self.change_layers(&mut plan, &edit, limit);
-                reply.send(changed.map_err(|error| error.to_string()));
+                let changed = self.change_layers(&mut plan, &edit, limit, || reply.is_wanted());
+                reply.send(told(changed));
                 Ok(plan)
             }
             ControlRequest::Grow { .. }

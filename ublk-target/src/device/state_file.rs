@@ -144,12 +144,16 @@ impl StateFile {
     /// Writes the file atomically.
     ///
     /// # Errors
-    /// Errors of the file system; `EPERM` if others can write to the directory.
+    /// Errors of the file system; `EPERM` if others can write to the directory, `EFBIG` if it would be
+    /// longer than what is read.
     pub fn write(&self, directory: &Path) -> io::Result<()> {
         own_files::directory(directory)?;
         let path = Self::path(directory, self.id);
         let mut text = self.to_text()?;
         text.push('\n');
+        if text.len() as u64 > MAX_BYTES {
+            return Err(io::Error::from_raw_os_error(libc::EFBIG));
+        }
         own_files::replace(&path, text.as_bytes())?;
         // The device has a server now: the one that has written this.
         Trouble::is_over(directory, self.id);

@@ -21,7 +21,7 @@ use uring_ext::ring::Cqe;
 use uring_ext::sqe::Sqe;
 
 use crate::config::busy_wait::BusyWait;
-use crate::io_thread::hold::QuietSignal;
+use crate::io_thread::hold::LaneToken;
 use crate::io_thread::idle_policy::IdlePolicy;
 use crate::io_thread::message::{LaneMessage, attend};
 use crate::io_thread::rings::{Rings, StationIo};
@@ -49,7 +49,7 @@ struct Station {
     wakeups: Arc<Wakeups>,
     looks: bool,
     is_withdrawn: Arc<AtomicBool>,
-    hold: Hold<Arc<QuietSignal>>,
+    hold: Hold<LaneToken>,
     /// It must be handled before the next submission.
     is_due: bool,
     /// The reason why it must end. It ends when the driver has taken its fetches back.

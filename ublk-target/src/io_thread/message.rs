@@ -12,7 +12,7 @@ use ublk_engine::plan::{Op, Planner, WINDOW_OPS};
 use ublk_engine::target::{AnyTarget, BaseTarget};
 use ublk_engine::units::{Qid, Tag};
 
-use crate::io_thread::hold::{QuietSignal, TargetChange, release};
+use crate::io_thread::hold::{LaneToken, TargetChange, release};
 use crate::os::clock::precise_now;
 
 /// A request to a lane. It carries the memory for the answer, so that the lane allocates nothing.
@@ -47,7 +47,7 @@ pub enum LaneMessage {
     /// Begin no more requests.
     Hold {
         /// Gets a word when all requests that have begun have ended.
-        quiet: Arc<QuietSignal>,
+        quiet: LaneToken,
     },
     /// Name the request that a lane that holds waits for.
     OldestBegun {
@@ -159,7 +159,7 @@ impl LaneSnapshot {
 /// Carries out a message. Returns whether the lane must end.
 pub(crate) fn attend(
     lane: &mut Lane<AnyTarget>,
-    hold: &mut Hold<Arc<QuietSignal>>,
+    hold: &mut Hold<LaneToken>,
     io: &mut impl LaneIo,
     message: LaneMessage,
 ) -> bool {

@@ -30,7 +30,7 @@ pub(crate) fn spawn_lane<T: Send + 'static>(
 pub(crate) fn prepare_lane_thread() {
     // Allocations that this thread causes in the kernel must not wait for writeback, which may
     // need this thread (`prctl(2)`, Linux 5.6).
-    if let Err(errno) = uring_ext::task::set_io_flusher() {
+    if let Err(errno) = uring_ext::task::set_io_flusher(true) {
         log::warn!("cannot set PR_SET_IO_FLUSHER for a lane: {errno}");
     }
 }

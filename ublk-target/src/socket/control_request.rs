@@ -53,11 +53,14 @@ pub struct LayersChanged {
 const ASKED: u8 = 0;
 /// The main thread carries it out.
 const BEGUN: u8 = 1;
-/// The client has given up.
+/// The client has given up before.
 const GIVEN_UP: u8 = 2;
+/// The client is gone, and the main thread carries it out.
+const UNWANTED: u8 = 3;
 
-/// The main thread's end of a request. It must not carry out a request that the client has given
-/// up, and a client cannot give up a started request. [`Reply::begin`] decides between the two.
+/// The main thread's end of a request. It must not carry out a request that the client has given up
+/// before; [`Reply::begin`] decides which was first. It may break off one that nobody
+/// [wants](Reply::is_wanted) any more.
 #[derive(Debug)]
 pub struct Reply<T> {
     sender: SyncSender<Result<T, String>>,
@@ -73,6 +76,12 @@ impl<T> Reply<T> {
         replace(&self.state, BEGUN)
     }
 
+    /// Whether the client still waits for a request that was begun.
+    #[must_use]
+    pub fn is_wanted(&self) -> bool {
+        self.state.load(Ordering::Acquire) == BEGUN
+    }
+
     /// Sends the answer.
     pub fn send(self, answer: Result<T, String>) {
         // It can only fail if the client has given up.
@@ -82,8 +91,7 @@ impl<T> Reply<T> {
     }
 }
 
-/// A request that was sent, and whose answer is not there yet. The main thread does not begin one that
-/// was dropped.
+/// A request that was sent, and whose answer is not there yet. Nobody wants one that was dropped.
 #[derive(Debug)]
 pub struct PendingRequest<T> {
     answer: Receiver<Result<T, String>>,
@@ -116,7 +124,9 @@ impl<T> PendingRequest<T> {
 
 impl<T> Drop for PendingRequest<T> {
     fn drop(&mut self) {
-        replace(&self.state, GIVEN_UP);
+        if !replace(&self.state, GIVEN_UP) {
+            self.state.store(UNWANTED, Ordering::Release);
+        }
     }
 }
 

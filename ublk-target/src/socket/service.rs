@@ -53,8 +53,6 @@ impl Default for Limits {
 
 /// The pause after a failed accept, for instance at the limit of open files.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
-/// The longest limit of a change of layers.
-const MAX_LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
 /// Clients that may wait to be accepted.
 const BACKLOG: i32 = 16;
 
@@ -278,6 +276,7 @@ impl Service {
             self.serve(index);
         }
         self.connections.retain(|connection| !connection.is_over(now));
+        self.drop_unwanted_change();
         if !self.connections.iter().any(|connection| connection.latencies.is_some()) {
             self.lanes.end_measuring();
         }
@@ -363,21 +362,20 @@ impl Service {
             )) if self.connections[index].has_gone() => {
                 return;
             }
+            Some(Ok(Command::Grow { .. } | Command::Upgrade { .. }))
+                if self.layer_change.is_some() =>
+            {
+                let refusal = self.layer_change.as_ref().map(LayerChange::refusal);
+                Answer::Error(refusal.unwrap_or_default())
+            }
             Some(Ok(Command::Grow { size })) => {
                 let size = size.map(Bytes);
                 let grown = self.control_sender.ask(|reply| ControlRequest::Grow { size, reply });
                 grown.map_or_else(Answer::Error, |size| Answer::Size(size.0))
             }
             Some(Ok(Command::ChangeLayers { edit, timeout_ms })) => {
-                let limit = Duration::from_millis(timeout_ms).min(MAX_LIMIT);
-                let present = self.layer_change.as_ref();
-                let (connection, sender) = (&mut self.connections[index], &self.control_sender);
-                match LayerChange::begin(present, connection, edit, limit, sender, &self.wake) {
-                    Ok(change) => {
-                        connection.wait();
-                        self.layer_change = Some(change);
-                        return;
-                    }
+                match self.begin_change(index, edit, Duration::from_millis(timeout_ms)) {
+                    Ok(()) => return,
                     Err(error) => Answer::Error(error),
                 }
             }
@@ -390,14 +388,6 @@ impl Service {
             }
         };
         self.connections[index].send(answer);
-    }
-
-    /// Passes on the answer to a change of layers, if it is there.
-    fn take_answer(&mut self, now: Instant) {
-        let is_over = |change: &LayerChange| change.take_answer(&mut self.connections, now);
-        if self.layer_change.as_ref().is_some_and(is_over) {
-            self.layer_change = None;
-        }
     }
 
     fn snapshot(

@@ -14,10 +14,11 @@ use ublk_engine::engine::{Recorder, Stamps};
 use ublk_engine::request::RequestKind;
 use ublk_engine::units::Qid;
 
+use crate::config::LayerEdit;
 use crate::io_thread::message::{LaneHandle, LaneMessage, LaneSnapshot};
 use crate::os::wakeups::{Hangup, Wakeups, event_descriptor};
 use crate::socket::client::{Client, ClientError};
-use crate::socket::control_request::ControlSender;
+use crate::socket::control_request::{ControlRequest, ControlSender, LayersChanged};
 use crate::socket::protocol::{Answer, Command, MAX_REQUEST_BYTES};
 use crate::socket::{Limits, StatsServer, is_deserted, socket_path};
 
@@ -132,11 +133,15 @@ impl Fixture {
     }
 
     fn with_lanes(limits: Limits, manners: &[Manner]) -> Self {
+        Self::with(limits, manners, nobody())
+    }
+
+    fn with(limits: Limits, manners: &[Manner], control_sender: ControlSender) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let lanes = (0..).zip(manners).map(|(qid, manner)| fake_lane(qid, *manner));
         let (lanes, seen): (Vec<_>, Vec<_>) = lanes.unzip();
         let path = socket_path(directory.path(), 7);
-        let server = StatsServer::start(path, 7, lanes, nobody(), limits).unwrap();
+        let server = StatsServer::start(path, 7, lanes, control_sender, limits).unwrap();
         Self { directory, server: Some(server), seen: Arc::clone(&seen[0]) }
     }
 
@@ -429,4 +434,51 @@ fn the_socket_is_its_owners_and_replaces_a_stale_one() {
     std::fs::remove_file(&path).unwrap();
     let nowhere = socket_path(&directory.path().join("missing"), 7);
     assert!(StatsServer::start(nowhere, 7, Vec::new(), nobody(), PATIENT).is_err());
+}
+
+/// One that waits for a change of layers, others that want something meanwhile, and one that goes.
+#[test]
+fn one_client_at_a_time_changes_the_layers() {
+    let wakeups = Arc::new(Wakeups::new(Hangup::Ends).unwrap());
+    let (control_sender, requests) = ControlSender::new(wakeups);
+    let fixture = Fixture::with(PATIENT, &[Manner::Answer], control_sender);
+    let change = || {
+        let edit = LayerEdit::Detach { name: "x".parse().unwrap() };
+        Command::ChangeLayers { edit, timeout_ms: 60_000 }.to_line()
+    };
+    let begun = || {
+        let request = requests.recv_timeout(MINUTE).unwrap();
+        let ControlRequest::ChangeLayers { reply, .. } = request else { panic!("{request:?}") };
+        assert!(reply.begin());
+        reply
+    };
+    let answer = |stream: &UnixStream| {
+        let mut line = String::new();
+        BufReader::new(stream).read_line(&mut line).unwrap();
+        line
+    };
+    let mut one = fixture.stream();
+    one.write_all(change().as_bytes()).unwrap();
+    let reply = begun();
+    let mut other = fixture.stream();
+    for line in [change(), Command::Grow { size: None }.to_line()] {
+        other.write_all(line.as_bytes()).unwrap();
+        let said = answer(&other);
+        let who = format!("process {} is changing the layers", std::process::id());
+        assert!(said.contains(&who), "{said}");
+    }
+    assert!(fixture.client().snapshot(false, false).is_ok(), "statistics do not wait");
+    assert!(reply.is_wanted());
+    reply.send(Ok(LayersChanged { name: None, pause: Duration::from_micros(5) }));
+    assert!(answer(&one).contains("\"pause_us\":5"));
+    // The same connection again. Then its client goes.
+    one.write_all(change().as_bytes()).unwrap();
+    let reply = begun();
+    drop(one);
+    wait_until(|| !reply.is_wanted());
+    other.write_all(change().as_bytes()).unwrap();
+    let next = begun();
+    reply.send(Err("nobody hears this".to_owned()));
+    next.send(Err("no".to_owned()));
+    assert!(answer(&other).contains("\"error\":\"no\""));
 }

@@ -5,9 +5,11 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use super::device::{Device, PROGRAM, fresh_drive, fresh_drives, text};
+use super::death::kill_server;
+use super::device::{Description, Device, PROGRAM, fresh_drive, fresh_drives, text};
 use super::fleet::{Fleet, load, section, wait_for_writes, write};
 use super::remains;
 use super::steps::{Blow, ID, Storm, verify};
@@ -162,7 +164,7 @@ fn kept(ctx: &Ctx) -> Result<Outcome> {
     ensure!(device.described.layers() == ["given"], "{:?}", device.described);
     let running = start_load(ctx, "load", device.path()?)?;
     attach(&id, &["--name", "mine"])?;
-    process::run(&["kill", "-KILL", &device.pid()?.to_string()])?;
+    kill_server(&device)?;
     process::run(&[PROGRAM, "recover", "-n", &id])?;
     ensure!(names(&id)? == ["mine", "given"], "recovered: {:?}", names(&id)?);
     detach(&id, "given")?;
@@ -235,6 +237,15 @@ fn hung(ctx: &Ctx) -> Result<Outcome> {
     })?;
     let pid = first.id();
     ensure!(second.contains(&format!("process {pid} is changing")), "{second}");
+    // What the backing is hung for does not stay held back once nobody waits: another one has its turn.
+    process::signal(first.id(), Signal::SIGKILL)?;
+    first.wait()?;
+    let again = wait_for("another change to begin", Duration::from_secs(20), || {
+        let said = start(&[&change[..], &["0.1"], &fault].concat())?.wait_with_output()?.stderr;
+        Ok(String::from_utf8(said)?.contains("within 0.1 s").then_some(()))
+    });
+    again.context("after the client had gone")?;
+    let first = start_first()?;
     process::run(&["dmsetup", "resume", "hanging"])?;
     let first = first.wait_with_output()?;
     ensure!(first.status.success(), "{}", String::from_utf8_lossy(&first.stderr));
@@ -267,13 +278,15 @@ fn killed(ctx: &Ctx) -> Result<Outcome> {
         let output = blow.run(&add)?;
         ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let running = start_load(ctx, "load", &format!("/dev/ublkb{ID}"))?;
+        let old = remains::devices()?.first().and_then(|device| device.pid);
         blow.arm()?;
         let attached = attach(ID, &[]);
         blow.ensure_fallen()?;
         ensure!(attached.is_err(), "{step}: {attached:?}");
         let device = wait_for("another server", Duration::from_secs(20), || {
             let mut devices = remains::devices()?.into_iter();
-            Ok(devices.find(|device| device.state == "LIVE" && device.pid.is_some()))
+            let is_new = |device: &Description| device.pid.is_some() && device.pid != old;
+            Ok(devices.find(|device| device.state == "LIVE" && is_new(device)))
         })?;
         ensure!(names(ID)? == expected, "{step}: {:?}", names(ID)?);
         ensure!(device.layers() == expected, "{step}: {device:?}");

@@ -17,8 +17,8 @@ pub enum LayersError {
     Bad(#[from] BadLayers),
     /// A request that had begun did not end in time.
     #[error(
-        "{request}; it did not end within {} s, so nothing has changed; try again when it has ended, or \
-         with a longer --timeout", waited.as_secs_f64()
+        "{request}; it did not end within {} s, so nothing has changed; try again when it has ended",
+        waited.as_secs_f64()
     )]
     Busy {
         /// The limit.
@@ -29,9 +29,14 @@ pub enum LayersError {
     /// The server ends.
     #[error("the server has got {0} and ends; nothing has changed")]
     Interrupted(Signal),
-    /// The device was stopped.
-    #[error("the device is stopped")]
-    Stopped,
+    /// Who wanted it is gone.
+    #[error("the client that asked for it is gone; nothing has changed")]
+    Unwanted,
+    /// A lane has ended.
+    #[error(
+        "the device is not served any more, or is about to get another server; nothing has changed"
+    )]
+    LaneEnded,
     /// The server has no more descriptors.
     #[error("the server cannot watch its lanes: {0}")]
     NoDescriptors(Errno),

@@ -22,7 +22,7 @@ use crate::control::fleet::{Fleet, FleetHooks, cpus, id_of};
 use crate::control::plan::{self, Plan};
 use crate::control::recoverable;
 use crate::control::recovery;
-use crate::control::server::Server;
+use crate::control::server::{Server, told};
 use crate::device::description::{self, Description};
 use crate::device::mark::Nonce;
 use crate::device::paths;
@@ -130,7 +130,8 @@ pub(super) fn check_apart(id: u32, below: &Below, ids: &BTreeSet<u32>) -> Result
     below.any_of(&others).map_or(Ok(()), |lower| Err(MemberError::Beside { upper: id, lower }))
 }
 
-/// Whether a device was added as the configuration says. A null device may have been resized since.
+/// Whether a device was added as the configuration says, apart from its layers. A null device may have
+/// been resized since.
 fn is_as_wanted(recorded: &DeviceConfig, wanted: &DeviceConfig) -> bool {
     let mut target = wanted.target.clone();
     target.absolute();
@@ -143,7 +144,8 @@ fn is_as_wanted(recorded: &DeviceConfig, wanted: &DeviceConfig) -> bool {
     let cpus = u16::try_from(cpus()).unwrap_or(u16::MAX);
     let is_same = recorded.queues.min(cpus) == wanted.queues.min(cpus);
     let queues = if is_same { recorded.queues } else { wanted.queues };
-    *recorded == DeviceConfig { lend, queues, target, ..wanted.clone() }
+    let layers = recorded.layers.clone();
+    *recorded == DeviceConfig { lend, queues, target, layers, ..wanted.clone() }
 }
 
 /// Whether a device has a live server.
@@ -200,6 +202,13 @@ impl Member {
                          a reload changes it when it is unused"
                     );
                     config = record.config.clone();
+                } else if record.config.layers != config.layers {
+                    let id = record.id;
+                    log::warn!(
+                        "device {id} is taken over with its old layers, which differ from the file; a \
+                         reload changes them"
+                    );
+                    config.layers.clone_from(&record.config.layers);
                 }
                 take_over(&record, fleet)?
             }
@@ -223,9 +232,17 @@ impl Member {
                     let grown = self.server.grow(&mut self.plan, size);
                     reply.send(grown.map_err(|error| error.to_string()));
                 }
+                ControlRequest::ChangeLayers { limit, reply, .. } if limit > MAX_LIMIT => {
+                    reply.send(Err(format!(
+                        "the other devices of `ublk-target serve` would have to wait, too; use a \
+                         --timeout of at most {} s",
+                        MAX_LIMIT.as_secs()
+                    )));
+                }
                 ControlRequest::ChangeLayers { edit, limit, reply } if reply.begin() => {
-                    let changed = self.server.change_layers(&mut self.plan, &edit, limit);
-                    reply.send(changed.map_err(|error| error.to_string()));
+                    let (server, plan) = (&mut self.server, &mut self.plan);
+                    let changed = server.change_layers(plan, &edit, limit, || reply.is_wanted());
+                    reply.send(told(changed));
                 }
                 ControlRequest::Grow { .. } | ControlRequest::ChangeLayers { .. } => {
                     log::warn!("the client has given up on its request; nothing is done");
@@ -240,7 +257,7 @@ impl Member {
     /// Changes the layers to those of the file, while the device is used.
     pub fn change_layers(&mut self, layers: &Layers) -> Result<(), LayersError> {
         let edit = LayerEdit::Replace { layers: layers.clone() };
-        self.server.change_layers(&mut self.plan, &edit, PATIENCE)?;
+        self.server.change_layers(&mut self.plan, &edit, PATIENCE, || true)?;
         self.config.layers.clone_from(layers);
         Ok(())
     }
@@ -317,6 +334,9 @@ impl Member {
 
 /// The time that processes may take to close a device or a backing by themselves, and requests to end.
 const PATIENCE: Duration = Duration::from_secs(5);
+
+/// The longest wait for the requests of one device. Nobody looks after the other devices meanwhile.
+const MAX_LIMIT: Duration = Duration::from_secs(10);
 
 const NO_UPGRADE: &str = "the device belongs to `ublk-target serve`, which cannot be upgraded \
                           while its devices are used: kill it with SIGKILL and start the new \
@@ -413,7 +433,7 @@ mod tests {
     use ublk_engine::units::Bytes;
 
     use super::*;
-    use crate::config::TargetConfig;
+    use crate::config::{LayerKind, TargetConfig};
 
     #[test]
     fn a_device_that_is_taken_over_is_compared_with_the_file() {
@@ -433,5 +453,10 @@ mod tests {
         for other in others {
             assert!(!is_as_wanted(&recorded, &other), "{other:?}");
         }
+        let rules = vec!["short".parse().unwrap()];
+        let layers = Layers::named([(None, LayerKind::Fault { rules, seed: 0 })]).unwrap();
+        let layered = DeviceConfig { layers, ..recorded.clone() };
+        // Layers are changed while the device is used.
+        assert!(is_as_wanted(&layered, &null(8192)) && is_as_wanted(&recorded, &layered));
     }
 }
