@@ -1,5 +1,7 @@
 //! Invariants that are checked after every step.
 
+use std::time::Duration;
+
 use bufreg::{Borrower, SlotState};
 use ublk_engine::engine::Engine;
 use ublk_engine::plan::WINDOW_OPS;
@@ -68,12 +70,19 @@ impl View<'_> {
         self.check_table(&held, kernel);
         self.check_totals(kernel);
         self.check_cancels(kernel);
+        let patience = self.engine.patience();
         if self.looked {
             self.check_deadlines(kernel, &held);
+            assert_ne!(patience, Some(Duration::ZERO), "a request whose time has come");
         }
-        let waits = self.engine.patience().is_some();
+        let waits = patience.is_some();
+        assert!(waits || !self.engine.has_throttled(), "nobody looks after those that wait");
         let in_time = kernel.setup.deadline.is_some() && operations > 0;
-        assert!(waits == in_time || backlogged, "patience with {operations} operations");
+        let throttles = self.engine.has_throttled();
+        assert!(
+            waits == in_time || throttles || backlogged,
+            "patience with {operations} operations"
+        );
     }
 
     /// The registry's slots.

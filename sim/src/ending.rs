@@ -73,6 +73,7 @@ impl World {
         kernel.tally.add(Fault::PortShort, injected.short);
         kernel.tally.add(Fault::PortAgain, injected.again);
         kernel.tally.add(Fault::PlannedShort, stats.planned_short);
+        kernel.tally.add(Fault::Throttled, stats.throttled);
     }
 
     /// Ends the run: no new requests come, the open ones end, and then the lane.

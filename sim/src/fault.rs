@@ -147,6 +147,8 @@ faults! {
     Replaced = "planner replaced", 0;
     /// A request is held back.
     HeldBack = "request held back", 0;
+    /// A request waits for the time that a throttle has given it.
+    Throttled = "request throttled", 0;
     /// The planner is replaced while requests are held back.
     ReplacedAmongHeld = "planner replaced while requests were held back", 0;
     /// Requests are released before those that had begun have ended.

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 
 use ublk_engine::lane::{Hold, Quiet};
+use ublk_engine::target::Decision;
 
 use crate::draw::Draw as _;
 use crate::fault::Fault;
@@ -24,15 +25,21 @@ impl World {
     pub(crate) fn hold(&mut self) {
         self.kernel.borrow_mut().trace.note(|| "hold".to_owned());
         self.lane.engine_mut().hold();
+        self.note_held();
     }
 
-    /// Records that the lane has handled a delivery: the request has begun, or is held back.
-    pub(crate) fn note_delivery(&mut self, tag: u16) {
+    /// Records which requests the lane has held back since the last call: those that were delivered,
+    /// and those that it has taken back.
+    pub(crate) fn note_held(&mut self) {
         let mut kernel = self.kernel.borrow_mut();
-        kernel.tags[usize::from(tag)].held = true;
-        self.held.push_back(tag);
-        kernel.tally.note(Fault::HeldBack);
-        kernel.trace.note(|| format!("tag {tag} is held back"));
+        for tag in self.lane.engine().held_back_tags().skip(self.held.len()) {
+            let model = &mut kernel.tags[tag.index()];
+            model.held = true;
+            model.faults_met.decision = Decision::default();
+            self.held.push_back(tag.0);
+            kernel.tally.note(Fault::HeldBack);
+            kernel.trace.note(|| format!("tag {} is held back", tag.0));
+        }
     }
 
     /// Adds or removes layers. Possible only while no request has begun that has not ended.
@@ -42,9 +49,9 @@ impl World {
         let (present, holdings) = (engine.planner().clone(), engine.holdings());
         let is_quiet = holdings.requests == self.held.len();
         assert_eq!(engine.is_quiet(), is_quiet, "{holdings:?}, {} held", self.held.len());
-        let other = if present.faults().is_empty() {
+        let other = if !present.has_layers() {
             let (hostile, block) = (kernel.setup.hostile, kernel.setup.geometry.block);
-            layout::with_faults(&mut kernel.rng, hostile, block, present)
+            layout::with_layers(&mut kernel.rng, hostile, block, present)
         } else {
             present.core().clone()
         };

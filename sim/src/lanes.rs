@@ -245,6 +245,7 @@ impl Member {
                 let now = world.kernel.borrow().now;
                 world.set_time(now);
                 self.hold.begin(&mut world.lane, signal);
+                world.note_held();
             }
             Message::Release(changes) => {
                 if changes {

@@ -1,12 +1,15 @@
 //! Draws the planner of a seed and the sizes of its backings.
 
+use std::num::NonZeroU64;
+
 use rand_xoshiro::SplitMix64;
 use rand_xoshiro::rand_core::Rng as _;
 use ublk_engine::plan::BackingIndex;
 use ublk_engine::target::{
-    BaseTarget, FaultLayer, Layered, LinearTarget, LoopTarget, MIN_CHUNK, NullTarget, StripeTarget,
-    TransferLimit,
+    AnyLayer, BaseTarget, FaultLayer, Layered, LinearTarget, LoopTarget, MIN_CHUNK, NullTarget,
+    Rate, Rates, StripeTarget, ThrottleLayer, TransferLimit,
 };
+use ublk_engine::units::Nanos;
 
 use crate::SECTOR;
 use crate::cow::Cow;
@@ -22,7 +25,7 @@ const PAGE: u64 = 4096;
 pub fn draw(rng: &mut SplitMix64, hostile: bool, block: u32) -> (Mapping, u64, Vec<u64>) {
     let (mut mapping, size, backings) = sound(rng, hostile);
     if rng.chance(300) {
-        mapping = with_faults(rng, hostile, block, mapping);
+        mapping = with_layers(rng, hostile, block, mapping);
     }
     (mapping, size, backings)
 }
@@ -41,18 +44,34 @@ const RULES: [&str; 8] = [
 ];
 const GENTLE: usize = 4;
 
-/// Puts one to three layers before a planner.
-pub fn with_faults(rng: &mut SplitMix64, hostile: bool, block: u32, base: Mapping) -> Mapping {
+/// Puts one to three layers of faults before a planner, or a throttle, or both.
+pub fn with_layers(rng: &mut SplitMix64, hostile: bool, block: u32, base: Mapping) -> Mapping {
     let all = if hostile { &RULES[..] } else { &RULES[..GENTLE] };
     let layer = |rng: &mut SplitMix64| {
         let rules = (0..1 + rng.below(3)).map(|_| rng.pick(all).parse());
         let rules = rules.map(|rule| rule.unwrap_or_else(|error| panic!("{error}")));
         let rules: Vec<_> = rules.collect();
-        FaultLayer::new(rules, rng.next_u64(), block)
+        AnyLayer::Fault(FaultLayer::new(rules, rng.next_u64(), block))
     };
-    let count = if rng.chance(300) { 2 + rng.below(2) } else { 1 };
-    let layers: Vec<_> = (0..count).map(|_| layer(rng)).collect();
+    let has_throttle = rng.chance(400);
+    let count = match (has_throttle, rng.below(10)) {
+        (true, 0..4) => 0,
+        (_, 7..) => 2 + rng.below(2),
+        (_, _) => 1,
+    };
+    let mut layers: Vec<_> = (0..count).map(|_| layer(rng)).collect();
+    layers.extend(has_throttle.then(|| throttle(rng)));
     Mapping::Layered(Box::new(Layered::new(layers, base)))
+}
+
+/// A throttle that lets a few requests pass in a run of a request, so that the others wait.
+fn throttle(rng: &mut SplitMix64) -> AnyLayer {
+    let iops = [None, NonZeroU64::new(20_000), NonZeroU64::new(200_000)];
+    let bps = [None, NonZeroU64::new(100 << 20), NonZeroU64::new(2 << 30)];
+    let mut rate = || Rate { iops: rng.pick(&iops), bps: rng.pick(&bps) };
+    let (read, write) = (rate(), rate());
+    let burst = Nanos(rng.pick(&[0, 0, 20_000, 500_000]));
+    AnyLayer::Throttle(ThrottleLayer::new(Rates { read, write, burst }))
 }
 
 fn sound(rng: &mut SplitMix64, hostile: bool) -> (Mapping, u64, Vec<u64>) {

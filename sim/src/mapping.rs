@@ -5,7 +5,7 @@ use ublk_engine::plan::{
     BackingIndex, BackingPosition, Op, OpKind, Plan, Planner, Verdict, WINDOW_OPS,
 };
 use ublk_engine::request::{Request, RequestKind};
-use ublk_engine::target::{AnyTarget, BaseTarget, FaultLayer, Layered, TransferLimit};
+use ublk_engine::target::{AnyLayer, AnyTarget, BaseTarget, FaultLayer, Layered, TransferLimit};
 use uring_ext::Errno;
 
 use crate::SECTOR;
@@ -23,8 +23,8 @@ pub enum Mapping {
     Mirror(Mirror),
     /// A device with a snapshot.
     Cow(Cow),
-    /// Another planner with fault layers.
-    Layered(Box<Layered<FaultLayer, Mapping>>),
+    /// Another planner with layers. A throttle is the innermost.
+    Layered(Box<Layered<AnyLayer, Mapping>>),
 }
 
 /// A layout over several backings.
@@ -73,11 +73,22 @@ impl Mapping {
 
     /// The fault layers, the outermost first.
     #[must_use]
-    pub fn faults(&self) -> &[FaultLayer] {
-        match self {
+    pub fn faults(&self) -> Vec<FaultLayer> {
+        let layers = match self {
             Self::Layered(layered) => layered.layers(),
             Self::Target(_) | Self::Stripe(_) | Self::Mirror(_) | Self::Cow(_) => &[],
-        }
+        };
+        let fault = |layer: &AnyLayer| match layer {
+            AnyLayer::Fault(fault) => Some(fault.clone()),
+            AnyLayer::Throttle(_) => None,
+        };
+        layers.iter().filter_map(fault).collect()
+    }
+
+    /// Whether there are layers.
+    #[must_use]
+    pub const fn has_layers(&self) -> bool {
+        matches!(self, Self::Layered(_))
     }
 
     /// The planner below the layers, or this one.
@@ -171,6 +182,13 @@ impl Planner for Mapping {
             Self::Stripe(_) | Self::Cow(_) => Verdict::Fail,
             Self::Mirror(mirror) => mirror.failed(request, op, errno),
             Self::Layered(layered) => layered.failed(request, op, errno),
+        }
+    }
+
+    fn withdrawn(&self, request: &Request, from: u64) {
+        match self {
+            Self::Layered(layered) => layered.withdrawn(request, from),
+            Self::Target(_) | Self::Stripe(_) | Self::Mirror(_) | Self::Cow(_) => {}
         }
     }
 

@@ -310,6 +310,7 @@ impl World {
         self.set_time(now);
         self.kernel.borrow_mut().presume_cancelled(false);
         self.lane.before_submit(&mut self.io);
+        self.note_held();
     }
 
     /// Makes the lane handle a completion, not always the oldest.
@@ -327,7 +328,7 @@ impl World {
         kernel.trace.note(|| format!("handle {cqe:x?}"));
         kernel.trace.mix(cqe.user_data);
         let incarnation = kernel.incarnation;
-        let (is_holding, held) = (self.lane.engine().is_holding(), self.lane.engine().held_back());
+        let is_holding = self.lane.engine().is_holding();
         if let Some(Event::Fetched(key)) = Event::decode(cqe.user_data, incarnation) {
             let now = kernel.now;
             let model = &mut kernel.tags[key.tag.index()];
@@ -346,11 +347,7 @@ impl World {
         drop(kernel);
         self.set_time(now);
         self.lane.handle(cqe, &mut self.io);
-        if self.lane.engine().held_back() > held {
-            let event = Event::decode(cqe.user_data, incarnation);
-            let Some(Event::Fetched(key)) = event else { panic!("{event:?} is held back") };
-            self.note_delivery(key.tag.0);
-        }
+        self.note_held();
         if self.is_counted(cqe) {
             self.past.note(cqe);
         }

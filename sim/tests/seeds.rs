@@ -57,6 +57,7 @@ fn a_sound_kernel_sees_no_error() {
         Fault::PlannedShort,
         Fault::Replaced,
         Fault::HeldBack,
+        Fault::Throttled,
         Fault::ReplacedAmongHeld,
         Fault::HoldGivenUp,
         Fault::SpareTaken,

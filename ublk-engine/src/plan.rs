@@ -141,6 +141,7 @@ pub struct Plan {
     has_directives: bool,
     next: Option<u64>,
     directives: Directives,
+    now: u64,
 }
 
 /// Directives of a planner in addition to a window's operations. Most windows have none.
@@ -150,8 +151,10 @@ pub(crate) struct Directives {
     pub delay_ns: u64,
     /// The maximum length with which reads and writes are first issued, in bytes.
     pub at_first: Option<u64>,
-    /// The request is deferred, and this is the cursor for planning it again.
+    /// The request waits, and this is the cursor for planning it again.
     pub wait_at: Option<u64>,
+    /// When it is planned again. Without it: when another request has settled.
+    pub until: Option<u64>,
     /// The request fails with this error after the delay.
     pub failure: Option<Errno>,
     /// The delay is over.
@@ -237,7 +240,45 @@ impl Plan {
         self.has_directives = true;
     }
 
-    /// The cursor for planning again, if the request is deferred.
+    /// Makes the request wait until `ns` nanoseconds of the clock of [`Plan::now_ns`]. The planner
+    /// then plans it again from `cursor` on, which must be greater than that of this window. Allowed
+    /// only in the first window. Operations of the window are not issued.
+    ///
+    /// The planner has not accepted the request yet. If the planner is to be replaced meanwhile, the
+    /// wait ends with [`Planner::withdrawn`].
+    pub fn wait_until(&mut self, ns: u64, cursor: u64) {
+        self.directives.until = Some(ns);
+        self.wait_at(cursor);
+    }
+
+    /// When the request is planned again, if it waits for a time, in nanoseconds.
+    #[must_use]
+    pub const fn waits_until(&self) -> Option<u64> {
+        self.directives.until
+    }
+
+    /// The time at which the window is planned, in nanoseconds of a monotonic clock.
+    #[must_use]
+    pub const fn now_ns(&self) -> u64 {
+        self.now
+    }
+
+    /// Sets the time at which the window is planned.
+    pub fn set_now(&mut self, now: u64) {
+        self.now = now;
+    }
+
+    /// Adds 1 to the cursors of the window, for the planner around the one that has planned it.
+    pub fn advance_cursors(&mut self) {
+        if let Some(next) = &mut self.next {
+            *next += 1;
+        }
+        if let Some(cursor) = &mut self.directives.wait_at {
+            *cursor += 1;
+        }
+    }
+
+    /// The cursor for planning again, if the request waits.
     #[must_use]
     pub const fn waits_at(&self) -> Option<u64> {
         self.directives.wait_at
@@ -258,7 +299,7 @@ impl Plan {
         self.directives = Directives::default();
     }
 
-    /// Whether the request is neither deferred nor fails.
+    /// Whether the request neither waits nor fails.
     pub(crate) const fn is_accepting(&self) -> bool {
         !self.has_directives
             || self.directives.wait_at.is_none() && self.directives.failure.is_none()
@@ -334,8 +375,8 @@ pub enum Verdict {
 
 /// The mapping policy of a device.
 ///
-/// A planner does no I/O and reads no clock. Its state changes only in calls of these functions.
-/// Each queue has its own planner, which one thread calls.
+/// A planner does no I/O and reads no clock: a plan has [the time](Plan::now_ns). Its state changes
+/// only in calls of these functions. Each queue has its own planner, which one thread calls.
 pub trait Planner {
     /// Plans the window of `request` that begins at the cursor `from`: 0 for the first window,
     /// later the value that the previous window passed to [`Plan::continue_at`], after all its
@@ -368,8 +409,15 @@ pub trait Planner {
         Verdict::Fail
     }
 
+    /// A request that [waits for a time](Plan::wait_until) has been taken back before its time. `from`
+    /// is the cursor that it would have been planned from. It will be planned anew from 0 on, maybe by
+    /// another planner.
+    #[inline]
+    fn withdrawn(&self, _request: &Request, _from: u64) {}
+
     /// A request is about to be answered. Called exactly once for each request that was accepted:
-    /// its first window was planned without an error and without [`Plan::wait_at`].
+    /// its first window was planned without an error and without [`Plan::wait_at`] or
+    /// [`Plan::wait_until`].
     #[inline]
     fn settled(&self, _request: &Request, _result: Result<(), Errno>) {}
 }

@@ -103,6 +103,48 @@ impl std::str::FromStr for Bytes {
     }
 }
 
+/// A time in nanoseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Nanos(pub u64);
+
+/// The longest time that is read: an hour.
+const MAX_NS: f64 = 3600e9;
+const NS_UNITS: [(&str, u64); 4] =
+    [("s", 1_000_000_000), ("ms", 1_000_000), ("us", 1000), ("ns", 1)];
+
+/// A text is not a time.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is no time; give a number with ns, us, ms or s, at most 3600s")]
+pub struct NotATime(String);
+
+impl std::str::FromStr for Nanos {
+    type Err = NotATime;
+
+    fn from_str(text: &str) -> Result<Self, NotATime> {
+        let number = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+        let unit = NS_UNITS.iter().find(|(name, _)| *name == &text[number.len()..]);
+        #[allow(clippy::cast_precision_loss, reason = "the units are small")]
+        let ns = number.parse::<f64>().ok().zip(unit).map(|(it, (_, unit))| it * *unit as f64);
+        let ns = ns.map(f64::round).filter(|ns| (0.0..=MAX_NS).contains(ns));
+        #[allow(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "it is whole and in range"
+        )]
+        ns.map(|ns| Self(ns as u64)).ok_or_else(|| NotATime(text.to_owned()))
+    }
+}
+
+/// In the largest unit of which it is a multiple.
+impl fmt::Display for Nanos {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let unit = NS_UNITS.iter().find(|(_, unit)| self.0 % unit == 0);
+        let (name, unit) = unit.copied().unwrap_or(("ns", 1));
+        write!(f, "{}{name}", self.0 / unit)
+    }
+}
+
 /// Parses a number, with or without a decimal point, of units of `unit` bytes. Rounds down to
 /// bytes.
 fn bytes_of(number: &str, unit: u64) -> Option<u64> {
@@ -130,6 +172,26 @@ mod tests {
     fn sectors_are_512_bytes() {
         assert_eq!(Bytes::from(Sectors(8)), Bytes(4096));
         assert_eq!(Bytes(4097).sectors(), Sectors(8));
+    }
+
+    #[test]
+    fn times_are_read_and_printed() {
+        let table = [
+            ("0s", 0, "0s"),
+            ("100ms", 100_000_000, "100ms"),
+            ("1.5s", 1_500_000_000, "1500ms"),
+            ("2000us", 2_000_000, "2ms"),
+            ("0.4us", 400, "400ns"),
+            ("3600s", 3_600_000_000_000, "3600s"),
+        ];
+        for (text, ns, printed) in table {
+            assert_eq!(text.parse(), Ok(Nanos(ns)), "{text}");
+            assert_eq!(Nanos(ns).to_string(), printed);
+        }
+        for bad in ["", "s", "1", "-1s", "1 s", "3601s", "infs", "NaNs", "1m", "1S"] {
+            let refused = bad.parse::<Nanos>().unwrap_err().to_string();
+            assert!(refused.contains("is no time"), "{bad}: {refused}");
+        }
     }
 
     #[test]

@@ -24,7 +24,7 @@ use uring_ext::pool::BufferPool;
 use uring_ext::ring::Cqe;
 use uring_ext::{Errno, sys};
 
-use memory::{Entry, Kind, Memory, Sectors, Turns, faults};
+use memory::{Entry, Kind, Memory, Sectors, Turns, faults, throttle};
 
 thread_local! {
     static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
@@ -277,6 +277,7 @@ fn serving_requests_allocates_nothing() {
             play(NullTarget, lend, slots),
             play(Sectors, lend, slots),
             play(faults(), lend, slots),
+            play(throttle(), lend, slots),
             play(Turns::default(), lend, SlotTable { scratch: DEPTH, ..slots }),
         ];
         // The run did include retries, short transfers, errors and deadlines.
@@ -287,6 +288,7 @@ fn serving_requests_allocates_nothing() {
             assert!(stats.stale > 0 && stats.held_back > 0, "{lend}: {stats}");
         }
         let sum = |count: fn(&EngineStats) -> u64| all.iter().map(count).sum::<u64>();
+        assert!(sum(|stats| stats.throttled) > 0, "{lend}");
         assert!(sum(|stats| stats.delays) > 0 && sum(|stats| stats.planned_short) > 0, "{lend}");
         assert!(sum(|stats| stats.planned_errors) > 0 && sum(|stats| stats.deferred) > 0, "{lend}");
         assert!(sum(|stats| stats.substituted) > 0 && sum(|stats| stats.ignored) > 0, "{lend}");

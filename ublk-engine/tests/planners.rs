@@ -19,6 +19,8 @@ use uring_ext::{Errno, sys};
 
 #[path = "planners/hold.rs"]
 mod hold;
+#[path = "planners/throttle.rs"]
+mod throttle;
 
 const DEPTH: u16 = 4;
 const EIO: i32 = -5;
@@ -35,6 +37,7 @@ struct RecordingPlanner {
     asked: RefCell<Vec<(u64, u64)>>,
     failed: RefCell<Vec<(u16, Errno)>>,
     settled: RefCell<Vec<(u64, Result<(), Errno>)>>,
+    withdrawn: RefCell<Vec<(u64, u64)>>,
     /// Set by the test, reset when a request settles.
     busy: Rc<Cell<bool>>,
 }
@@ -49,6 +52,7 @@ impl RecordingPlanner {
             asked: RefCell::default(),
             failed: RefCell::default(),
             settled: RefCell::default(),
+            withdrawn: RefCell::default(),
             busy: Rc::default(),
         }
     }
@@ -73,6 +77,10 @@ impl Planner for RecordingPlanner {
     fn failed(&self, _request: &Request, op: &Op, errno: Errno) -> Verdict {
         self.failed.borrow_mut().push((op.backing.0, errno));
         self.verdict.get()
+    }
+
+    fn withdrawn(&self, request: &Request, from: u64) {
+        self.withdrawn.borrow_mut().push((request.offset, from));
     }
 
     fn settled(&self, request: &Request, result: Result<(), Errno>) {

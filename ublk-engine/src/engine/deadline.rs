@@ -8,12 +8,15 @@ use super::{Engine, Port, deadline_of};
 use crate::plan::{Buffer, Planner};
 
 impl<P: Planner> Engine<P> {
-    /// How long to wait for completions before the next [`Engine::check_deadlines`]. `None` for no
-    /// limit.
+    /// How long to wait for completions before the next [`Engine::check_deadlines`] and
+    /// [`Engine::begin_throttled`]. `None` for no limit.
     pub fn patience(&self) -> Option<Duration> {
-        let limit = self.config.deadline.filter(|_| !self.inflight.is_empty())?;
+        let limit = self.config.deadline.filter(|_| !self.inflight.is_empty());
         // Often enough to be at most a quarter late.
-        Some(Duration::from_nanos(limit / 4).max(Duration::from_millis(1)))
+        let limit =
+            limit.map(|limit| Duration::from_nanos(limit / 4).max(Duration::from_millis(1)));
+        let throttled = self.until_next_throttled().map(Duration::from_nanos);
+        limit.into_iter().chain(throttled).min()
     }
 
     /// Cancels operations past their deadline. An operation that has neither completed nor been

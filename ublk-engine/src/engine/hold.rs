@@ -1,7 +1,8 @@
 //! Holding requests back, so that the planner can be replaced while the device is used.
 //!
-//! While an engine holds, it keeps new requests and begins none of them. Requests that it has begun
-//! go on to their end, with all their windows, retries and waits. When the last one has been
+//! While an engine holds, it keeps new requests and begins none of them. It takes back those that wait
+//! for their time. Requests that it has begun go on to their end, with all their windows, retries and
+//! waits for others. When the last one has been
 //! answered, the engine is *quiet*: its planner has no request, and no operation is in flight. Then
 //! [`Engine::exchange_planner`] can be called. After [`Engine::release`], the held requests begin in
 //! the order of their delivery.
@@ -32,6 +33,7 @@ impl<P: Planner> Engine<P> {
         self.leave_all_fast_paths();
         self.is_holding = true;
         self.choose_path();
+        self.withdraw_throttled();
     }
 
     /// Whether requests are held back.
@@ -58,6 +60,11 @@ impl<P: Planner> Engine<P> {
     /// How many requests are held back.
     pub fn held_back(&self) -> usize {
         self.held_back.len()
+    }
+
+    /// The tags whose requests are held back, in the order in which they will begin.
+    pub fn held_back_tags(&self) -> impl Iterator<Item = Tag> + '_ {
+        self.held_back.iter().copied()
     }
 
     /// The request that was delivered first of those that have begun and not ended. Scans every

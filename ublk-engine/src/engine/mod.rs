@@ -17,6 +17,8 @@
 //!   holds nothing but the buffer that the driver has delivered, and there is always a request that
 //!   it waits for.
 //! * While it holds, no new request begins, and every request that has begun goes on to its end.
+//! * A request that waits for a time holds nothing else that others need, and the planner has not
+//!   accepted it.
 //! * Retries are bounded. A stale completion changes nothing and is counted.
 //! * A descriptor with an unknown operation, or that does not fit the device, is refused and
 //!   counted.
@@ -38,6 +40,7 @@ mod planning;
 mod scratch;
 mod stats;
 mod tag;
+mod throttle;
 
 pub use answer::Answer;
 pub use config::{EngineConfig, QueueIdentity, SlotChoice, SlotTable};
@@ -60,6 +63,7 @@ use crate::units::Tag;
 use inflight::{Cancel, InFlight, InFlightTable, Progress};
 pub use planning::MAX_SUBSTITUTES;
 use tag::{Phase, TagState};
+use throttle::Throttled;
 
 /// How often an operation or a registration is retried after `EAGAIN`, `EINTR` or `ENOMEM` without
 /// progress.
@@ -131,6 +135,8 @@ pub struct Engine<P> {
     held_back: VecDeque<Tag>,
     /// New requests are held back.
     is_holding: bool,
+    /// Requests that wait for their time.
+    throttled: Throttled,
     /// A request has settled, and the planner has not been asked about `deferred` since.
     settled: bool,
     /// Tags with no further deliveries.
@@ -156,6 +162,7 @@ impl<P: Planner> Engine<P> {
             deferred: VecDeque::with_capacity(depth),
             held_back: VecDeque::with_capacity(depth),
             is_holding: false,
+            throttled: Throttled::with_capacity(depth),
             settled: false,
             ended: 0,
             now: 0,
@@ -199,6 +206,8 @@ impl<P: Planner> Engine<P> {
             self.stats.unexpected += 1;
             return;
         }
+        // Before a request that came later.
+        self.begin_throttled(port);
         self.settle_quarantine(tag);
         let request = match Request::decode(iod, &self.config.geometry) {
             Ok(request) => request,

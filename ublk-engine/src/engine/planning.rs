@@ -1,4 +1,4 @@
-//! The interaction of engine and planner: windows, delays, deferrals, verdicts.
+//! The interaction of engine and planner: windows, delays, waits, verdicts.
 
 use uring_ext::Errno;
 
@@ -47,6 +47,10 @@ fn check_directives(
     }
     // A waiting request must not hold what others wait for.
     if plan.waits_at().is_some_and(|at| !is_first || at < run.cursor) {
+        return Err(Errno::EIO);
+    }
+    // One that waits for times for ever would never begin.
+    if plan.waits_until().is_some() && plan.waits_at() == Some(run.cursor) {
         return Err(Errno::EIO);
     }
     check_progress(run, plan)?;
@@ -104,9 +108,9 @@ impl<P: Planner> Engine<P> {
         self.lend(tag, port);
     }
 
-    /// As [`Engine::begin`], for a deferred request.
+    /// As [`Engine::begin`], for a request that has waited.
     #[cold]
-    fn begin_again(&mut self, tag: Tag, port: &mut impl Port) {
+    pub(super) fn begin_again(&mut self, tag: Tag, port: &mut impl Port) {
         self.begin(tag, port);
     }
 
@@ -114,6 +118,7 @@ impl<P: Planner> Engine<P> {
     #[inline]
     pub(super) fn plan_next(&mut self, tag: Tag) {
         let TagState { run, plan, .. } = &mut self.tags[tag.index()];
+        plan.set_now(self.now);
         let planned = self.planner.plan(run.request(), run.cursor, plan);
         let checked = if plan.has_directives() {
             check_directives(planned, self.config.geometry.block, run, plan)
@@ -137,7 +142,7 @@ impl<P: Planner> Engine<P> {
             directives.delayed = true;
             return self.delay(tag, delay_ns, port);
         }
-        let Directives { failure, wait_at, delayed, .. } = *directives;
+        let Directives { failure, wait_at, until, delayed, .. } = *directives;
         plan.clear_directives();
         if let Some(errno) = failure {
             self.stats.planned_errors += 1;
@@ -145,6 +150,9 @@ impl<P: Planner> Engine<P> {
         }
         let Some(cursor) = wait_at else { return };
         run.cursor = cursor;
+        if let Some(until) = until {
+            return self.throttle(tag, until, port);
+        }
         if delayed {
             // The request that it waits for may have settled meanwhile.
             return self.begin_again(tag, port);

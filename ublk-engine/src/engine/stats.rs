@@ -37,6 +37,8 @@ pub struct EngineStats {
     pub deferred: u64,
     /// Requests held back while the layers of the device were changed.
     pub held_back: u64,
+    /// Requests held until their time, because more came than the throttle of the device lets pass.
+    pub throttled: u64,
     /// Failed operations that were issued elsewhere.
     pub substituted: u64,
     /// Failed operations that the planner ignored.
@@ -74,7 +76,7 @@ impl EngineStats {
 
     /// The counters with their names, except those by kind, in display order.
     #[must_use]
-    pub fn named(&self) -> [(&'static str, u64); 25] {
+    pub fn named(&self) -> [(&'static str, u64); 26] {
         [
             ("commits", self.commits),
             ("failed", self.failed),
@@ -88,6 +90,7 @@ impl EngineStats {
             ("delays", self.delays),
             ("deferred", self.deferred),
             ("held_back", self.held_back),
+            ("throttled", self.throttled),
             ("substituted", self.substituted),
             ("ignored", self.ignored),
             ("need_reg_buf", self.need_reg_buf),

@@ -16,6 +16,8 @@ pub(super) enum Phase {
     WithDriver,
     /// The request was delivered while the engine holds, and has not begun.
     HeldBack,
+    /// The request waits for its time, and holds nothing but a buffer that the driver has delivered.
+    Throttled,
     /// The request waits for a buffer of the pool, and holds nothing.
     Waiting,
     /// The request waits until another one has settled, and holds nothing but a buffer that the
@@ -81,6 +83,7 @@ impl TagState {
         match self.phase {
             Phase::WithDriver | Phase::Ended => false,
             Phase::HeldBack
+            | Phase::Throttled
             | Phase::Waiting
             | Phase::Deferred
             | Phase::Registering

@@ -212,13 +212,14 @@ impl<P: Planner> Lane<P> {
         }
     }
 
-    /// Call this before each submission. It pushes the entries that had no room, and checks
-    /// deadlines.
+    /// Call this before each submission. It begins the requests whose time has come, pushes the
+    /// entries that had no room, and checks deadlines.
     pub fn before_submit(&mut self, io: &mut impl LaneIo) {
         let mut port = RingPort { state: &mut self.port, io };
         if self.engine.config().deadline.is_some() {
             self.engine.check_deadlines(&mut port);
         }
+        self.engine.begin_throttled(&mut port);
         port.drain_backlog();
     }
 
@@ -238,10 +239,10 @@ impl<P: Planner> Lane<P> {
     }
 
     /// Whether the lane must be handled before the next submission, apart from deadlines: the rings
-    /// had no room or do not work, or the driver has cancelled fetches.
+    /// had no room or do not work, the driver has cancelled fetches, or requests wait for their time.
     #[inline(always)]
     pub fn needs_attention(&self) -> bool {
-        self.port.is_held_up || self.engine.has_ended_tags()
+        self.port.is_held_up || self.engine.has_ended_tags() || self.engine.has_throttled()
     }
 
     /// How often the rings had no room for an entry.
@@ -252,6 +253,11 @@ impl<P: Planner> Lane<P> {
     /// Begins the requests that were held back, with the new planner of the engine if it has one.
     pub fn release(&mut self, io: &mut impl LaneIo) {
         self.engine.release(&mut RingPort { state: &mut self.port, io });
+    }
+
+    /// Begins the requests that wait for their time, and lets no request wait for one from now on.
+    pub fn stop_throttling(&mut self, io: &mut impl LaneIo) {
+        self.engine.stop_throttling(&mut RingPort { state: &mut self.port, io });
     }
 
     /// Cancels all operations in flight.

@@ -2,7 +2,9 @@
 
 use uring_ext::Errno;
 
-use super::{FaultLayer, Layer, Layered, LinearTarget, LoopTarget, NullTarget, StripeTarget};
+use super::{
+    FaultLayer, Layer, Layered, LinearTarget, LoopTarget, NullTarget, StripeTarget, ThrottleLayer,
+};
 use crate::plan::{BackingPosition, Op, Plan, Planner, Verdict};
 use crate::request::Request;
 use crate::units::Qid;
@@ -25,6 +27,8 @@ pub enum BaseTarget {
 pub enum AnyLayer {
     /// See [`FaultLayer`].
     Fault(FaultLayer),
+    /// See [`ThrottleLayer`].
+    Throttle(ThrottleLayer),
 }
 
 /// Any target with any layers.
@@ -106,6 +110,9 @@ impl Planner for BaseTarget {
         }
     }
 
+    // No target makes a request wait for a time.
+    fn withdrawn(&self, _request: &Request, _from: u64) {}
+
     #[inline]
     fn settled(&self, request: &Request, result: Result<(), Errno>) {
         match self {
@@ -128,30 +135,42 @@ impl Layer for AnyLayer {
     ) -> Result<(), Errno> {
         match self {
             Self::Fault(layer) => layer.plan(below, request, from, plan),
+            Self::Throttle(layer) => layer.plan(below, request, from, plan),
         }
     }
 
     fn single(&self, below: &impl Planner, request: &Request) -> Option<BackingPosition> {
         match self {
             Self::Fault(layer) => layer.single(below, request),
+            Self::Throttle(layer) => layer.single(below, request),
         }
     }
 
     fn scratch_bytes(&self, below: &impl Planner) -> u32 {
         match self {
             Self::Fault(layer) => layer.scratch_bytes(below),
+            Self::Throttle(layer) => layer.scratch_bytes(below),
         }
     }
 
     fn failed(&self, below: &impl Planner, request: &Request, op: &Op, errno: Errno) -> Verdict {
         match self {
             Self::Fault(layer) => layer.failed(below, request, op, errno),
+            Self::Throttle(layer) => layer.failed(below, request, op, errno),
+        }
+    }
+
+    fn withdrawn(&self, below: &impl Planner, request: &Request, from: u64) {
+        match self {
+            Self::Fault(layer) => layer.withdrawn(below, request, from),
+            Self::Throttle(layer) => layer.withdrawn(below, request, from),
         }
     }
 
     fn settled(&self, below: &impl Planner, request: &Request, result: Result<(), Errno>) {
         match self {
             Self::Fault(layer) => layer.settled(below, request, result),
+            Self::Throttle(layer) => layer.settled(below, request, result),
         }
     }
 }
@@ -203,7 +222,10 @@ impl AnyTarget {
                 (AnyLayer::Fault(layer), Some(AnyLayer::Fault(before))) => {
                     layer.continue_from(before);
                 }
-                (AnyLayer::Fault(_), None) => {}
+                (AnyLayer::Throttle(layer), Some(AnyLayer::Throttle(before))) => {
+                    layer.continue_from(before);
+                }
+                (AnyLayer::Fault(_) | AnyLayer::Throttle(_), _) => {}
             }
         }
     }
@@ -227,6 +249,8 @@ impl AnyTarget {
                     fault.begin_stream(stream);
                     stream += 1 << 32;
                 }
+                // All queues share its schedules.
+                AnyLayer::Throttle(_) => {}
             }
         }
         target
@@ -278,6 +302,13 @@ impl Planner for AnyTarget {
         match &self.0 {
             Shape::Bare(base) => base.failed(request, op, errno),
             Shape::Layered(layered) => layered.failed(request, op, errno),
+        }
+    }
+
+    fn withdrawn(&self, request: &Request, from: u64) {
+        match &self.0 {
+            Shape::Bare(base) => base.withdrawn(request, from),
+            Shape::Layered(layered) => layered.withdrawn(request, from),
         }
     }
 

@@ -7,10 +7,7 @@ use serde::{Deserialize, Serialize};
 use uring_ext::Errno;
 
 use crate::request::{Request, RequestKind};
-use crate::units::Bytes;
-
-/// The longest delay, in nanoseconds: an hour.
-const MAX_DELAY_NS: f64 = 3600e9;
+use crate::units::{Bytes, Nanos};
 
 /// A rule: the requests that it matches, how often it applies, and its effect.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -269,22 +266,8 @@ fn count(text: &str) -> Result<u64, BadRule> {
 }
 
 fn delay_ns(text: &str) -> Result<u64, BadRule> {
-    let number = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let unit = match &text[number.len()..] {
-        "ns" => Some(1.0),
-        "us" => Some(1e3),
-        "ms" => Some(1e6),
-        "s" => Some(1e9),
-        _ => None,
-    };
-    let ns = number.parse::<f64>().ok().zip(unit).map(|(number, unit)| (number * unit).round());
-    let ns = ns.filter(|ns| *ns >= 1.0 && *ns <= MAX_DELAY_NS);
-    #[allow(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "it is whole and in range"
-    )]
-    ns.map(|ns| ns as u64).ok_or_else(|| BadRule::Delay(text.to_owned()))
+    let ns = text.parse::<Nanos>().ok().filter(|ns| *ns > Nanos(0));
+    ns.map(|ns| ns.0).ok_or_else(|| BadRule::Delay(text.to_owned()))
 }
 
 fn errno(name: &str) -> Result<Errno, BadRule> {

@@ -51,6 +51,13 @@ pub trait Layer {
         below.failed(request, op, errno)
     }
 
+    /// A request that waited for a time has been taken back; see [`Planner::withdrawn`]. A layer that
+    /// does not plan with [`plan_below`] must convert the cursor itself.
+    #[inline]
+    fn withdrawn(&self, below: &impl Planner, request: &Request, from: u64) {
+        below.withdrawn(request, from.saturating_sub(1));
+    }
+
     /// A request is about to be answered; see [`Planner::settled`].
     #[inline]
     fn settled(&self, below: &impl Planner, request: &Request, result: Result<(), Errno>) {
@@ -70,12 +77,7 @@ pub fn plan_below(
     plan: &mut Plan,
 ) -> Result<(), Errno> {
     below.plan(request, from.saturating_sub(1), plan)?;
-    if let Some(next) = plan.next() {
-        plan.continue_at(next + 1);
-    }
-    if let Some(cursor) = plan.waits_at() {
-        plan.wait_at(cursor + 1);
-    }
+    plan.advance_cursors();
     Ok(())
 }
 
@@ -133,6 +135,10 @@ impl<L: Layer, B: Planner> Planner for Layered<L, B> {
         self.stack().failed(request, op, errno)
     }
 
+    fn withdrawn(&self, request: &Request, from: u64) {
+        self.stack().withdrawn(request, from);
+    }
+
     #[inline(never)]
     fn settled(&self, request: &Request, result: Result<(), Errno>) {
         self.stack().settled(request, result);
@@ -180,6 +186,13 @@ impl<L: Layer, B: Planner> Planner for Stack<'_, L, B> {
         match self.split() {
             Some((layer, below)) => layer.failed(&below, request, op, errno),
             None => self.base.failed(request, op, errno),
+        }
+    }
+
+    fn withdrawn(&self, request: &Request, from: u64) {
+        match self.split() {
+            Some((layer, below)) => layer.withdrawn(&below, request, from),
+            None => self.base.withdrawn(request, from),
         }
     }
 

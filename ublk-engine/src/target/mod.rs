@@ -10,6 +10,7 @@ mod null_target;
 #[cfg(test)]
 mod oracle;
 mod stripe;
+mod throttle;
 mod transfer_limit;
 
 pub use any::{AnyLayer, AnyTarget, BaseTarget};
@@ -20,6 +21,7 @@ pub use linear::{BadExtents, LinearTarget};
 pub use loop_target::LoopTarget;
 pub use null_target::NullTarget;
 pub use stripe::{BACKINGS as STRIPE_BACKINGS, BadStripe, MIN_CHUNK, StripeTarget};
+pub use throttle::{Rate, Rates, ThrottleLayer};
 pub use transfer_limit::TransferLimit;
 
 use uring_ext::Errno;

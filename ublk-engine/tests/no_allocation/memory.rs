@@ -2,12 +2,13 @@
 
 use std::cell::Cell;
 use std::collections::VecDeque;
+use std::num::NonZeroU64;
 
 use ublk_engine::lane::{LaneIo, RingRole};
 use ublk_engine::plan::{BackingIndex, Op, OpKind, Plan, Planner, Verdict};
 use ublk_engine::request::{Request, RequestKind};
-use ublk_engine::target::{FaultLayer, Layered, LinearTarget};
-use ublk_engine::units::Tag;
+use ublk_engine::target::{FaultLayer, Layered, LinearTarget, Rate, Rates, ThrottleLayer};
+use ublk_engine::units::{Nanos, Tag};
 use uring_ext::iod::IoDesc;
 use uring_ext::nvme::{Namespace, RangeAddr, Ranges};
 use uring_ext::pool::{BufferPool, Direction, PoolAddr};
@@ -64,6 +65,13 @@ pub fn faults() -> Layered<FaultLayer, LinearTarget> {
     let extents =
         (0..1024_u64).map(|number| (BackingIndex(u16::from(number % 2 == 1)), number << 10, 1024));
     Layered::new(layers, LinearTarget::new(extents).unwrap())
+}
+
+/// Pieces as of [`faults`], and more requests than two throttles let pass.
+pub fn throttle() -> Layered<ThrottleLayer, Sectors> {
+    let rate = Rate { iops: NonZeroU64::new(4000), bps: NonZeroU64::new(64 << 20) };
+    let layer = |burst| ThrottleLayer::new(Rates { read: rate, write: rate, burst: Nanos(burst) });
+    Layered::new([layer(1_000_000), layer(0)], Sectors)
 }
 
 /// Copies on write, one request at a time. Failed operations are issued elsewhere or ignored.

@@ -1,11 +1,12 @@
 //! The command line.
 
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
-use ublk_engine::target::Rule;
-use ublk_engine::units::Bytes;
+use ublk_engine::target::{Rate, Rates, Rule};
+use ublk_engine::units::{Bytes, Nanos, NotASize};
 use ublk_target::config::{ExtentConfig, LayerKind, LayerName};
 use ublk_target::control::deletion;
 
@@ -156,6 +157,24 @@ pub struct Faults {
     pub seed: u64,
 }
 
+// The options of the layer `throttle`.
+#[derive(Clone, Copy, Debug, Args)]
+#[group(id = "rates", required = true, multiple = true)]
+pub struct Throttle {
+    /// Reads a second
+    #[arg(long, value_name = "N", value_parser = some_requests)]
+    pub read_iops: Option<NonZeroU64>,
+    /// Bytes a second that are read
+    #[arg(long, value_name = "SIZE", value_parser = some_bytes)]
+    pub read_bps: Option<NonZeroU64>,
+    /// Writes, discards and write-zeroes a second
+    #[arg(long, value_name = "N", value_parser = some_requests)]
+    pub write_iops: Option<NonZeroU64>,
+    /// Bytes a second that are written or zeroed; a discard has none
+    #[arg(long, value_name = "SIZE", value_parser = some_bytes)]
+    pub write_bps: Option<NonZeroU64>,
+}
+
 /// A layer with its options.
 #[derive(Clone, Debug, Subcommand)]
 #[command(subcommand_value_name = "LAYER", subcommand_help_heading = "Layers")]
@@ -163,6 +182,25 @@ pub enum Layer {
     /// Inject faults: errors, short transfers, delays
     #[command(after_help = RULES_HELP)]
     Fault(Faults),
+    /// Let only so many requests and bytes a second pass, over all queues; others wait for their turn
+    Throttle {
+        #[command(flatten)]
+        rates: Throttle,
+        /// What was not used for this time may pass at once: a number with ns, us, ms or s
+        #[arg(long, value_name = "TIME", default_value = "100ms")]
+        burst: Nanos,
+    },
+}
+
+/// A number that is not 0.
+fn some_requests(text: &str) -> Result<NonZeroU64, String> {
+    text.parse().map_err(|_| "not a number of requests, at least 1".to_owned())
+}
+
+/// A size that is not 0.
+fn some_bytes(text: &str) -> Result<NonZeroU64, String> {
+    let Bytes(bytes) = text.parse().map_err(|error: NotASize| error.to_string())?;
+    NonZeroU64::new(bytes).ok_or_else(|| "at least one byte has to pass".to_owned())
 }
 
 impl Layer {
@@ -170,6 +208,11 @@ impl Layer {
         match self {
             Self::Fault(Faults { rule, seed }) => {
                 LayerKind::Fault { rules: rule.clone(), seed: *seed }
+            }
+            Self::Throttle { rates: it, burst } => {
+                let read = Rate { iops: it.read_iops, bps: it.read_bps };
+                let write = Rate { iops: it.write_iops, bps: it.write_bps };
+                LayerKind::Throttle(Rates { read, write, burst: *burst })
             }
         }
     }
@@ -260,6 +303,7 @@ have ended; then the layer is put in, and the new ones begin. `attach` prints ho
 layer stays until `detach`, also through `upgrade` and `recover`. `ublk-target interpose attach LAYER
 --help` shows the options of a layer:
   ublk-target interpose attach -n 3 --name bad-writes fault --rule op=write,p=0.01,error=EIO
+  ublk-target interpose attach -n 3 throttle --read-iops 2000 --write-bps 50M
   ublk-target interpose detach -n 3 bad-writes";
 
 /// The names of the targets.
@@ -330,7 +374,7 @@ The file is TOML. A device is a table with its target and the long options of `a
 A device with layers has a table for each, the outermost first. The outermost layer sees a request
 before the others. A `name` is unique in the device; by default it is the kind:
   [[device.layer]]
-  kind = \"fault\"             # with the options of `add fault`
+  kind = \"fault\"             # with the options of `interpose attach`
   name = \"bad-writes\"
   rule = [\"op=write,p=0.01,error=EIO\"]
   seed = 4

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use ublk_engine::target::Rates;
 use ublk_target::config::{LayerConfig, LayerEdit, LayerKind};
 use ublk_target::device::description::{self, Description};
 use ublk_target::device::paths::{RUN_DIR, block_path};
@@ -66,11 +67,27 @@ fn list(id: u32, json: bool) -> anyhow::Result<ExitCode> {
 }
 
 fn row(layer: &LayerConfig) -> [String; 3] {
-    let options = match &layer.kind {
+    [layer.name.to_string(), layer.kind.name().to_owned(), options(&layer.kind)]
+}
+
+/// The options of a layer, as `interpose attach` takes them.
+pub fn options(kind: &LayerKind) -> String {
+    let options: Vec<String> = match kind {
         LayerKind::Fault { rules, seed } => {
             let rules = rules.iter().map(|rule| format!("--rule {rule}"));
-            rules.chain([format!("--seed {seed}")]).collect::<Vec<_>>().join(" ")
+            rules.chain([format!("--seed {seed}")]).collect()
+        }
+        LayerKind::Throttle(Rates { read, write, burst }) => {
+            let rates = [
+                ("--read-iops", read.iops),
+                ("--read-bps", read.bps),
+                ("--write-iops", write.iops),
+                ("--write-bps", write.bps),
+            ];
+            let rates =
+                rates.into_iter().filter_map(|(name, rate)| Some(format!("{name} {}", rate?)));
+            rates.chain([format!("--burst {burst}")]).collect()
         }
     };
-    [layer.name.to_string(), layer.kind.name().to_owned(), options]
+    options.join(" ")
 }

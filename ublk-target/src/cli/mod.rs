@@ -237,6 +237,24 @@ mod tests {
         assert_eq!(Some(layer.kind()), layers.iter().last().map(|layer| layer.kind.clone()));
     }
 
+    /// `interpose list` prints the options of a layer so that they can be given again.
+    #[test]
+    fn options_of_layers_are_printed_as_they_are_read() {
+        for layer in [
+            "fault --rule p=0.5,short --rule op=read,delay=2ms --seed 3",
+            "throttle --read-iops 100 --burst 100ms",
+            "throttle --read-iops 1 --read-bps 4096 --write-iops 2 --write-bps 1 --burst 0s",
+        ] {
+            let line = format!("ublk-target interpose attach -n 3 {layer}");
+            let command = Cli::try_parse_from(line.split_whitespace()).unwrap().command;
+            let Command::Interpose(Interpose::Attach { layer: parsed, .. }) = command else {
+                panic!("{line}")
+            };
+            let kind = parsed.kind();
+            assert_eq!(format!("{} {}", kind.name(), interpose::options(&kind)), layer);
+        }
+    }
+
     #[test]
     fn devices_are_named_in_each_way() {
         for device in ["3", "ublkb3", "/dev/ublkb3", "-n 3", "-n3", "--id=3"] {
@@ -302,7 +320,7 @@ mod tests {
 
     #[test]
     fn wrong_arguments_are_one_line() {
-        let table: [(&[&str], &str); 27] = [
+        let table: [(&[&str], &str); 31] = [
             (&["add", "loop"], "--file"),
             (&["add", "null", "-q", "0"], "0 is not in 1..=4096"),
             (&["add", "null", "-d", "4097"], "4097 is not in 1..=4096"),
@@ -319,6 +337,10 @@ mod tests {
             (&["add", "fault", "--rule", "short", "teapot"], "teapot"),
             (&["add", "null", "--layer", "teapot"], "teapot"),
             (&["add", "null", "--layer", "fault"], "--rule"),
+            (&["add", "null", "--layer", "throttle"], "--read-iops"),
+            (&["add", "null", "--layer", "throttle --read-iops 0"], "at least 1"),
+            (&["add", "null", "--layer", "throttle --write-bps 0"], "at least one byte"),
+            (&["add", "null", "--layer", "throttle --read-iops 1 --burst 1"], "is no time"),
             (&["interpose", "attach", "-n", "0"], "requires a subcommand"),
             (&["interpose", "attach", "fault", "--rule", "short"], "--id"),
             (&["interpose", "detach", "-n", "0", "No"], "is no name of a layer"),

@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
-use ublk_engine::target::Rule;
+use ublk_engine::target::{Rates, Rule};
 
 /// The maximum number of layers of a device.
 pub const MAX_LAYERS: usize = 64;
@@ -40,6 +40,8 @@ pub enum LayerKind {
         /// The random seed.
         seed: u64,
     },
+    /// Lets only so many requests and bytes a second pass.
+    Throttle(Rates),
 }
 
 /// A change of a device's layers.
@@ -119,6 +121,7 @@ impl LayerKind {
     pub const fn name(&self) -> &'static str {
         match self {
             Self::Fault { .. } => "fault",
+            Self::Throttle(_) => "throttle",
         }
     }
 }

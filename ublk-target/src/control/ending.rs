@@ -49,6 +49,8 @@ impl Server {
         };
         let mut process = stop(self.id).map_err(failed)?;
         let pidfd = PidFd::of_child(&process).map_err(failed)?;
+        // The driver waits for the requests that wait for their time.
+        self.lanes.send(|| LaneMessage::StopThrottling);
         let mut cancelled = false;
         let words = Duration::from_secs(10);
         let mut wait =

@@ -8,7 +8,8 @@ use ublk_engine::lend::LendMode;
 use ublk_engine::plan::{BackingIndex, Planner};
 use ublk_engine::request::Geometry;
 use ublk_engine::target::{
-    AnyLayer, AnyTarget, BaseTarget, FaultLayer, LinearTarget, LoopTarget, NullTarget, StripeTarget,
+    AnyLayer, AnyTarget, BaseTarget, FaultLayer, LinearTarget, LoopTarget, NullTarget,
+    StripeTarget, ThrottleLayer,
 };
 use ublk_engine::units::Bytes;
 use uring_ext::feature::{Features, USER_COPY};
@@ -268,6 +269,7 @@ fn layer(kind: &LayerKind, block: u32) -> AnyLayer {
         LayerKind::Fault { rules, seed } => {
             AnyLayer::Fault(FaultLayer::new(rules.clone(), *seed, block))
         }
+        LayerKind::Throttle(rates) => AnyLayer::Throttle(ThrottleLayer::new(*rates)),
     }
 }
 

@@ -71,6 +71,8 @@ pub(crate) struct EventLoop<'ring> {
     now: u64,
     /// A station measures latencies, so the lane reads the precise clock.
     measures: bool,
+    /// A station has requests that wait for their time, so the lane reads the precise clock.
+    throttles: bool,
     idle_policy: IdlePolicy,
     /// Reads and writes in flight, of all stations.
     in_flight: usize,
@@ -112,6 +114,7 @@ impl<'ring> EventLoop<'ring> {
             wake,
             now: coarse_now(),
             measures: false,
+            throttles: false,
             idle_policy: IdlePolicy::new(busy_wait),
             in_flight: 0,
             is_alone,
@@ -164,7 +167,8 @@ impl<'ring> EventLoop<'ring> {
             self.rings.sync();
             // Without measuring, the coarse clock is enough: it costs no system call and no clock
             // read.
-            self.now = if self.measures { precise_now() } else { coarse_now() };
+            let is_precise = self.measures || self.throttles;
+            self.now = if is_precise { precise_now() } else { coarse_now() };
             let mut count = 0;
             let mut next = self.rings.take();
             while let Some(cqe) = next {
@@ -271,6 +275,7 @@ impl<'ring> EventLoop<'ring> {
             self.pass_spares_on();
         }
         let mut at = 0;
+        self.throttles = false;
         while let Some(name) = self.due.get(at).copied() {
             match self.look_after(name)? {
                 Standing::Idle => {
@@ -291,7 +296,9 @@ impl<'ring> EventLoop<'ring> {
         let Some(station) = self.stations.get_mut(key) else { return Ok(Standing::Idle) };
         let mut io = StationIo { rings: &mut self.rings, parts: &mut station.parts };
         station.lane.set_now(self.now);
+        let before = station.lane.engine().transfers_in_flight();
         station.lane.before_submit(&mut io);
+        self.in_flight = self.in_flight - before + station.lane.engine().transfers_in_flight();
         if let Err(error) = station.lane.check() {
             if self.is_alone {
                 return Err(error);
@@ -319,8 +326,9 @@ impl<'ring> EventLoop<'ring> {
             return Ok(Standing::Over);
         }
         station.hold.check(&station.lane);
+        self.throttles |= engine.has_throttled();
         let has_limit = engine.config().deadline.is_some() || station.hold.is_waited_for();
-        station.is_due = has_limit || station.lane.backlog() > 0;
+        station.is_due = has_limit || engine.has_throttled() || station.lane.backlog() > 0;
         Ok(if station.is_due { Standing::Due } else { Standing::Idle })
     }
 

@@ -35,6 +35,8 @@ pub enum LaneMessage {
     },
     /// Cancel all operations in flight.
     CancelAll,
+    /// Begin the requests that wait for their time, and let none wait from now on.
+    StopThrottling,
     /// Serve a device that has grown.
     Grow {
         /// The target of that size, without layers.
@@ -187,7 +189,11 @@ pub(crate) fn attend(
         LaneMessage::Release { change, reply } => {
             let _ = reply.try_send(release(lane, hold, io, change));
         }
-        LaneMessage::Drain => return true,
+        LaneMessage::StopThrottling => lane.stop_throttling(io),
+        LaneMessage::Drain => {
+            lane.stop_throttling(io);
+            return true;
+        }
     }
     false
 }

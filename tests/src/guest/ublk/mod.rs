@@ -33,6 +33,7 @@ mod stacks;
 mod stats;
 mod steps;
 mod strangers;
+mod throttle;
 mod upgrade;
 mod verify;
 mod zero_copy;
@@ -80,6 +81,7 @@ pub const TABLES: &[&[TestCase]] = &[
     strangers::endings::TESTS,
     strangers::namespaces::TESTS,
     steps::TESTS,
+    throttle::TESTS,
     upgrade::TESTS,
     zero_copy::TESTS,
     zeroing::TESTS,

@@ -146,6 +146,7 @@ fn a_layer_that_stays_goes_on_as_it_was() {
         AnyLayer::Fault(fault) => {
             requests().skip(at).map(|it| fault.decide(&it)).collect::<Vec<_>>()
         }
+        AnyLayer::Throttle(_) => unreachable!("there is none"),
     };
     let fresh = AnyTarget::new(layers(3), base).for_queue(Qid(3));
     // A new layer outside, and the old ones in another order.

@@ -14,6 +14,7 @@ pub(super) fn can_hold(layers: &Layers) -> bool {
     let known = |kind: &LayerKind| match kind {
         // Earlier programs know these two fields and no others.
         LayerKind::Fault { rules: _, seed: _ } => true,
+        LayerKind::Throttle(_) => false,
     };
     let mut named = layers.iter().zip(0..);
     layers.iter().len() <= MAX_NESTED

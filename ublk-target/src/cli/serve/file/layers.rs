@@ -10,7 +10,7 @@ use super::{Reading, Setting};
 use crate::cli::arguments::{Command, Interpose};
 
 /// The kinds of layers. Each is a layer of `interpose attach`.
-const KINDS: [&str; 1] = ["fault"];
+const KINDS: [&str; 2] = ["fault", "throttle"];
 
 /// Options of a device that are the short form of a layer.
 pub(super) const SHORT_FORM: [&str; 2] = ["rule", "seed"];

@@ -7,6 +7,7 @@ use ublk_target::config::on_death::OnDeath;
 use ublk_target::config::{ExtentConfig, LayerKind, Layers, TargetConfig};
 
 use super::*;
+use crate::cli::arguments::LayerArgument;
 
 fn parsed(text: &str) -> Result<FleetConfig, Vec<String>> {
     parse(text, Path::new("/etc/x.toml"))
@@ -268,4 +269,22 @@ fn a_file_is_read_whole_or_not_at_all() {
     std::fs::write(&path, long + &device.replace('0', "1")).unwrap();
     let faults = read(&path).unwrap_err();
     assert!(faults[0].contains("is longer than"), "{faults:?}");
+}
+
+#[test]
+fn a_throttle_is_a_layer_of_a_device() {
+    let text = r#"
+        [[device]]
+        id = 1
+        target = "null"
+        [[device.layer]]
+        kind = "throttle"
+        read-iops = 100
+        write-bps = "2M"
+    "#;
+    let layers = parsed(text).unwrap().devices.remove(0).layers;
+    let expected = "throttle --read-iops 100 --write-bps 2M".parse::<LayerArgument>().unwrap();
+    assert_eq!(layers.iter().map(|layer| &layer.kind).collect::<Vec<_>>(), [&expected.kind]);
+    let refused = parsed(&text.replace("100", "0")).unwrap_err();
+    assert!(refused.len() == 1 && refused[0].contains("toml:7: "), "{refused:?}");
 }

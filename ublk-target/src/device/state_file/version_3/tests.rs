@@ -112,3 +112,14 @@ fn no_more_targets_are_nested_than_can_be_read() {
         assert_eq!(is_read, count == MAX_NESTED, "{count}");
     }
 }
+
+#[test]
+fn earlier_programs_do_not_know_a_throttle() {
+    let rates = r#"{"read":{"iops":9,"bps":null},"write":{"iops":null,"bps":null},"burst":0}"#;
+    let throttle = LayerKind::Throttle(serde_json::from_str(rates).unwrap());
+    let layers = Layers::named([(Some("fault".parse().unwrap()), throttle)]).unwrap();
+    assert!(!can_hold(&layers));
+    let layers = serde_json::to_value(&layers).unwrap();
+    let expected = format!(r#"[{{"name":"fault","kind":{{"throttle":{rates}}}}}]"#);
+    assert_eq!(layers, serde_json::from_str::<Value>(&expected).unwrap());
+}
