@@ -9,7 +9,8 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use super::death::kill_server;
-use super::device::{Description, Device, PROGRAM, fresh_drive, fresh_drives, text};
+use super::device::{Description, Device, Mount, PROGRAM, fresh_drive, fresh_drives, text};
+use super::filesystem::{EXT4, Kind, XFS};
 use super::fleet::{Fleet, load, section, wait_for_writes, write};
 use super::remains;
 use super::steps::{Blow, ID, Storm, verify};
@@ -23,6 +24,8 @@ use crate::guest::{Ctx, FIGURE, Outcome, TestCase, process, wait_for};
 
 pub const TESTS: &[TestCase] = &[
     TestCase::guest("layers_come_and_go_under_load", DEFAULT, under_load).seconds(1800),
+    TestCase::guest("layers_come_and_go_under_file_systems", DEFAULT, under_file_systems)
+        .seconds(900),
     TestCase::guest("layers_change_with_the_file_of_serve", DEFAULT, reloaded).seconds(180),
     TestCase::guest("layers_stay_through_a_kill_and_an_upgrade", DEFAULT, kept).seconds(180),
     TestCase::guest("a_hung_backing_leaves_the_layers_as_they_were", DEFAULT, hung).seconds(180),
@@ -85,31 +88,75 @@ fn under_load(ctx: &Ctx) -> Result<Outcome> {
             let device = Device::add(&[kind, &["-q", queues]].concat())?;
             let running = start_load(ctx, "load", device.path()?)?;
             let cycles = if ctx.long { 63 } else { 6 };
-            for _ in 0..cycles {
-                let attached = attach(&device.id(), &[]).with_context(|| kind.join(" "))?;
-                let second = attach(&device.id(), &["--inside", "fault", "--name", "inner"])?;
-                ensure!(names(&device.id())? == ["fault", "inner"], "{:?}", names(&device.id())?);
-                let detached = [detach(&device.id(), "fault")?, detach(&device.id(), "inner")?];
-                for changed in [attached, second].iter().chain(&detached) {
-                    let pause = changed["pause_us"].as_u64().context("a pause")?;
-                    pauses.push(Duration::from_micros(pause));
-                }
-                ensure!(names(&device.id())?.is_empty(), "{:?}", names(&device.id())?);
-            }
+            change(&device.id(), cycles, &mut pauses).with_context(|| kind.join(" "))?;
             let report = running.end()?;
             ensure!(report.read.requests > 0, "nothing was verified");
-            let counters = device.stop_and_count()?;
-            counters.ensure_none(&["failed", "unexpected", "stale", "cancelled", "lost ops"])?;
-            ensure!(counters.get("requests") == counters.get("commits"), "{counters:?}");
-            ensure!(counters.get("held back") > 0, "no request was held back: {counters:?}");
+            ensure_all_answered(device).with_context(|| kind.join(" "))?;
         }
     }
+    Ok(figure("load", &mut pauses))
+}
+
+/// The same under file systems: 500 changes in the long run.
+fn under_file_systems(ctx: &Ctx) -> Result<Outcome> {
+    let path = fresh_drive("drive0")?.path();
+    let mut pauses = Vec::new();
+    let kinds: [(&Kind, &[&str]); 5] = [
+        (&EXT4, &["-q", "2"]),
+        (&XFS, &["--lend", "slot"]),
+        (&EXT4, &["--lend", "copy"]),
+        (&XFS, &["--poll", "-q", "2"]),
+        (&EXT4, &["--passthru"]),
+    ];
+    for (kind, options) in kinds {
+        let device = Device::add_loop(&path, options)?;
+        process::run(&[kind.make, &[device.path()?]].concat())?;
+        let mount = Mount::new(ctx, device.path()?, "files")?;
+        let directory = format!("directory={}", mount.point().display());
+        let load = [&directory, "rw=randrw", "bs=4k", "size=16m", "direct=1", "fsync=4"];
+        let verified = ["iodepth=16", "ioengine=io_uring", "verify=crc32c", "verify_fatal=1"];
+        let endless = ["time_based", "runtime=1200"];
+        let running = fio::start(ctx, "files", &[&load[..], &verified, &endless].concat())?;
+        wait_for_writes(device.described.id, 50)?;
+        change(&device.id(), if ctx.long { 25 } else { 3 }, &mut pauses)
+            .with_context(|| options.join(" "))?;
+        let report = running.end()?;
+        ensure!(report.read.requests > 0, "nothing was verified");
+        mount.unmount()?;
+        process::run(&[kind.check, &[device.path()?]].concat())?;
+        ensure_all_answered(device).with_context(|| options.join(" "))?;
+    }
+    Ok(figure("file systems", &mut pauses))
+}
+
+/// Attaches and detaches two layers so many times.
+fn change(id: &str, cycles: u32, pauses: &mut Vec<Duration>) -> Result<()> {
+    for _ in 0..cycles {
+        let attached = [attach(id, &[])?, attach(id, &["--inside", "fault", "--name", "inner"])?];
+        ensure!(names(id)? == ["fault", "inner"], "{:?}", names(id)?);
+        let detached = [detach(id, "fault")?, detach(id, "inner")?];
+        for changed in attached.iter().chain(&detached) {
+            let pause = changed["pause_us"].as_u64().context("a pause")?;
+            pauses.push(Duration::from_micros(pause));
+        }
+        ensure!(names(id)?.is_empty(), "{:?}", names(id)?);
+    }
+    Ok(())
+}
+
+/// Stops a device whose layers have changed: each request was answered once, and none failed.
+fn ensure_all_answered(device: Device) -> Result<()> {
+    let counters = device.stop_and_count()?;
+    counters.ensure_none(&["failed", "unexpected", "stale", "cancelled", "lost ops"])?;
+    ensure!(counters.get("requests") == counters.get("commits"), "{counters:?}");
+    ensure!(counters.get("held back") > 0, "no request was held back: {counters:?}");
+    Ok(())
+}
+
+fn figure(load: &str, pauses: &mut [Duration]) -> Outcome {
     let changes = pauses.len();
-    println!(
-        "{FIGURE}{changes} changes of layers under load, pause: {}",
-        distribution(&mut pauses)
-    );
-    Ok(Outcome::Pass)
+    println!("{FIGURE}{changes} changes of layers under {load}, pause: {}", distribution(pauses));
+    Outcome::Pass
 }
 
 /// Two devices of two queues on the lanes of one process.
