@@ -101,6 +101,7 @@ pub(super) fn options(
         | Subject::RublkLoop
         | Subject::Null
         | Subject::Loop(_)
+        | Subject::Layered(_)
         | Subject::RawMany(_)
         | Subject::Fleet(_)
         | Subject::Linear => column.chunk_and_offset(Requests::Within).1,

@@ -55,6 +55,9 @@ pub const AMONG_OURS: &[Ratio] = &[
     Ratio::of("loop in slot mode / loop", "loop-slot", &[LOOP]),
     Ratio::of("loop in user-copy mode / loop", "loop-user-copy", &[LOOP]),
     Ratio::of("loop in copy mode / loop", "loop-copy", &[LOOP]),
+    Ratio::of("loop with 1 layer / loop", "loop-fault", &[LOOP]),
+    Ratio::of("loop with 4 layers / loop", "loop-fault-4", &[LOOP]),
+    Ratio::of("loop with a throttle / loop", "loop-throttle", &[LOOP]),
 ];
 
 /// Ours compared with rivals.

@@ -28,6 +28,8 @@ pub enum Subject {
     Null,
     /// Its loop target, in a lend mode; `None` leaves the choice to it.
     Loop(Option<&'static str>),
+    /// Its loop target with layers, none of which changes a request of the loads.
+    Layered(&'static [&'static str]),
     /// Its linear target.
     Linear,
     /// Its stripe target.
@@ -54,6 +56,10 @@ pub const LOOP: &str = "loop";
 /// The mode that ours has to choose by itself.
 pub const DEFAULT_LEND: &str = "fused";
 
+/// No load discards.
+const FAULT: &str = "fault --rule op=discard,error=EIO";
+const THROTTLE: &str = "throttle --read-iops 100000000 --write-iops 100000000";
+
 const fn row(name: &'static str, title: &'static str, subject: Subject) -> Row {
     Row { name, title, subject }
 }
@@ -74,6 +80,13 @@ pub const ROWS: &[Row] = &[
     row("loop-slot", "ours: loop, slot mode", Subject::Loop(Some("slot"))),
     row("loop-user-copy", "ours: loop, user-copy mode", Subject::Loop(Some("user-copy"))),
     row("loop-copy", "ours: loop, copy mode", Subject::Loop(Some("copy"))),
+    row("loop-fault", "ours: loop, 1 layer of faults that none meets", Subject::Layered(&[FAULT])),
+    row("loop-fault-4", "ours: loop, 4 of these layers", Subject::Layered(&[FAULT; 4])),
+    row(
+        "loop-throttle",
+        "ours: loop, a throttle that none waits for",
+        Subject::Layered(&[THROTTLE]),
+    ),
     row("fleet-1", "ours: loop, 1 device of `serve`", Subject::Fleet(1)),
     row("fleet-16", "ours: loop, 16 devices of `serve`", Subject::Fleet(16)),
     row("fleet-64", "ours: loop, 64 devices of `serve`", Subject::Fleet(64)),

@@ -84,6 +84,11 @@ impl Stack {
             Subject::RublkLoop => Self::Rublk(Rublk::add_loop(first)?),
             Subject::Null => ours(&["null"], DEFAULT_LEND)?,
             Subject::Loop(lend) => ours(&["loop", "-f", first], lend.unwrap_or(DEFAULT_LEND))?,
+            Subject::Layered(layers) => {
+                let layers = layers.iter().flat_map(|layer| ["--layer", *layer]);
+                let arguments: Vec<_> = ["loop", "-f", first].into_iter().chain(layers).collect();
+                ours(&arguments, DEFAULT_LEND)?
+            }
             Subject::Linear => {
                 let extents: Vec<_> = (0..EXTENTS).zip(&nulls).map(extent).collect();
                 ours(&files("linear", &extents), DEFAULT_LEND)?
