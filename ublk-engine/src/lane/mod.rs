@@ -10,6 +10,8 @@ mod port;
 mod quorum;
 mod table_range;
 
+use std::sync::atomic;
+
 pub use hold::{Hold, Quiet};
 pub use port::PortConfig;
 pub use quorum::Quorum;

@@ -1,6 +1,7 @@
 //! Which of several lanes have reached a point that all of them must reach.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+// The model checker compiles this file with atomics of its own (`tests/lanes.rs`).
+use super::atomic::{AtomicUsize, Ordering};
 
 /// Counts the lanes of one or more devices that have become quiet. A lane that has arrived stays
 /// quiet until it is released, so once the last lane has arrived, all of them are quiet at the same
@@ -13,7 +14,8 @@ pub struct Quorum {
 impl Quorum {
     /// Waits for this number of lanes.
     #[must_use]
-    pub const fn of(lanes: usize) -> Self {
+    #[allow(clippy::missing_const_for_fn, reason = "the model checker's atomics are not const")]
+    pub fn of(lanes: usize) -> Self {
         Self { missing: AtomicUsize::new(lanes) }
     }
 
@@ -29,18 +31,5 @@ impl Quorum {
     #[must_use]
     pub fn is_complete(&self) -> bool {
         self.missing.load(Ordering::Acquire) == 0
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_last_lane_completes_it() {
-        let quorum = Quorum::of(3);
-        assert_eq!([quorum.arrive(), quorum.is_complete()], [false, false]);
-        assert_eq!([quorum.arrive(), quorum.is_complete()], [false, false]);
-        assert_eq!([quorum.arrive(), quorum.is_complete()], [true, true]);
     }
 }
