@@ -1,6 +1,8 @@
 //! The layer `throttle`: no more passes than its rates allow, and what waits holds nobody up.
 
+use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 use std::thread::{JoinHandle, spawn};
 use std::time::{Duration, Instant};
 
@@ -71,13 +73,14 @@ fn rates_hold(ctx: &Ctx) -> Result<Outcome> {
     Ok(Outcome::Pass)
 }
 
-/// Reads of 4 KiB at several offsets, each by a thread of its own.
-fn reads(device: &str, count: u64) -> Vec<JoinHandle<Result<()>>> {
+/// Reads of 4 KiB at several offsets, each by a thread of its own. All have one open file: while udev
+/// looks at a device that was closed, nobody can open it.
+fn reads(device: &Arc<File>, count: u64) -> Vec<JoinHandle<Result<()>>> {
     let read = |number: u64| {
-        let path = device.to_owned();
+        let device = Arc::clone(device);
         spawn(move || {
             let mut block = Aligned::new(4096, 0);
-            direct::open(&path)?.read_exact_at(block.bytes(), number << 12)?;
+            device.read_exact_at(block.bytes(), number << 12)?;
             Ok(())
         })
     };
@@ -115,47 +118,43 @@ fn held_up(_: &Ctx) -> Result<Outcome> {
     ];
     for (how, options) in ends {
         let device = Device::add_loop(&drive.path(), options)?;
-        let (id, path) = (device.id(), device.path()?.to_owned());
+        let (id, file) = (device.id(), Arc::new(direct::open(device.path()?)?));
         let attach = [&[PROGRAM, "interpose", "attach", "-n", &id][..], &slow].concat();
         process::run(&attach)?;
-        let readers = reads(&path, 10);
+        let readers = reads(&file, 10);
         wait_for_held(&id, 8).context(how)?;
         let began = Instant::now();
+        let interpose =
+            |arguments: &[&str]| process::run(&[&[PROGRAM, "interpose"], arguments].concat());
         match how {
-            "stopped" => {
-                // What is stopped while it is open answers what it has.
-                process::signal(device.pid()?, Signal::SIGTERM)?;
-                join(readers).context(how)?;
-                device.wait_until_gone()?;
-                ensure!(began.elapsed() < QUICK, "{how}: {:?}", began.elapsed());
-                continue;
-            }
-            "upgraded" => {
-                process::run(&[PROGRAM, "upgrade", "-n", &id]).context(how)?;
-                join(readers).context(how)?;
-                let listed = process::run(&[PROGRAM, "interpose", "list", "-n", &id])?.stdout;
-                ensure!(listed.contains("--read-bps 64 --burst 0s"), "{listed}");
-                // A change among those that wait; they go on waiting.
-                let readers = reads(&path, 3);
-                wait_for_held(&id, 2).context(how)?;
-                let other = ["fault", "--rule", "short"];
-                process::run(&[&[PROGRAM, "interpose", "attach", "-n", &id][..], &other].concat())?;
-                wait_for_held(&id, 2).context("after a change")?;
-                process::run(&[PROGRAM, "interpose", "detach", "-n", &id, "throttle"])?;
-                join(readers).context(how)?;
-                verify(&device.described)?;
-                device.delete()?;
-                continue;
-            }
+            // What is stopped while it is open answers what it has.
+            "stopped" => process::signal(device.pid()?, Signal::SIGTERM)?,
+            "upgraded" => process::run(&[PROGRAM, "upgrade", "-n", &id]).map(drop).context(how)?,
             _ => {
-                let detach = [PROGRAM, "interpose", "detach", "-n", &id, "throttle"];
-                process::run(&[&detach[..], &["--timeout", "2"]].concat()).context(how)?;
-                verify(&device.described)?;
-                device.delete()?;
+                let detach = ["detach", "-n", &id, "throttle", "--timeout", "2"];
+                interpose(&detach).map(drop).context(how)?;
             }
         }
         join(readers).context(how)?;
         ensure!(began.elapsed() < QUICK, "{how}: {:?}", began.elapsed());
+        if how == "upgraded" {
+            let listed = interpose(&["list", "-n", &id])?.stdout;
+            ensure!(listed.contains("--read-bps 64 --burst 0s"), "{listed}");
+            // A change among those that wait; they go on waiting.
+            let readers = reads(&file, 3);
+            wait_for_held(&id, 2).context(how)?;
+            interpose(&["attach", "-n", &id, "fault", "--rule", "short"])?;
+            wait_for_held(&id, 2).context("after a change")?;
+            interpose(&["detach", "-n", &id, "throttle"])?;
+            join(readers).context(how)?;
+        }
+        drop(file);
+        if how == "stopped" {
+            device.wait_until_gone()?;
+        } else {
+            verify(&device.described)?;
+            device.delete()?;
+        }
     }
     Ok(Outcome::Pass)
 }
