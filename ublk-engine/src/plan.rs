@@ -268,13 +268,13 @@ impl Plan {
         self.now = now;
     }
 
-    /// Adds 1 to the cursors of the window, for the planner around the one that has planned it.
-    pub fn advance_cursors(&mut self) {
+    /// Adds to the cursors of the window, for the planner around the one that has planned it.
+    pub fn advance_cursors(&mut self, by: u64) {
         if let Some(next) = &mut self.next {
-            *next += 1;
+            *next += by;
         }
         if let Some(cursor) = &mut self.directives.wait_at {
-            *cursor += 1;
+            *cursor += by;
         }
     }
 

@@ -2,6 +2,8 @@
 
 use hdrhistogram::Histogram;
 
+use super::{Engine, Port};
+use crate::plan::Planner;
 use crate::request::RequestKind;
 
 /// The stages of a request's life, in order, and the total. *queue*: from when its delivery was
@@ -101,6 +103,27 @@ impl Recorder {
             // This cannot fail, since the bounds are the same.
             let _ = mine.add(other);
         }
+    }
+}
+
+impl<P: Planner> Engine<P> {
+    /// Starts or stops measuring latencies. Returns the previous recorder.
+    pub fn measure(&mut self, recorder: Option<Box<Recorder>>) -> Option<Box<Recorder>> {
+        let before = std::mem::replace(&mut self.recorder, recorder);
+        self.choose_path();
+        before
+    }
+
+    /// The recorder of latencies, while they are measured.
+    pub fn recorder(&self) -> Option<&Recorder> {
+        self.recorder.as_deref()
+    }
+
+    pub(super) fn stamps(&self, port: &mut impl Port) -> Stamps {
+        if self.recorder.is_none() {
+            return Stamps::default();
+        }
+        Stamps { reaped: self.now, begun: port.now(), ..Stamps::default() }
     }
 }
 

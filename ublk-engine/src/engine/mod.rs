@@ -413,25 +413,6 @@ impl<P: Planner> Engine<P> {
         fast_path.or_else(|| self.inflight.get(key).map(|inflight| (inflight.tag, inflight.op)))
     }
 
-    /// Starts or stops measuring latencies. Returns the previous recorder.
-    pub fn measure(&mut self, recorder: Option<Box<Recorder>>) -> Option<Box<Recorder>> {
-        let before = std::mem::replace(&mut self.recorder, recorder);
-        self.choose_path();
-        before
-    }
-
-    /// The recorder of latencies, while they are measured.
-    pub fn recorder(&self) -> Option<&Recorder> {
-        self.recorder.as_deref()
-    }
-
-    fn stamps(&self, port: &mut impl Port) -> Stamps {
-        if self.recorder.is_none() {
-            return Stamps::default();
-        }
-        Stamps { reaped: self.now, begun: port.now(), ..Stamps::default() }
-    }
-
     /// Whether the key is that of the tag's last command. Counts the completion as stale if not.
     /// The tag may not exist, since the key comes from a completion.
     fn believes(&mut self, key: TagKey) -> bool {

@@ -37,7 +37,7 @@ pub struct EngineStats {
     pub deferred: u64,
     /// Requests held back while the layers of the device were changed.
     pub held_back: u64,
-    /// Requests held until their time, because more came than the throttle of the device lets pass.
+    /// How often a request had to wait for a time, since more came than a throttle lets pass.
     pub throttled: u64,
     /// Failed operations that were issued elsewhere.
     pub substituted: u64,

@@ -194,6 +194,8 @@ pub(super) struct Run {
     pub copied_from: u32,
     /// The cursor of the window.
     pub cursor: u64,
+    /// Its turn among the requests that have had to wait for a time.
+    pub turn: Option<u64>,
     /// The next operation of the window to issue.
     pub next_op: usize,
     /// Operations in flight.
@@ -221,6 +223,7 @@ impl Run {
             is_short: false,
             copied_from: 0,
             cursor: 0,
+            turn: None,
             next_op: 0,
             pending: 0,
             error: None,
@@ -253,6 +256,7 @@ impl Run {
         self.is_short = false;
         self.copied_from = 0;
         self.cursor = 0;
+        self.turn = None;
         self.next_op = 0;
         self.pending = 0;
         self.error = None;

@@ -8,12 +8,13 @@ use super::{Engine, Port};
 use crate::plan::Planner;
 use crate::units::Tag;
 
-/// Requests by their time. Those with the same time keep the order in which they began to wait.
+/// Requests by their time. Those with the same time keep the order in which they first had to wait,
+/// which is that of their delivery.
 #[derive(Debug)]
 pub(super) struct Throttled {
-    /// Time in nanoseconds, serial number, tag.
+    /// Time in nanoseconds, turn, tag.
     waiting: BinaryHeap<Reverse<(u64, u64, Tag)>>,
-    next_serial: u64,
+    next_turn: u64,
     /// No request waits any more.
     is_over: bool,
 }
@@ -21,12 +22,12 @@ pub(super) struct Throttled {
 impl Throttled {
     /// With room for a request of each tag.
     pub fn with_capacity(depth: usize) -> Self {
-        Self { waiting: BinaryHeap::with_capacity(depth), next_serial: 0, is_over: false }
+        Self { waiting: BinaryHeap::with_capacity(depth), next_turn: 0, is_over: false }
     }
 
-    fn push(&mut self, until: u64, tag: Tag) {
-        self.waiting.push(Reverse((until, self.next_serial, tag)));
-        self.next_serial += 1;
+    fn next_turn(&mut self) -> u64 {
+        self.next_turn += 1;
+        self.next_turn
     }
 
     /// The next request whose time has come.
@@ -38,6 +39,10 @@ impl Throttled {
         self.waiting.pop().map(|Reverse((.., tag))| tag)
     }
 }
+
+/// The longest time to the next request that is told, in nanoseconds. The kernel does not take all
+/// longer ones.
+const LONGEST_WAIT: u64 = 3_600_000_000_000;
 
 impl<P: Planner> Engine<P> {
     /// Begins the requests whose time has come.
@@ -54,9 +59,9 @@ impl<P: Planner> Engine<P> {
         !self.throttled.waiting.is_empty()
     }
 
-    /// Begins the requests that wait for their time, and lets no request wait for one from now on.
-    pub fn stop_throttling(&mut self, port: &mut impl Port) {
-        self.throttled.is_over = true;
+    /// Whether requests may wait for a time. If not, those that wait begin.
+    pub fn set_throttling(&mut self, is_on: bool, port: &mut impl Port) {
+        self.throttled.is_over = !is_on;
         self.begin_throttled(port);
     }
 
@@ -71,7 +76,7 @@ impl<P: Planner> Engine<P> {
     /// Nanoseconds until the time of the next request has come.
     pub(super) fn until_next_throttled(&self) -> Option<u64> {
         let Reverse((until, ..)) = self.throttled.waiting.peek()?;
-        Some(until.saturating_sub(self.now))
+        Some(until.saturating_sub(self.now).min(LONGEST_WAIT))
     }
 
     /// Lets a request wait for a time, and for its turn among those that wait.
@@ -80,16 +85,24 @@ impl<P: Planner> Engine<P> {
             return self.begin_again(tag, port);
         }
         self.stats.throttled += 1;
-        self.tags[tag.index()].phase = Phase::Throttled;
+        let state = &mut self.tags[tag.index()];
+        state.phase = Phase::Throttled;
+        let turn = *state.run.turn.get_or_insert_with(|| self.throttled.next_turn());
         if self.is_holding {
             return self.withdraw(tag);
         }
-        self.throttled.push(until, tag);
+        self.throttled.waiting.push(Reverse((until, turn, tag)));
     }
 
     /// Takes back all requests that wait for their time.
     pub(super) fn withdraw_throttled(&mut self) {
-        while let Some(Reverse((.., tag))) = self.throttled.waiting.pop() {
+        // The engine has just begun to hold.
+        debug_assert!(self.held_back.is_empty());
+        self.held_back.extend(self.throttled.waiting.drain().map(|Reverse((.., tag))| tag));
+        let tags = &self.tags;
+        self.held_back.make_contiguous().sort_unstable_by_key(|tag| tags[tag.index()].run.turn);
+        for _ in 0..self.held_back.len() {
+            let Some(tag) = self.held_back.pop_front() else { return };
             self.withdraw(tag);
         }
     }

@@ -257,9 +257,9 @@ impl<P: Planner> Lane<P> {
         self.engine.release(&mut RingPort { state: &mut self.port, io });
     }
 
-    /// Begins the requests that wait for their time, and lets no request wait for one from now on.
-    pub fn stop_throttling(&mut self, io: &mut impl LaneIo) {
-        self.engine.stop_throttling(&mut RingPort { state: &mut self.port, io });
+    /// Whether requests may wait for a time. If not, those that wait begin.
+    pub fn set_throttling(&mut self, is_on: bool, io: &mut impl LaneIo) {
+        self.engine.set_throttling(is_on, &mut RingPort { state: &mut self.port, io });
     }
 
     /// Cancels all operations in flight.

@@ -77,7 +77,7 @@ pub fn plan_below(
     plan: &mut Plan,
 ) -> Result<(), Errno> {
     below.plan(request, from.saturating_sub(1), plan)?;
-    plan.advance_cursors();
+    plan.advance_cursors(1);
     Ok(())
 }
 

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use serde::{Deserialize, Serialize};
 use uring_ext::Errno;
 
-use super::layer::{Layer, plan_below};
+use super::layer::Layer;
 use crate::plan::{Plan, Planner};
 use crate::request::{Request, RequestKind};
 use crate::units::Nanos;
@@ -62,25 +62,39 @@ pub struct ThrottleLayer {
     schedules: Arc<[Schedules; 2]>,
 }
 
-/// The schedules of a kind of requests, in nanoseconds.
+/// The schedules of a kind of requests.
 #[derive(Debug, Default)]
 struct Schedules {
-    requests: AtomicU64,
-    bytes: AtomicU64,
+    requests: Schedule,
+    bytes: Schedule,
+    /// Requests that wait.
+    waiting: AtomicU64,
+}
+
+/// The schedule of a rate, in nanoseconds.
+#[derive(Debug, Default)]
+struct Schedule {
+    /// With the requests that wait.
+    reserved: AtomicU64,
+    /// Without them.
+    passed: AtomicU64,
 }
 
 impl Schedules {
     /// The schedules of a request with its costs.
-    fn costs(&self, rate: Rate, request: &Request) -> [Option<(&AtomicU64, u64)>; 2] {
+    fn costs(
+        &self,
+        rate: Rate,
+        request: &Request,
+    ) -> impl Iterator<Item = (&Schedule, u64)> + Clone + use<'_> {
         let len = if request.kind == RequestKind::Discard { 0 } else { request.len };
         let of = |amount: u64, rate: NonZeroU64| {
             let ns = (u128::from(amount) * u128::from(SECOND_NS)).div_ceil(rate.get().into());
             u64::try_from(ns).unwrap_or(u64::MAX)
         };
-        [
-            rate.iops.map(|iops| (&self.requests, of(1, iops))),
-            rate.bps.map(|bps| (&self.bytes, of(len, bps))),
-        ]
+        let requests = rate.iops.map(|iops| (&self.requests, of(1, iops)));
+        let bytes = rate.bps.map(|bps| (&self.bytes, of(len, bps)));
+        requests.into_iter().chain(bytes)
     }
 }
 
@@ -99,40 +113,85 @@ impl ThrottleLayer {
         Self { rates, schedules: Arc::default() }
     }
 
-    /// Continues the schedules of another layer, for all queues that share this one.
+    /// Continues the schedules of another layer, of which no request waits any more, for all queues
+    /// that share this one.
     pub fn continue_from(&self, before: &Self) {
         for (mine, before) in self.schedules.iter().zip(before.schedules.iter()) {
-            let pairs = [(&mine.requests, &before.requests), (&mine.bytes, &before.bytes)];
-            for (mine, before) in pairs {
-                // Another queue may have done so already, and gone on.
-                mine.fetch_max(before.load(Ordering::Relaxed), Ordering::Relaxed);
+            for (mine, before) in [(&mine.requests, &before.requests), (&mine.bytes, &before.bytes)]
+            {
+                let pairs = [(&mine.reserved, &before.reserved), (&mine.passed, &before.passed)];
+                for (mine, before) in pairs {
+                    // Another queue may have done so already, and gone on.
+                    mine.fetch_max(before.load(Ordering::Relaxed), Ordering::Relaxed);
+                }
             }
         }
     }
 
-    /// Adds the cost of a request that comes at `now`, and returns when it may pass.
+    /// Reserves the cost of a request that comes at `now`, and returns when it may pass: now, or later
+    /// if it has to wait.
     fn admit(&self, request: &Request, now: u64) -> u64 {
         let Some((kind, rate)) = self.rates.of(request.kind) else { return now };
-        let costs = self.schedules[kind].costs(rate, request).into_iter().flatten();
+        let schedules = &self.schedules[kind];
+        let costs = schedules.costs(rate, request);
         let time = |paid: u64| paid.saturating_sub(self.rates.burst.0);
-        let paid = costs.clone().map(|(schedule, _)| schedule.load(Ordering::Relaxed));
+        let paid = costs.clone().map(|(schedule, _)| schedule.reserved.load(Ordering::Relaxed));
         let passes = paid.map(time).fold(now, u64::max);
         // It is paid for when it passes. Otherwise requests that wait for one of the rates would save
         // up the other one.
-        let paid = costs
-            .map(|(schedule, cost)| change(schedule, |paid| paid.max(passes).saturating_add(cost)));
+        let paid = costs.map(|(schedule, cost)| {
+            change(&schedule.reserved, |paid| paid.max(passes).saturating_add(cost))
+        });
         // Other queues may have been there meanwhile.
-        paid.map(time).fold(passes, u64::max)
+        let time = paid.map(time).fold(passes, u64::max);
+        if time > now {
+            schedules.waiting.fetch_add(1, Ordering::Relaxed);
+        } else {
+            self.pass(request, now);
+        }
+        time
     }
 
-    /// Takes the cost of a request back.
+    /// A request passes at `now`.
+    fn pass(&self, request: &Request, now: u64) {
+        let Some((kind, rate)) = self.rates.of(request.kind) else { return };
+        for (schedule, cost) in self.schedules[kind].costs(rate, request) {
+            change(&schedule.passed, |paid| paid.max(now).saturating_add(cost));
+        }
+    }
+
+    /// A request that has waited passes at `now`.
+    fn pass_after_wait(&self, request: &Request, now: u64) {
+        let Some((kind, _)) = self.rates.of(request.kind) else { return };
+        self.schedules[kind].waiting.fetch_sub(1, Ordering::Relaxed);
+        self.pass(request, now);
+    }
+
+    /// A request that waits is taken back. When none waits any more, nothing is reserved.
+    fn leave(&self, request: &Request) {
+        let Some((kind, rate)) = self.rates.of(request.kind) else { return };
+        let schedules = &self.schedules[kind];
+        if schedules.waiting.fetch_sub(1, Ordering::Relaxed) == 1 {
+            for (Schedule { reserved, passed }, _) in schedules.costs(rate, request) {
+                reserved.store(passed.load(Ordering::Relaxed), Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// A request that has passed is taken back.
     fn refund(&self, request: &Request) {
         let Some((kind, rate)) = self.rates.of(request.kind) else { return };
-        for (schedule, cost) in self.schedules[kind].costs(rate, request).into_iter().flatten() {
-            change(schedule, |paid| paid.saturating_sub(cost));
+        for (Schedule { reserved, passed }, cost) in self.schedules[kind].costs(rate, request) {
+            change(reserved, |paid| paid.saturating_sub(cost));
+            change(passed, |paid| paid.saturating_sub(cost));
         }
     }
 }
+
+/// The cursor of a request that waits here. What is below has not seen it.
+const WAITING: u64 = 1;
+/// Afterwards the cursor is so much ahead of the cursor below.
+const AHEAD: u64 = 2;
 
 impl Layer for ThrottleLayer {
     fn plan(
@@ -142,21 +201,32 @@ impl Layer for ThrottleLayer {
         from: u64,
         plan: &mut Plan,
     ) -> Result<(), Errno> {
-        if from == 0 {
-            let time = self.admit(request, plan.now_ns());
-            if time > plan.now_ns() {
-                plan.wait_until(time, 1);
-                return Ok(());
+        let now = plan.now_ns();
+        match from {
+            0 => {
+                let time = self.admit(request, now);
+                if time > now {
+                    plan.wait_until(time, WAITING);
+                    return Ok(());
+                }
             }
+            WAITING => self.pass_after_wait(request, now),
+            _ => {}
         }
-        plan_below(below, request, from, plan)
+        below.plan(request, from.saturating_sub(AHEAD), plan)?;
+        plan.advance_cursors(AHEAD);
+        Ok(())
     }
 
     fn withdrawn(&self, below: &impl Planner, request: &Request, from: u64) {
-        if from > 0 {
-            self.refund(request);
+        match from {
+            0 => {}
+            WAITING => self.leave(request),
+            _ => {
+                self.refund(request);
+                below.withdrawn(request, from - AHEAD);
+            }
         }
-        below.withdrawn(request, from.saturating_sub(1));
     }
 }
 
@@ -247,16 +317,37 @@ mod tests {
         };
         assert_eq!(ask(0), (None, None, 1));
         assert_eq!(ask(0), (Some(10), Some(1), 0), "for the outer one");
-        assert_eq!(ask(1), (Some(20), Some(2), 0), "then for the inner one");
-        assert_eq!(ask(2), (None, None, 1));
+        assert_eq!(ask(1), (Some(20), Some(3), 0), "then for the inner one");
+        assert_eq!(ask(3), (None, None, 1));
         // Both were paid; then only the outer one.
         assert_eq!(ask(0), (Some(20), Some(1), 0));
-        assert_eq!(ask(1), (Some(40), Some(2), 0));
-        target.withdrawn(&read, 2);
+        assert_eq!(ask(1), (Some(40), Some(3), 0));
+        target.withdrawn(&read, 3);
         assert_eq!(ask(0), (Some(20), Some(1), 0));
         target.withdrawn(&read, 1);
         assert_eq!(ask(0), (Some(20), Some(1), 0));
-        assert_eq!(ask(1), (Some(40), Some(2), 0));
+        assert_eq!(ask(1), (Some(40), Some(3), 0));
+    }
+
+    /// Requests that wait for the slower rate reserve the faster one far ahead.
+    #[test]
+    fn when_all_that_wait_are_withdrawn_nothing_is_reserved() {
+        let layer = layer(rate(10, 100 << 20), Rate::default(), 0);
+        let read = request(RequestKind::Read, 4096);
+        for _ in 0..3 {
+            let waits: Vec<_> = times(&layer, RequestKind::Read, 4096, 50)
+                .into_iter()
+                .filter(|ms| *ms > 0)
+                .collect();
+            assert_eq!((waits[0], waits[1]), (100, 200));
+            waits.iter().for_each(|_| layer.leave(&read));
+        }
+        // One of them passes after its wait, and is paid for.
+        let waits = times(&layer, RequestKind::Read, 4096, 3);
+        assert_eq!(waits, [100, 200, 300]);
+        layer.pass_after_wait(&read, NOW + 100 * MS);
+        [0; 2].iter().for_each(|_| layer.leave(&read));
+        assert_eq!(times(&layer, RequestKind::Read, 4096, 1), [200]);
     }
 
     #[test]

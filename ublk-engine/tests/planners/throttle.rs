@@ -62,7 +62,7 @@ fn a_hold_takes_them_back() {
     play.engine.hold();
     assert_eq!(play.engine.patience(), None, "none of them waits for its time");
     play.deliver(3, READ, 8);
-    assert_eq!(*play.engine.planner().withdrawn.borrow(), [(3 << 14, 1), (7 << 14, 1)]);
+    assert_eq!(*play.engine.planner().withdrawn.borrow(), [(7 << 14, 1), (3 << 14, 1)]);
     assert!(!play.engine.is_quiet());
     assert_eq!(play.ended(), [2]);
     assert!(play.engine.is_quiet());
@@ -75,7 +75,7 @@ fn a_hold_takes_them_back() {
     play.engine.exchange_planner(&mut other).unwrap();
     assert!(other.settled.borrow().iter().all(|(offset, _)| *offset == 0), "only what had begun");
     play.engine.release(&mut play.wanted);
-    assert_eq!(play.ended(), [1, 0, 3]);
+    assert_eq!(play.ended(), [0, 1, 3], "in the order of their delivery");
     assert_eq!(play.settled().len(), 3);
 }
 
@@ -116,9 +116,13 @@ fn a_request_that_is_to_wait_while_the_engine_holds_is_taken_back() {
 fn at_the_end_nothing_waits() {
     let mut play = Play::new(by_offset());
     play.deliver(0, READ, 7);
-    play.engine.stop_throttling(&mut play.wanted);
+    play.engine.set_throttling(false, &mut play.wanted);
     play.deliver(1, READ, 9);
     assert_eq!(play.ended(), [0, 1]);
+    // The end is given up.
+    play.engine.set_throttling(true, &mut play.wanted);
+    play.deliver(1, READ, 9);
+    assert!(play.ended().is_empty() && play.engine.has_throttled());
 }
 
 #[test]

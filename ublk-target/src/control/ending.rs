@@ -3,6 +3,7 @@
 use std::ops::ControlFlow;
 use std::os::fd::AsFd;
 use std::path::Path;
+use std::process::ExitStatus;
 use std::time::Duration;
 
 use uring_ext::Errno;
@@ -49,8 +50,7 @@ impl Server {
         };
         let mut process = stop(self.id).map_err(failed)?;
         let pidfd = PidFd::of_child(&process).map_err(failed)?;
-        // The driver waits for the requests that wait for their time.
-        self.lanes.send(|| LaneMessage::StopThrottling);
+        self.set_throttling(false);
         let mut cancelled = false;
         let words = Duration::from_secs(10);
         let mut wait =
@@ -66,7 +66,7 @@ impl Server {
                 Err(error) => ControlFlow::Break(Err(error)),
             });
             let signal = match ended {
-                Ok(status) => break status.map_err(failed)?,
+                Ok(status) => break status,
                 Err(unmet) => unmet.signal,
             };
             if let Some(signal) = signal {
@@ -79,8 +79,16 @@ impl Server {
                 self.lanes.send(|| LaneMessage::CancelAll);
             }
         };
+        if !status.as_ref().is_ok_and(ExitStatus::success) {
+            self.set_throttling(true);
+        }
         // It has reported the reason.
-        if status.success() { Ok(()) } else { Err(ServeError::NotStopped) }
+        if status.map_err(failed)?.success() { Ok(()) } else { Err(ServeError::NotStopped) }
+    }
+
+    /// Lets requests wait for their time, or not: what waits for all of them must not wait for that.
+    pub fn set_throttling(&self, is_on: bool) {
+        self.lanes.send(|| LaneMessage::SetThrottling { is_on });
     }
 
     /// Deletes the device and waits for the lanes: the deletion ends their fetches. The character
@@ -99,6 +107,7 @@ impl Server {
             return Ok(());
         }
         step("stopped");
+        self.set_throttling(false);
         if self.is_removed() {
             // A second deletion would not end the fetches made since.
             let _ = self.control.stop(self.id).and_then(|pending| self.control.finish(pending));

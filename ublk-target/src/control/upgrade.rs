@@ -75,8 +75,11 @@ impl Server {
     ) -> Result<Plan, ServeError> {
         log::info!("handing over to {}", program.path().display());
         step("upgrade-asked");
+        // The driver wants a tag that has no request.
+        self.set_throttling(false);
         if let Err(error) = self.stop_deliveries(helpers) {
             log::error!("cannot upgrade; this program still serves the device: {error}");
+            self.set_throttling(true);
             reply.send(Err(format!("it still serves the device: {error}")));
             return Ok(plan);
         }

@@ -26,7 +26,7 @@ use crate::io_thread::idle_policy::IdlePolicy;
 use crate::io_thread::message::{LaneMessage, attend};
 use crate::io_thread::rings::{Rings, StationIo};
 use crate::io_thread::setup::{EVENT, REAP_BATCH};
-use crate::io_thread::spare::{MAX_SPARES, Spare, SpareBuffer};
+use crate::io_thread::spare::{MAX_SPARES, Spare};
 use crate::io_thread::station::{
     Arrival, Ended, Leaving, MAX_STATIONS, NAMES, OWN, Parts, StationChannels,
 };
@@ -152,7 +152,8 @@ impl<'ring> EventLoop<'ring> {
         if is_idle {
             return self.rings.submit_and_wait(Some(Duration::ZERO), self.in_flight);
         }
-        let look_for = self.idle_policy.look_for();
+        // The time of a request may come earlier than a completion.
+        let look_for = if self.throttles { 0 } else { self.idle_policy.look_for() };
         if look_for > 0 && self.rings.submit_and_poll(look_for)? {
             return Ok(());
         }
@@ -326,7 +327,12 @@ impl<'ring> EventLoop<'ring> {
             return Ok(Standing::Over);
         }
         station.hold.check(&station.lane);
-        self.throttles |= engine.has_throttled();
+        if engine.has_throttled() {
+            self.throttles = true;
+            self.now = precise_now();
+            station.lane.set_now(self.now);
+        }
+        let engine = station.lane.engine();
         let has_limit = engine.config().deadline.is_some() || station.hold.is_waited_for();
         station.is_due = has_limit || engine.has_throttled() || station.lane.backlog() > 0;
         Ok(if station.is_due { Standing::Due } else { Standing::Idle })
@@ -395,7 +401,7 @@ impl<'ring> EventLoop<'ring> {
 
     /// Hands the tags of a new station to the driver.
     pub fn take_in(&mut self, arrival: Arrival) -> Result<(), LaneError> {
-        let filled = self.fill_tables(&arrival);
+        let filled = self.rings.fill_tables(&arrival);
         let Arrival { lane, parts, place, channels, wakeups, looks, .. } = arrival;
         let StationChannels { inbox, ready, end, is_withdrawn } = channels;
         let name = parts.name;
@@ -447,7 +453,8 @@ impl<'ring> EventLoop<'ring> {
             // The tables are closed with the rings.
             return self.left.push(station.leave());
         }
-        self.empty_tables(&station);
+        let lent = station.lane.engine().config().slots.lent;
+        self.rings.empty_tables(station.place, &station.parts, lent);
         station.leave().announce();
     }
 
@@ -466,28 +473,6 @@ impl<'ring> EventLoop<'ring> {
             left.push(station.leave());
         }
         left
-    }
-
-    fn fill_tables(&mut self, arrival: &Arrival) -> Result<(), LaneError> {
-        self.rings.set_files(arrival.place.cdev(), &arrival.files)?;
-        if let Some(SpareBuffer { index, slot, pool }) = arrival.spare {
-            if self.rings.spares[index].pool.is_none() {
-                self.rings.set_buffers(slot, &pool)?;
-                self.rings.spares[index].pool = Some(pool);
-            }
-        }
-        let Some(pool) = &arrival.parts.pool else { return Ok(()) };
-        let lent = arrival.lane.engine().config().slots.lent;
-        self.rings.set_buffers(arrival.place.first_slot + lent, pool)
-    }
-
-    /// The kernel can refuse only ranges beyond the tables.
-    fn empty_tables(&mut self, station: &Station) {
-        let (place, parts) = (station.place, &station.parts);
-        let lent = station.lane.engine().config().slots.lent;
-        let own = parts.pool.as_ref().map_or(0, |pool| pool.count());
-        let _ = self.rings.queues.clear_files(place.cdev(), parts.backings.len() + 1);
-        let _ = self.rings.queues.clear_buffers(place.first_slot + lent, own);
     }
 }
 

@@ -35,8 +35,11 @@ pub enum LaneMessage {
     },
     /// Cancel all operations in flight.
     CancelAll,
-    /// Begin the requests that wait for their time, and let none wait from now on.
-    StopThrottling,
+    /// Let requests wait for their time, or begin those that wait and let none wait.
+    SetThrottling {
+        /// Whether they may wait.
+        is_on: bool,
+    },
     /// Serve a device that has grown.
     Grow {
         /// The target of that size, without layers.
@@ -189,9 +192,9 @@ pub(crate) fn attend(
         LaneMessage::Release { change, reply } => {
             let _ = reply.try_send(release(lane, hold, io, change));
         }
-        LaneMessage::StopThrottling => lane.stop_throttling(io),
+        LaneMessage::SetThrottling { is_on } => lane.set_throttling(is_on, io),
         LaneMessage::Drain => {
-            lane.stop_throttling(io);
+            lane.set_throttling(false, io);
             return true;
         }
     }

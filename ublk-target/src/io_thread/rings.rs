@@ -3,7 +3,7 @@
 use std::os::fd::RawFd;
 use std::time::Duration;
 
-use ublk_engine::lane::{LaneError, LaneIo, RingRole};
+use ublk_engine::lane::{LaneError, LaneIo, RingRole, TableRange};
 use ublk_engine::plan::BackingIndex;
 use ublk_engine::units::Tag;
 use uring_ext::Errno;
@@ -16,8 +16,8 @@ use uring_ext::sqe::{FixedFile, Sqe};
 use crate::io_thread::io_lane::IoLane;
 use crate::io_thread::setup::failed;
 use crate::io_thread::side_ring::SideQueues;
-use crate::io_thread::spare::{MAX_SPARES, Spare};
-use crate::io_thread::station::Parts;
+use crate::io_thread::spare::{MAX_SPARES, Spare, SpareBuffer};
+use crate::io_thread::station::{Arrival, Parts};
 use crate::os::clock::precise_now;
 
 /// The rings of a lane. Most have one. There is a second ring if the first one polls, or if an I/O
@@ -123,6 +123,28 @@ impl<'ring> Rings<'ring> {
             return Ok(());
         }
         self.queues.set_buffers(first, pool).map_err(failed("registering buffers"))
+    }
+
+    /// Puts a station's files and buffers into the tables.
+    pub fn fill_tables(&mut self, arrival: &Arrival) -> Result<(), LaneError> {
+        self.set_files(arrival.place.cdev(), &arrival.files)?;
+        if let Some(SpareBuffer { index, slot, pool }) = arrival.spare {
+            if self.spares[index].pool.is_none() {
+                self.set_buffers(slot, &pool)?;
+                self.spares[index].pool = Some(pool);
+            }
+        }
+        let Some(pool) = &arrival.parts.pool else { return Ok(()) };
+        let lent = arrival.lane.engine().config().slots.lent;
+        self.set_buffers(arrival.place.first_slot + lent, pool)
+    }
+
+    /// Removes a station's files and buffers from the tables, `lent` slots after its first one.
+    pub fn empty_tables(&mut self, place: TableRange, parts: &Parts, lent: u16) {
+        let own = parts.pool.as_ref().map_or(0, |pool| pool.count());
+        // The kernel can refuse only ranges beyond the tables.
+        let _ = self.queues.clear_files(place.cdev(), parts.backings.len() + 1);
+        let _ = self.queues.clear_buffers(place.first_slot + lent, own);
     }
 
     fn notify_io_lane(&mut self) -> Result<(), LaneError> {

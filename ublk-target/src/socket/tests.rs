@@ -67,7 +67,7 @@ fn fake_lane(qid: u16, manner: Manner) -> (LaneHandle, Seen) {
                     let _ = reply.try_send(std::mem::replace(&mut recorder, new));
                 }
                 LaneMessage::CancelAll
-                | LaneMessage::StopThrottling
+                | LaneMessage::SetThrottling { .. }
                 | LaneMessage::Grow { .. }
                 | LaneMessage::Hold { .. }
                 | LaneMessage::OldestBegun { .. }
@@ -85,7 +85,7 @@ fn name(message: &LaneMessage) -> &'static str {
         LaneMessage::Measure { recorder: Some(_), .. } => "measure",
         LaneMessage::Measure { recorder: None, .. } => "end",
         LaneMessage::CancelAll => "cancel",
-        LaneMessage::StopThrottling => "stop-throttling",
+        LaneMessage::SetThrottling { .. } => "set-throttling",
         LaneMessage::Grow { .. } => "grow",
         LaneMessage::Hold { .. } => "hold",
         LaneMessage::OldestBegun { .. } => "oldest-begun",
