@@ -63,7 +63,8 @@ const UNWANTED: u8 = 3;
 /// [wants](Reply::is_wanted) any more.
 #[derive(Debug)]
 pub struct Reply<T> {
-    sender: SyncSender<Result<T, String>>,
+    /// There until it is dropped.
+    sender: Option<SyncSender<Result<T, String>>>,
     state: Arc<AtomicU8>,
     /// Wakes the thread that waits for the answer, if it does not block on it.
     wake: Option<Arc<EventFd>>,
@@ -85,9 +86,16 @@ impl<T> Reply<T> {
     /// Sends the answer.
     pub fn send(self, answer: Result<T, String>) {
         // It can only fail if the client has given up.
-        let _ = self.sender.try_send(answer);
+        let _ = self.sender.as_ref().map(|sender| sender.try_send(answer));
+    }
+}
+
+/// Also one without an answer is told: the server ends.
+impl<T> Drop for Reply<T> {
+    fn drop(&mut self) {
+        self.sender = None;
         // It can only fail at 2^64 - 1.
-        let _ = self.wake.map(|wake| wake.write(1));
+        let _ = self.wake.as_ref().map(|wake| wake.write(1));
     }
 }
 
@@ -107,7 +115,10 @@ impl<T> PendingRequest<T> {
     pub fn answer(&self, now: Instant) -> Option<Result<T, String>> {
         match self.answer.try_recv() {
             Ok(answer) => return Some(answer),
-            Err(TryRecvError::Disconnected) => return Some(Err(busy())),
+            Err(TryRecvError::Disconnected) => {
+                let has_begun = self.state.load(Ordering::Acquire) == BEGUN;
+                return Some(Err(if has_begun { unanswered() } else { busy() }));
+            }
             Err(TryRecvError::Empty) => {}
         }
         if now >= self.begin_by && replace(&self.state, GIVEN_UP) {
@@ -212,7 +223,7 @@ impl ControlSender {
     ) -> Result<PendingRequest<T>, String> {
         let (sender, answer) = sync_channel(1);
         let state = Arc::new(AtomicU8::new(ASKED));
-        let reply = Reply { sender, state: Arc::clone(&state), wake };
+        let reply = Reply { sender: Some(sender), state: Arc::clone(&state), wake };
         let sent = self.sender.send(control_request(reply));
         self.wakeups.control_request();
         sent.map_err(|_| busy())?;
@@ -225,7 +236,7 @@ impl ControlSender {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::os::wakeups::Hangup;
+    use crate::os::wakeups::{Hangup, event_descriptor};
 
     fn control_sender() -> (ControlSender, Receiver<ControlRequest>) {
         let wakeups = Arc::new(Wakeups::new(Hangup::Ends).unwrap());
@@ -248,6 +259,24 @@ mod tests {
         let (control_sender, requests) = control_sender();
         assert!(control_sender.ask(grow).unwrap_err().contains("busy"));
         assert!(!reply_of(requests.recv().unwrap()).begin());
+    }
+
+    #[test]
+    fn a_request_that_is_dropped_wakes_its_client() {
+        for (begins, expected) in [(false, "busy"), (true, "has not reported")] {
+            let (control_sender, requests) = control_sender();
+            let wake = Arc::new(event_descriptor().unwrap());
+            let pending = control_sender.start(Duration::ZERO, &wake, grow).unwrap();
+            let reply = reply_of(requests.recv().unwrap());
+            assert!(pending.answer(Instant::now() - Duration::from_secs(1)).is_none());
+            if begins {
+                assert!(reply.begin());
+            }
+            assert!(wake.read().is_err(), "not yet");
+            drop(reply);
+            assert!(wake.read().is_ok(), "at once");
+            assert!(pending.answer(Instant::now()).unwrap().unwrap_err().contains(expected));
+        }
     }
 
     #[test]
