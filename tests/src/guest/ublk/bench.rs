@@ -113,9 +113,9 @@ fn ensure_sensible(sample: &Value, has_server: bool) -> Result<()> {
     let latency = &sample["latency"];
     let (mean, max) = (number(&latency["mean_ns"])?, number(&latency["max_ns"])?);
     ensure!(mean > 1000.0 && mean <= max, "{latency}");
-    // 32 are in flight all the time.
+    // 32 are in flight all the time. As above, a loaded machine bends times: 63.5 were seen.
     let in_flight = mean * iops / 1e9;
-    ensure!((16.0..48.0).contains(&in_flight), "{in_flight} requests in flight");
+    ensure!((8.0..128.0).contains(&in_flight), "{in_flight} requests in flight");
     let percentiles = array(&latency["percentiles"])?;
     let percentiles = percentiles.iter().map(|pair| Ok((number(&pair[0])?, number(&pair[1])?)));
     let percentiles = percentiles.collect::<Result<Vec<_>>>()?;
