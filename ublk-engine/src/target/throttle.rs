@@ -32,7 +32,7 @@ pub struct Rates {
     pub read: Rate,
     /// For writes, discards and write-zeroes.
     pub write: Rate,
-    /// What was not used for this time may pass at once.
+    /// After a rest, as much may pass at once as in this time.
     pub burst: Nanos,
 }
 

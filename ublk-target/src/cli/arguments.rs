@@ -186,7 +186,7 @@ pub enum Layer {
     Throttle {
         #[command(flatten)]
         rates: Throttle,
-        /// What was not used for this time may pass at once: a number with ns, us, ms or s
+        /// After a rest, as much may pass at once as in this time: a number with ns, us, ms or s
         #[arg(long, value_name = "TIME", default_value = "100ms")]
         burst: Nanos,
     },
