@@ -96,7 +96,10 @@ impl<P: Planner> Engine<P> {
 
     /// Takes back all requests that wait for their time.
     pub(super) fn withdraw_throttled(&mut self) {
-        // The engine has just begun to hold.
+        if !self.has_throttled() {
+            return;
+        }
+        // The engine has just begun to hold: none waits while it does.
         debug_assert!(self.held_back.is_empty());
         self.held_back.extend(self.throttled.waiting.drain().map(|Reverse((.., tag))| tag));
         let tags = &self.tags;
